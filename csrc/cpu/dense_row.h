@@ -1,0 +1,397 @@
+// A student row against a row of teacher logits: every divergence, CE and z-loss in one sweep. Included like vec.h.
+
+template <typename T>
+class DenseRow : RowSweep<T> {
+  using Base = RowSweep<T>;
+  using V = Vec<T>;
+  using Base::s_, Base::t_, Base::task_, Base::tile_g_, Base::tile_t_;
+
+ public:
+  DenseRow(const Divergence& divergence, const RowTask& task, void* workspace)
+      : Base(task, is_tempered(divergence, task), !divergence.standardize && divergence.kind != Kind::kDkd, workspace),
+        divergence_(divergence),
+        active_(task.kd != 0),
+        tempered_(is_tempered(divergence, task)) {
+    t_.columns = task.shared;
+    t_.set_tau(task.tau_t);
+    this->keep_ = divergence.kind == Kind::kSoftCe ? 0 : 1;
+  }
+
+  RowResult run() {
+    RowResult result;
+    if (is_bad()) return fail();
+    if (active_ && divergence_.standardize) {
+      moments_s_ = moments(task_.student);
+      moments_t_ = moments(task_.teacher);
+    }
+    sweep();
+    this->finish_softmax();
+    if (tempered_) t_.finish();
+    result.ce = this->finish_truth();
+    result.kd = active_ ? divergence_.scale * value() : 0;
+    result.loss = (active_ ? task_.kd * result.kd : 0) + task_.ce * result.ce + this->z_loss();
+    if (result.loss != result.loss) return fail();
+    if (task_.want_parts) describe(result);
+    if (task_.grad) gradient();
+    return result;
+  }
+
+ private:
+  struct Moments {
+    double mean = 0, inverse_std = 1, count = 1;
+  };
+
+  static bool is_tempered(const Divergence& divergence, const RowTask& task) {
+    return task.kd != 0 && divergence.kind != Kind::kLogitMse;
+  }
+
+  // Forward KL's gradient is q - p: it needs no second look at the logits, and its value comes with the first.
+  bool is_forward() const {
+    return divergence_.kind == Kind::kForwardKl || divergence_.kind == Kind::kSoftCe || divergence_.kind == Kind::kDkd;
+  }
+
+  bool is_bad() const {
+    const bool good_tau = task_.tau_s > 0 && task_.tau_t > 0 && 1 / task_.tau_s > 0 && 1 / task_.tau_t > 0;
+    const bool good_target = task_.label >= 0 && task_.label < task_.shared;
+    return this->bad_label() || (active_ && (!good_tau || (divergence_.kind == Kind::kDkd && !good_target)));
+  }
+
+  RowResult fail() {
+    this->fill_nan();
+    const double nan = __builtin_nan("");
+    return {nan, nan, nan, nan, nan};
+  }
+
+  int64_t shared_tiles() const { return tile_count(task_.shared); }
+
+  Moments moments(const Source& row) {
+    double sum = 0, square = 0, low = Real<double>::kInf, high = -low;
+    Moments m;
+    m.count = 0;
+    each_finite(row, [&](double x) {
+      sum += x;
+      m.count += 1;
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+    });
+    if (m.count == 0) return m;
+    m.mean = sum / m.count;
+    each_finite(row, [&](double x) { square += (x - m.mean) * (x - m.mean); });
+    // A constant row has no scale: its z-scores are 0, and so is its gradient.
+    m.inverse_std = low == high ? 0 : 1 / ::sqrt(square / m.count);
+    return m;
+  }
+
+  template <typename F>
+  void each_finite(const Source& row, F visit) {
+    for (int64_t k = 0; k < shared_tiles(); ++k) {
+      const int count = Base::clamp_tile(task_.shared - k * kTile);
+      load(row, k * kTile, count, tile_t_);
+      for (int i = 0; i < count; ++i)
+        if (tile_t_[i] != -Real<T>::kInf) visit(tile_t_[i]);
+    }
+    staged_t_ = -1;
+  }
+
+  // ---- tiles as the divergence sees them ------------------------------------------------------------------------
+
+  bool changes_logits() const { return divergence_.standardize || divergence_.kind == Kind::kDkd; }
+
+  const T* student_for_kd(int64_t k) {
+    const T* raw = this->student_tile(k);
+    const int count = Base::clamp_tile(task_.shared - k * kTile);
+    if (!changes_logits() && count == this->tile_size(k)) return raw;
+    for (int i = 0; i < count; ++i) tile_g_[i] = raw[i];
+    return change(k, count, moments_s_, tile_g_);
+  }
+
+  const T* teacher_for_kd(int64_t k) {
+    if (k == staged_t_) return tile_t_;
+    const int count = Base::clamp_tile(task_.shared - k * kTile);
+    load(task_.teacher, k * kTile, count, tile_t_);
+    staged_t_ = k;
+    return change(k, count, moments_t_, tile_t_);
+  }
+
+  // z-scores, the target taken out (dkd), and -inf up to whole vectors.
+  const T* change(int64_t k, int count, const Moments& m, T* x) {
+    if (divergence_.standardize)
+      for (int i = 0; i < count; ++i)
+        if (x[i] != -Real<T>::kInf) x[i] = T((x[i] - m.mean) * m.inverse_std);
+    const int64_t target = task_.label - k * kTile;
+    if (divergence_.kind == Kind::kDkd && target >= 0 && target < count) x[target] = -Real<T>::kInf;
+    for (int i = count; i < Base::padded(count); ++i) x[i] = -Real<T>::kInf;
+    return x;
+  }
+
+  // ---- forward ----------------------------------------------------------------------------------------------------
+
+  void sweep() {
+    for (int64_t k = 0; k < tile_count(this->columns()); ++k) {
+      this->sweep_truth(k);
+      if (tempered_ && k * kTile < task_.shared) {
+        sweep_both(k);
+      } else if (!tempered_ && this->at_one_ == AtOne::kShared) {
+        const int count = this->tile_size(k);
+        this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, SweepMode(), count, x, x); });
+      } else {
+        zero_beyond(k, 0);
+        if (!tempered_) Base::record(s_, k, 0, 0);
+      }
+    }
+  }
+
+  void sweep_both(int64_t k) {
+    SweepMode mode;
+    mode.teacher = true;
+    mode.square = this->at_one_ == AtOne::kSquared;
+    mode.cross = is_forward();
+    const int count = Base::clamp_tile(task_.shared - k * kTile);
+    const bool direct = !changes_logits() && task_.student.dtype == task_.teacher.dtype &&
+                        Base::is_readable(task_.student.dtype);
+    if (!direct) {
+      const T *x = student_for_kd(k), *y = teacher_for_kd(k);
+      this->sweep_tile(k, s_, mode, count, x, y);
+    } else {
+      this->with_student(k, [&](auto* x) {
+        this->sweep_tile(k, s_, mode, count, x, (decltype(x))task_.teacher.data + k * kTile);
+      });
+    }
+    zero_beyond(k, Base::padded(count));
+  }
+
+  // Columns that only the student has take no part in the divergence.
+  void zero_beyond(int64_t k, int count) {
+    for (int i = count; i < Base::padded(this->tile_size(k)); ++i) s_.e[k * kTile + i] = t_.e[k * kTile + i] = T(0);
+  }
+
+  double value() {
+    if (divergence_.kind == Kind::kLogitMse) return logit_mse();
+    if (s_.z != s_.z || t_.z != t_.z) return __builtin_nan("");
+    if (divergence_.kind == Kind::kDkd) return dkd();
+    dead_ = s_.z == 0 || t_.z == 0;
+    if (dead_) return 0;
+    return is_forward() ? forward_value() : elements();
+  }
+
+  // sum p (keep log p - log q), from each tile's cross sum.
+  double forward_value() const {
+    const double keep = divergence_.kind == Kind::kSoftCe ? 0 : 1;
+    double total = 0;
+    for (int64_t k = 0; k < shared_tiles(); ++k) {
+      if (t_.sum[k] == 0) continue;
+      const double gap = keep * t_.log_factor(k) - s_.log_factor(k);
+      // A tile's mass that underflowed still meets an infinite gap.
+      const double factor = t_.factor[k] > Real<double>::kTiny ? t_.factor[k] : Real<double>::kTiny;
+      total += factor * (this->cross_[k] * kLn2 + t_.sum[k] * gap);
+    }
+    return total;
+  }
+
+  double logit_mse() {
+    const V lowest(-Real<T>::kInf), zero(T(0)), one(T(1));
+    double total = 0, valid = 0;
+    for (int64_t k = 0; k < shared_tiles(); ++k) {
+      const int count = Base::padded(Base::clamp_tile(task_.shared - k * kTile));
+      const T *x = student_for_kd(k), *y = teacher_for_kd(k);
+      V squares = zero, counts = zero;
+      for (int i = 0; i < count; i += V::kLanes) {
+        const V s = V::load(x + i), t = V::load(y + i);
+        const V gap = select(s == lowest, zero, select(t == lowest, zero, s - t));
+        squares = squares + gap * gap;
+        counts = counts + select(s == lowest, zero, select(t == lowest, zero, one));
+        gap.store(t_.e + k * kTile + i);
+      }
+      for (int i = count; i < Base::padded(this->tile_size(k)); ++i) t_.e[k * kTile + i] = T(0);
+      total += reduce_add(squares);
+      valid += reduce_add(counts);
+    }
+    mse_slope_ = valid > 0 ? 2 / valid : 0;
+    return valid > 0 ? total / valid : 0;
+  }
+
+  double dkd() {
+    rest_is_dead_ = s_.z == 0 || t_.z == 0;
+    const double target_s = target_logit(task_.student, moments_s_) * s_.scale();
+    const double target_t = target_logit(task_.teacher, moments_t_) * t_.scale();
+    dead_ = (s_.z == 0 && target_s == -Real<double>::kInf) || (t_.z == 0 && target_t == -Real<double>::kInf);
+    if (dead_) return 0;
+    const double odds_s = s_.z == 0 ? Real<double>::kInf : target_s - s_.lse();
+    const double odds_t = t_.z == 0 ? Real<double>::kInf : target_t - t_.lse();
+    target_gap_ = sigmoid(odds_s) - sigmoid(odds_t);
+    const double tckd = binary_kl_term(odds_t, odds_s) + binary_kl_term(-odds_t, -odds_s);
+    return divergence_.a * tckd + (rest_is_dead_ ? 0 : divergence_.b * forward_value());
+  }
+
+  double target_logit(const Source& row, const Moments& m) {
+    const double x = load_one(row, task_.label);
+    return x == -Real<double>::kInf ? x : (x - m.mean * divergence_.standardize) * m.inverse_std;
+  }
+
+  static double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+  static double log_sigmoid(double x) { return x < 0 ? x - ::log1p(::exp(x)) : -::log1p(::exp(-x)); }
+  static double binary_kl_term(double odds_p, double odds_q) {
+    const double log_p = log_sigmoid(odds_p);
+    return log_p == -Real<double>::kInf ? 0 : ::exp(log_p) * (log_p - log_sigmoid(odds_q));
+  }
+
+  // ---- divergences that need probabilities before their statistics ----------------------------------------------
+
+  double elements() {
+    switch (divergence_.kind) {
+      case Kind::kReverseKl:
+        return elements_of<Kind::kReverseKl>();
+      case Kind::kSymmetricKl:
+        return elements_of<Kind::kSymmetricKl>();
+      case Kind::kJsd:
+        return elements_of<Kind::kJsd>();
+      case Kind::kSkewForwardKl:
+        return elements_of<Kind::kSkewForwardKl>();
+      case Kind::kSkewReverseKl:
+        return elements_of<Kind::kSkewReverseKl>();
+      case Kind::kTvd:
+        return elements_of<Kind::kTvd>();
+      default:
+        return elements_of<Kind::kAlphaBeta>();
+    }
+  }
+
+  // Leaves h in the teacher's exponentials' place.
+  template <Kind kKind>
+  double elements_of() {
+    const V minus_log_a(T(-::log(divergence_.a))), minus_log_rest(T(-::log1p(-divergence_.a)));
+    double total = 0;
+    for (int64_t k = 0; k < shared_tiles(); ++k) {
+      const int count = Base::padded(Base::clamp_tile(task_.shared - k * kTile));
+      const T *x = student_for_kd(k), *y = teacher_for_kd(k);
+      T *e_s = s_.e + k * kTile, *e_t = t_.e + k * kTile;
+      const Base2<T> s = {s_.bits, T(s_.offset[k])}, t = {t_.bits, T(t_.offset[k])};
+      const V factor_s(T(s_.factor[k])), factor_t(T(t_.factor[k])), ln2((T(kLn2)));
+      const V base_s(T(s_.log_factor(k))), base_t(T(t_.log_factor(k))), gap(T(t_.log_factor(k) - s_.log_factor(k)));
+      V values(T(0)), slopes(T(0));
+      for (int i = 0; i < count; i += V::kLanes) {
+        const V u = s(V::load(x + i)), v = t(V::load(y + i));
+        const rowmath::Column<V> column = {V::load(e_t + i) * factor_t, V::load(e_s + i) * factor_s,
+                                           (v - u) * ln2 + gap, v * ln2 + base_t, u * ln2 + base_s};
+        const rowmath::Element<V> element = element_of<kKind>(column, minus_log_a, minus_log_rest);
+        values = values + element.value;
+        slopes = slopes + element.h;
+        element.h.store(e_t + i);
+      }
+      total += reduce_add(values);
+      slope_sum_ += reduce_add(slopes);
+    }
+    return total;
+  }
+
+  template <Kind kKind>
+  KD_INLINE rowmath::Element<V> element_of(const rowmath::Column<V>& column, V minus_log_a, V minus_log_rest) const {
+    const V a((T(divergence_.a)));
+    const rowmath::Limits<V> limits = {V(Real<T>::kTiny), V(-Real<T>::kMax), V(Real<T>::kInf)};
+    if constexpr (kKind == Kind::kReverseKl) return rowmath::reverse_kl(column, limits);
+    if constexpr (kKind == Kind::kSymmetricKl) return rowmath::symmetric_kl(column, limits);
+    if constexpr (kKind == Kind::kJsd) return rowmath::jsd(column, divergence_.a, minus_log_a, minus_log_rest);
+    if constexpr (kKind == Kind::kSkewForwardKl) return rowmath::skew_forward_kl(column, a, minus_log_a);
+    if constexpr (kKind == Kind::kSkewReverseKl) return rowmath::skew_reverse_kl(column, a);
+    if constexpr (kKind == Kind::kTvd) return rowmath::tvd(column);
+    if constexpr (kKind == Kind::kAlphaBeta)
+      return rowmath::alpha_beta(column, divergence_.a, divergence_.b, limits);
+  }
+
+  // ---- gradient ---------------------------------------------------------------------------------------------------
+
+  using Slopes = typename Base::Slopes;
+
+  // The divergence's gradient in tile k: student * e_s + h * (e_t, or what elements() left there).
+  Slopes slopes(int64_t k) const {
+    if (!active_ || dead_ || k >= shared_tiles()) return {};
+    const T* h = t_.e + k * kTile;
+    if (divergence_.kind == Kind::kLogitMse) return {0, task_.kd * mse_slope_, h};
+    const double kd = task_.kd * divergence_.scale * s_.scale();
+    if (divergence_.kind == Kind::kDkd) {
+      const double rest = rest_is_dead_ ? 0 : kd * divergence_.b;
+      return {(rest - kd * divergence_.a * target_gap_) * s_.factor[k], -rest * t_.factor[k], h};
+    }
+    if (is_forward()) return {kd * s_.factor[k], -kd * t_.factor[k], h};
+    return {-kd * slope_sum_ * s_.factor[k], kd, h};
+  }
+
+  // Where one column, or the way back through the z-scores, needs more than slopes: the divergence's gradient itself
+  // takes the teacher's place.
+  void gradient() {
+    const bool kd = active_ && !dead_;
+    const bool settled = kd && (divergence_.standardize || divergence_.kind == Kind::kDkd);
+    if (settled) settle();
+    if (settled && divergence_.standardize) unstandardize();
+    for (int64_t k = 0; k < tile_count(this->columns()); ++k)
+      this->write_gradient(k, settled && k < shared_tiles() ? Slopes{0, 1, t_.e + k * kTile} : slopes(k));
+  }
+
+  void settle() {
+    for (int64_t k = 0; k < shared_tiles(); ++k) {
+      const Slopes by = slopes(k);
+      const V a((T(by.student))), b((T(by.h)));
+      T *e_s = s_.e + k * kTile, *g = t_.e + k * kTile;
+      for (int i = 0; i < Base::padded(Base::clamp_tile(task_.shared - k * kTile)); i += V::kLanes)
+        (V::load(e_s + i) * a + V::load(g + i) * b).store(g + i);
+    }
+    if (divergence_.kind == Kind::kDkd)
+      t_.e[task_.label] += T(task_.kd * s_.scale() * divergence_.a * target_gap_);
+  }
+
+  // Through z = (x - mean) / std: dx = (g - mean(g) - z mean(g z)) / std. Leaves it in the teacher's place.
+  void unstandardize() {
+    double sum = 0, dot = 0;
+    for (int64_t k = 0; k < shared_tiles(); ++k)
+      each_z(k, t_.e + k * kTile, [&](double z, T& value) {
+        sum += value;
+        dot += z * value;
+      });
+    const Moments& m = moments_s_;
+    for (int64_t k = 0; k < shared_tiles(); ++k)
+      each_z(k, t_.e + k * kTile, [&](double z, T& value) {
+        value = T((value - sum / m.count - z * dot / m.count) * m.inverse_std);
+      });
+  }
+
+  template <typename F>
+  void each_z(int64_t k, T* g, F visit) {
+    const T* x = this->student_tile(k);
+    const Moments& m = moments_s_;
+    for (int i = 0; i < Base::clamp_tile(task_.shared - k * kTile); ++i) {
+      if (x[i] == -Real<T>::kInf)
+        g[i] = T(0);
+      else
+        visit((x[i] - m.mean) * m.inverse_std, g[i]);
+    }
+  }
+
+  // ---- parts ------------------------------------------------------------------------------------------------------
+
+  void describe(RowResult& result) {
+    if (tempered_ && s_.z != 0) result.entropy = this->entropy();
+    result.top1 = argmax(task_.student) == argmax(task_.teacher);
+  }
+
+  int64_t argmax(const Source& row) {
+    int64_t best = 0;
+    T top = -Real<T>::kInf;
+    for (int64_t k = 0; k < shared_tiles(); ++k) {
+      const int count = Base::clamp_tile(task_.shared - k * kTile);
+      load(row, k * kTile, count, tile_g_);
+      for (int i = 0; i < count; ++i)
+        if (tile_g_[i] > top) {
+          top = tile_g_[i];
+          best = k * kTile + i;
+        }
+    }
+    return best;
+  }
+
+  const Divergence& divergence_;
+  const bool active_, tempered_;
+  Moments moments_s_, moments_t_;
+  int64_t staged_t_ = -1;
+  bool dead_ = false, rest_is_dead_ = false;
+  double slope_sum_ = 0, mse_slope_ = 0, target_gap_ = 0;
+};

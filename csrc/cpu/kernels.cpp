@@ -1,0 +1,42 @@
+// Which ISA's kernels run, decided once, when the first row needs them.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "row.h"
+
+namespace kdfast {
+namespace {
+
+bool runs_here(const Kernels& kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&kernels == &kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (&kernels == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return &kernels == &kBaseline;
+}
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  const Kernels* const all[] = {&kAvx512, &kAvx2, &kBaseline};
+#else
+  const Kernels* const all[] = {&kBaseline};
+#endif
+  const char* forced = std::getenv("KDFAST_CPU_ISA");
+  for (const Kernels* kernels : all)
+    if (runs_here(*kernels) && (!forced || !*forced || std::string(forced) == kernels->isa)) return *kernels;
+  throw std::runtime_error("KDFAST_CPU_ISA=" + std::string(forced) +
+                           " names no kernels that this processor runs; expected baseline, avx2 or avx512");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace kdfast

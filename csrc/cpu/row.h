@@ -1,0 +1,68 @@
+// What one row asks of a kernel: plain structs between the op files and the per-ISA kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "../divergence.h"
+
+namespace kdfast {
+
+enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
+
+// A row of values in memory, unit stride.
+struct Source {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat;
+  int64_t size = 0;
+};
+
+constexpr int64_t kNoLabel = INT64_MIN;
+
+// The K (id, weight) entries of a sparse teacher row and the log-mass of everything else.
+struct Entries {
+  const int32_t* id = nullptr;
+  const float* weight = nullptr;
+  int64_t count = 0;
+  double tail = 0;            // log-mass; -inf: none
+  bool subtract_entropy = false;  // forward KL rather than soft cross-entropy
+};
+
+struct RowTask {
+  Source student;
+  Source teacher;      // dense rows
+  Entries entries;     // sparse rows
+  Source label_probs;  // data == nullptr: none
+  int64_t label = kNoLabel;
+  int64_t shared = 0;  // columns both sides have: min(V_s, V_t)
+  void* grad = nullptr;  // student's dtype; may be the student's own memory; nullptr: not wanted
+  double tau_s = 1, tau_t = 1;
+  double kd = 0, ce = 0, z = 0;  // coefficients; 0 takes the term out
+  double smoothing = 0;
+  bool want_parts = false;   // entropy and top-1 agreement too
+};
+
+struct RowResult {
+  double loss = 0, kd = 0, ce = 0, entropy = 0, top1 = 0;
+};
+
+// One ISA's kernels. `workspace` holds workspace_bytes(student columns) bytes, aligned, used by one thread at a time.
+struct Kernels {
+  const char* isa;
+  RowResult (*dense_float)(const Divergence&, const RowTask&, void* workspace);
+  RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
+  RowResult (*sparse_float)(const RowTask&, void* workspace);
+  RowResult (*sparse_double)(const RowTask&, void* workspace);
+  void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
+  int64_t (*workspace_bytes)(int64_t columns);
+};
+
+// The best kernels this processor runs, or the ones KDFAST_CPU_ISA names (baseline, avx2, avx512).
+const Kernels& kernels();
+
+extern const Kernels kBaseline;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace kdfast

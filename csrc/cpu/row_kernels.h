@@ -1,0 +1,61 @@
+// One ISA's kernels. The including file sets KDFAST_ISA (its namespace), KDFAST_TABLE (its entry in row.h),
+// KDFAST_VEC_BYTES and the target pragma, after isa.h.
+
+namespace kdfast {
+namespace KDFAST_ISA {
+
+#include "../rowmath.h"
+#include "vec.h"
+#include "load.h"
+#include "softmax.h"
+#include "row_sweep.h"
+#include "dense_row.h"
+#include "sparse_row.h"
+
+template <typename T>
+RowResult dense_row(const Divergence& divergence, const RowTask& task, void* workspace) {
+  return DenseRow<T>(divergence, task, workspace).run();
+}
+
+template <typename T>
+RowResult sparse_row(const RowTask& task, void* workspace) {
+  return SparseRow<T>(task, workspace).run();
+}
+
+template <typename T>
+void scale_tiles(void* data, Dtype dtype, int64_t size, double factor) {
+  T tile[kTile];
+  for (int64_t begin = 0; begin < size; begin += kTile) {
+    const int count = int(size - begin < kTile ? size - begin : kTile);
+    load({data, dtype, size}, begin, count, tile);
+    for (int i = 0; i < count; ++i) tile[i] *= T(factor);
+    store(tile, count, data, dtype, begin);
+  }
+}
+
+// What RowSweep::carve() lays out, for the wider working type.
+int64_t workspace_bytes(int64_t columns) {
+  const int64_t tiles = tile_count(columns);
+  return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + tiles + 64;
+}
+
+void scale(void* data, Dtype dtype, int64_t size, double factor) {
+  if (dtype == Dtype::kDouble) return scale_tiles<double>(data, dtype, size, factor);
+  scale_tiles<float>(data, dtype, size, factor);
+}
+
+}  // namespace KDFAST_ISA
+
+#define KDFAST_NAME_OF(isa) #isa
+#define KDFAST_NAME(isa) KDFAST_NAME_OF(isa)
+extern const Kernels KDFAST_TABLE = {
+    KDFAST_NAME(KDFAST_ISA),
+    KDFAST_ISA::dense_row<float>,
+    KDFAST_ISA::dense_row<double>,
+    KDFAST_ISA::sparse_row<float>,
+    KDFAST_ISA::sparse_row<double>,
+    KDFAST_ISA::scale,
+    KDFAST_ISA::workspace_bytes,
+};
+
+}  // namespace kdfast

@@ -1,0 +1,364 @@
+// What dense and sparse rows share: the student's exponentials, the ground-truth terms and the gradient sweep.
+// Included like vec.h.
+
+// Where the student's softmax at temperature 1 comes from.
+enum class AtOne {
+  kUnused,    // neither CE nor z-loss
+  kShared,    // the tempered exponentials are it: tau = 1
+  kSquared,   // their squares are: tau = 2
+  kSeparate,  // exponentials of its own
+};
+
+template <typename T>
+class RowSweep {
+ public:
+  using V = Vec<T>;
+
+  RowSweep(const RowTask& task, bool tempered, bool may_share, void* workspace) : task_(task) {
+    carve(workspace);
+    // Without a tempered softmax the student's exponentials are those at temperature 1.
+    s_.columns = tempered ? task.shared : columns();
+    s_.set_tau(tempered ? task.tau_s : 1);
+    one_.columns = columns();
+    const bool truth = task.ce != 0 || task.z != 0;
+    const bool share = may_share && s_.columns == columns();
+    at_one_ = !truth                               ? AtOne::kUnused
+              : share && s_.bits == T(kLog2E)      ? AtOne::kShared
+              : share && s_.bits == T(kLog2E) / 2  ? AtOne::kSquared
+                                                   : AtOne::kSeparate;
+  }
+
+  int64_t columns() const { return task_.student.size; }
+
+ protected:
+  int tile_size(int64_t k) const { return clamp_tile(columns() - k * kTile); }
+  static int clamp_tile(int64_t left) { return int(left < 0 ? 0 : left > kTile ? kTile : left); }
+  static int padded(int count) { return (count + V::kLanes - 1) / V::kLanes * V::kLanes; }
+  static bool is_native(Dtype dtype) { return dtype == (sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble); }
+
+  // The student's tile k in the working type, padded with -inf to whole vectors.
+  const T* student_tile(int64_t k) {
+    if (k != staged_) load_padded(task_.student, k * kTile, tile_size(k), tile_s_);
+    staged_ = k;
+    return tile_s_;
+  }
+
+  // The same, for a caller that will change it.
+  T* student_tile_to_change(int64_t k) {
+    student_tile(k);
+    staged_ = -1;
+    return tile_s_;
+  }
+
+  // Whether one of `count` logits is not finite.
+  static bool holds_mask(const T* x, int count) {
+    V sum(T(0));
+    int i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes) sum = sum + V::load(x + i);
+    T total = reduce_add(sum);
+    for (; i < count; ++i) total += x[i];
+    return !is_finite(total);
+  }
+
+  static void load_padded(const Source& row, int64_t begin, int count, T* to) {
+    load(row, begin, count, to);
+    for (int i = count; i < padded(count); ++i) to[i] = -Real<T>::kInf;
+  }
+
+  // ---- exponentials ---------------------------------------------------------------------------------------------
+
+  // Tile k of `side` and, with the mode's teacher, of t_, from `count` logits x and y of one dtype.
+  template <typename From>
+  void sweep_tile(int64_t k, Exponentials<T>& side, SweepMode mode, int count, const From* x, const From* y) {
+    constexpr int kProbe = V::kLanes;
+    const int probe = count < kProbe ? count : kProbe;
+    Base2<T> s = {side.bits, offset_near(maximum<T>(x, probe), side.bits)}, t;
+    if (mode.teacher) t = {t_.bits, offset_near(maximum<T>(y, probe), t_.bits)};
+    TileSums<T> sums = sweep_vectors(k, side, mode, count, x, y, s, t);
+    const bool masked = !is_finite(sums.logits_s);
+    if (masked || !is_finite(sums.logits_t) || !is_finite(sums.student + sums.teacher + sums.square)) {
+      // -inf somewhere, or an overflow: the same again from the true maxima, with selections.
+      mode.careful = true;
+      s.offset = offset_near(maximum<T>(x, count), s.bits);
+      if (mode.teacher) t.offset = offset_near(maximum<T>(y, count), t.bits);
+      sums = sweep_vectors(k, side, mode, count, x, y, s, t);
+    }
+    masked_[k] |= masked;
+    record(side, k, sums.student, s.offset);
+    if (mode.square) record(one_, k, sums.square, 2 * s.offset);
+    if (mode.teacher) record(t_, k, sums.teacher, t.offset);
+    cross_[k] = sums.cross;
+  }
+
+  static void record(Exponentials<T>& side, int64_t k, double sum, double offset) {
+    side.sum[k] = sum;
+    side.offset[k] = sum == 0 ? -Real<double>::kInf : offset;
+  }
+
+  // Whole vectors from where the logits lie, the rest through a padded copy.
+  template <typename From>
+  TileSums<T> sweep_vectors(int64_t k, Exponentials<T>& side, SweepMode mode, int count, const From* x, const From* y,
+                            Base2<T> s, Base2<T> t) {
+    T *e_s = side.e + k * kTile, *e_t = t_.e + k * kTile;
+    const int whole = count / V::kLanes * V::kLanes;
+    const TileSums<T> sums = exponentiate(mode, whole, x, y, s, t, keep_, e_s, e_t);
+    if (whole == count) return sums;
+    T rest_x[V::kLanes], rest_y[V::kLanes];
+    for (int i = 0; i < V::kLanes; ++i) rest_x[i] = rest_y[i] = -Real<T>::kInf;
+    convert_in(x + whole, count - whole, rest_x);
+    if (mode.teacher) convert_in(y + whole, count - whole, rest_y);
+    mode.careful = true;
+    TileSums<T> rest =
+        exponentiate<T, T>(mode, V::kLanes, rest_x, rest_y, s, t, keep_, e_s + whole, e_t + whole);
+    // The padding's -inf must not pass for a mask.
+    rest.logits_s = rest.logits_t = 0;
+    for (int i = 0; i < count - whole; ++i) {
+      rest.logits_s += rest_x[i];
+      if (mode.teacher) rest.logits_t += rest_y[i];
+    }
+    return sums + rest;
+  }
+
+  // What the ground truth needs of tile k, from logits that nothing has been taken out of.
+  void sweep_truth(int64_t k) {
+    const int count = tile_size(k);
+    if (at_one_ == AtOne::kSeparate)
+      with_student(k, [&](auto* x) { sweep_tile(k, one_, SweepMode(), count, x, x); });
+    if (task_.ce == 0) return;
+    if (task_.smoothing != 0) sum_finite(student_tile(k), count);
+    if (task_.label_probs.data) sum_label_probs(k, student_tile(k), count);
+  }
+
+  // visit(the student's tile, typed): its own memory where the working type reads that dtype, else staged.
+  template <typename F>
+  void with_student(int64_t k, F visit) {
+    if (!is_readable(task_.student.dtype)) return visit(student_tile(k));
+    with_type(task_.student.data, task_.student.dtype, [&](auto* x) {
+      if constexpr (kReadable<decltype(x)>) visit(x + k * kTile);
+    });
+  }
+  // float reads float, half and bfloat16 vectors; double reads its own.
+  template <typename From>
+  static constexpr bool kReadable = sizeof(*From()) == sizeof(T) || (sizeof(T) == 4 && sizeof(*From()) == 2);
+  static bool is_readable(Dtype dtype) { return (dtype == Dtype::kDouble) == (sizeof(T) == 8); }
+
+  // The student's softmax at temperature 1.
+  const Exponentials<T>& at_one() const { return at_one_ == AtOne::kShared ? s_ : one_; }
+
+  void finish_softmax() {
+    s_.finish();
+    if (at_one_ == AtOne::kSquared || at_one_ == AtOne::kSeparate) one_.finish();
+  }
+
+  // ---- ground truth -----------------------------------------------------------------------------------------------
+
+  void sum_finite(const T* x, int count) {
+    double sum = 0;
+    int finite = 0;
+    for (int i = 0; i < count; ++i) {
+      const bool is_masked = x[i] == -Real<T>::kInf;
+      finite += !is_masked;
+      sum += is_masked ? T(0) : x[i];
+    }
+    finite_sum_ += sum;
+    finite_count_ += finite;
+  }
+
+  void sum_label_probs(int64_t k, const T* x, int count) {
+    load(task_.label_probs, k * kTile, count, tile_y_);
+    for (int i = 0; i < count; ++i) {
+      if (tile_y_[i] == T(0)) continue;
+      label_mass_ += tile_y_[i];
+      label_dot_ += double(tile_y_[i]) * x[i];
+    }
+  }
+
+  // The temperature-1 softmax is complete: its log-sum-exp, and cross-entropy with smoothing.
+  double finish_truth() {
+    if (at_one_ == AtOne::kUnused) return 0;
+    lse_ = at_one().lse();
+    alive_ = at_one().z != 0;
+    if (!alive_ || task_.ce == 0) return 0;
+    // 1, as the exponentials rounded it, so that lse - logit loses nothing when the logits are large.
+    const double unit = at_one().scale();
+    double hard = 0;
+    if (task_.label_probs.data) {
+      hard = label_mass_ * lse_ - label_dot_ * unit;
+    } else {
+      hard = lse_ - load_one(task_.student, task_.label) * unit;
+      label_mass_ = 1;
+    }
+    if (task_.smoothing == 0) return hard;
+    return (1 - task_.smoothing) * hard + task_.smoothing * (lse_ - finite_sum_ * unit / finite_count_);
+  }
+
+  double z_loss() const { return at_one_ != AtOne::kUnused && alive_ ? task_.z * lse_ * lse_ : 0; }
+
+  bool bad_label() const {
+    return task_.ce != 0 && !task_.label_probs.data && !(task_.label >= 0 && task_.label < columns());
+  }
+
+  // d(loss) / d(logit) = ce_slope * q1 - smoothing share - labels.
+  double truth_slope() const {
+    if (at_one_ == AtOne::kUnused || !alive_) return 0;
+    const double mass = (1 - task_.smoothing) * label_mass_ + task_.smoothing;
+    return (task_.ce != 0 ? task_.ce * mass : 0) + 2 * task_.z * lse_;
+  }
+
+  double smoothing_share() const {
+    return task_.ce != 0 && task_.smoothing != 0 && alive_ ? task_.ce * task_.smoothing / finite_count_ : 0;
+  }
+
+  // ---- gradient ---------------------------------------------------------------------------------------------------
+
+  // What a gradient tile superposes: student * e_s + h * (the array h) + one * (softmax at temperature 1) - share.
+  struct Slopes {
+    double student = 0, h = 0;
+    const T* h_tile = nullptr;
+  };
+
+  // Writes tile k's gradient to memory, label and masks included.
+  void write_gradient(int64_t k, const Slopes& slopes) {
+    const bool direct = is_readable(task_.student.dtype) && !needs_staging(k);
+    if (direct) {
+      with_type(task_.grad, task_.student.dtype, [&](auto* out) {
+        if constexpr (kReadable<decltype(out)>)
+          combine(k, slopes, 0, tile_size(k) / V::kLanes * V::kLanes, writable(out) + k * kTile);
+      });
+      write_rest(k, slopes);
+      write_label(k, slopes);
+      if (masked_[k]) zero_masked(k);
+    } else {
+      combine(k, slopes, 0, padded(tile_size(k)), tile_g_);
+      finish_staged(k);
+    }
+  }
+
+  // Class probabilities are a whole tile to subtract; masks are read from logits that an in-place gradient overwrites.
+  bool needs_staging(int64_t k) const {
+    return (task_.ce != 0 && task_.label_probs.data) || (masked_[k] && task_.grad == task_.student.data);
+  }
+
+  // Columns [begin, end) of tile k, whole vectors.
+  template <typename To>
+  void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out) {
+    if (at_one_ == AtOne::kSquared) return combine<AtOne::kSquared>(k, slopes, begin, end, out);
+    if (at_one_ == AtOne::kSeparate) return combine<AtOne::kSeparate>(k, slopes, begin, end, out);
+    combine<AtOne::kUnused>(k, slopes, begin, end, out);
+  }
+
+  template <AtOne kAtOne, typename To>
+  void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out) {
+    const double truth = truth_slope();
+    const double student = slopes.student + (at_one_ == AtOne::kShared ? truth * s_.factor[k] : 0);
+    const double one = kAtOne == AtOne::kUnused ? 0 : truth * one_.factor[k];
+    const V a((T(student))), b((T(slopes.h))), c((T(one))), d((T(-smoothing_share())));
+    const T *e = s_.e + k * kTile, *e_one = one_.e + k * kTile, *h = slopes.h_tile;
+    for (int i = begin; i < end; i += V::kLanes) {
+      const V e_s = V::load(e + i);
+      V y = e_s * a + d;
+      if (h) y = V::load(h + i) * b + y;
+      if (kAtOne == AtOne::kSquared) y = e_s * e_s * c + y;
+      if (kAtOne == AtOne::kSeparate) y = V::load(e_one + i) * c + y;
+      store_vector(y, out + (i - begin));
+    }
+  }
+
+  // The columns after the last whole vector.
+  void write_rest(int64_t k, const Slopes& slopes) {
+    const int count = tile_size(k), whole = count / V::kLanes * V::kLanes;
+    if (whole == count) return;
+    combine(k, slopes, whole, whole + V::kLanes, tile_g_);
+    store(tile_g_, count - whole, task_.grad, task_.student.dtype, k * kTile + whole);
+  }
+
+  void write_label(int64_t k, const Slopes& slopes) {
+    if (!has_label_in(k)) return;
+    const int at = int(task_.label - k * kTile), begin = at / V::kLanes * V::kLanes;
+    combine(k, slopes, begin, begin + V::kLanes, tile_g_);
+    store_one(tile_g_[at - begin] - label_slope(), task_.grad, task_.student.dtype, task_.label);
+  }
+
+  double label_slope() const { return task_.ce * (1 - task_.smoothing); }
+  bool has_label_in(int64_t k) const {
+    return task_.ce != 0 && alive_ && !task_.label_probs.data && task_.label / kTile == k;
+  }
+
+  void finish_staged(int64_t k) {
+    const int64_t begin = k * kTile;
+    const int count = tile_size(k);
+    if (has_label_in(k)) tile_g_[task_.label - begin] -= T(label_slope());
+    if (task_.ce != 0 && alive_ && task_.label_probs.data) {
+      load(task_.label_probs, begin, count, tile_y_);
+      for (int i = 0; i < count; ++i) tile_g_[i] -= T(label_slope()) * tile_y_[i];
+    }
+    const T* x = student_tile(k);
+    for (int i = 0; i < count; ++i) tile_g_[i] = x[i] == -Real<T>::kInf ? T(0) : tile_g_[i];
+    store(tile_g_, count, task_.grad, task_.student.dtype, begin);
+  }
+
+  void zero_masked(int64_t k) {
+    const T* x = student_tile(k);
+    for (int i = 0; i < tile_size(k); ++i)
+      if (x[i] == -Real<T>::kInf) store_one(0, task_.grad, task_.student.dtype, k * kTile + i);
+  }
+
+  // A row whose loss is NaN has a NaN gradient, the quiet one in every dtype.
+  void fill_nan() {
+    if (!task_.grad) return;
+    for (int i = 0; i < kTile; ++i) tile_g_[i] = __builtin_nan("");
+    for (int64_t k = 0; k < tile_count(columns()); ++k)
+      store(tile_g_, tile_size(k), task_.grad, task_.student.dtype, k * kTile);
+  }
+
+  // The student's entropy at its temperature: log-sum-exp - sum q u.
+  double entropy() {
+    double dot = 0;
+    for (int64_t k = 0; k < tile_count(s_.columns); ++k) {
+      const T* x = student_tile(k);
+      const int count = clamp_tile(s_.columns - k * kTile);
+      for (int i = 0; i < count; ++i) {
+        const T q = s_.probability(k * kTile + i);
+        if (q > T(0)) dot += double(q) * x[i] * s_.scale();
+      }
+    }
+    return s_.lse() - dot;
+  }
+
+  const RowTask& task_;
+  Exponentials<T> s_, t_, one_;
+  AtOne at_one_ = AtOne::kUnused;
+  double* cross_ = nullptr;  // (tiles,) sum of e_t (keep v - u), in bits
+  bool* masked_ = nullptr;   // (tiles,) the student's tile holds a -inf
+  T *tile_s_ = nullptr, *tile_t_ = nullptr, *tile_g_ = nullptr, *tile_y_ = nullptr;
+  int64_t staged_ = -1;  // the tile that tile_s_ holds, unchanged
+  double finite_sum_ = 0, finite_count_ = 0, label_mass_ = 0, label_dot_ = 0, lse_ = 0;
+  bool alive_ = false;  // the student has a finite column
+  T keep_ = 1;          // 0: cross sums of cross-entropy, without the teacher's entropy
+
+ private:
+  void carve(void* workspace) {
+    const int64_t tiles = tile_count(columns());
+    T* row = (T*)workspace;
+    Exponentials<T>* const sides[] = {&s_, &t_, &one_};
+    for (Exponentials<T>* side : sides) {
+      side->e = row;
+      row += tiles * kTile;
+    }
+    T** const buffers[] = {&tile_s_, &tile_t_, &tile_g_, &tile_y_};
+    for (T** buffer : buffers) {
+      *buffer = row;
+      row += kTile;
+    }
+    double* stats = (double*)row;
+    for (Exponentials<T>* side : sides) {
+      side->offset = stats;
+      side->sum = stats + tiles;
+      side->factor = stats + 2 * tiles;
+      stats += 3 * tiles;
+    }
+    cross_ = stats;
+    masked_ = (bool*)(stats + tiles);
+    for (int64_t k = 0; k < tiles; ++k) masked_[k] = false;
+  }
+};

@@ -1,0 +1,154 @@
+// What the row ops share: reading their tensors, and running a row function over every row.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+#include <optional>
+
+#include "memory.h"
+#include "row.h"
+
+namespace kdfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Double:
+      return Dtype::kDouble;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
+      return Dtype::kFloat;
+  }
+}
+
+// A (outer, inner, columns) tensor as outer * inner rows of unit stride.
+class Rows {
+ public:
+  explicit Rows(const Tensor& x)
+      : data_(static_cast<char*>(x.data_ptr())),
+        dtype_(dtype_of(x)),
+        bytes_(int64_t(x.element_size())),
+        inner_(x.size(1)),
+        columns_(x.size(2)),
+        stride_outer_(x.stride(0)),
+        stride_inner_(x.stride(1)) {
+    STD_TORCH_CHECK(x.dim() == 3 && (columns_ < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
+  }
+  Source operator[](int64_t row) const { return {at(row), dtype_, columns_}; }
+  void* at(int64_t row) const {
+    return data_ + (row / inner_ * stride_outer_ + row % inner_ * stride_inner_) * bytes_;
+  }
+
+ private:
+  char* data_;
+  Dtype dtype_;
+  int64_t bytes_, inner_, columns_, stride_outer_, stride_inner_;
+};
+
+// (rows, n) numbers in the working type: float, or double for a float64 student.
+class Numbers {
+ public:
+  explicit Numbers(const Tensor& x) : data_(x.data_ptr()), is_double_(x.scalar_type() == ScalarType::Double) {
+    STD_TORCH_CHECK(x.is_contiguous() && (is_double_ || x.scalar_type() == ScalarType::Float),
+                    "expected contiguous float32 or float64 numbers");
+  }
+  double operator[](int64_t i) const { return is_double_ ? ((double*)data_)[i] : ((float*)data_)[i]; }
+  void set(int64_t i, double value) const {
+    if (is_double_)
+      ((double*)data_)[i] = value;
+    else
+      ((float*)data_)[i] = float(value);
+  }
+
+ private:
+  void* data_;
+  bool is_double_;
+};
+
+// What every row op takes beside its teacher.
+struct RowArguments {
+  const Tensor& student;  // (outer, inner, V_s)
+  const Tensor& coef;     // (5, rows): tau_s, tau_t and the coefficients of KD, CE and z-loss
+  const std::optional<Tensor>& label;        // (rows,) int64
+  const std::optional<Tensor>& label_probs;  // (outer, inner, V_s)
+  double smoothing;
+  bool want_parts;
+};
+
+struct RowOutputs {
+  Tensor loss;   // (rows,)
+  Tensor parts;  // (4, rows): KD, CE, entropy, top-1 agreement; or (4, 0)
+};
+
+inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
+
+inline Tensor new_gradient(const Tensor& student) {
+  Tensor grad = torch::stable::new_empty(student, student.sizes(), student.scalar_type());
+  advise_huge_pages(grad.data_ptr(), grad.numel() * int64_t(grad.element_size()));
+  return grad;
+}
+
+// A row that does not count: loss 0, gradient exactly 0, whatever the logits hold.
+inline void clear_row(const RowTask& task, int64_t element_size) {
+  if (task.grad) std::memset(task.grad, 0, size_t(task.student.size * element_size));
+}
+
+// Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads.
+template <typename F>
+RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row) {
+  const Tensor& student = arguments.student;
+  const int64_t count = student.size(0) * student.size(1), columns = student.size(2);
+  const Tensor& coef = arguments.coef;
+  STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == 5 && coef.size(1) == count, "coef must be (5, rows)");
+  const Rows students(student);
+  const std::optional<Rows> probs = arguments.label_probs ? std::optional<Rows>(*arguments.label_probs) : std::nullopt;
+  const std::optional<Rows> grads = grad ? std::optional<Rows>(*grad) : std::nullopt;
+  const Numbers numbers(coef);
+  const auto* labels = arguments.label ? static_cast<const int64_t*>(arguments.label->data_ptr()) : nullptr;
+  RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
+                    torch::stable::new_empty(coef, {4, arguments.want_parts ? count : 0}, coef.scalar_type())};
+  const Numbers loss(out.loss), parts(out.parts);
+  const auto run = [&](int64_t begin, int64_t end) {
+    void* workspace = thread_workspace(kernels().workspace_bytes(columns));
+    for (int64_t i = begin; i < end; ++i) {
+      RowTask task;
+      task.student = students[i];
+      if (probs) task.label_probs = (*probs)[i];
+      if (labels) task.label = labels[i];
+      if (grads) task.grad = grads->at(i);
+      task.tau_s = numbers[i];
+      task.tau_t = numbers[count + i];
+      task.kd = numbers[2 * count + i];
+      task.ce = numbers[3 * count + i];
+      task.z = numbers[4 * count + i];
+      task.smoothing = arguments.smoothing;
+      task.want_parts = arguments.want_parts;
+      const bool counts = task.kd != 0 || task.ce != 0 || task.z != 0;
+      const RowResult result = counts ? row(i, task, workspace) : RowResult();
+      if (!counts) clear_row(task, int64_t(student.element_size()));
+      loss.set(i, result.loss);
+      if (!arguments.want_parts) continue;
+      const double values[] = {result.kd, result.ce, result.entropy, result.top1};
+      for (int p = 0; p < 4; ++p) parts.set(p * count + i, values[p]);
+    }
+  };
+  // About as many columns per task as pay for waking a thread.
+  constexpr int64_t kGrain = 1 << 15;
+  torch::stable::parallel_for(0, count, columns ? (kGrain + columns - 1) / columns : 1, run);
+  return out;
+}
+
+}  // namespace kdfast

@@ -1,0 +1,184 @@
+// SIMD values of one ISA, on the compiler's vector extensions, with their own exp2 and log.
+//
+// Included by each ISA's file inside its own namespace, after its target pragma and after every standard header, so
+// that no template of the standard library is compiled for an ISA that the machine may lack.
+// KDFAST_VEC_BYTES is the register width.
+
+#define KD_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float Value __attribute__((vector_size(KDFAST_VEC_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(KDFAST_VEC_BYTES)));
+};
+template <>
+struct VecTypes<double> {
+  typedef double Value __attribute__((vector_size(KDFAST_VEC_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(KDFAST_VEC_BYTES)));
+};
+
+template <typename T>
+struct Mask {
+  typename VecTypes<T>::Int m;
+};
+
+template <typename T>
+struct Vec {
+  using Value = typename VecTypes<T>::Value;
+  using Int = typename VecTypes<T>::Int;
+  static constexpr int kLanes = KDFAST_VEC_BYTES / sizeof(T);
+  Value v;
+
+  Vec() = default;
+  KD_INLINE Vec(Value value) : v(value) {}
+  KD_INLINE Vec(T value) : v(value - Value{}) {}
+  static KD_INLINE Vec load(const T* from) {
+    Vec x;
+    __builtin_memcpy(&x.v, from, sizeof(Value));
+    return x;
+  }
+  KD_INLINE void store(T* to) const { __builtin_memcpy(to, &v, sizeof(Value)); }
+};
+
+template <typename T>
+KD_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return a.v + b.v;
+}
+template <typename T>
+KD_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return a.v - b.v;
+}
+template <typename T>
+KD_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return a.v * b.v;
+}
+template <typename T>
+KD_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return a.v / b.v;
+}
+template <typename T>
+KD_INLINE Vec<T> operator-(Vec<T> a) {
+  return -a.v;
+}
+template <typename T>
+KD_INLINE Mask<T> operator==(Vec<T> a, Vec<T> b) {
+  return {a.v == b.v};
+}
+template <typename T>
+KD_INLINE Mask<T> operator>(Vec<T> a, Vec<T> b) {
+  return {a.v > b.v};
+}
+template <typename T>
+KD_INLINE Mask<T> operator&(Mask<T> a, Mask<T> b) {
+  return {a.m & b.m};
+}
+template <typename T>
+KD_INLINE Vec<T> select(Mask<T> mask, Vec<T> yes, Vec<T> no) {
+  return mask.m ? yes.v : no.v;
+}
+// Both return `b` when `a` or `b` is NaN, as one instruction does.
+template <typename T>
+KD_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a.v > b.v ? a.v : b.v;
+}
+template <typename T>
+KD_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return a.v < b.v ? a.v : b.v;
+}
+template <typename T>
+KD_INLINE Vec<T> abs(Vec<T> a) {
+  return max(-a, a);
+}
+
+template <typename T>
+KD_INLINE T reduce_add(Vec<T> x) {
+  T total = 0;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) total += x.v[i];
+  return total;
+}
+template <typename T>
+KD_INLINE T reduce_max(Vec<T> x) {
+  T top = x.v[0];
+  for (int i = 1; i < Vec<T>::kLanes; ++i) top = x.v[i] > top ? x.v[i] : top;
+  return top;
+}
+
+template <typename T>
+struct Real;
+
+template <>
+struct Real<float> {
+  static constexpr float kInf = __builtin_inff();
+  static constexpr float kTiny = 0x1p-126f, kMax = 0x1.fffffep127f;
+  static constexpr int kMantissa = 23, kBias = 127;
+  // Adding it rounds to an integer, which then sits, biased for an exponent, in the low mantissa bits.
+  static constexpr float kRound = 0x1.8p23f + 127;
+  // 2^f on [-1/2, 1/2], minimax.
+  static constexpr float kExp2[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                                    5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
+};
+template <>
+struct Real<double> {
+  static constexpr double kInf = __builtin_inf();
+  static constexpr double kTiny = 0x1p-1022, kMax = 0x1.fffffffffffffp1023;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52 + 1023;
+  // ln(2)^k / k!
+  static constexpr double kExp2[] = {1.3691488853904129e-12, 2.5678435993488205e-11, 4.4455382718708116e-10,
+                                     7.0549116208011233e-09, 1.0178086009239699e-07, 1.3215486790144307e-06,
+                                     1.5252733804059840e-05, 1.5403530393381608e-04, 1.3333558146428443e-03,
+                                     9.6181291076284768e-03, 5.5504108664821580e-02, 2.4022650695910072e-01,
+                                     6.9314718055994531e-01, 1.0};
+};
+
+// 2^x for x up to kBias + 1: exact 0 below the normal range, NaN stays NaN.
+template <typename T>
+KD_INLINE Vec<T> exp2(Vec<T> x) {
+  using R = Real<T>;
+  const Vec<T> round(R::kRound);
+  x = max(Vec<T>(T(-R::kBias)), x);
+  const Vec<T> r = x + round;
+  const Vec<T> f = x - (r - round);
+  Vec<T> y(R::kExp2[0]);
+  for (unsigned i = 1; i < sizeof(R::kExp2) / sizeof(T); ++i) y = y * f + Vec<T>(R::kExp2[i]);
+  // The exponent field alone: 2^-kBias comes out as the bits of 0, 2^(kBias + 1) as those of +inf.
+  return y * Vec<T>((typename Vec<T>::Value)((typename Vec<T>::Int)(r.v) << R::kMantissa));
+}
+
+template <typename T>
+KD_INLINE Vec<T> exp(Vec<T> x) {
+  return exp2(min(Vec<T>(T(Real<T>::kBias + 1)), x * Vec<T>(T(1.4426950408889634))));
+}
+
+// Natural logarithm of a normal positive number, +inf at +inf, NaN at NaN.
+KD_INLINE Vec<float> log(Vec<float> x) {
+  using V = Vec<float>;
+  using I = V::Int;
+  const I bits = (I)x.v;
+  // Split at sqrt(1/2), so that the mantissa lies in [sqrt(1/2), sqrt(2)).
+  const I exponent = (bits - 0x3f3504f3) >> 23;
+  const V f = V((V::Value)(bits - (exponent << 23))) - V(1.0f);
+  const V e = __builtin_convertvector(exponent, V::Value);
+  const float coefficients[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  V y(coefficients[0]);
+  for (int i = 1; i < 9; ++i) y = y * f + V(coefficients[i]);
+  const V square = f * f;
+  y = y * f * square + e * V(-2.12194440e-4f) - V(0.5f) * square + f + e * V(0.693359375f);
+  return select(x == V(Real<float>::kInf), x, select(x == x, y, x));
+}
+// float64 serves gradcheck, not speed.
+KD_INLINE Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kLanes; ++i) x.v[i] = ::log(x.v[i]);
+  return x;
+}
+
+// log(1 + x), accurate near 0 (Kahan): the rounding of 1 + x cancels in the quotient.
+template <typename T>
+KD_INLINE Vec<T> log1p(Vec<T> x) {
+  const Vec<T> one(T(1)), u = one + x;
+  return select(u == one, x, log(u) * (x / (u - one)));
+}

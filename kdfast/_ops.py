@@ -1,0 +1,269 @@
+"""Fake kernels, autograd and device fallbacks of every native op: the one file that knows which kernel runs where.
+
+An op takes (outer, inner, V) rows of unit vocabulary stride and ``coef`` (5, rows) as ``kdfast.reference`` describes;
+C++ registers the schema and the CPU kernel. Devices without a kernel run the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kdfast import _C, reference
+from kdfast.divergences import Divergence
+
+__all__ = ["DenseTeacher", "SparseTeacher", "Truth", "row_loss", "row_loss_fused", "row_loss_inplace"]
+
+_KINDS: tuple[str, ...] = _C.divergences()
+
+
+class Truth(NamedTuple):
+    """Labels as the ops take them, and whether the parts are wanted."""
+
+    index: Tensor | None  # (rows,) int64
+    probs: Tensor | None  # (outer, inner, V_s)
+    smoothing: float
+    want_parts: bool
+
+
+class Teacher(Protocol):
+    """One side of an op: its name and how its arguments lie around coef and the labels."""
+
+    op: str
+
+    def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]: ...
+
+
+class DenseTeacher(NamedTuple):
+    logits: Tensor  # (outer, inner, V_t)
+    divergence: Divergence
+    op: str = "dense_rows"
+
+    def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
+        div = self.divergence.canonical()
+        scale = 1.0 / (div.a * (1.0 - div.a)) if div.normalize else 1.0
+        kind = _KINDS.index(div.name)
+        return (self.logits, coef, *truth[:3], kind, div.a, div.b, scale, div.standardize, truth.want_parts)
+
+
+class SparseTeacher(NamedTuple):
+    ids: Tensor  # (nnz,) int32
+    weights: Tensor  # (nnz,) float32
+    offsets: Tensor  # (rows + 1,) int64
+    tail: Tensor | None  # (rows,) log-mass
+    vocab: int
+    subtract_entropy: bool
+    op: str = "sparse_rows"
+
+    def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
+        return (*self[:6], coef, *truth)
+
+
+# ---- what the losses call ---------------------------------------------------------------------------------------------
+
+
+def row_loss(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+    """(rows,) losses and (4, rows) parts; the backward pass computes the gradient anew."""
+    return _op(teacher.op)(student, *teacher.arguments(coef, truth))
+
+
+def row_loss_fused(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+    """Their sum; the forward pass computes the gradient too, and backward only scales it."""
+    return _Fused.apply(student, teacher.op + "_grad", *teacher.arguments(coef, truth))
+
+
+def row_loss_inplace(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+    """The same, with the gradient written over the student's logits."""
+    return _InPlace.apply(student, teacher.op + "_inplace", *teacher.arguments(coef, truth))
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.kdfast, name).default
+
+
+# ---- gradient in the forward pass -------------------------------------------------------------------------------------
+
+_SPENT = (
+    "the gradient that kd_loss computed in its forward pass has been used by an earlier backward; "
+    'for several backward passes through one loss use backward="recompute"'
+)
+
+
+def _scaled_once(ctx: Any, upstream: Tensor) -> Tensor:
+    """The saved gradient times the upstream scalar, in its own memory."""
+    if not torch.compiler.is_compiling():
+        if getattr(ctx, "spent", False):
+            raise RuntimeError(_SPENT)
+        ctx.spent = True
+    (grad,) = ctx.saved_tensors
+    _op("scale_")(grad, upstream)
+    return grad
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, op: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, grad, parts = _op(op)(student, *arguments)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(parts)
+        ctx.count = len(arguments)
+        return loss.sum(), parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        return _scaled_once(ctx, upstream), None, *(None,) * ctx.count
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, op: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, parts = _op(op)(student, *arguments)
+        ctx.save_for_backward(student)
+        ctx.mark_non_differentiable(parts)
+        ctx.count = len(arguments)
+        return loss.sum(), parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        return _scaled_once(ctx, upstream), None, *(None,) * ctx.count
+
+
+# ---- registration -------------------------------------------------------------------------------------------------------
+
+# Where coef lies among an op's arguments after the student, and how many there are.
+_COEF = {"dense_rows": 1, "sparse_rows": 6}
+
+
+def _fake_outputs(coef: Tensor, want_parts: bool) -> tuple[Tensor, Tensor]:
+    rows = coef.shape[1]
+    return coef.new_empty(rows), coef.new_empty(4, rows if want_parts else 0)
+
+
+def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Fakes, autograd and the reference fallback of one row op and its two gradient forms."""
+    at = _COEF[name]
+
+    def fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _fake_outputs(arguments[at], arguments[-1])
+
+    def fake_grad(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, parts = fake(student, *arguments)
+        return loss, torch.empty_like(student, memory_format=torch.contiguous_format), parts
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
+        none = (None,) * (len(ctx.rest) - 1)
+        if upstream is None:
+            return None, *none
+        inputs = list(ctx.rest)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            inputs[i] = tensor
+        coef = inputs[1 + at]
+        # A row's upstream gradient scales its coefficients; a temperature stays what it is.
+        inputs[1 + at] = torch.cat([coef[:2], coef[2:] * upstream])
+        inputs[-1] = False
+        return _op(name + "_grad")(*inputs)[1], *none
+
+    def backward_of_grad(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("kd_loss is once differentiable: its gradient has no derivative of its own")
+
+    def fallback_grad(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = student.detach().requires_grad_()
+            loss, parts = fallback(leaf, *arguments)
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        return loss.detach(), grad.contiguous(), parts
+
+    def fallback_inplace(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, grad, parts = fallback_grad(student, *arguments)
+        student.copy_(grad)
+        return loss, parts
+
+    library = torch.library
+    for suffix, make_fake, implementation in (
+        ("", fake, fallback),
+        ("_grad", fake_grad, fallback_grad),
+        ("_inplace", fake, fallback_inplace),
+    ):
+        library.register_fake(f"kdfast::{name}{suffix}", make_fake)
+        library.impl(f"kdfast::{name}{suffix}", "default", implementation)
+    library.register_autograd(f"kdfast::{name}", backward, setup_context=setup_context)
+    library.register_autograd(f"kdfast::{name}_grad", backward_of_grad)
+
+
+def _reference_dense(
+    student: Tensor,
+    teacher: Tensor,
+    coef: Tensor,
+    label: Tensor | None,
+    label_probs: Tensor | None,
+    smoothing: float,
+    kind: int,
+    a: float,
+    b: float,
+    scale: float,
+    standardize: bool,
+    want_parts: bool,
+) -> tuple[Tensor, Tensor]:
+    divergence = Divergence(_KINDS[kind], a=a, b=b, normalize=scale != 1.0, standardize=standardize)
+    labels = reference.Labels(label, _flat(label_probs), smoothing)
+    loss, parts = reference.dense_rows(_rows(student), _rows(teacher), coef, labels, divergence)
+    return loss, _stack(parts, want_parts)
+
+
+def _reference_sparse(
+    student: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    tail: Tensor | None,
+    vocab: int,
+    subtract_entropy: bool,
+    coef: Tensor,
+    label: Tensor | None,
+    label_probs: Tensor | None,
+    smoothing: float,
+    want_parts: bool,
+) -> tuple[Tensor, Tensor]:
+    labels = reference.Labels(label, _flat(label_probs), smoothing)
+    loss, parts = reference.sparse_rows(
+        _rows(student), ids, weights, offsets, tail, vocab, coef, labels, subtract_entropy
+    )
+    return loss, _stack(parts, want_parts)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _rows(x)
+
+
+def _stack(parts: reference.Parts, want_parts: bool) -> Tensor:
+    stacked = torch.stack(parts)
+    return stacked if want_parts else stacked[:, :0].contiguous()
+
+
+_register("dense_rows", _reference_dense)
+_register("sparse_rows", _reference_sparse)
+
+
+@torch.library.register_fake("kdfast::scale_")
+def _(x: Tensor, factor: Tensor) -> None:
+    return None
+
+
+@torch.library.impl("kdfast::scale_", "default")
+def _(x: Tensor, factor: Tensor) -> None:
+    x.mul_(factor)

@@ -1,0 +1,26 @@
+"""The soft-label cache: run the teacher once, keep a few bytes per token, train any number of students from it.
+
+    with kdfast.cache.Writer(path, vocab_size=V, codec="topk", k=16, teacher="my-teacher-v1") as writer:
+        writer.add(ids, logits)
+    cache = kdfast.cache.open(path)
+    labels = cache.gather([ids, other_ids])  # SoftLabels, as kd_loss takes them
+
+``FORMAT.md`` gives the files byte by byte. ``kdfast.cache.codecs`` lists what a row can be stored as.
+"""
+
+from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.keys import Key
+from kdfast.cache.reader import CacheInfo, CacheReader
+from kdfast.cache.reader import open_cache as open
+from kdfast.cache.writer import Writer
+
+__all__ = [
+    "CacheCorruptError",
+    "CacheError",
+    "CacheInfo",
+    "CacheMismatchError",
+    "CacheReader",
+    "Key",
+    "Writer",
+    "open",
+]

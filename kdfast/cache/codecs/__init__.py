@@ -1,0 +1,42 @@
+"""The codecs by name, one file each. ``register`` adds another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdfast.cache.codecs.base import Codec, FixedWidthCodec
+from kdfast.cache.codecs.dense import Dense
+from kdfast.cache.codecs.topk import TopK
+
+__all__ = ["Codec", "Dense", "FixedWidthCodec", "TopK", "create", "register"]
+
+_registry: dict[str, type[Codec]] = {}
+
+
+def register(codec: type[Codec]) -> type[Codec]:
+    """Make a codec available under its ``name``. Use it as a class decorator."""
+    if _registry.setdefault(codec.name, codec) is not codec:
+        raise ValueError(f"a codec named {codec.name!r} is already registered: {_registry[codec.name].__qualname__}")
+    return codec
+
+
+def create(name: str, vocab_size: int, temperatures: Sequence[float], options: Mapping[str, Any]) -> Codec:
+    """The codec ``name`` with its options.
+
+    Raises:
+        ValueError: an unknown codec, or an option out of range.
+        TypeError: an option that the codec does not have.
+    """
+    if name not in _registry:
+        raise ValueError(f"codec must be one of {sorted(_registry)}, got {name!r}")
+    try:
+        return _registry[name](vocab_size, temperatures, **options)
+    except TypeError as error:
+        raise TypeError(f"codec {name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"codec {name!r}: {error}") from error
+
+
+register(Dense)
+register(TopK)

@@ -1,0 +1,115 @@
+"""``topk``: the K most likely tokens, and exactly how much probability the rest holds at each temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
+from kdfast.labels import SoftLabels
+
+__all__ = ["TopK"]
+
+VALUE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+WIDE_VOCAB = 65536  # a larger vocabulary takes 3-byte ids
+
+
+class TopK(FixedWidthCodec):
+    """Ids and log-probabilities at T = 1 of the k largest columns, and the log-mass of all others per temperature.
+
+    A row is k ids (u16; 3 bytes above 65536 columns), k log-probabilities (``value_dtype``: float16, whose relative
+    error is 2**-11, or float32) and one float32 tail per temperature. The tail is a log-sum-exp over the columns
+    left out, in float64. Columns at -inf are never entries, nor are those whose log-probability overflows
+    ``value_dtype``: these stay in the tail, so that the split of the row's mass remains exact.
+    """
+
+    name = "topk"
+
+    def __init__(
+        self, vocab_size: int, temperatures: Sequence[float], *, k: int = 16, value_dtype: str = "float16"
+    ) -> None:
+        super().__init__(vocab_size, temperatures)
+        if index(k) < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if value_dtype not in VALUE_DTYPES:
+            raise ValueError(f"value_dtype must be one of {sorted(VALUE_DTYPES)}, got {value_dtype!r}")
+        self.k = min(index(k), self.vocab_size)
+        self.value_dtype = value_dtype
+        ids = ("<u2", (self.k,)) if self.vocab_size <= WIDE_VOCAB else ("u1", (self.k, 3))
+        values = np.dtype(value_dtype).newbyteorder("<")
+        tails = ("<f4", (len(self.temperatures),))
+        self.row_dtype = np.dtype([("ids", *ids), ("values", values, (self.k,)), ("tails", *tails)])
+
+    def config(self) -> dict[str, Any]:
+        return {"k": self.k, "value_dtype": self.value_dtype}
+
+    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+        return SoftLabels.cat([self._select(chunk) for chunk in float64_chunks(logits)])
+
+    def _select(self, z: Tensor) -> SoftLabels:
+        """The labels of ``z``, (rows, vocab) in float64."""
+        top, ids = z.topk(self.k, dim=1)
+        log_probs = (top - z.logsumexp(1, keepdim=True)).float()
+        kept = log_probs.to(VALUE_DTYPES[self.value_dtype]).isfinite()
+        entries = top.masked_fill(~kept, -torch.inf)
+        rest = z.scatter(1, ids, top.masked_fill(kept, -torch.inf))
+        tails = torch.stack([_log_share(rest / t, entries / t) for t in self.temperatures])
+        offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+        return SoftLabels.topk(
+            ids[kept],
+            log_probs[kept],
+            tails,
+            vocab_size=self.vocab_size,
+            temperatures=self.temperatures,
+            offsets=offsets,
+        )
+
+    def encode(self, labels: SoftLabels) -> bytes:
+        assert labels.ids is not None
+        assert labels.offsets is not None
+        assert labels.tails is not None
+        out = np.zeros(len(labels), self.row_dtype)
+        filled = np.arange(self.k) < np.diff(labels.offsets.numpy())[:, None]
+        ids = np.zeros(filled.shape, "<u4")
+        ids[filled] = labels.ids.numpy()
+        out["ids"] = ids if self.vocab_size <= WIDE_VOCAB else ids[..., None].view(np.uint8)[..., :3]
+        out["values"] = -np.inf  # marks the entries that a short row lacks
+        out["values"][filled] = labels.values.numpy()
+        out["tails"] = labels.tails.numpy().T
+        return out.tobytes()
+
+    def decode(self, block: NDArray[np.uint8], rows: int, wanted: slice) -> SoftLabels:
+        packed = self._rows(block, rows, wanted)
+        values = packed["values"].astype(np.float32)
+        if not ((values <= 0).all() and (packed["tails"] <= 0).all()):  # NaN included
+            raise ValueError("a log-probability or a tail is not in [-inf, 0]")
+        kept = values > -np.inf
+        ids = self._ids(packed)[kept]
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            raise ValueError(f"id {int(ids.max())} is outside the vocabulary of {self.vocab_size}")
+        offsets = np.zeros(len(packed) + 1, np.int64)
+        np.cumsum(kept.sum(1), out=offsets[1:])
+        return SoftLabels.topk(
+            torch.from_numpy(ids),
+            torch.from_numpy(values[kept]),
+            torch.from_numpy(packed["tails"].T.astype(np.float32, order="C")),
+            vocab_size=self.vocab_size,
+            temperatures=self.temperatures,
+            offsets=torch.from_numpy(offsets),
+        )
+
+    def _ids(self, packed: NDArray[Any]) -> NDArray[np.int32]:
+        ids: NDArray[np.int32] = packed["ids"].astype(np.int32)
+        return ids if self.vocab_size <= WIDE_VOCAB else ids[..., 0] | ids[..., 1] << 8 | ids[..., 2] << 16
+
+
+def _log_share(rest: Tensor, entries: Tensor) -> Tensor:
+    """(rows,): the log of the softmax mass of ``rest`` in ``rest`` and ``entries`` together."""
+    left, right = rest.logsumexp(1), entries.logsumexp(1)
+    return left - torch.logaddexp(left, right)

@@ -1,0 +1,168 @@
+"""The bytes of a shard file: safetensors, with a last tensor that seals everything but the payload.
+
+safetensors itself accepts most bit flips in its header, and all in its data. Here the seal holds the CRC-32C of the
+header and of the tables; the payload has one CRC-32C per block, in the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast._C import crc32c
+from kdfast.cache.errors import CacheCorruptError, naming
+
+__all__ = ["Container", "pack", "read_container"]
+
+ALIGN = 8
+SEAL_BYTES = 8
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+DTYPES = {"U8": "u1", "U32": "<u4", "I64": "<i8"}
+# Every tensor in file order: its dtype and its shape without the leading dimension.
+LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
+    "payload": ("U8", ()),
+    "padding": ("U8", ()),
+    "block_index": ("I64", (4,)),
+    "record_spans": ("I64", (2,)),
+    "record_keys": ("U8", (16,)),
+    "block_crc": ("U32", ()),
+    "seal": ("U32", ()),
+}
+TABLES = [name for name in LAYOUT if name not in ("payload", "seal")]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A shard's parts, checked, apart from the payload, which stays on disk."""
+
+    metadata: dict[str, str]
+    payload_start: int
+    payload_bytes: int
+    tables: dict[str, NDArray[Any]]
+    seal: bytes
+    file_bytes: int
+
+
+def pack(metadata: dict[str, str], payload: list[bytes], tables: dict[str, NDArray[Any]]) -> list[bytes]:
+    """A shard file, in pieces. ``tables`` holds those of ``TABLES``; the padding is made here."""
+    size = sum(map(len, payload))
+    padding = np.zeros(-size % ALIGN, np.uint8)
+    data = {name: table.astype(DTYPES[LAYOUT[name][0]]) for name, table in {"padding": padding, **tables}.items()}
+    shapes = {"payload": (size,), **{name: data[name].shape for name in TABLES}, "seal": (2,)}
+    header = _header(metadata, shapes)
+    body = b"".join(data[name].tobytes() for name in TABLES)
+    return [header, *payload, body, _seal(header, body)]
+
+
+def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """The length, then JSON, padded with spaces so that the data starts on a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes.items():
+        dtype = LAYOUT[name][0]
+        begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _seal(header: bytes, body: bytes) -> bytes:
+    return np.array([crc32c(header), crc32c(body)], "<u4").tobytes()
+
+
+def read_container(path: Path) -> Container:
+    """Read and check everything but the payload.
+
+    Raises:
+        CacheCorruptError: the file is truncated, or its header or tables are not what was written.
+        OSError: the file cannot be read.
+    """
+    with naming(path), path.open("rb") as file:
+        try:
+            return _read(file, path.stat().st_size)
+        except (ValueError, RecursionError) as error:
+            raise CacheCorruptError(f"{path}: {error}") from error
+
+
+def _read(file: BinaryIO, file_bytes: int) -> Container:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if length > min(file_bytes - 8, MAX_HEADER):
+        raise ValueError(f"truncated or corrupt: a header of {length} bytes in a file of {file_bytes}")
+    text = file.read(length)
+    metadata, tensors = _parse_header(text)
+    start = 8 + length
+    payload_bytes, body_end = tensors["payload"].end, tensors["seal"].begin
+    if start + body_end + SEAL_BYTES != file_bytes:
+        raise ValueError(f"truncated or corrupt: {start + body_end + SEAL_BYTES} bytes announced, {file_bytes} found")
+    file.seek(start + payload_bytes)
+    body, seal = file.read(body_end - payload_bytes), file.read(SEAL_BYTES)
+    _check_seal(_seal(prefix + text, body), seal)
+    tables = {name: tensors[name].view(body, payload_bytes) for name in TABLES}
+    return Container(metadata, start, payload_bytes, tables, seal, file_bytes)
+
+
+def _check_seal(found: bytes, sealed: bytes) -> None:
+    for part, ours, theirs in zip(("header", "tables"), _words(found), _words(sealed), strict=True):
+        if ours != theirs:
+            raise ValueError(f"the CRC of its {part} is {ours:08x}, but its seal says {theirs:08x}")
+
+
+def _words(seal: bytes) -> list[int]:
+    return [int(word) for word in np.frombuffer(seal, "<u4")]
+
+
+class _Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def view(self, body: bytes, body_begin: int) -> NDArray[Any]:
+        count = (self.end - self.begin) // np.dtype(DTYPES[self.dtype]).itemsize
+        return np.frombuffer(body, DTYPES[self.dtype], count, self.begin - body_begin).reshape(self.shape)
+
+
+def _parse_header(text: bytes) -> tuple[dict[str, str], dict[str, _Tensor]]:
+    """Metadata and tensors, in file order. Any bytes may come in; ``ValueError`` unless they are a shard's header."""
+    header = json.loads(text)
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+        raise ValueError("its header is not a JSON object with __metadata__")
+    metadata = header.pop("__metadata__")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ holds values that are not strings")
+    tensors = dict(sorted(((name, _tensor(name, entry)) for name, entry in header.items()), key=lambda t: t[1].begin))
+    # A later version may add tables: they are sealed like the others and otherwise ignored.
+    missing = [name for name in LAYOUT if name not in tensors]
+    if missing:
+        raise ValueError(f"its header lacks {missing}")
+    names, begins = list(tensors), [tensor.begin for tensor in tensors.values()]
+    ends = [tensor.end for tensor in tensors.values()]
+    if names[0] != "payload" or names[-1] != "seal" or begins != [0, *ends[:-1]]:
+        raise ValueError("its tensors do not follow one another from payload to seal")
+    return metadata, tensors
+
+
+def _tensor(name: str, entry: Any) -> _Tensor:
+    try:
+        tensor = _Tensor(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its header entry {name!r} is malformed: {entry!r:.80}") from error
+    numbers = (*tensor.shape, tensor.begin, tensor.end)
+    if not all(type(number) is int and number >= 0 for number in numbers) or tensor.end < tensor.begin:
+        raise ValueError(f"its header entry {name!r} has impossible sizes: {entry!r:.80}")
+    if name in LAYOUT and not _fits(tensor, *LAYOUT[name]):
+        raise ValueError(f"its tensor {name!r} is {entry!r:.80}, not {LAYOUT[name]}")
+    return tensor
+
+
+def _fits(tensor: _Tensor, dtype: str, columns: tuple[int, ...]) -> bool:
+    size = math.prod(tensor.shape) * np.dtype(DTYPES[dtype]).itemsize
+    return tensor.dtype == dtype and tensor.shape[1:] == columns and size == tensor.end - tensor.begin

@@ -1,0 +1,75 @@
+"""Record keys: what a record is found by, as 16 bytes."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["DIGEST_BYTES", "Key", "describe", "make_key"]
+
+DIGEST_BYTES = 16
+
+
+class Key(bytes):
+    """The digest a record is stored under. ``cache.keys()`` gives these, and they are accepted as keys."""
+
+    def __new__(cls, digest: bytes) -> Key:
+        if len(digest) != DIGEST_BYTES:
+            raise ValueError(f"a Key has {DIGEST_BYTES} bytes, got {len(digest)}")
+        return super().__new__(cls, digest)
+
+    def __repr__(self) -> str:
+        return f"Key({self.hex()})"
+
+
+def make_key(key: Any) -> Key:
+    """The digest of ``key``: BLAKE2b-128 over its canonical bytes, personalised with its type.
+
+    Args:
+        key: token ids (a 1-D integer tensor or array, ids in [0, 2**32)), a name (str, bytes or int), or a ``Key``.
+
+    The type takes part in the hash: 5, "5", b"5" and ids [5] are four different keys. The width of an integer
+    does not: int32 and int64 ids are the same key.
+
+    Raises:
+        TypeError: another type, or ids that are not 1-D integers.
+        ValueError: an id outside [0, 2**32).
+    """
+    if isinstance(key, Key):
+        return key
+    if isinstance(key, str):
+        return _digest(b"kdfast:str", key.encode("utf-8", "surrogatepass"))
+    if isinstance(key, bytes):
+        return _digest(b"kdfast:bytes", key)
+    if isinstance(key, (Tensor, np.ndarray)):
+        return _digest(b"kdfast:ids", _canonical_ids(key))
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return _digest(b"kdfast:int", str(int(key)).encode())
+    raise TypeError(f"a key is a 1-D integer tensor of ids, a str, bytes or an int, got {type(key).__name__}")
+
+
+def describe(key: Any) -> str:
+    """``key`` as an error message shows it: short, whatever its length."""
+    if isinstance(key, (Tensor, np.ndarray)):
+        start = ", ".join(str(int(i)) for i in key.reshape(-1)[:4])
+        return f"ids [{start}{', ...' if key.reshape(-1).shape[0] > 4 else ''}] of shape {tuple(key.shape)}"
+    text = repr(key)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _digest(person: bytes, data: bytes) -> Key:
+    return Key(blake2b(data, digest_size=DIGEST_BYTES, person=person).digest())
+
+
+def _canonical_ids(ids: Tensor | np.ndarray[Any, Any]) -> bytes:
+    """u32 little-endian: the same bytes for every integer dtype and every device."""
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"ids used as a key must be 1-D integers, got {array.dtype} of shape {array.shape}")
+    if array.size and (int(array.min()) < 0 or int(array.max()) >= 2**32):
+        raise ValueError(f"ids used as a key must lie in [0, 2**32), got {int(array.min())} to {int(array.max())}")
+    return array.astype("<u4").tobytes()

@@ -1,0 +1,76 @@
+"""What all shards of one cache share, kept in each shard's ``__metadata__``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kdfast._version import __version__
+from kdfast.cache import codecs
+from kdfast.cache.codecs.base import Codec
+from kdfast.cache.errors import CacheError, CacheMismatchError
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "CacheMeta"]
+
+FORMAT = "kdfast-cache"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """Two shards belong together exactly when these are equal."""
+
+    codec: str
+    config: dict[str, Any]
+    vocab_size: int
+    temperatures: tuple[float, ...]
+    teacher: str
+
+    @classmethod
+    def of(cls, codec: Codec, teacher: str) -> CacheMeta:
+        return cls(codec.name, codec.config(), codec.vocab_size, codec.temperatures, teacher)
+
+    def make_codec(self) -> Codec:
+        """The codec that wrote the cache. Raises ``ValueError`` or ``TypeError`` if there is no such codec."""
+        return codecs.create(self.codec, self.vocab_size, self.temperatures, self.config)
+
+    def to_strings(self) -> dict[str, str]:
+        """As safetensors metadata, which is a map of strings."""
+        return {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "codec": self.codec,
+            "codec_config": _json(self.config),
+            "vocab_size": str(self.vocab_size),
+            "temperatures": _json(self.temperatures),
+            "teacher": self.teacher,
+            "kdfast": __version__,
+        }
+
+    @classmethod
+    def from_strings(cls, strings: Mapping[str, str]) -> CacheMeta:
+        """The reverse. Raises ``CacheError`` for another format or version, ``ValueError`` for nonsense."""
+        if strings.get("format") != FORMAT:
+            raise CacheError(f"is not a {FORMAT} file (its format is {strings.get('format')!r})")
+        if strings.get("version") != str(FORMAT_VERSION):
+            raise CacheError(f"has format version {strings.get('version')}, this kdfast reads {FORMAT_VERSION}")
+        try:
+            config, temperatures = json.loads(strings["codec_config"]), json.loads(strings["temperatures"])
+            vocab_size = int(strings["vocab_size"])
+            return cls(strings["codec"], dict(config), vocab_size, tuple(map(float, temperatures)), strings["teacher"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"metadata cannot be read: {error!r}") from error
+
+    def require_equal(self, other: CacheMeta, ours: str, theirs: str) -> None:
+        """Raise ``CacheMismatchError`` listing every field in which ``self`` (``ours``) and ``other`` differ."""
+        mine, yours = asdict(self), asdict(other)
+        different = [name for name in mine if mine[name] != yours[name]]
+        if different:
+            lists = [", ".join(f"{name}={side[name]!r}" for name in different) for side in (mine, yours)]
+            raise CacheMismatchError(f"{ours} has {lists[0]}, but {theirs} has {lists[1]}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

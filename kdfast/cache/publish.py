@@ -1,0 +1,41 @@
+"""A file appears whole or not at all, and stays after a power cut."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from kdfast.cache.errors import naming
+
+__all__ = ["publish"]
+
+
+def publish(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write ``chunks`` to a ``.part`` file beside ``path``, sync it, rename it to ``path``, sync the directory.
+
+    Raises:
+        OSError: with the file's name; ``path`` is then as it was, unless only the last sync failed.
+    """
+    # The name is unique, so that two processes never write one file; readers look only at the final names.
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    with naming(path):
+        try:
+            with part.open("xb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,294 @@
+"""SoftLabels: what a teacher said about a number of rows, as ``kd_loss`` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["SoftLabels"]
+
+KINDS = ("topk", "weights", "dense")
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """A teacher's labels for ``rows`` rows. Build it with one of the three constructors.
+
+    ========== ============================================= =======================================================
+    kind       a row holds                                   serves
+    ========== ============================================= =======================================================
+    topk       K (id, log-probability) and the exact         forward_kl, soft_ce: the tail is one more class
+               log-mass of the rest per temperature          (an exact coarse-graining, a lower bound)
+    weights    K (id, weight), unnormalised, as unbiased     soft_ce (and forward_kl, whose gradient is the same)
+               samplers give them, at one temperature
+    dense      log-probabilities of the whole vocabulary     every divergence, every temperature
+    ========== ============================================= =======================================================
+
+    Rows are ragged: row i owns entries ``offsets[i]:offsets[i + 1]``. Ids are unique within a row.
+    ``present`` marks the rows that exist; an absent row is not counted and leaves the denominator.
+    Index it by row: a slice, a bool mask, or integer rows.
+    """
+
+    kind: str
+    vocab_size: int
+    values: Tensor  # topk: (nnz,) log-probs at T = 1; weights: (nnz,) weights; dense: (rows, vocab) log-probs
+    temperatures: tuple[float, ...] = (1.0,)
+    ids: Tensor | None = None  # (nnz,) int32
+    offsets: Tensor | None = None  # (rows + 1,) int64
+    tails: Tensor | None = None  # topk: (len(temperatures), rows) log-mass outside the entries
+    present: Tensor | None = None  # (rows,) bool; None: all
+    width: int | None = None  # entries per row where every row has as many
+
+    # ---- constructors -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def topk(
+        cls,
+        ids: Tensor,
+        log_probs: Tensor,
+        tails: Tensor,
+        *,
+        vocab_size: int,
+        temperatures: Sequence[float] = (1.0,),
+        offsets: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> SoftLabels:
+        """Top-k labels with exact tails.
+
+        Args:
+            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids.
+            log_probs: same shape: the teacher's log-probabilities at T = 1.
+            tails: (len(temperatures), rows), or (rows,) for one temperature: the log of the probability that
+                the entries leave out, at each temperature (-inf: nothing is left out).
+            temperatures: the teacher temperatures whose tail is known; a loss at another one raises.
+        """
+        width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
+        ids, log_probs, offsets = _ragged(ids, log_probs, offsets)
+        tails = tails.reshape(len(temperatures), -1) if tails.dim() < 2 else tails
+        rows = offsets.numel() - 1
+        if tails.shape != (len(temperatures), rows):
+            raise ValueError(f"tails must be ({len(temperatures)} temperatures, {rows} rows), got {tuple(tails.shape)}")
+        _check_temperatures(temperatures)
+        return cls(
+            "topk",
+            int(vocab_size),
+            log_probs,
+            tuple(float(t) for t in temperatures),
+            ids,
+            offsets,
+            tails.float(),
+            _check_present(present, rows),
+            width,
+        )
+
+    @classmethod
+    def weights(
+        cls,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        vocab_size: int,
+        temperature: float = 1.0,
+        offsets: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> SoftLabels:
+        """Unnormalised weights, what an unbiased sampler at ``temperature`` gives: E[w_j] = p_j.
+
+        Args:
+            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids.
+            weights: same shape, non-negative; a row need not sum to 1.
+        """
+        ids, weights, offsets = _ragged(ids, weights, offsets)
+        _check_temperatures((temperature,))
+        present = _check_present(present, offsets.numel() - 1)
+        return cls("weights", int(vocab_size), weights, (float(temperature),), ids, offsets, None, present)
+
+    @classmethod
+    def dense(cls, log_probs: Tensor, *, present: Tensor | None = None) -> SoftLabels:
+        """Whole rows: (rows, vocab) logits or log-probabilities at T = 1 (a constant per row does not matter)."""
+        if log_probs.dim() != 2 or not log_probs.is_floating_point():
+            raise ValueError(
+                f"dense labels must be floating-point (rows, vocab), got {log_probs.dtype} {tuple(log_probs.shape)}"
+            )
+        return cls(
+            "dense",
+            log_probs.shape[1],
+            log_probs,
+            present=_check_present(present, log_probs.shape[0]),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[SoftLabels]) -> SoftLabels:
+        """Concatenate along rows; kinds, vocabularies and temperatures must agree."""
+        if not parts:
+            raise ValueError("SoftLabels.cat needs at least one part")
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.kind, part.vocab_size, part.temperatures) != (first.kind, first.vocab_size, first.temperatures):
+                raise ValueError(f"cannot concatenate {first!r} with {part!r}: kind, vocabulary or temperatures differ")
+        present = None
+        if any(part.present is not None for part in parts):
+            present = torch.cat([part._present_mask() for part in parts])
+        values = torch.cat([part.values for part in parts])
+        if first.kind == "dense":
+            return replace(first, values=values, present=present)
+        counts = torch.cat([part._counts() for part in parts])
+        tails = None if first.tails is None else torch.cat([part._tails() for part in parts], dim=1)
+        ids = torch.cat([part._ids() for part in parts])
+        width = first.width if all(part.width == first.width for part in parts) else None
+        return replace(
+            first, values=values, ids=ids, offsets=_offsets(counts), tails=tails, present=present, width=width
+        )
+
+    # ---- rows ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.values.shape[0] if self.kind == "dense" else self._offsets().numel() - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftLabels:
+        """The same labels on another device."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SoftLabels:
+        """The same labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> SoftLabels:
+        fields = {k: getattr(self, k) for k in ("values", "ids", "offsets", "tails", "present")}
+        return replace(self, **{k: None if v is None else move(v) for k, v in fields.items()})
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> SoftLabels:
+        index = _row_index(rows, len(self), self.device)
+        present = None if self.present is None else self.present[index]
+        if self.kind == "dense":
+            return replace(self, values=self.values[index], present=present)
+        counts = self._counts()[index]
+        offsets = _offsets(counts)
+        # Entry e of the result sits `e - offsets[row]` past its row's old start.
+        shift = torch.repeat_interleave(self._offsets()[:-1][index] - offsets[:-1], counts)
+        entries = shift + torch.arange(shift.numel(), device=self.device)
+        tails = None if self.tails is None else self.tails[:, index]
+        ids = self._ids()[entries]
+        return replace(self, values=self.values[entries], ids=ids, offsets=offsets, tails=tails, present=present)
+
+    # ---- what a loss takes ----------------------------------------------------------------------------------------
+
+    def at(self, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """(nnz,) weights and, for top-k, (rows,) log tail mass at one of the labels' temperatures.
+
+        The entries of a top-k row are tempered and normalised to what the tail leaves, so that entries and tail are a
+        distribution whatever the precision they were stored in.
+
+        Raises:
+            ValueError: a temperature that the labels do not carry, or a tensor of temperatures.
+        """
+        if isinstance(temperature, Tensor) or temperature not in self.temperatures:
+            wanted = ", ".join(f"{t:g}" for t in self.temperatures)
+            got = "a tensor" if isinstance(temperature, Tensor) else temperature
+            raise ValueError(f"{self.kind} soft labels hold teacher_temperature {wanted}, got {got}")
+        if self.kind == "weights":
+            return self.values, None
+        tail = self._tails()[self.temperatures.index(temperature)]
+        head = torch.log(-torch.expm1(tail))
+        tempered = self.values / temperature
+        if self.width is not None:
+            tempered = tempered.view(-1, self.width)
+            log_probs = tempered + (head - _finite(torch.logsumexp(tempered, 1)))[:, None]
+            return log_probs.exp().view(-1), tail
+        row = torch.repeat_interleave(self._counts(), output_size=tempered.numel())
+        top = _finite(head.new_full((len(self),), -torch.inf).scatter_reduce(0, row, tempered, "amax"))
+        total = torch.zeros_like(head).index_add(0, row, (tempered - top[row]).exp())
+        return (tempered - top[row] + (head - _finite(total.log()))[row]).exp(), tail
+
+    def __repr__(self) -> str:
+        entries = "" if self.kind == "dense" else f", entries={self.values.numel()}"
+        return (
+            f"SoftLabels({self.kind}, rows={len(self)}, vocab_size={self.vocab_size}{entries}, "
+            f"temperatures={self.temperatures})"
+        )
+
+    # ---- the optional fields, once the kind says they are there --------------------------------------------------
+
+    def _ids(self) -> Tensor:
+        assert self.ids is not None
+        return self.ids
+
+    def _offsets(self) -> Tensor:
+        assert self.offsets is not None
+        return self.offsets
+
+    def _tails(self) -> Tensor:
+        assert self.tails is not None
+        return self.tails
+
+    def _counts(self) -> Tensor:
+        offsets = self._offsets()
+        return offsets[1:] - offsets[:-1]
+
+    def _present_mask(self) -> Tensor:
+        if self.present is None:
+            return torch.ones(len(self), dtype=torch.bool, device=self.device)
+        return self.present
+
+
+def _ragged(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, K) or flat entries with offsets, as flat entries with offsets."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be integers, got {ids.dtype}")
+    if not values.is_floating_point():
+        raise TypeError(f"values must be floating point, got {values.dtype}")
+    if ids.shape != values.shape:
+        raise ValueError(f"ids and values must have one shape, got {tuple(ids.shape)} and {tuple(values.shape)}")
+    if offsets is None:
+        if ids.dim() != 2:
+            raise ValueError(f"ids must be (rows, K) unless offsets are given, got {tuple(ids.shape)}")
+        rows, k = ids.shape
+        offsets = torch.arange(rows + 1, device=ids.device) * k
+    elif offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 1 or ids.dim() != 1:
+        raise ValueError(
+            f"ragged labels need flat ids and int64 offsets of (rows + 1,), got ids {tuple(ids.shape)} "
+            f"and offsets {offsets.dtype} {tuple(offsets.shape)}"
+        )
+    return ids.reshape(-1).to(torch.int32), values.reshape(-1).float(), offsets
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _finite(x: Tensor) -> Tensor:
+    """0 in place of -inf: rows whose entries are all impossible, or that have none."""
+    return x.masked_fill(x == -torch.inf, 0.0)
+
+
+def _row_index(rows: int | slice | Sequence[int] | Tensor, length: int, device: torch.device) -> Tensor:
+    if isinstance(rows, int):
+        if not -length <= rows < length:
+            raise IndexError(f"row {rows} is out of range for {length} rows")
+        rows = [rows % length]
+    if isinstance(rows, slice):
+        return torch.arange(length, device=device)[rows]
+    index = torch.as_tensor(rows, device=device)
+    if index.dtype == torch.bool:
+        if index.shape != (length,):
+            raise IndexError(f"a row mask must be ({length},), got {tuple(index.shape)}")
+        return index.nonzero().squeeze(1)
+    return index.long().reshape(-1)
+
+
+def _check_temperatures(temperatures: Sequence[float]) -> None:
+    if not temperatures or not all(0.0 < t < float("inf") for t in temperatures):
+        raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
+
+
+def _check_present(present: Tensor | None, rows: int) -> Tensor | None:
+    if present is not None and (present.dtype != torch.bool or present.shape != (rows,)):
+        raise ValueError(f"present must be a bool mask of ({rows},), got {present.dtype} {tuple(present.shape)}")
+    return present

@@ -1,0 +1,264 @@
+"""kd_loss and KDLoss: validate, lay out rows, dispatch, reduce."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdfast import _checks, _ops
+from kdfast.divergences import Divergence
+from kdfast.labels import SoftLabels
+
+__all__ = ["KDLoss", "LossParts", "kd_loss"]
+
+Number = float | Tensor
+
+
+class LossParts(NamedTuple):
+    """Detached by-products of the sweep: per row for ``reduction="none"``, else the mean over the counted rows."""
+
+    kd: Tensor  # the divergence, nats, unweighted and without tau^2
+    ce: Tensor  # cross-entropy with label smoothing, nats, unweighted
+    entropy: Tensor  # of the student at its temperature, nats
+    top1: Tensor  # 1 where student and teacher agree on the most likely column, else 0
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | SoftLabels,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = True,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    z_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    backward: str = "fused",
+    shift: bool = False,
+    return_parts: bool = False,
+) -> Any:
+    """Temperature softmax, divergence, cross-entropy and z-loss of every row in one sweep over the logits.
+
+    For the defaults, with temperature T and row counts as usual in PyTorch::
+
+        T**2 * F.kl_div(F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1),
+                        log_target=True, reduction="batchmean")  # + ce_weight * F.cross_entropy(student, labels)
+
+    Args:
+        student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column.
+        teacher: (..., V_t) logits, or ``SoftLabels`` with one row per student row. V_s and V_t may differ: the
+            divergence is over the shared columns, both sides renormalised there; CE and z-loss see all of V_s.
+        labels: (...,) int64 class indices, or (..., V_s) class probabilities. Needed by CE and ``dkd``.
+        divergence: a name of ``kdfast.divergences``, or a ``Divergence`` where it has parameters.
+        temperature: the student's, and the teacher's unless ``teacher_temperature`` is given. A number, or a tensor
+            of one per row.
+        scale_by_t2: multiply the divergence by temperature^2 (Hinton et al. 2015); never for ``logit_mse``.
+        kd_weight, ce_weight: numbers, or tensors of one per row.
+        z_weight: of log-sum-exp(student)^2 at temperature 1 (PaLM, Chowdhery et al. 2022).
+        label_smoothing: in [0, 1], averaged over the student's finite columns.
+        row_weight: (...,) scales a row's loss but not the denominator; a bool one is a mask, and does both.
+        ignore_index: rows with this label do not count at all, KD included.
+        reduction: "mean" over counted rows, "sum", or "none".
+        num_items: replaces the denominator of "mean" (gradient accumulation, data parallelism).
+        backward: "fused" computes the gradient in the forward pass; "recompute" keeps only the logits, allows several
+            backward passes, and is taken by itself for ``reduction="none"``, float16 and float64; "inplace"
+            overwrites the student's logits with their gradient.
+        shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
+            copying; the last position does not count. The teacher is not shifted: it predicts what the student does.
+        return_parts: also return ``LossParts``.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): a scalar, or (...,) for ``reduction="none"`` ((..., length - 1)
+        with ``shift``). With ``return_parts`` a pair of it and the parts.
+
+    Raises:
+        TypeError, ValueError: bad arguments, naming what was passed and what was wanted, before any kernel runs.
+        Values inside tensors are checked under KDFAST_CHECK=1; otherwise a bad label or temperature makes its own row
+        NaN.
+    """
+    student = _checks.check_logits("student", student)
+    div = Divergence.of(divergence)
+    rows = _Rows(student, shift)
+    _checks.check_teacher(student, teacher, rows.count)
+    _checks.check_backward(backward, reduction, num_items, student)
+    _checks.check_smoothing(label_smoothing)
+    _checks.check_labels(labels, student, _needs_labels(div, kd_weight, ce_weight))
+    _check_divergence(div, student, teacher)
+    tau_t = temperature if teacher_temperature is None else teacher_temperature
+    for name, tau in (("temperature", temperature), ("teacher_temperature", tau_t)):
+        _checks.check_positive(name, tau)
+    for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
+        _checks.check_weight(name, weight)
+
+    index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
+    counted = rows.counted(index, ignore_index, row_weight, teacher)
+    if _checks.values_are_checked():
+        _checks.check_values(student, teacher, index, counted, [temperature, tau_t])
+    weight = rows.weights(counted, row_weight, reduction, num_items)
+    kd = rows.vector("kd_weight", kd_weight) * weight
+    if scale_by_t2 and div.name != "logit_mse":
+        kd = kd * rows.vector("temperature", temperature).square()
+    coef = torch.stack(
+        [
+            rows.vector("temperature", temperature),
+            rows.vector("teacher_temperature", tau_t if isinstance(teacher, Tensor) else 1.0),
+            # Selected, not multiplied: a row that does not count is 0 whatever its weight is.
+            torch.where(counted, kd, 0.0),
+            torch.where(counted, rows.vector("ce_weight", ce_weight) * weight, 0.0),
+            torch.where(counted, rows.vector("z_weight", z_weight) * weight, 0.0),
+        ]
+    )
+    probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
+    truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
+    target = _target(teacher, rows, div, tau_t)
+    loss, parts = _run(rows.logits, target, coef, truth, backward, reduction)
+    if reduction == "none":
+        loss = rows.unflatten(loss)
+    if not return_parts:
+        return loss
+    if reduction == "none":
+        return loss, LossParts(*(rows.unflatten(part) for part in parts))
+    return loss, LossParts(*(parts.sum(1) / counted.sum().clamp(min=1)))
+
+
+class KDLoss(nn.Module):
+    """``kd_loss`` with its options bound: ``KDLoss(temperature=2.0, ce_weight=0.5)(student, teacher, labels)``.
+
+    Options given to a call take precedence. Raises ``TypeError`` for an option that ``kd_loss`` lacks.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = set(options) - set(kd_loss.__kwdefaults__)
+        if unknown:
+            raise TypeError(f"kd_loss has no option {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | SoftLabels, labels: Tensor | None = None, **options: Any
+    ) -> Any:
+        return kd_loss(student, teacher, labels, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class _Rows:
+    """The student's leading dimensions, as (outer, inner, V) rows."""
+
+    def __init__(self, student: Tensor, shift: bool) -> None:
+        if shift and student.dim() < 2:
+            raise ValueError(f"shift needs (..., length, vocabulary) logits, got {tuple(student.shape)}")
+        self.shift = shift
+        self.shape = student.shape[:-1]
+        self.logits = self.lay_out(student)
+        self.count = self.logits.shape[0] * self.logits.shape[1]
+        self.dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        self.device = student.device
+
+    @staticmethod
+    def lay_out(x: Tensor) -> Tensor:
+        """(..., V) as (outer, inner, V) with unit stride along V; a view wherever the strides allow one."""
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            x = x.contiguous()
+        return x.flatten(0, -3) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
+
+    def vector(self, name: str, value: Number) -> Tensor:
+        """One number per row, of a number, a 0-d tensor or a tensor of the rows' shape."""
+        if not isinstance(value, Tensor):
+            return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
+        value = value.to(device=self.device, dtype=self.dtype)
+        if value.dim() == 0:
+            return value.expand(self.count)
+        if self.shift and value.shape == (*self.shape[:-1], self.shape[-1] - 1):
+            value = nn.functional.pad(value, (0, 1))
+        if value.shape != self.shape:
+            raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
+        return value.reshape(-1)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        return (labels.roll(-1, -1) if self.shift else labels).reshape(-1).long()
+
+    def probabilities(self, labels: Tensor) -> Tensor:
+        return self.lay_out(labels.roll(-1, -2) if self.shift else labels)
+
+    def counted(
+        self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | SoftLabels
+    ) -> Tensor:
+        counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
+        if index is not None:
+            counted = counted & (index != ignore_index)
+        if self.shift:
+            last = torch.arange(self.shape[-1], device=self.device) == self.shape[-1] - 1
+            counted = counted & ~last.expand(self.shape).reshape(-1)
+        if row_weight is not None and row_weight.dtype == torch.bool:
+            counted = counted & self.vector("row_weight", row_weight).bool()
+        if isinstance(teacher, SoftLabels) and teacher.present is not None:
+            counted = counted & teacher.present
+        return counted
+
+    def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
+        """Row weights over the denominator."""
+        if row_weight is not None:
+            if not isinstance(row_weight, Tensor):
+                raise TypeError(f"row_weight must be a tensor of one weight per row, got {type(row_weight).__name__}")
+            _checks.check_weight("row_weight", row_weight)
+            weight = self.vector("row_weight", row_weight)
+        else:
+            weight = torch.ones(self.count, dtype=self.dtype, device=self.device)
+        if reduction != "mean":
+            return weight
+        if num_items is None:
+            return weight / counted.sum().clamp(min=1)
+        return weight / (num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items))
+
+    def unflatten(self, x: Tensor) -> Tensor:
+        x = x.reshape(self.shape)
+        return x[..., :-1] if self.shift else x
+
+
+def _needs_labels(div: Divergence, kd_weight: Number, ce_weight: Number) -> str | None:
+    if isinstance(ce_weight, Tensor) or ce_weight != 0.0:
+        return "ce_weight"
+    return "divergence dkd" if div.name == "dkd" else None
+
+
+def _check_divergence(div: Divergence, student: Tensor, teacher: Tensor | SoftLabels) -> None:
+    if isinstance(teacher, SoftLabels):
+        _checks.check_codec(teacher, div)
+    columns = min(student.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else teacher.vocab_size)
+    if div.name == "dkd" and columns < 3:
+        raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
+
+
+def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> _ops.Teacher:
+    if isinstance(teacher, Tensor):
+        return _ops.DenseTeacher(rows.lay_out(teacher), div)
+    if teacher.kind == "dense":
+        return _ops.DenseTeacher(teacher.values.view(*rows.logits.shape[:2], -1), div)
+    weights, tail = teacher.at(tau_t)
+    tail = None if tail is None else tail.to(rows.dtype).contiguous()
+    return _ops.SparseTeacher(
+        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl"
+    )
+
+
+def _run(
+    logits: Tensor, target: _ops.Teacher, coef: Tensor, truth: _ops.Truth, backward: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    trains = logits.requires_grad and torch.is_grad_enabled()
+    if trains and backward == "inplace":
+        return _ops.row_loss_inplace(logits, target, coef, truth)
+    if trains and backward == "fused" and reduction != "none" and logits.dtype in (torch.float32, torch.bfloat16):
+        return _ops.row_loss_fused(logits, target, coef, truth)
+    loss, parts = _ops.row_loss(logits, target, coef, truth)
+    return (loss if reduction == "none" else loss.sum()), parts

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; shipped as ``kdfast.kernels`` and imported only when a GPU op needs one."""

@@ -1,0 +1,210 @@
+"""The codecs: what they keep, exactly, and how far off the rest is."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdfast.cache import codecs
+
+TEMPERATURES = (0.5, 1.0, 2.0, 7.0)
+
+
+def roundtrip(codec, logits):
+    block = codec.encode(codec.select(logits, b"\0" * 16))
+    return codec.decode(np.frombuffer(block, np.uint8), len(logits), slice(0, len(logits)))
+
+
+def topk(vocab_size, temperatures=(1.0,), **options):
+    return codecs.create("topk", vocab_size, temperatures, options)
+
+
+def entries(labels, row):
+    span = slice(*labels.offsets[row : row + 2].tolist())
+    return labels.ids[span].tolist(), labels.values[span].tolist()
+
+
+def true_tail(row, left_out, temperature):
+    """log of the softmax mass of the columns ``left_out``, by summing just those."""
+    largest = max(row)
+    mass = [math.exp((z - largest) / temperature) for z in row]
+    rest = math.fsum(mass[j] for j in left_out)
+    return math.log(rest) - math.log(math.fsum(mass)) if rest else -math.inf
+
+
+@st.composite
+def masked_logits(draw):
+    vocab, rows = draw(st.integers(1, 40)), draw(st.integers(0, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    logits = torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * draw(st.sampled_from([0.0, 1, 8]))
+    masked = torch.rand(rows, vocab, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.95]))
+    masked[:, draw(st.integers(0, vocab - 1))] = False
+    return logits.masked_fill(masked, -math.inf)
+
+
+@settings(deadline=None, max_examples=60)
+@given(logits=masked_logits(), k=st.integers(1, 48), value_dtype=st.sampled_from(["float16", "float32"]))
+def test_topk_keeps_the_largest_and_the_exact_tail(logits, k, value_dtype):
+    labels = roundtrip(topk(logits.shape[1], TEMPERATURES, k=k, value_dtype=value_dtype), logits)
+    assert len(labels) == len(logits)
+    for i, row in enumerate(logits):
+        ids, values = entries(labels, i)
+        finite = int(row.isfinite().sum())
+        assert len(set(ids)) == len(ids) == min(k, finite)
+        assert sorted(row[ids].tolist()) == sorted(row.tolist())[len(row) - len(ids) :]
+        relative = 2**-11 if value_dtype == "float16" else 2**-24
+        np.testing.assert_allclose(values, row.log_softmax(0)[ids], rtol=relative * 1.01, atol=6e-8)
+        left_out = set(range(len(row))) - set(ids)
+        expected = [true_tail(row.tolist(), left_out, t) for t in TEMPERATURES]
+        np.testing.assert_allclose(labels.tails[:, i], expected, rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("gap", [10.0, 25.0, 60.0])
+def test_tiny_tails_keep_their_digits(gap):
+    # log1p(-sum of the entries) has no correct digit left from a gap of about 35.
+    row = torch.tensor([0.0, -1.0, -gap, -gap - 1.0], dtype=torch.float64)
+    labels = roundtrip(topk(4, (1.0, 2.0), k=2), row[None])
+    for t, tail in zip((1.0, 2.0), labels.tails[:, 0].tolist(), strict=True):
+        assert tail == pytest.approx(true_tail(row.tolist(), {2, 3}, t), rel=1e-7)
+
+
+@pytest.mark.parametrize("vocab_size", [65536, 65537, 131073, 151936, 262144])
+def test_ids_up_to_the_end_of_any_vocabulary(vocab_size):
+    logits = torch.zeros(2, vocab_size)
+    wanted = [[vocab_size - 1, 65000, 0], [vocab_size - 2, 255, 256]]
+    for row, ids in enumerate(wanted):
+        logits[row, ids] = torch.tensor([30.0, 20.0, 10.0])
+    codec = topk(vocab_size, k=3)
+    labels = roundtrip(codec, logits)
+    assert [entries(labels, row)[0] for row in (0, 1)] == wanted
+    assert codec.row_bytes == 3 * (2 if vocab_size <= 65536 else 3) + 3 * 2 + 4
+
+
+def test_a_log_probability_too_small_for_its_type_stays_in_the_tail():
+    row = torch.tensor([[0.0, -1.0, -1e5, -math.inf]], dtype=torch.float64)
+    labels = roundtrip(topk(4, (1.0, 1e5), k=4), row)
+    assert entries(labels, 0)[0] == [0, 1]
+    assert labels.tails[1, 0].item() == pytest.approx(true_tail(row[0].tolist(), {2}, 1e5), rel=1e-6)
+    assert entries(roundtrip(topk(4, k=4, value_dtype="float32"), row), 0)[0] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["topk", "dense"])
+def test_rows_wanted_from_the_middle_of_a_block(name):
+    codec = codecs.create(name, 9, (1.0, 3.0), {})
+    logits = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    whole = roundtrip(codec, logits)
+    block = np.frombuffer(codec.encode(codec.select(logits, b"")), np.uint8)
+    part = codec.decode(block, 8, slice(3, 6))
+    for field in ("values", "ids", "tails", "offsets"):
+        ours, theirs = getattr(part, field), getattr(whole[3:6], field)
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(logits=masked_logits())
+def test_dense_is_within_its_step(logits):
+    labels = roundtrip(codecs.create("dense", logits.shape[1], (1.0,), {}), logits)
+    expected = logits.log_softmax(1)
+    assert torch.equal(labels.values.isfinite(), expected.isfinite())
+    for got, want in zip(labels.values, expected, strict=True):
+        finite = want.isfinite()
+        step = (want[finite].max() - want[finite].min()) / 254
+        assert (got[finite] - want[finite]).abs().max() <= step + 1e-5
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_dense_uses_all_codes_and_keeps_the_mask():
+    logits = torch.cat([-torch.arange(255.0) / 10, torch.tensor([-math.inf])])
+    block = codecs.create("dense", 256, (1.0,), {})
+    packed = np.frombuffer(block.encode(block.select(logits[None], b"")), np.uint8)
+    assert packed[4:].tolist() == list(range(256))
+
+
+def test_dense_refuses_a_row_it_cannot_hold():
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = -1e9
+    with pytest.raises(ValueError, match=r"row 1 spans 1e\+09 nats.* masked columns must be -inf"):
+        codecs.create("dense", 4, (1.0,), {}).select(logits, b"")
+    assert len(roundtrip(codecs.create("dense", 4, (1.0,), {"max_error": 1e7}), logits)) == 3
+
+
+@pytest.mark.parametrize("name", ["topk", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_type_and_layout_of_logits(name, dtype):
+    logits = (torch.randn(12, 5, generator=torch.Generator().manual_seed(1)) * 3).to(dtype).T.requires_grad_()
+    codec = codecs.create(name, 12, (1.0, 2.0), {"k": 5} if name == "topk" else {})
+    expected = codec.select(logits.detach().contiguous().double(), b"")
+    got = codec.select(logits, b"")
+    assert not got.values.requires_grad
+    assert codec.encode(got) == codec.encode(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "message"),
+    [
+        ("topk", bytes(7), "1 rows of 12 bytes expected, found 7 bytes"),
+        ("topk", b"\xff" * 4 + bytes(8), "id 65535 is outside the vocabulary of 5"),
+        ("topk", bytes(4) + b"\xff" * 2 + bytes(6), r"a log-probability or a tail is not in \[-inf, 0\]"),
+        ("topk", bytes(8) + b"\xff" * 4, "a log-probability or a tail is not in"),
+        ("dense", bytes(8), "1 rows of 9 bytes expected, found 8 bytes"),
+        ("dense", b"\0\0\xc0\x7f" + bytes(5), "step is outside"),
+        ("dense", b"\0\0\0\xbf" + bytes(5), "step is outside"),
+        ("dense", bytes(4) + b"\xff" * 5, "no finite column"),
+    ],
+)
+def test_decoding_other_bytes_is_an_error(name, block, message):
+    codec = codecs.create(name, 5, (1.0,), {"k": 2} if name == "topk" else {})
+    with pytest.raises(ValueError, match=message):
+        codec.decode(np.frombuffer(block, np.uint8), 1, slice(0, 1))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["topk", "dense"]), st.binary(max_size=64), st.integers(0, 4))
+def test_decoding_noise_never_crashes(name, block, rows):
+    codec = codecs.create(name, 70000 if name == "topk" else 8, (1.0,), {"k": 2} if name == "topk" else {})
+    try:
+        labels = codec.decode(np.frombuffer(block, np.uint8), rows, slice(0, rows))
+    except ValueError:
+        return
+    assert len(labels) == rows
+
+
+@pytest.mark.parametrize(("name", "options"), [("topk", {"k": 3, "value_dtype": "float32"}), ("dense", {})])
+def test_a_codec_is_rebuilt_from_its_config(name, options):
+    codec = codecs.create(name, 10, (1.0, 2.0), options)
+    again = codecs.create(codec.name, codec.vocab_size, codec.temperatures, codec.config())
+    assert (again.config(), again.row_dtype) == (codec.config(), codec.row_dtype)
+    assert options.items() <= codec.config().items()
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (("zip", 5, (1.0,), {}), ValueError, r"codec must be one of \['dense', 'topk'.*got 'zip'"),
+        (("topk", 5, (1.0,), {"kk": 3}), TypeError, "codec 'topk'.*kk"),
+        (("topk", 5, (1.0,), {"k": 0}), ValueError, "codec 'topk': k must be at least 1, got 0"),
+        (("topk", 5, (1.0,), {"k": 2.5}), TypeError, "codec 'topk'.*float"),
+        (("topk", 5, (1.0,), {"value_dtype": "int8"}), ValueError, "value_dtype must be one of .* got 'int8'"),
+        (("topk", 0, (1.0,), {}), ValueError, "vocab_size must lie in .* got 0"),
+        (("dense", 2**24 + 1, (1.0,), {}), ValueError, "vocab_size must lie in .* got 16777217"),
+        (("topk", 5, (), {}), ValueError, r"temperatures must be positive and finite, got \(\)"),
+        (("topk", 5, (1.0, 0.0), {}), ValueError, "temperatures must be positive and finite"),
+        (("dense", 5, (math.nan,), {}), ValueError, "temperatures must be positive and finite"),
+        (("dense", 5, (1.0,), {"max_error": math.nan}), ValueError, "max_error must be positive, got nan"),
+    ],
+)
+def test_bad_options_are_named(args, error, message):
+    with pytest.raises(error, match=message):
+        codecs.create(*args)
+
+
+def test_a_name_is_registered_once():
+    class Impostor(codecs.TopK):
+        pass
+
+    with pytest.raises(ValueError, match="'topk' is already registered: TopK"):
+        codecs.register(Impostor)
+    assert codecs.register(codecs.TopK) is codecs.TopK
