@@ -18,7 +18,7 @@ enum class Kind : int {
 };
 
 constexpr const char* kKindNames[] = {
-    "forward_kl", "soft_ce", "reverse_kl", "symmetric_kl", "jsd",      "skew_forward_kl",
+    "forward_kl",      "soft_ce", "reverse_kl", "symmetric_kl", "jsd",       "skew_forward_kl",
     "skew_reverse_kl", "tvd",     "alpha_beta", "dkd",          "logit_mse",
 };
 

@@ -7,7 +7,6 @@
 // V is a scalar or SIMD type with arithmetic, comparisons, select, max, abs, exp, log1p found by its namespace.
 #pragma once  // included inside a namespace: the includer brings every header
 
-
 #ifdef __CUDACC__
 #define KD_HD __host__ __device__ __forceinline__
 #else

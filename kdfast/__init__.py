@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (loads the libraries that the extension links)
 
-from kdfast import _C
+from kdfast import _C, cache
 from kdfast._version import __version__
 from kdfast.divergences import Divergence, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.labels import SoftLabels
@@ -15,6 +15,7 @@ __all__ = [
     "SoftLabels",
     "__version__",
     "alpha_beta",
+    "cache",
     "dkd",
     "jsd",
     "kd_loss",

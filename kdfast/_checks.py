@@ -13,9 +13,11 @@ from kdfast.labels import SoftLabels
 
 __all__ = [
     "check_backward",
+    "check_codec",
     "check_labels",
     "check_logits",
     "check_positive",
+    "check_row_weight",
     "check_smoothing",
     "check_teacher",
     "check_values",
@@ -44,10 +46,12 @@ def check_logits(name: str, x: object) -> Tensor:
     return x
 
 
-def check_teacher(student: Tensor, teacher: object, rows: int) -> None:
+def check_teacher(student: Tensor, teacher: Tensor | SoftLabels, rows: int) -> None:
     if isinstance(teacher, SoftLabels):
         if len(teacher) != rows:
-            raise ValueError(f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}")
+            raise ValueError(
+                f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
+            )
     else:
         logits = check_logits("teacher", teacher)
         if logits.requires_grad:
@@ -97,6 +101,12 @@ def check_weight(name: str, value: object) -> None:
     _check_number(name, value)
     if not isinstance(value, Tensor) and not math.isfinite(value):  # type: ignore[arg-type]
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_row_weight(value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"row_weight must be a tensor of one weight per row, got {type(value).__name__}")
+    _check_number("row_weight", value)
 
 
 def _check_number(name: str, value: object) -> None:

@@ -7,12 +7,13 @@ C++ registers the schema and the CPU kernel. Devices without a kernel run the re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast import _C, reference
+import kdfast._C as _C
+from kdfast import reference
 from kdfast.divergences import Divergence
 
 __all__ = ["DenseTeacher", "SparseTeacher", "Truth", "row_loss", "row_loss_fused", "row_loss_inplace"]
@@ -23,18 +24,10 @@ _KINDS: tuple[str, ...] = _C.divergences()
 class Truth(NamedTuple):
     """Labels as the ops take them, and whether the parts are wanted."""
 
-    index: Tensor | None  # (rows,) int64
+    target: Tensor | None  # (rows,) int64
     probs: Tensor | None  # (outer, inner, V_s)
     smoothing: float
     want_parts: bool
-
-
-class Teacher(Protocol):
-    """One side of an op: its name and how its arguments lie around coef and the labels."""
-
-    op: str
-
-    def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]: ...
 
 
 class DenseTeacher(NamedTuple):
@@ -62,7 +55,10 @@ class SparseTeacher(NamedTuple):
         return (*self[:6], coef, *truth)
 
 
-# ---- what the losses call ---------------------------------------------------------------------------------------------
+Teacher = DenseTeacher | SparseTeacher
+
+
+# ---- what the losses call -------------------------------------------------------------------------------------------
 
 
 def row_loss(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
@@ -72,19 +68,23 @@ def row_loss(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> t
 
 def row_loss_fused(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
     """Their sum; the forward pass computes the gradient too, and backward only scales it."""
-    return _Fused.apply(student, teacher.op + "_grad", *teacher.arguments(coef, truth))
+    return _Fused.apply(  # type: ignore[no-untyped-call]
+        student, teacher.op + "_grad", *teacher.arguments(coef, truth)
+    )
 
 
 def row_loss_inplace(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
     """The same, with the gradient written over the student's logits."""
-    return _InPlace.apply(student, teacher.op + "_inplace", *teacher.arguments(coef, truth))
+    return _InPlace.apply(  # type: ignore[no-untyped-call]
+        student, teacher.op + "_inplace", *teacher.arguments(coef, truth)
+    )
 
 
 def _op(name: str) -> Any:
     return getattr(torch.ops.kdfast, name).default
 
 
-# ---- gradient in the forward pass -------------------------------------------------------------------------------------
+# ---- gradient in the forward pass -----------------------------------------------------------------------------------
 
 _SPENT = (
     "the gradient that kd_loss computed in its forward pass has been used by an earlier backward; "
@@ -122,6 +122,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, op: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, parts = _op(op)(student, *arguments)
+        torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student)
         ctx.mark_non_differentiable(parts)
         ctx.count = len(arguments)
@@ -133,7 +134,7 @@ class _InPlace(torch.autograd.Function):
         return _scaled_once(ctx, upstream), None, *(None,) * ctx.count
 
 
-# ---- registration -------------------------------------------------------------------------------------------------------
+# ---- registration ---------------------------------------------------------------------------------------------------
 
 # Where coef lies among an op's arguments after the student, and how many there are.
 _COEF = {"dense_rows": 1, "sparse_rows": 6}

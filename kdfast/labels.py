@@ -161,8 +161,17 @@ class SoftLabels:
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> SoftLabels:
-        fields = {k: getattr(self, k) for k in ("values", "ids", "offsets", "tails", "present")}
-        return replace(self, **{k: None if v is None else move(v) for k, v in fields.items()})
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else move(x)
+
+        return replace(
+            self,
+            values=move(self.values),
+            ids=optional(self.ids),
+            offsets=optional(self.offsets),
+            tails=optional(self.tails),
+            present=optional(self.present),
+        )
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> SoftLabels:
         index = _row_index(rows, len(self), self.device)

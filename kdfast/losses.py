@@ -99,23 +99,25 @@ def kd_loss(
     for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
         _checks.check_weight(name, weight)
 
+    if row_weight is not None:
+        _checks.check_row_weight(row_weight)
+
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
     if _checks.values_are_checked():
         _checks.check_values(student, teacher, index, counted, [temperature, tau_t])
     weight = rows.weights(counted, row_weight, reduction, num_items)
-    kd = rows.vector("kd_weight", kd_weight) * weight
+    kd = kd_weight
     if scale_by_t2 and div.name != "logit_mse":
-        kd = kd * rows.vector("temperature", temperature).square()
-    coef = torch.stack(
-        [
-            rows.vector("temperature", temperature),
-            rows.vector("teacher_temperature", tau_t if isinstance(teacher, Tensor) else 1.0),
-            # Selected, not multiplied: a row that does not count is 0 whatever its weight is.
-            torch.where(counted, kd, 0.0),
-            torch.where(counted, rows.vector("ce_weight", ce_weight) * weight, 0.0),
-            torch.where(counted, rows.vector("z_weight", z_weight) * weight, 0.0),
-        ]
+        tau = rows.number("temperature", temperature)
+        kd = rows.number("kd_weight", kd_weight) * tau * tau
+    coef = rows.coefficients(
+        weight,
+        temperature=temperature,
+        teacher_temperature=tau_t if isinstance(teacher, Tensor) or teacher.kind == "dense" else 1.0,
+        kd_weight=kd,
+        ce_weight=ce_weight,
+        z_weight=z_weight,
     )
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
@@ -138,7 +140,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        unknown = set(options) - set(kd_loss.__kwdefaults__)
+        unknown = set(options) - set(kd_loss.__kwdefaults__ or ())
         if unknown:
             raise TypeError(f"kd_loss has no option {', '.join(sorted(unknown))}")
         self.options = options
@@ -172,10 +174,10 @@ class _Rows:
             x = x.contiguous()
         return x.flatten(0, -3) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
 
-    def vector(self, name: str, value: Number) -> Tensor:
-        """One number per row, of a number, a 0-d tensor or a tensor of the rows' shape."""
+    def number(self, name: str, value: Number) -> Number:
+        """A float, or a tensor of one number per row, of a number, a 0-d tensor or a tensor of the rows' shape."""
         if not isinstance(value, Tensor):
-            return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
+            return float(value)
         value = value.to(device=self.device, dtype=self.dtype)
         if value.dim() == 0:
             return value.expand(self.count)
@@ -184,6 +186,20 @@ class _Rows:
         if value.shape != self.shape:
             raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
         return value.reshape(-1)
+
+    def coefficients(self, weight: Tensor, **named: Number) -> Tensor:
+        """The ops' (5, rows) ``coef``: two temperatures as they are, three weights times the rows' ``weight``.
+
+        A row that does not count has weight 0, and its products are exact zeros: they take its terms out.
+        """
+        values = [self.number(name, value) for name, value in named.items()]
+        ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
+        rows = torch.cat([ones, weight.expand(3, -1)])
+        if any(isinstance(value, Tensor) for value in values):
+            full = [v if isinstance(v, Tensor) else torch.full_like(weight, v) for v in values]
+            # Selected, not multiplied: a weight that is NaN in a row that does not count must not count either.
+            return torch.where(rows == 0.0, 0.0, rows * torch.stack(full))
+        return rows * torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
 
     def labels(self, labels: Tensor) -> Tensor:
         return (labels.roll(-1, -1) if self.shift else labels).reshape(-1).long()
@@ -201,25 +217,27 @@ class _Rows:
             last = torch.arange(self.shape[-1], device=self.device) == self.shape[-1] - 1
             counted = counted & ~last.expand(self.shape).reshape(-1)
         if row_weight is not None and row_weight.dtype == torch.bool:
-            counted = counted & self.vector("row_weight", row_weight).bool()
+            counted = counted & self.per_row("row_weight", row_weight).bool()
         if isinstance(teacher, SoftLabels) and teacher.present is not None:
             counted = counted & teacher.present
         return counted
 
+    def per_row(self, name: str, value: Tensor) -> Tensor:
+        number = self.number(name, value)
+        assert isinstance(number, Tensor)
+        return number
+
     def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
-        """Row weights over the denominator."""
-        if row_weight is not None:
-            if not isinstance(row_weight, Tensor):
-                raise TypeError(f"row_weight must be a tensor of one weight per row, got {type(row_weight).__name__}")
-            _checks.check_weight("row_weight", row_weight)
-            weight = self.vector("row_weight", row_weight)
-        else:
-            weight = torch.ones(self.count, dtype=self.dtype, device=self.device)
+        """Row weights over the denominator, 0 in rows that do not count."""
+        weight = counted.to(self.dtype)
+        if row_weight is not None and row_weight.dtype != torch.bool:
+            weight = torch.where(counted, self.per_row("row_weight", row_weight), 0.0)
         if reduction != "mean":
             return weight
         if num_items is None:
             return weight / counted.sum().clamp(min=1)
-        return weight / (num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items))
+        items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
+        return torch.where(counted, weight / items, 0.0)
 
     def unflatten(self, x: Tensor) -> Tensor:
         x = x.reshape(self.shape)

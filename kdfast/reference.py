@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ __all__ = ["Labels", "Parts", "dense_rows", "sparse_rows"]
 class Labels(NamedTuple):
     """Ground truth: class indices (rows,), or class probabilities (rows, V_s), or neither."""
 
-    index: Tensor | None = None
+    target: Tensor | None = None
     probs: Tensor | None = None
     smoothing: float = 0.0
 
@@ -48,8 +49,8 @@ def dense_rows(
         s, t = student[rows, :vocab], teacher[rows, :vocab]
         if divergence.standardize:
             s, t = _standardize(s), _standardize(t)
-        index = None if labels.index is None else labels.index[rows]
-        value = _divergence(s, t, *coef[:2, rows], index, divergence)
+        index = None if labels.target is None else labels.target[rows]
+        value = _divergence(s, t, coef[0, rows], coef[1, rows], index, divergence)
         return value * torch.where(_valid(coef[:2, rows]).all(0), 1.0, math.nan)
 
     s, t = student[:, :vocab], teacher[:, :vocab]
@@ -73,7 +74,7 @@ def sparse_rows(
     Soft cross-entropy -sum_k w_k log q_k - w_tail log q_tail; ``subtract_entropy`` makes it forward KL.
     """
     student, s = student.to(coef.dtype), student[:, :vocab_t].to(coef.dtype)
-    entries = [slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    entries = [slice(a, b) for a, b in pairwise(offsets.tolist())]
 
     def kd_row(i: int) -> Tensor:
         w = weights[entries[i]].to(coef.dtype)
@@ -241,11 +242,10 @@ def _standardize(x: Tensor) -> Tensor:
     live = x != -math.inf
     count = live.sum(-1, keepdim=True).clamp(min=1)
     safe = torch.where(live, x, 0.0)
+    constant = x.masked_fill(~live, -math.inf).amax(-1) == x.masked_fill(~live, math.inf).amin(-1)
     centred = torch.where(live, safe - safe.sum(-1, keepdim=True) / count, 0.0)
-    variance = centred.square().sum(-1, keepdim=True) / count
-    constant = variance == 0.0
-    z = centred / torch.where(constant, 1.0, variance).sqrt()
-    return torch.where(live, torch.where(constant, 0.0, z), -math.inf)
+    variance = torch.where(constant[:, None], 1.0, centred.square().sum(-1, keepdim=True) / count)
+    return torch.where(live, torch.where(constant[:, None], 0.0, centred / variance.sqrt()), -math.inf)
 
 
 def _sparse_row(u: Tensor, ids: Tensor, w: Tensor, tail: Tensor | None, subtract_entropy: bool) -> Tensor:
@@ -279,8 +279,8 @@ def _cross_entropy(z: Tensor, labels: Labels, rows: Tensor) -> Tensor:
     if labels.probs is not None:
         y = labels.probs[rows].to(z.dtype)
         hard = (y * finite_nll + torch.where((y > 0.0) & ~live, math.inf, 0.0)).sum(-1)
-    elif labels.index is not None:
-        index = labels.index[rows]
+    elif labels.target is not None:
+        index = labels.target[rows]
         bad = (index < 0) | (index >= z.shape[1])
         hard = nll.gather(1, index.masked_fill(bad, 0)[:, None])[:, 0] * torch.where(bad, math.nan, 1.0)
     else:

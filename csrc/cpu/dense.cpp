@@ -45,14 +45,14 @@ using OutputsWithGrad = std::tuple<Tensor, Tensor, Tensor>;
 
 }  // namespace
 
-#define KDFAST_DENSE_ARGUMENTS                                                                                       \
-  Tensor student, Tensor teacher, Tensor coef, std::optional<Tensor> label, std::optional<Tensor> label_probs,       \
+#define KDFAST_DENSE_ARGUMENTS                                                                                 \
+  Tensor student, Tensor teacher, Tensor coef, std::optional<Tensor> label, std::optional<Tensor> label_probs, \
       double smoothing, int64_t kind, double a, double b, double scale, bool standardize, bool want_parts
-#define KDFAST_DENSE_PACK                                                                     \
-  DenseArguments {                                                                            \
-    {student, coef, label, label_probs, smoothing, want_parts}, teacher, {                    \
-      static_cast<Kind>(kind), a, b, scale, standardize                                       \
-    }                                                                                         \
+#define KDFAST_DENSE_PACK                                                  \
+  DenseArguments {                                                         \
+    {student, coef, label, label_probs, smoothing, want_parts}, teacher, { \
+      static_cast<Kind>(kind), a, b, scale, standardize                    \
+    }                                                                      \
   }
 
 Outputs dense_rows(KDFAST_DENSE_ARGUMENTS) {

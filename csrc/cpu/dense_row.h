@@ -14,7 +14,6 @@ class DenseRow : RowSweep<T> {
         tempered_(is_tempered(divergence, task)) {
     t_.columns = task.shared;
     t_.set_tau(task.tau_t);
-    this->keep_ = divergence.kind == Kind::kSoftCe ? 0 : 1;
   }
 
   RowResult run() {
@@ -145,17 +144,16 @@ class DenseRow : RowSweep<T> {
     SweepMode mode;
     mode.teacher = true;
     mode.square = this->at_one_ == AtOne::kSquared;
-    mode.cross = is_forward();
+    if (is_forward()) mode.cross = divergence_.kind == Kind::kSoftCe ? Cross::kCe : Cross::kKl;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
-    const bool direct = !changes_logits() && task_.student.dtype == task_.teacher.dtype &&
-                        Base::is_readable(task_.student.dtype);
+    const bool direct =
+        !changes_logits() && task_.student.dtype == task_.teacher.dtype && Base::is_readable(task_.student.dtype);
     if (!direct) {
       const T *x = student_for_kd(k), *y = teacher_for_kd(k);
       this->sweep_tile(k, s_, mode, count, x, y);
     } else {
-      this->with_student(k, [&](auto* x) {
-        this->sweep_tile(k, s_, mode, count, x, (decltype(x))task_.teacher.data + k * kTile);
-      });
+      this->with_student(
+          k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, (decltype(x))task_.teacher.data + k * kTile); });
     }
     zero_beyond(k, Base::padded(count));
   }
@@ -294,8 +292,7 @@ class DenseRow : RowSweep<T> {
     if constexpr (kKind == Kind::kSkewForwardKl) return rowmath::skew_forward_kl(column, a, minus_log_a);
     if constexpr (kKind == Kind::kSkewReverseKl) return rowmath::skew_reverse_kl(column, a);
     if constexpr (kKind == Kind::kTvd) return rowmath::tvd(column);
-    if constexpr (kKind == Kind::kAlphaBeta)
-      return rowmath::alpha_beta(column, divergence_.a, divergence_.b, limits);
+    if constexpr (kKind == Kind::kAlphaBeta) return rowmath::alpha_beta(column, divergence_.a, divergence_.b, limits);
   }
 
   // ---- gradient ---------------------------------------------------------------------------------------------------
@@ -335,8 +332,7 @@ class DenseRow : RowSweep<T> {
       for (int i = 0; i < Base::padded(Base::clamp_tile(task_.shared - k * kTile)); i += V::kLanes)
         (V::load(e_s + i) * a + V::load(g + i) * b).store(g + i);
     }
-    if (divergence_.kind == Kind::kDkd)
-      t_.e[task_.label] += T(task_.kd * s_.scale() * divergence_.a * target_gap_);
+    if (divergence_.kind == Kind::kDkd) t_.e[task_.label] += T(task_.kd * s_.scale() * divergence_.a * target_gap_);
   }
 
   // Through z = (x - mean) / std: dx = (g - mean(g) - z mean(g z)) / std. Leaves it in the teacher's place.
@@ -349,9 +345,8 @@ class DenseRow : RowSweep<T> {
       });
     const Moments& m = moments_s_;
     for (int64_t k = 0; k < shared_tiles(); ++k)
-      each_z(k, t_.e + k * kTile, [&](double z, T& value) {
-        value = T((value - sum / m.count - z * dot / m.count) * m.inverse_std);
-      });
+      each_z(k, t_.e + k * kTile,
+             [&](double z, T& value) { value = T((value - sum / m.count - z * dot / m.count) * m.inverse_std); });
   }
 
   template <typename F>

@@ -77,6 +77,23 @@ KD_INLINE void store_vector(Vec<float> x, Half* to) {
 #endif
 }
 
+// Past the caches, for memory that nobody reads soon: a plain store would first fetch the line that it overwrites.
+// `to` is aligned to the vector.
+template <typename T, typename To>
+KD_INLINE void stream_vector(Vec<T> x, To* to) {
+#if KDFAST_VEC_BYTES >= 32
+  alignas(64) To packed[Vec<T>::kLanes];
+  store_vector(x, packed);
+#if KDFAST_VEC_BYTES == 64
+  if constexpr (sizeof packed == 64) return _mm512_stream_si512((__m512i*)to, _mm512_load_si512(packed));
+#endif
+  if constexpr (sizeof packed == 32) return _mm256_stream_si256((__m256i*)to, _mm256_load_si256((__m256i*)packed));
+  if constexpr (sizeof packed == 16) return _mm_stream_si128((__m128i*)to, _mm_load_si128((__m128i*)packed));
+#else
+  store_vector(x, to);
+#endif
+}
+
 // ---- tiles ---------------------------------------------------------------------------------------------------------
 
 // Calls visit(typed pointer) for the dtype at hand.

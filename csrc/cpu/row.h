@@ -23,7 +23,7 @@ struct Entries {
   const int32_t* id = nullptr;
   const float* weight = nullptr;
   int64_t count = 0;
-  double tail = 0;            // log-mass; -inf: none
+  double tail = 0;                // log-mass; -inf: none
   bool subtract_entropy = false;  // forward KL rather than soft cross-entropy
 };
 
@@ -33,12 +33,13 @@ struct RowTask {
   Entries entries;     // sparse rows
   Source label_probs;  // data == nullptr: none
   int64_t label = kNoLabel;
-  int64_t shared = 0;  // columns both sides have: min(V_s, V_t)
+  int64_t shared = 0;    // columns both sides have: min(V_s, V_t)
   void* grad = nullptr;  // student's dtype; may be the student's own memory; nullptr: not wanted
   double tau_s = 1, tau_t = 1;
   double kd = 0, ce = 0, z = 0;  // coefficients; 0 takes the term out
   double smoothing = 0;
-  bool want_parts = false;   // entropy and top-1 agreement too
+  bool stream = false;      // write the gradient past the caches
+  bool want_parts = false;  // entropy and top-1 agreement too
 };
 
 struct RowResult {
@@ -54,6 +55,7 @@ struct Kernels {
   RowResult (*sparse_double)(const RowTask&, void* workspace);
   void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
   int64_t (*workspace_bytes)(int64_t columns);
+  void (*fence)();  // after a thread's streaming writes
 };
 
 // The best kernels this processor runs, or the ones KDFAST_CPU_ISA names (baseline, avx2, avx512).

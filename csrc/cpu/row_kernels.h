@@ -4,13 +4,16 @@
 namespace kdfast {
 namespace KDFAST_ISA {
 
-#include "../rowmath.h"
+// In the order that they need each other.
+// clang-format off
 #include "vec.h"
+#include "../rowmath.h"
 #include "load.h"
 #include "softmax.h"
 #include "row_sweep.h"
 #include "dense_row.h"
 #include "sparse_row.h"
+// clang-format on
 
 template <typename T>
 RowResult dense_row(const Divergence& divergence, const RowTask& task, void* workspace) {
@@ -39,6 +42,12 @@ int64_t workspace_bytes(int64_t columns) {
   return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + tiles + 64;
 }
 
+void fence() {
+#if KDFAST_VEC_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 void scale(void* data, Dtype dtype, int64_t size, double factor) {
   if (dtype == Dtype::kDouble) return scale_tiles<double>(data, dtype, size, factor);
   scale_tiles<float>(data, dtype, size, factor);
@@ -49,13 +58,10 @@ void scale(void* data, Dtype dtype, int64_t size, double factor) {
 #define KDFAST_NAME_OF(isa) #isa
 #define KDFAST_NAME(isa) KDFAST_NAME_OF(isa)
 extern const Kernels KDFAST_TABLE = {
-    KDFAST_NAME(KDFAST_ISA),
-    KDFAST_ISA::dense_row<float>,
-    KDFAST_ISA::dense_row<double>,
-    KDFAST_ISA::sparse_row<float>,
-    KDFAST_ISA::sparse_row<double>,
-    KDFAST_ISA::scale,
-    KDFAST_ISA::workspace_bytes,
+    KDFAST_NAME(KDFAST_ISA),        KDFAST_ISA::dense_row<float>,
+    KDFAST_ISA::dense_row<double>,  KDFAST_ISA::sparse_row<float>,
+    KDFAST_ISA::sparse_row<double>, KDFAST_ISA::scale,
+    KDFAST_ISA::workspace_bytes,    KDFAST_ISA::fence,
 };
 
 }  // namespace kdfast

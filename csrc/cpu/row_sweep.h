@@ -22,10 +22,10 @@ class RowSweep {
     one_.columns = columns();
     const bool truth = task.ce != 0 || task.z != 0;
     const bool share = may_share && s_.columns == columns();
-    at_one_ = !truth                               ? AtOne::kUnused
-              : share && s_.bits == T(kLog2E)      ? AtOne::kShared
-              : share && s_.bits == T(kLog2E) / 2  ? AtOne::kSquared
-                                                   : AtOne::kSeparate;
+    at_one_ = !truth                              ? AtOne::kUnused
+              : share && s_.bits == T(kLog2E)     ? AtOne::kShared
+              : share && s_.bits == T(kLog2E) / 2 ? AtOne::kSquared
+                                                  : AtOne::kSeparate;
   }
 
   int64_t columns() const { return task_.student.size; }
@@ -74,16 +74,16 @@ class RowSweep {
     const int probe = count < kProbe ? count : kProbe;
     Base2<T> s = {side.bits, offset_near(maximum<T>(x, probe), side.bits)}, t;
     if (mode.teacher) t = {t_.bits, offset_near(maximum<T>(y, probe), t_.bits)};
-    TileSums<T> sums = sweep_vectors(k, side, mode, count, x, y, s, t);
-    const bool masked = !is_finite(sums.logits_s);
-    if (masked || !is_finite(sums.logits_t) || !is_finite(sums.student + sums.teacher + sums.square)) {
+    T *e_s = side.e + k * kTile, *e_t = t_.e + k * kTile;
+    TileSums<T> sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
+    if (!is_finite(sums.logits + sums.cross + sums.student + sums.teacher + sums.square)) {
       // -inf somewhere, or an overflow: the same again from the true maxima, with selections.
       mode.careful = true;
       s.offset = offset_near(maximum<T>(x, count), s.bits);
       if (mode.teacher) t.offset = offset_near(maximum<T>(y, count), t.bits);
-      sums = sweep_vectors(k, side, mode, count, x, y, s, t);
+      sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
+      masked_[k] = true;
     }
-    masked_[k] |= masked;
     record(side, k, sums.student, s.offset);
     if (mode.square) record(one_, k, sums.square, 2 * s.offset);
     if (mode.teacher) record(t_, k, sums.teacher, t.offset);
@@ -95,35 +95,10 @@ class RowSweep {
     side.offset[k] = sum == 0 ? -Real<double>::kInf : offset;
   }
 
-  // Whole vectors from where the logits lie, the rest through a padded copy.
-  template <typename From>
-  TileSums<T> sweep_vectors(int64_t k, Exponentials<T>& side, SweepMode mode, int count, const From* x, const From* y,
-                            Base2<T> s, Base2<T> t) {
-    T *e_s = side.e + k * kTile, *e_t = t_.e + k * kTile;
-    const int whole = count / V::kLanes * V::kLanes;
-    const TileSums<T> sums = exponentiate(mode, whole, x, y, s, t, keep_, e_s, e_t);
-    if (whole == count) return sums;
-    T rest_x[V::kLanes], rest_y[V::kLanes];
-    for (int i = 0; i < V::kLanes; ++i) rest_x[i] = rest_y[i] = -Real<T>::kInf;
-    convert_in(x + whole, count - whole, rest_x);
-    if (mode.teacher) convert_in(y + whole, count - whole, rest_y);
-    mode.careful = true;
-    TileSums<T> rest =
-        exponentiate<T, T>(mode, V::kLanes, rest_x, rest_y, s, t, keep_, e_s + whole, e_t + whole);
-    // The padding's -inf must not pass for a mask.
-    rest.logits_s = rest.logits_t = 0;
-    for (int i = 0; i < count - whole; ++i) {
-      rest.logits_s += rest_x[i];
-      if (mode.teacher) rest.logits_t += rest_y[i];
-    }
-    return sums + rest;
-  }
-
   // What the ground truth needs of tile k, from logits that nothing has been taken out of.
   void sweep_truth(int64_t k) {
     const int count = tile_size(k);
-    if (at_one_ == AtOne::kSeparate)
-      with_student(k, [&](auto* x) { sweep_tile(k, one_, SweepMode(), count, x, x); });
+    if (at_one_ == AtOne::kSeparate) with_student(k, [&](auto* x) { sweep_tile(k, one_, SweepMode(), count, x, x); });
     if (task_.ce == 0) return;
     if (task_.smoothing != 0) sum_finite(student_tile(k), count);
     if (task_.label_probs.data) sum_label_probs(k, student_tile(k), count);
@@ -219,19 +194,38 @@ class RowSweep {
 
   // Writes tile k's gradient to memory, label and masks included.
   void write_gradient(int64_t k, const Slopes& slopes) {
-    const bool direct = is_readable(task_.student.dtype) && !needs_staging(k);
-    if (direct) {
-      with_type(task_.grad, task_.student.dtype, [&](auto* out) {
-        if constexpr (kReadable<decltype(out)>)
-          combine(k, slopes, 0, tile_size(k) / V::kLanes * V::kLanes, writable(out) + k * kTile);
-      });
-      write_rest(k, slopes);
-      write_label(k, slopes);
-      if (masked_[k]) zero_masked(k);
-    } else {
+    if (!is_readable(task_.student.dtype) || needs_staging(k)) {
       combine(k, slopes, 0, padded(tile_size(k)), tile_g_);
-      finish_staged(k);
+      return finish_staged(k);
     }
+    with_type(task_.grad, task_.student.dtype, [&](auto* out) {
+      if constexpr (kReadable<decltype(out)>) write_vectors(k, slopes, writable(out) + k * kTile);
+    });
+    if (has_label_in(k)) write_label(k, slopes);
+    if (masked_[k]) zero_masked(k);
+  }
+
+  // Whole vectors straight to where the gradient lies; the columns before and after them through a copy.
+  template <typename To>
+  void write_vectors(int64_t k, const Slopes& slopes, To* out) {
+    const int count = tile_size(k), lead = task_.stream ? columns_to_line(out, count) : 0;
+    const int end = lead + (count - lead) / V::kLanes * V::kLanes;
+    if (lead > 0) {
+      combine(k, slopes, 0, padded(lead), tile_g_);
+      convert_out(tile_g_, lead, out);
+    }
+    combine(k, slopes, lead, end, out + lead, task_.stream);
+    if (end < count) {
+      combine(k, slopes, end, end + V::kLanes, tile_g_);
+      convert_out(tile_g_, count - end, out + end);
+    }
+  }
+
+  // Columns before the next cache line.
+  template <typename To>
+  static int columns_to_line(const To* out, int count) {
+    const int columns = int((64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(To));
+    return columns < count ? columns : count;
   }
 
   // Class probabilities are a whole tile to subtract; masks are read from logits that an in-place gradient overwrites.
@@ -241,13 +235,21 @@ class RowSweep {
 
   // Columns [begin, end) of tile k, whole vectors.
   template <typename To>
-  void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out) {
-    if (at_one_ == AtOne::kSquared) return combine<AtOne::kSquared>(k, slopes, begin, end, out);
-    if (at_one_ == AtOne::kSeparate) return combine<AtOne::kSeparate>(k, slopes, begin, end, out);
-    combine<AtOne::kUnused>(k, slopes, begin, end, out);
+  void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out, bool stream = false) {
+    if (at_one_ == AtOne::kSquared) return combine<AtOne::kSquared>(k, slopes, begin, end, out, stream);
+    if (at_one_ == AtOne::kSeparate) return combine<AtOne::kSeparate>(k, slopes, begin, end, out, stream);
+    combine<AtOne::kUnused>(k, slopes, begin, end, out, stream);
   }
 
   template <AtOne kAtOne, typename To>
+  void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out, bool stream) {
+    if (stream)
+      combine<kAtOne, true>(k, slopes, begin, end, out);
+    else
+      combine<kAtOne, false>(k, slopes, begin, end, out);
+  }
+
+  template <AtOne kAtOne, bool kStream, typename To>
   void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out) {
     const double truth = truth_slope();
     const double student = slopes.student + (at_one_ == AtOne::kShared ? truth * s_.factor[k] : 0);
@@ -260,20 +262,14 @@ class RowSweep {
       if (h) y = V::load(h + i) * b + y;
       if (kAtOne == AtOne::kSquared) y = e_s * e_s * c + y;
       if (kAtOne == AtOne::kSeparate) y = V::load(e_one + i) * c + y;
-      store_vector(y, out + (i - begin));
+      if constexpr (kStream)
+        stream_vector(y, out + (i - begin));
+      else
+        store_vector(y, out + (i - begin));
     }
   }
 
-  // The columns after the last whole vector.
-  void write_rest(int64_t k, const Slopes& slopes) {
-    const int count = tile_size(k), whole = count / V::kLanes * V::kLanes;
-    if (whole == count) return;
-    combine(k, slopes, whole, whole + V::kLanes, tile_g_);
-    store(tile_g_, count - whole, task_.grad, task_.student.dtype, k * kTile + whole);
-  }
-
   void write_label(int64_t k, const Slopes& slopes) {
-    if (!has_label_in(k)) return;
     const int at = int(task_.label - k * kTile), begin = at / V::kLanes * V::kLanes;
     combine(k, slopes, begin, begin + V::kLanes, tile_g_);
     store_one(tile_g_[at - begin] - label_slope(), task_.grad, task_.student.dtype, task_.label);
@@ -328,13 +324,12 @@ class RowSweep {
   const RowTask& task_;
   Exponentials<T> s_, t_, one_;
   AtOne at_one_ = AtOne::kUnused;
-  double* cross_ = nullptr;  // (tiles,) sum of e_t (keep v - u), in bits
-  bool* masked_ = nullptr;   // (tiles,) the student's tile holds a -inf
+  double* cross_ = nullptr;  // (tiles,) see Cross
+  bool* masked_ = nullptr;   // (tiles,) the student's tile may hold a -inf
   T *tile_s_ = nullptr, *tile_t_ = nullptr, *tile_g_ = nullptr, *tile_y_ = nullptr;
   int64_t staged_ = -1;  // the tile that tile_s_ holds, unchanged
   double finite_sum_ = 0, finite_count_ = 0, label_mass_ = 0, label_dot_ = 0, lse_ = 0;
   bool alive_ = false;  // the student has a finite column
-  T keep_ = 1;          // 0: cross sums of cross-entropy, without the teacher's entropy
 
  private:
   void carve(void* workspace) {

@@ -48,9 +48,7 @@ class Rows {
     STD_TORCH_CHECK(x.dim() == 3 && (columns_ < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
   }
   Source operator[](int64_t row) const { return {at(row), dtype_, columns_}; }
-  void* at(int64_t row) const {
-    return data_ + (row / inner_ * stride_outer_ + row % inner_ * stride_inner_) * bytes_;
-  }
+  void* at(int64_t row) const { return data_ + (row / inner_ * stride_outer_ + row % inner_ * stride_inner_) * bytes_; }
 
  private:
   char* data_;
@@ -80,8 +78,8 @@ class Numbers {
 
 // What every row op takes beside its teacher.
 struct RowArguments {
-  const Tensor& student;  // (outer, inner, V_s)
-  const Tensor& coef;     // (5, rows): tau_s, tau_t and the coefficients of KD, CE and z-loss
+  const Tensor& student;                     // (outer, inner, V_s)
+  const Tensor& coef;                        // (5, rows): tau_s, tau_t and the coefficients of KD, CE and z-loss
   const std::optional<Tensor>& label;        // (rows,) int64
   const std::optional<Tensor>& label_probs;  // (outer, inner, V_s)
   double smoothing;
@@ -100,6 +98,11 @@ inline Tensor new_gradient(const Tensor& student) {
   advise_huge_pages(grad.data_ptr(), grad.numel() * int64_t(grad.element_size()));
   return grad;
 }
+
+// Gradients above it would push each other out of the caches before anybody reads them.
+constexpr int64_t kStreamBytes = 8 << 20;
+// Shorter rows lose more to their unaligned ends than the fetches cost.
+constexpr int64_t kStreamColumns = 1 << 13;
 
 // A row that does not count: loss 0, gradient exactly 0, whatever the logits hold.
 inline void clear_row(const RowTask& task, int64_t element_size) {
@@ -123,8 +126,11 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
   const Numbers loss(out.loss), parts(out.parts);
   const auto run = [&](int64_t begin, int64_t end) {
     void* workspace = thread_workspace(kernels().workspace_bytes(columns));
+    RowTask task;
+    task.smoothing = arguments.smoothing;
+    task.stream = grad && grad->data_ptr() != student.data_ptr() && columns >= kStreamColumns &&
+                  grad->numel() * int64_t(grad->element_size()) >= kStreamBytes;
     for (int64_t i = begin; i < end; ++i) {
-      RowTask task;
       task.student = students[i];
       if (probs) task.label_probs = (*probs)[i];
       if (labels) task.label = labels[i];
@@ -134,7 +140,6 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
       task.kd = numbers[2 * count + i];
       task.ce = numbers[3 * count + i];
       task.z = numbers[4 * count + i];
-      task.smoothing = arguments.smoothing;
       task.want_parts = arguments.want_parts;
       const bool counts = task.kd != 0 || task.ce != 0 || task.z != 0;
       const RowResult result = counts ? row(i, task, workspace) : RowResult();
@@ -144,6 +149,7 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
       const double values[] = {result.kd, result.ce, result.entropy, result.top1};
       for (int p = 0; p < 4; ++p) parts.set(p * count + i, values[p]);
     }
+    if (task.stream) kernels().fence();
   };
   // About as many columns per task as pay for waking a thread.
   constexpr int64_t kGrain = 1 << 15;

@@ -16,7 +16,7 @@ struct Exponentials {
   double* sum = nullptr;     // (tiles,)
   double* factor = nullptr;  // (tiles,)
   int64_t columns = 0;
-  T bits = T(kLog2E);                      // log2(e) / tau
+  T bits = T(kLog2E);                       // log2(e) / tau
   double top = -Real<double>::kInf, z = 0;  // over the row; z is 0 exactly where every column is -inf
 
   void set_tau(double tau) { bits = T(kLog2E / tau); }
@@ -61,62 +61,119 @@ struct Base2 {
 
 template <typename T>
 struct TileSums {
-  T student = 0, teacher = 0, square = 0, cross = 0, logits_s = 0, logits_t = 0;
-
-  TileSums operator+(const TileSums& other) const {
-    return {student + other.student, teacher + other.teacher,   square + other.square,
-            cross + other.cross,     logits_s + other.logits_s, logits_t + other.logits_t};
-  }
+  T student, teacher, square, cross;
+  T logits;  // finite exactly where no logit is masked, NaN or too large; 0 where cross tells as much
 };
+
+// The sum, in bits, that the value of a forward divergence needs: e_t (v - u) for KL, -e_t u for cross-entropy.
+enum class Cross { kNone, kKl, kCe };
 
 // What one sweep over a tile computes beside the student's exponentials.
 struct SweepMode {
   bool teacher = false;  // the teacher's exponentials
   bool square = false;   // sum of e_s^2: the student at temperature 1, when tau is 2
-  bool cross = false;    // sum of e_t (keep v - u), in bits: the value of forward KL
-  bool careful = false;  // cross with -inf on either side, as rowmath's weighted()
+  Cross cross = Cross::kNone;
+  bool careful = false;  // right where a logit is -inf; without it such a tile's sums are not finite
 };
 
-template <bool kTeacher, bool kSquare, bool kCross, bool kCareful, typename T, typename From>
-TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Base2<T> t, T keep, T* e_s, T* e_t) {
+// The columns after a tile's last whole vector are padded with logits that weigh nothing and are finite.
+constexpr float kPadding = -1e30f;
+
+template <bool kTeacher, bool kSquare, Cross kCross, typename T, typename From>
+class Sweep {
   using V = Vec<T>;
-  const V zero(T(0)), lowest(-Real<T>::kInf), tiny(Real<T>::kTiny), keep_v(keep);
-  V sum_s = zero, sum_t = zero, square = zero, cross = zero, logits_s = zero, logits_t = zero;
-  for (int i = 0; i < count; i += V::kLanes) {
-    const V logit_s = load_vector<T>(x + i), u = s(logit_s), a = exp2(u);
-    a.store(e_s + i);
-    sum_s = sum_s + a;
-    logits_s = logits_s + logit_s;
-    if constexpr (kSquare) square = a * a + square;
+
+ public:
+  Sweep(Base2<T> s, Base2<T> t) : s_(s), t_(t) {}
+
+  template <bool kCareful, typename Source>
+  KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t) {
+    const V logit_s = load_vector<T>(x), u = s_(logit_s), a = power<kCareful>(u);
+    a.store(e_s);
+    sum_s_ = sum_s_ + a;
+    if constexpr (kSquare) square_ = a * a + square_;
+    if constexpr (kCross == Cross::kNone) logits_ = logits_ + logit_s;
     if constexpr (kTeacher) {
-      const V logit_t = load_vector<T>(y + i), v = t(logit_t), b = exp2(v);
-      b.store(e_t + i);
-      sum_t = sum_t + b;
-      logits_t = logits_t + logit_t;
-      if constexpr (kCross && kCareful) cross = cross + select(v > lowest, max(b, tiny) * (keep_v * v - u), zero);
-      if constexpr (kCross && !kCareful) cross = b * (keep_v * v - u) + cross;
+      const V logit_t = load_vector<T>(y), v = t_(logit_t), b = power<kCareful>(v);
+      b.store(e_t);
+      sum_t_ = sum_t_ + b;
+      if constexpr (kCross == Cross::kNone) {
+        logits_ = logits_ + logit_t;
+        return;
+      }
+      const V gap = kCross == Cross::kKl ? v - u : -u;
+      // As rowmath's weighted(); where it need not be careful, a mask on either side makes the sum infinite or NaN.
+      if constexpr (kCareful)
+        cross_ = cross_ + select(v > V(-Real<T>::kInf), max(b, V(Real<T>::kTiny)) * gap, V(T(0)));
+      else
+        cross_ = b * gap + cross_;
     }
   }
-  return {reduce_add(sum_s), reduce_add(sum_t),    reduce_add(square),
-          reduce_add(cross), reduce_add(logits_s), reduce_add(logits_t)};
+
+  TileSums<T> sums() const {
+    return {reduce_add(sum_s_), kTeacher ? reduce_add(sum_t_) : T(0), kSquare ? reduce_add(square_) : T(0),
+            kCross == Cross::kNone ? T(0) : reduce_add(cross_), kCross == Cross::kNone ? reduce_add(logits_) : T(0)};
+  }
+
+ private:
+  template <bool kCareful>
+  static KD_INLINE V power(V x) {
+    if constexpr (kCareful) return exp2(x);
+    return exp2_finite<sizeof(From) == 2>(x);
+  }
+
+  Base2<T> s_, t_;
+  V sum_s_ = V(T(0)), sum_t_ = V(T(0)), square_ = V(T(0)), cross_ = V(T(0)), logits_ = V(T(0));
+};
+
+template <bool kTeacher, bool kSquare, Cross kCross, bool kCareful, typename T, typename From>
+TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Base2<T> t, T* e_s, T* e_t) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  Sweep<kTeacher, kSquare, kCross, T, From> sweep(s, t);
+  const int whole = count / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) sweep.template add<kCareful>(x + i, y + i, e_s + i, e_t + i);
+  if (whole == count) return sweep.sums();
+  T rest_x[kLanes], rest_y[kLanes], logits = 0;
+  for (int i = 0; i < kLanes; ++i) rest_x[i] = rest_y[i] = T(kPadding);
+  for (int i = 0; i < count - whole; ++i) {
+    rest_x[i] = T(to_real(x[whole + i]));
+    if (kTeacher) rest_y[i] = T(to_real(y[whole + i]));
+    logits += rest_x[i];
+  }
+  // Carefully: exp2_finite() need not make exact zeros of the padding. So a mask here has to be looked for.
+  sweep.template add<true>(rest_x, rest_y, e_s + whole, e_t + whole);
+  TileSums<T> sums = sweep.sums();
+  sums.logits += logits;
+  return sums;
 }
 
 template <typename T, typename From>
-TileSums<T> exponentiate(SweepMode mode, int count, const From* x, const From* y, Base2<T> s, Base2<T> t, T keep,
-                         T* e_s, T* e_t) {
-#define KD_SWEEP(...) exponentiate<__VA_ARGS__, T, From>(count, x, y, s, t, keep, e_s, e_t)
-  if (!mode.teacher) return mode.square ? KD_SWEEP(false, true, false, false) : KD_SWEEP(false, false, false, false);
-  if (!mode.cross) return mode.square ? KD_SWEEP(true, true, false, false) : KD_SWEEP(true, false, false, false);
-  if (mode.careful) return mode.square ? KD_SWEEP(true, true, true, true) : KD_SWEEP(true, false, true, true);
-  return mode.square ? KD_SWEEP(true, true, true, false) : KD_SWEEP(true, false, true, false);
+TileSums<T> exponentiate(SweepMode mode, int count, const From* x, const From* y, Base2<T> s, Base2<T> t, T* e_s,
+                         T* e_t) {
+#define KD_SWEEP(teacher, square, cross)                                                  \
+  (mode.careful ? exponentiate<teacher, square, cross, true>(count, x, y, s, t, e_s, e_t) \
+                : exponentiate<teacher, square, cross, false>(count, x, y, s, t, e_s, e_t))
+#define KD_SWEEP_SQUARE(teacher, cross) (mode.square ? KD_SWEEP(teacher, true, cross) : KD_SWEEP(teacher, false, cross))
+  if (!mode.teacher) return KD_SWEEP_SQUARE(false, Cross::kNone);
+  if (mode.cross == Cross::kNone) return KD_SWEEP_SQUARE(true, Cross::kNone);
+  if (mode.cross == Cross::kCe) return KD_SWEEP_SQUARE(true, Cross::kCe);
+  return KD_SWEEP_SQUARE(true, Cross::kKl);
+#undef KD_SWEEP_SQUARE
 #undef KD_SWEEP
 }
 
 // The largest of `count` logits, ignoring NaN; -inf where there is none.
 template <typename T, typename From>
 T maximum(const From* x, int count) {
+  using V = Vec<T>;
   T top = -Real<T>::kInf;
-  for (int i = 0; i < count; ++i) {
+  int i = 0;
+  if (count >= V::kLanes) {
+    V tops(top);
+    for (; i + V::kLanes <= count; i += V::kLanes) tops = max(load_vector<T>(x + i), tops);
+    top = reduce_max(tops);
+  }
+  for (; i < count; ++i) {
     const T value = T(to_real(x[i]));
     top = value > top ? value : top;
   }

@@ -48,14 +48,13 @@ using OutputsWithGrad = std::tuple<Tensor, Tensor, Tensor>;
 
 }  // namespace
 
-#define KDFAST_SPARSE_ARGUMENTS                                                                                     \
-  Tensor student, Tensor ids, Tensor weights, Tensor offsets, std::optional<Tensor> tail, int64_t vocab,             \
-      bool subtract_entropy, Tensor coef, std::optional<Tensor> label, std::optional<Tensor> label_probs,            \
+#define KDFAST_SPARSE_ARGUMENTS                                                                           \
+  Tensor student, Tensor ids, Tensor weights, Tensor offsets, std::optional<Tensor> tail, int64_t vocab,  \
+      bool subtract_entropy, Tensor coef, std::optional<Tensor> label, std::optional<Tensor> label_probs, \
       double smoothing, bool want_parts
-#define KDFAST_SPARSE_PACK                                                                                        \
-  SparseArguments {                                                                                               \
-    {student, coef, label, label_probs, smoothing, want_parts}, ids, weights, offsets, tail, vocab,               \
-        subtract_entropy                                                                                          \
+#define KDFAST_SPARSE_PACK                                                                                           \
+  SparseArguments {                                                                                                  \
+    {student, coef, label, label_probs, smoothing, want_parts}, ids, weights, offsets, tail, vocab, subtract_entropy \
   }
 
 Outputs sparse_rows(KDFAST_SPARSE_ARGUMENTS) {

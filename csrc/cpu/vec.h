@@ -92,17 +92,22 @@ KD_INLINE Vec<T> abs(Vec<T> a) {
   return max(-a, a);
 }
 
+// Halves folded onto each other: in order, each step would wait for the one before.
 template <typename T>
 KD_INLINE T reduce_add(Vec<T> x) {
-  T total = 0;
-  for (int i = 0; i < Vec<T>::kLanes; ++i) total += x.v[i];
-  return total;
+  T folded[Vec<T>::kLanes];
+  x.store(folded);
+  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) folded[i] += folded[i + width];
+  return folded[0];
 }
 template <typename T>
 KD_INLINE T reduce_max(Vec<T> x) {
-  T top = x.v[0];
-  for (int i = 1; i < Vec<T>::kLanes; ++i) top = x.v[i] > top ? x.v[i] : top;
-  return top;
+  T folded[Vec<T>::kLanes];
+  x.store(folded);
+  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) folded[i] = folded[i + width] > folded[i] ? folded[i + width] : folded[i];
+  return folded[0];
 }
 
 template <typename T>
@@ -116,8 +121,15 @@ struct Real<float> {
   // Adding it rounds to an integer, which then sits, biased for an exponent, in the low mantissa bits.
   static constexpr float kRound = 0x1.8p23f + 127;
   // 2^f on [-1/2, 1/2], minimax.
-  static constexpr float kExp2[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
-                                    5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
+  static constexpr float kExp2[] = {1.534581242594868e-4f,
+                                    1.339993090368807e-3f,
+                                    9.618489071726799e-3f,
+                                    5.550328642129898e-2f,
+                                    2.402264624834061e-1f,
+                                    6.931471824645996e-1f,
+                                    1.0f};
+  static constexpr float kExp2Short[] = {1.327647245489061e-3f, 9.675541892647743e-3f, 5.550713092088699e-2f,
+                                         2.402212023735046e-1f, 6.931469440460205e-1f, 1.0f};
 };
 template <>
 struct Real<double> {
@@ -126,12 +138,22 @@ struct Real<double> {
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52 + 1023;
   // ln(2)^k / k!
-  static constexpr double kExp2[] = {1.3691488853904129e-12, 2.5678435993488205e-11, 4.4455382718708116e-10,
-                                     7.0549116208011233e-09, 1.0178086009239699e-07, 1.3215486790144307e-06,
-                                     1.5252733804059840e-05, 1.5403530393381608e-04, 1.3333558146428443e-03,
-                                     9.6181291076284768e-03, 5.5504108664821580e-02, 2.4022650695910072e-01,
+  static constexpr double kExp2[] = {1.3691488853904129e-12, 2.5678435993488205e-11,
+                                     4.4455382718708116e-10, 7.0549116208011233e-09,
+                                     1.0178086009239699e-07, 1.3215486790144307e-06,
+                                     1.5252733804059840e-05, 1.5403530393381608e-04,
+                                     1.3333558146428443e-03, 9.6181291076284768e-03,
+                                     5.5504108664821580e-02, 2.4022650695910072e-01,
                                      6.9314718055994531e-01, 1.0};
 };
+
+// A polynomial by Horner's rule, highest power first.
+template <typename T, int kCount>
+KD_INLINE Vec<T> horner(const T (&coefficients)[kCount], Vec<T> x) {
+  Vec<T> y(coefficients[0]);
+  for (int i = 1; i < kCount; ++i) y = y * x + Vec<T>(coefficients[i]);
+  return y;
+}
 
 // 2^x for x up to kBias + 1: exact 0 below the normal range, NaN stays NaN.
 template <typename T>
@@ -140,11 +162,26 @@ KD_INLINE Vec<T> exp2(Vec<T> x) {
   const Vec<T> round(R::kRound);
   x = max(Vec<T>(T(-R::kBias)), x);
   const Vec<T> r = x + round;
-  const Vec<T> f = x - (r - round);
-  Vec<T> y(R::kExp2[0]);
-  for (unsigned i = 1; i < sizeof(R::kExp2) / sizeof(T); ++i) y = y * f + Vec<T>(R::kExp2[i]);
+  const Vec<T> y = horner(R::kExp2, x - (r - round));
   // The exponent field alone: 2^-kBias comes out as the bits of 0, 2^(kBias + 1) as those of +inf.
   return y * Vec<T>((typename Vec<T>::Value)((typename Vec<T>::Int)(r.v) << R::kMantissa));
+}
+
+// The same where no x is -inf, which may come out as NaN. `kShort`: to 2e-7, for numbers that have 16 bits to show.
+template <bool kShort, typename T>
+KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
+#if KDFAST_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> round(Real<T>::kRound), n = (x + round) - round, f = x - n;
+    Vec<T> y;
+    if constexpr (kShort)
+      y = horner(Real<T>::kExp2Short, f);
+    else
+      y = horner(Real<T>::kExp2, f);
+    return Vec<T>((typename Vec<T>::Value)_mm512_scalef_ps((__m512)y.v, (__m512)n.v));
+  }
+#endif
+  return exp2(x);
 }
 
 template <typename T>

@@ -54,9 +54,7 @@ Arrays = tuple[NDArray[Any], NDArray[Any]]
 
 
 def _divide(pixels: NDArray[Any], labels: NDArray[Any], held_out: int) -> tuple[Arrays, Arrays]:
-    x, x_out, y, y_out = train_test_split(
-        pixels, labels, test_size=held_out, stratify=labels, random_state=SPLIT_SEED
-    )
+    x, x_out, y, y_out = train_test_split(pixels, labels, test_size=held_out, stratify=labels, random_state=SPLIT_SEED)
     return (x, y), (x_out, y_out)
 
 

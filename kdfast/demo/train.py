@@ -64,7 +64,7 @@ def sweep(model: nn.Module, images: Tensor, rows: Tensor, objective: Objective, 
     """Seconds for one pass over ``rows``, with an optimiser that is thrown away."""
     optimizer = AdamW(model.parameters(), schedule.learning_rate, fused=True)
     start = time.perf_counter()
-    for batch in rows.split(schedule.batch):
+    for batch in _split(rows, schedule.batch):
         _step(model, images, batch, objective, optimizer)
     _synchronize(images.device)
     return time.perf_counter() - start
@@ -75,7 +75,7 @@ def _step(
 ) -> int:
     loss = objective(model(images[batch]), batch)
     optimizer.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
     return len(batch)
 
@@ -84,7 +84,11 @@ def _batches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Te
     """Batches without end: each pass is over all rows, in a new order."""
     while True:
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        yield from rows[order].split(size)
+        yield from _split(rows[order], size)
+
+
+def _split(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _accuracy(model: nn.Module, test: Split) -> float:

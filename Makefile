@@ -1,0 +1,46 @@
+# The README's commands. Everything runs inside .venv, which is set up once and again when its inputs change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f) setup.py
+
+.PHONY: demo test full bench lint format clean
+
+demo: $(VENV)/built
+	$(BIN)/kdfast demo
+
+test: $(VENV)/built
+	$(BIN)/pytest -m "not full"
+
+# What takes longer than CI should: every test, and the benchmark's whole table.
+full: $(VENV)/built
+	$(BIN)/pytest
+	$(BIN)/kdfast bench loss --out benchmarks/results
+
+bench: $(VENV)/built
+	$(BIN)/kdfast bench loss
+	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+# Editable: Python changes need no rebuild, native ones do.
+$(VENV)/built: $(VENV)/installed $(NATIVE) pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kdfast/*.so output

@@ -1,0 +1,64 @@
+"""``kdfast doctor``: what is installed, and which kernels run where."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import kdfast
+from kdfast._C import cpu_isa
+
+__all__ = ["doctor"]
+
+# Extra: the distributions it brings. `dev` is for working on kdfast itself.
+EXTRAS = {
+    "demo": ("scikit-learn", "torchmetrics", "rich", "matplotlib", "typer"),
+    "lm": ("transformers", "gguf", "accelerate"),
+    "triton": ("triton",),
+}
+
+
+def doctor() -> None:
+    """Versions, the instruction set in use, devices, and the optional packages."""
+    table = Table(show_header=False)
+    for name, value in {**_versions(), **_cpu(), **_accelerators()}.items():
+        table.add_row(name, escape(value))
+    table.add_section()
+    for extra, packages in EXTRAS.items():
+        table.add_row(escape(f"kdfast[{extra}]"), ", ".join(map(_installed, packages)))
+    Console().print(table)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "kdfast": kdfast.__version__,
+        "torch": str(torch.__version__),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu() -> dict[str, str]:
+    return {"CPU kernels": f"{cpu_isa()}, {torch.get_num_threads()} threads"}
+
+
+def _accelerators() -> dict[str, str]:
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "not available"
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key("kdfast::dense_rows", "CUDA")
+    return {
+        "CUDA": f"{cuda}" + (f", torch built for {torch.version.cuda}" if torch.version.cuda else ""),
+        "triton": "importable" if find_spec("triton") else "not installed",
+        "GPU kernels": "yes" if compiled else "none in this build, the PyTorch reference runs there",
+    }
+
+
+def _installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"[yellow]{package} missing[/]"
