@@ -24,7 +24,15 @@ def extension():
 
 setup(
     # The folder `kernels` ships inside the package: PyPI's `kernels` is another project.
-    packages=["kdfast", "kdfast.bench", "kdfast.cache", "kdfast.cache.codecs", "kdfast.cli", "kdfast.kernels"],
+    packages=[
+        "kdfast",
+        "kdfast.bench",
+        "kdfast.cache",
+        "kdfast.cache.codecs",
+        "kdfast.cli",
+        "kdfast.demo",
+        "kdfast.kernels",
+    ],
     package_dir={"kdfast": "kdfast", "kdfast.kernels": "kernels"},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},

@@ -38,10 +38,17 @@ KD_HD V weighted(V probability, V log_probability, V gap, const Limits<V>& limit
   return select(log_probability > limits.lowest, max(probability, limits.tiny) * gap, V(0));
 }
 
-// log(q / m) for the mixture m = w p + (1 - w) q, where q > 0; accurate near w = 0 and near p = q.
+// log(x / m) for the mixture m = w y + (1 - w) x; accurate near w = 0 and near x = y, harmless where x is negligible.
 template <typename V>
-KD_HD V log_q_over_m(const Column<V>& c, V w) {
-  return -log1p(w * ((c.p - c.q) / c.q));
+KD_HD V log_over_mixture(V x, V y, V w) {
+  return -log1p(w * min(V(1e30), (y - x) / x));
+}
+
+// log(y / m) for the same mixture from log_over_mixture(x, y, w) and gap = log(y / x). Where x is negligible, m = w y
+// and the sum of the two would only bring out the rounding of the gap.
+template <typename V>
+KD_HD V log_other_over_mixture(V x, V y, V w, V log_x_over_m, V gap, V minus_log_w) {
+  return select((V(1) - w) * x > V(1e-8) * w * y, gap + log_x_over_m, minus_log_w);
 }
 
 template <typename V>
@@ -56,21 +63,19 @@ KD_HD Element<V> symmetric_kl(const Column<V>& c, const Limits<V>& limits) {
   return {half * (forward + reverse.value), half * (reverse.h - c.p)};
 }
 
-// beta KL(p || m) + (1 - beta) KL(q || m). One logarithm serves both, log(p / m) = d + log(q / m), taken on the side
-// that m is near to: normalisation divides by beta (1 - beta), and would bring out the other side's rounding.
+// beta KL(p || m) + (1 - beta) KL(q || m). One logarithm serves both, taken on the side that m is near to:
+// normalisation divides by beta (1 - beta), and would bring out the other side's rounding.
 template <typename V>
 KD_HD Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
   const V zero(0), p_weight((beta)), q_weight((1 - beta));
   V p_log_ratio, q_log_ratio;
   if (beta <= 0.5) {
-    q_log_ratio = log_q_over_m(c, p_weight);
-    p_log_ratio = c.d + q_log_ratio;
+    q_log_ratio = log_over_mixture(c.q, c.p, p_weight);
+    p_log_ratio = log_other_over_mixture(c.q, c.p, p_weight, q_log_ratio, c.d, minus_log_beta);
   } else {
-    p_log_ratio = -log1p(q_weight * ((c.q - c.p) / c.p));
-    q_log_ratio = p_log_ratio - c.d;
+    p_log_ratio = log_over_mixture(c.p, c.q, q_weight);
+    q_log_ratio = log_other_over_mixture(c.p, c.q, q_weight, p_log_ratio, -c.d, minus_log_rest);
   }
-  p_log_ratio = select(c.q > zero, p_log_ratio, minus_log_beta);
-  q_log_ratio = select(c.p > zero, q_log_ratio, minus_log_rest);
   const V p_term = select(c.p > zero, p_weight * c.p * p_log_ratio, zero);
   const V q_term = select(c.q > zero, q_weight * c.q * q_log_ratio, zero);
   return {p_term + q_term, q_term};
@@ -80,7 +85,8 @@ KD_HD Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V minus_
 template <typename V>
 KD_HD Element<V> skew_forward_kl(const Column<V>& c, V lam, V minus_log_lam) {
   const V zero(0), rest = V(1) - lam, mixture = lam * c.p + rest * c.q;
-  const V p_log_ratio = select(c.q > zero, c.d + log_q_over_m(c, lam), minus_log_lam);
+  const V q_log_ratio = log_over_mixture(c.q, c.p, lam);
+  const V p_log_ratio = log_other_over_mixture(c.q, c.p, lam, q_log_ratio, c.d, minus_log_lam);
   return {select(c.p > zero, c.p * p_log_ratio, zero), select(mixture > zero, -rest * c.p * c.q / mixture, zero)};
 }
 
@@ -88,7 +94,7 @@ KD_HD Element<V> skew_forward_kl(const Column<V>& c, V lam, V minus_log_lam) {
 template <typename V>
 KD_HD Element<V> skew_reverse_kl(const Column<V>& c, V lam) {
   const V zero(0), rest = V(1) - lam, mixture = lam * c.q + rest * c.p;
-  const V value = select(c.q > zero, c.q * log_q_over_m(c, rest), zero);
+  const V value = select(c.q > zero, c.q * log_over_mixture(c.q, c.p, rest), zero);
   return {value, select(mixture > zero, value - lam * c.q * c.q / mixture, zero)};
 }
 
@@ -105,17 +111,19 @@ template <typename V>
 KD_HD Element<V> alpha_beta(const Column<V>& c, double a, double b, const Limits<V>& limits) {
   const double sum = a + b;
   const V va((a)), vb((b)), vs((sum));
+  // Not the column's d: the summand is flat in d around 0 only together with the logarithms it is the difference of.
+  const V d = c.log_p - c.log_q;
   const V p_s = exp(vs * c.log_p), q_s = exp(vs * c.log_q), cross = exp(va * c.log_p + vb * c.log_q);
   Element<V> both, lone_p = {limits.inf, V(0)}, lone_q = {limits.inf, V(0)};
-  both.h = a == 0 ? -q_s * c.d : (q_s - cross) * V(1 / a);
+  both.h = a == 0 ? -q_s * d : (q_s - cross) * V(1 / a);
   if (a == 0 && b == 0) {
-    both.value = V(0.5) * c.d * c.d;
+    both.value = V(0.5) * d * d;
   } else if (b == 0) {
-    both.value = (p_s * (va * c.d - V(1)) + q_s) * V(1 / (a * a));
+    both.value = (p_s * (va * d - V(1)) + q_s) * V(1 / (a * a));
   } else if (a == 0) {
-    both.value = (p_s - q_s * (vb * c.d + V(1))) * V(1 / (b * b));
+    both.value = (p_s - q_s * (vb * d + V(1))) * V(1 / (b * b));
   } else if (sum == 0) {
-    both.value = (cross - V(1) - va * c.d) * V(1 / (a * a));
+    both.value = (cross - V(1) - va * d) * V(1 / (a * a));
   } else {
     both.value = (V(a / sum) * p_s + V(b / sum) * q_s - cross) * V(1 / (a * b));
   }

@@ -269,7 +269,7 @@ class DenseRow : RowSweep<T> {
       V values(T(0)), slopes(T(0));
       for (int i = 0; i < count; i += V::kLanes) {
         const V u = s(V::load(x + i)), v = t(V::load(y + i));
-        const rowmath::Column<V> column = {V::load(e_t + i) * factor_t, V::load(e_s + i) * factor_s,
+        const rowmath::Column<V> column = {rounded(V::load(e_t + i) * factor_t), rounded(V::load(e_s + i) * factor_s),
                                            (v - u) * ln2 + gap, v * ln2 + base_t, u * ln2 + base_s};
         const rowmath::Element<V> element = element_of<kKind>(column, minus_log_a, minus_log_rest);
         values = values + element.value;

@@ -307,18 +307,18 @@ class RowSweep {
       store(tile_g_, tile_size(k), task_.grad, task_.student.dtype, k * kTile);
   }
 
-  // The student's entropy at its temperature: log-sum-exp - sum q u.
+  // -sum q log q over the tiles: the student's entropy at its temperature.
   double entropy() {
-    double dot = 0;
+    double total = 0;
     for (int64_t k = 0; k < tile_count(s_.columns); ++k) {
       const T* x = student_tile(k);
       const int count = clamp_tile(s_.columns - k * kTile);
       for (int i = 0; i < count; ++i) {
         const T q = s_.probability(k * kTile + i);
-        if (q > T(0)) dot += double(q) * x[i] * s_.scale();
+        if (q > T(0)) total -= double(q) * s_.log_probability(x[i]);
       }
     }
-    return s_.lse() - dot;
+    return total;
   }
 
   const RowTask& task_;

@@ -162,8 +162,7 @@ class SparseRow : RowSweep<T> {
     int32_t id = -1;
     for (int64_t i = 0; i < entries_.count; ++i) {
       const double log_q = s_.log_probability(logit(i)), q = ::exp(log_q);
-      // entropy() has log z of the whole row already.
-      if (q > 0) result.entropy -= q * (log_q + lse_s_);
+      if (q > 0) result.entropy -= q * log_q;
       if (entries_.weight[i] > best) {
         best = entries_.weight[i];
         id = entries_.id[i];

@@ -92,6 +92,22 @@ KD_INLINE Vec<T> abs(Vec<T> a) {
   return max(-a, a);
 }
 
+// x itself, rounded: the compiler may not fuse the product that made it into what follows. Equal products then have
+// equal values, and their difference is 0.
+template <typename T>
+KD_INLINE Vec<T> rounded(Vec<T> x) {
+#if defined(__x86_64__)
+#if KDFAST_VEC_BYTES == 64
+  __asm__("" : "+v"(x.v));
+#else
+  __asm__("" : "+x"(x.v));
+#endif
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x.v));
+#endif
+  return x;
+}
+
 // Halves folded onto each other: in order, each step would wait for the one before.
 template <typename T>
 KD_INLINE T reduce_add(Vec<T> x) {
@@ -120,6 +136,8 @@ struct Real<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   // Adding it rounds to an integer, which then sits, biased for an exponent, in the low mantissa bits.
   static constexpr float kRound = 0x1.8p23f + 127;
+  // ln 2 in two parts, the first short enough for exact products with exponents.
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   // 2^f on [-1/2, 1/2], minimax.
   static constexpr float kExp2[] = {1.534581242594868e-4f,
                                     1.339993090368807e-3f,
@@ -137,6 +155,7 @@ struct Real<double> {
   static constexpr double kTiny = 0x1p-1022, kMax = 0x1.fffffffffffffp1023;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52 + 1023;
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   // ln(2)^k / k!
   static constexpr double kExp2[] = {1.3691488853904129e-12, 2.5678435993488205e-11,
                                      4.4455382718708116e-10, 7.0549116208011233e-09,
@@ -184,9 +203,15 @@ KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
   return exp2(x);
 }
 
+// e^x: x - n ln 2 in two parts, so that large arguments lose nothing; +inf above the range.
 template <typename T>
 KD_INLINE Vec<T> exp(Vec<T> x) {
-  return exp2(min(Vec<T>(T(Real<T>::kBias + 1)), x * Vec<T>(T(1.4426950408889634))));
+  using R = Real<T>;
+  const Vec<T> round(R::kRound), log2e(T(1.4426950408889634));
+  x = min(Vec<T>(T((R::kBias + 1) * 0.6931471805599453)), max(Vec<T>(T(-R::kBias * 0.6931471805599453)), x));
+  const Vec<T> r = x * log2e + round, n = r - round;
+  const Vec<T> f = (x - n * Vec<T>(R::kLn2High)) - n * Vec<T>(R::kLn2Low);
+  return horner(R::kExp2, f * log2e) * Vec<T>((typename Vec<T>::Value)((typename Vec<T>::Int)(r.v) << R::kMantissa));
 }
 
 // Natural logarithm of a normal positive number, +inf at +inf, NaN at NaN.
@@ -204,7 +229,7 @@ KD_INLINE Vec<float> log(Vec<float> x) {
   V y(coefficients[0]);
   for (int i = 1; i < 9; ++i) y = y * f + V(coefficients[i]);
   const V square = f * f;
-  y = y * f * square + e * V(-2.12194440e-4f) - V(0.5f) * square + f + e * V(0.693359375f);
+  y = y * f * square + e * V(Real<float>::kLn2Low) - V(0.5f) * square + f + e * V(Real<float>::kLn2High);
   return select(x == V(Real<float>::kInf), x, select(x == x, y, x));
 }
 // float64 serves gradcheck, not speed.

@@ -9,6 +9,7 @@
 """
 
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
@@ -21,6 +22,7 @@ __all__ = [
     "CacheMismatchError",
     "CacheReader",
     "Key",
+    "RecordIndex",
     "Writer",
     "open",
 ]

@@ -67,9 +67,12 @@ def _digest(person: bytes, data: bytes) -> Key:
 
 def _canonical_ids(ids: Tensor | np.ndarray[Any, Any]) -> bytes:
     """u32 little-endian: the same bytes for every integer dtype and every device."""
+    # numpy's calls take longer than the hash: as few as will do.
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"ids used as a key must be 1-D integers, got {array.dtype} of shape {array.shape}")
-    if array.size and (int(array.min()) < 0 or int(array.max()) >= 2**32):
+    # Seen as unsigned, a negative id is at least as large as its type's sign bit.
+    limit = min(2**32, 2 ** (8 * array.itemsize - (array.dtype.kind == "i")))
+    if array.size and int(array.view(array.dtype.str.replace("i", "u")).max()) >= limit:
         raise ValueError(f"ids used as a key must lie in [0, 2**32), got {int(array.min())} to {int(array.max())}")
     return array.astype("<u4").tobytes()

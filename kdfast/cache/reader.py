@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdfast.cache.errors import CacheError
+from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import DIGEST_BYTES, Key, describe, make_key
 from kdfast.cache.manifest import load_shards
+from kdfast.cache.rows import Rows
 from kdfast.cache.shard import Shard
 from kdfast.labels import SoftLabels
 
@@ -68,7 +72,11 @@ class CacheReader:
             self._codec = shards[0].meta.make_codec()
         except (TypeError, ValueError) as error:
             raise CacheError(f"{path}: cannot be decoded: {error}") from error
+        self._rows = Rows(shards, self._codec)
+        self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
         self._starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
+        # Record r holds rows first[r] ... first[r + 1] of those of all shards.
+        self._first = np.concatenate([[0], *(shard.spans[:, 1] for shard in shards)]).cumsum()
         digests = np.concatenate([shard.keys for shard in shards]).view(f"S{DIGEST_BYTES}").ravel()
         # Sorted digests and their records. Of equal ones the first stays.
         self._digests, self._records = np.unique(digests, return_index=True)
@@ -77,25 +85,38 @@ class CacheReader:
         """The labels of one record. Raises ``KeyError`` naming the key."""
         return self.gather([key])
 
-    def gather(self, keys: Iterable[Any]) -> SoftLabels:
-        """The labels of several records, concatenated in the order of ``keys``.
+    def gather(self, keys: Iterable[Any] | RecordIndex) -> SoftLabels:
+        """The labels of several records, concatenated in the order of ``keys``, which may repeat.
+
+        Args:
+            keys: keys, or some that ``index`` has looked up.
 
         Raises:
             KeyError: a key is not in the cache.
             CacheCorruptError: a block is corrupt; the message names shard and block.
+            CacheError: the index was made for other shards.
         """
+        index = keys if isinstance(keys, RecordIndex) else self.index(keys)
+        if index.shards != self._fingerprint:
+            raise CacheError(f"{self._path}: the index was made for other shards than these: make it again")
+        return self._rows.labels(_ranges(self._first[index.records], self._first[index.records + 1]))
+
+    def index(self, keys: Iterable[Any]) -> RecordIndex:
+        """Look up keys once, for any number of ``gather``: hashing a key takes longer than reading a row.
+
+            index = cache.index(all_keys)
+            labels = cache.gather(index[batch])  # batch: positions in all_keys
+
+        Raises:
+            KeyError: a key is not in the cache.
+        """
+        if isinstance(keys, Tensor) and keys.dim() == 2:
+            keys = keys.detach().cpu().numpy()  # one copy from the device, not one per key
         keys = list(keys)
         records = self._find([make_key(key) for key in keys])
         for position in np.flatnonzero(records < 0)[:1]:
             raise KeyError(f"{describe(keys[position])} is not in {self._path}")
-        if not keys:
-            return self._codec.decode(np.empty(0, np.uint8), 0, slice(0, 0))
-        owners = np.searchsorted(self._starts, records, side="right") - 1
-        parts = [
-            self._shards[owner].labels(record, self._codec)
-            for owner, record in zip(owners.tolist(), (records - self._starts[owners]).tolist(), strict=True)
-        ]
-        return SoftLabels.cat(parts)
+        return RecordIndex(records, self._fingerprint)
 
     def __contains__(self, key: Any) -> bool:
         return bool(self._find([make_key(key)])[0] >= 0)
@@ -146,3 +167,11 @@ class CacheReader:
             return np.full(len(wanted), -1)
         at = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         return np.where(self._digests[at] == wanted, self._records[at], -1)
+
+
+def _ranges(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``begin[i] ... end[i] - 1`` for each i, one after another."""
+    sizes = end - begin
+    ends = sizes.cumsum()
+    # Number n of the result sits ``n - (ends - sizes)[i]`` past its range's begin.
+    return np.repeat(begin - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdfast._C import crc32c
-from kdfast.cache.codecs.base import Codec
+from kdfast.cache.codecs.base import Codec, FixedWidthCodec
 from kdfast.cache.container import read_container
 from kdfast.cache.errors import CacheCorruptError, CacheError, naming
 from kdfast.cache.meta import CacheMeta
@@ -44,8 +44,7 @@ class Shard:
             raise type(error)(f"{path}: {error}") from error
         except ValueError as error:
             raise CacheCorruptError(f"{path}: {error}") from error
-        # Whole records lie in one block, which is the last one that starts at or before the record's first row.
-        self._block_of = np.searchsorted(self._index[:, 2], self.spans[:, 0], side="right") - 1
+        self._first_rows = np.ascontiguousarray(self._index[:, 2])
         self._checked = np.zeros(len(self._index), bool)
         self._map: NDArray[np.uint8] | None = None
 
@@ -69,19 +68,33 @@ class Shard:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None, "_checked": np.zeros_like(self._checked)}
 
-    def labels(self, record: int, codec: Codec) -> SoftLabels:
-        """The labels of record number ``record``."""
-        first, rows = (int(n) for n in self.spans[record])
-        if rows == 0:
-            return codec.decode(np.empty(0, np.uint8), 0, slice(0, 0))
-        block = int(self._block_of[record])
-        begin = first - int(self._index[block, 2])
+    def require_width(self, codec: FixedWidthCodec) -> None:
+        """Raise ``CacheCorruptError`` unless each block is its rows one after another: ``packed`` counts on it."""
+        length, rows = self._index[:, 1], self._index[:, 3]
+        for number in np.flatnonzero(length != rows * codec.row_bytes)[:1]:
+            raise CacheCorruptError(
+                f"{self.path}: block {number}: {rows[number]} rows of {codec.row_bytes} bytes expected, "
+                f"found {length[number]} bytes"
+            )
+
+    def packed(self, rows: NDArray[np.int64], row_bytes: int) -> NDArray[np.void]:
+        """The bytes of ``rows``, as ``require_width`` has found them, in that order."""
+        blocks = self.blocks_of(rows)
+        for number in np.unique(blocks[~self._checked[blocks]]):
+            self.block(int(number))
+        return self._payload().view(f"V{row_bytes}").take(rows)
+
+    def decode(self, number: int, rows: NDArray[np.int64], codec: Codec) -> SoftLabels:
+        """The labels of ``rows``, which lie in block ``number``, in that order."""
+        block = self.block(number)
         try:
-            return codec.decode(self.block(block), int(self._index[block, 3]), slice(begin, begin + rows))
-        except CacheCorruptError:
-            raise
+            return codec.decode(block, int(self._index[number, 3]), rows - self._first_rows[number])
         except ValueError as error:
-            raise CacheCorruptError(f"{self.path}: block {block}: {error}") from error
+            raise CacheCorruptError(f"{self.path}: block {number}: {error}") from error
+
+    def blocks_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The block that each of ``rows`` lies in: the last one that starts at or before it."""
+        return np.searchsorted(self._first_rows, rows, side="right") - 1
 
     def block(self, number: int) -> NDArray[np.uint8]:
         """A block's bytes, checked against its CRC the first time."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from operator import index
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kdfast.labels import SoftLabels
 
-__all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "float64_chunks"]
+__all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "RowChoice", "float64_chunks"]
+
+RowChoice: TypeAlias = "slice | NDArray[np.int64]"  # either one indexes an array's first axis
 
 MAX_VOCAB = 2**24
 # Elements converted to float64 at a time. On a CPU the copies stay in cache (3 times as fast as 2**24, measured);
@@ -64,8 +66,11 @@ class Codec(ABC):
         """The bytes of a block. ``labels`` are selected records, concatenated, on the CPU."""
 
     @abstractmethod
-    def decode(self, block: NDArray[np.uint8], rows: int, wanted: slice) -> SoftLabels:
-        """Rows ``wanted`` (unit step, within bounds) of a block of ``rows`` rows.
+    def decode(self, block: NDArray[np.uint8], rows: int, wanted: RowChoice) -> SoftLabels:
+        """Rows ``wanted`` of a block of ``rows`` rows, in the order of ``wanted``. Rows may repeat.
+
+        Args:
+            wanted: row numbers within the block (a reader gives these), or a slice.
 
         Raises:
             ValueError: the bytes are not what ``encode`` writes. Any bytes may come; none may crash it.
@@ -73,18 +78,29 @@ class Codec(ABC):
 
 
 class FixedWidthCodec(Codec):
-    """A codec whose rows have one layout, ``row_dtype``: a packed little-endian structure."""
+    """A codec whose rows have one layout, ``row_dtype``: a packed little-endian structure.
+
+    A reader takes the rows it wants straight from the file, from any number of blocks, and unpacks them in one go.
+    """
 
     row_dtype: np.dtype[Any]
+
+    @abstractmethod
+    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+        """The labels of ``packed``, (rows,) of ``row_dtype``.
+
+        Raises:
+            ValueError: a row is not what ``encode`` writes. Any bytes may come; none may crash it.
+        """
 
     @property
     def row_bytes(self) -> int:
         return self.row_dtype.itemsize
 
-    def _rows(self, block: NDArray[np.uint8], rows: int, wanted: slice) -> NDArray[Any]:
+    def decode(self, block: NDArray[np.uint8], rows: int, wanted: RowChoice) -> SoftLabels:
         if block.size != rows * self.row_bytes:
             raise ValueError(f"{rows} rows of {self.row_bytes} bytes expected, found {block.size} bytes")
-        return block[wanted.start * self.row_bytes : wanted.stop * self.row_bytes].view(self.row_dtype)
+        return self.unpack(block.view(self.row_dtype)[wanted])
 
 
 def float64_chunks(logits: Tensor) -> Iterator[Tensor]:

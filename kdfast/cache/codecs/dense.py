@@ -63,15 +63,17 @@ class Dense(FixedWidthCodec):
         out["codes"] = np.where(finite, np.rint(below / step).clip(0, LEVELS), MASKED)
         return out.tobytes()
 
-    def decode(self, block: NDArray[np.uint8], rows: int, wanted: slice) -> SoftLabels:
-        packed = self._rows(block, rows, wanted)
-        codes = packed["codes"]
-        if not ((packed["step"] >= 0) & (packed["step"] <= np.float32(self.max_error))).all():
+    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+        codes, step = packed["codes"], packed["step"]
+        if not ((step >= 0) & (step <= np.float32(self.max_error))).all():  # NaN included
             raise ValueError(f"a row's step is outside [0, {self.max_error:g}]")
-        if (codes == MASKED).all(1).any():
-            raise ValueError("a row has no finite column")
-        below = np.where(codes == MASKED, np.float32(np.inf), codes * packed["step"][:, None])
-        return SoftLabels.dense(torch.from_numpy(-below).log_softmax(1))
+        log_probs = codes * -step[:, None]
+        masked = codes == MASKED
+        if masked.any():
+            if masked.all(1).any():
+                raise ValueError("a row has no finite column")
+            log_probs[masked] = -np.inf
+        return SoftLabels.dense(torch.from_numpy(log_probs).log_softmax(1))
 
 
 def _step(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -84,24 +84,25 @@ class TopK(FixedWidthCodec):
         out["tails"] = labels.tails.numpy().T
         return out.tobytes()
 
-    def decode(self, block: NDArray[np.uint8], rows: int, wanted: slice) -> SoftLabels:
-        packed = self._rows(block, rows, wanted)
+    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
         values = packed["values"].astype(np.float32)
         if not ((values <= 0).all() and (packed["tails"] <= 0).all()):  # NaN included
             raise ValueError("a log-probability or a tail is not in [-inf, 0]")
+        ids, offsets = self._ids(packed), None
         kept = values > -np.inf
-        ids = self._ids(packed)[kept]
+        if not kept.all():  # else (rows, k) tells SoftLabels that no row is short, which a loss makes use of
+            ids, values = ids[kept], values[kept]
+            offsets = np.zeros(len(packed) + 1, np.int64)
+            np.cumsum(kept.sum(1), out=offsets[1:])
         if ids.size and int(ids.max()) >= self.vocab_size:
             raise ValueError(f"id {int(ids.max())} is outside the vocabulary of {self.vocab_size}")
-        offsets = np.zeros(len(packed) + 1, np.int64)
-        np.cumsum(kept.sum(1), out=offsets[1:])
         return SoftLabels.topk(
             torch.from_numpy(ids),
-            torch.from_numpy(values[kept]),
+            torch.from_numpy(values),
             torch.from_numpy(packed["tails"].T.astype(np.float32, order="C")),
             vocab_size=self.vocab_size,
             temperatures=self.temperatures,
-            offsets=torch.from_numpy(offsets),
+            offsets=None if offsets is None else torch.from_numpy(offsets),
         )
 
     def _ids(self, packed: NDArray[Any]) -> NDArray[np.int32]:
