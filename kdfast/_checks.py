@@ -99,7 +99,7 @@ def check_positive(name: str, value: object) -> None:
 
 def check_weight(name: str, value: object) -> None:
     _check_number(name, value)
-    if not isinstance(value, Tensor) and not math.isfinite(value):  # type: ignore[arg-type]
+    if not isinstance(value, Tensor) and not -math.inf < value < math.inf:  # type: ignore[arg-type]
         raise ValueError(f"{name} must be finite, got {value}")
 
 

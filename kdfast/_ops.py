@@ -92,30 +92,44 @@ _SPENT = (
 )
 
 
-def _scaled_once(ctx: Any, upstream: Tensor) -> Tensor:
-    """The saved gradient times the upstream scalar, in its own memory."""
+_ONCE = "kd_loss is once differentiable: its gradient has no derivative of its own"
+
+
+class _Once(torch.autograd.Function):
+    """Its input, with a derivative that says that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(_ONCE)
+
+
+def _scaled_once(ctx: Any, upstream: Tensor) -> Any:
+    """The saved gradient times the upstream scalar, in its own memory; None for the other arguments."""
     if not torch.compiler.is_compiling():
         if getattr(ctx, "spent", False):
             raise RuntimeError(_SPENT)
         ctx.spent = True
     (grad,) = ctx.saved_tensors
-    _op("scale_")(grad, upstream)
-    return grad
+    with torch.no_grad():
+        _op("scale_")(grad, upstream)
+    if torch.is_grad_enabled():  # create_graph=True
+        grad = _Once.apply(grad, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return grad, *(None,) * ctx.others
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, op: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, grad, parts = _op(op)(student, *arguments)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(parts)
-        ctx.count = len(arguments)
-        return loss.sum(), parts
+        return _save_for_backward(ctx, arguments, grad, loss, parts)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return _scaled_once(ctx, upstream), None, *(None,) * ctx.count
+        return _scaled_once(ctx, upstream)
 
 
 class _InPlace(torch.autograd.Function):
@@ -123,15 +137,20 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, op: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, parts = _op(op)(student, *arguments)
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student)
-        ctx.mark_non_differentiable(parts)
-        ctx.count = len(arguments)
-        return loss.sum(), parts
+        return _save_for_backward(ctx, arguments, student, loss, parts)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return _scaled_once(ctx, upstream), None, *(None,) * ctx.count
+        return _scaled_once(ctx, upstream)
+
+
+def _save_for_backward(
+    ctx: Any, arguments: tuple[Any, ...], grad: Tensor, loss: Tensor, parts: Tensor
+) -> tuple[Tensor, Tensor]:
+    ctx.save_for_backward(grad)
+    ctx.mark_non_differentiable(parts)
+    ctx.others = 1 + len(arguments)
+    return loss.sum(), parts
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -176,7 +195,7 @@ def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None
         return _op(name + "_grad")(*inputs)[1], *none
 
     def backward_of_grad(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("kd_loss is once differentiable: its gradient has no derivative of its own")
+        raise NotImplementedError(_ONCE)
 
     def fallback_grad(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():

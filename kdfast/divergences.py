@@ -77,12 +77,13 @@ class Divergence:
         if self.name not in _DEFAULTS:
             raise ValueError(f"divergence {self.name!r} is unknown; expected one of {', '.join(_DEFAULTS)}")
         a, b = _DEFAULTS[self.name]
-        object.__setattr__(self, "a", float(a if math.isnan(self.a) else self.a))
-        object.__setattr__(self, "b", float(b if math.isnan(self.b) else self.b))
+        # NaN stands for "not given"; it is the one number that differs from itself.
+        object.__setattr__(self, "a", float(a if self.a != self.a else self.a))
+        object.__setattr__(self, "b", float(b if self.b != self.b else self.b))
         self._check()
 
     def _check(self) -> None:
-        if not (math.isfinite(self.a) and math.isfinite(self.b)):
+        if not (abs(self.a) < math.inf and abs(self.b) < math.inf):
             raise ValueError(f"{self.name}: parameters must be finite, got {self.a} and {self.b}")
         if self.normalize and self.name != "jsd":
             raise ValueError(f"normalize applies to jsd only, got {self.name}")
@@ -103,7 +104,8 @@ class Divergence:
             return divergence
         if not isinstance(divergence, str):
             raise TypeError(f"divergence must be a name or a kdfast.Divergence, got {type(divergence).__name__}")
-        return cls(divergence)
+        # Made beforehand: nothing to trace under torch.compile.
+        return _NAMED[divergence] if divergence in _NAMED else cls(divergence)
 
     def canonical(self) -> Divergence:
         """The same divergence with its limits spelt out, so that no kernel divides by beta = 0."""
@@ -112,6 +114,9 @@ class Divergence:
         if self.name.startswith("skew_") and self.a == 0.0:
             return replace(self, name=self.name.removeprefix("skew_"), a=0.0, b=0.0)
         return self
+
+
+_NAMED = {name: Divergence(name) for name in _DEFAULTS}
 
 
 def jsd(beta: float = 0.5, normalize: bool = False, standardize: bool = False) -> Divergence:

@@ -198,13 +198,14 @@ class SoftLabels:
         Raises:
             ValueError: a temperature that the labels do not carry, or a tensor of temperatures.
         """
-        if isinstance(temperature, Tensor) or temperature not in self.temperatures:
-            wanted = ", ".join(f"{t:g}" for t in self.temperatures)
+        # Compared one by one: torch.compile may hold either side as a symbol.
+        known = [i for i, t in enumerate(self.temperatures) if not isinstance(temperature, Tensor) and t == temperature]
+        if not known:
             got = "a tensor" if isinstance(temperature, Tensor) else temperature
-            raise ValueError(f"{self.kind} soft labels hold teacher_temperature {wanted}, got {got}")
+            raise ValueError(f"{self.kind} soft labels hold teacher_temperature {self.temperatures}, got {got}")
         if self.kind == "weights":
             return self.values, None
-        tail = self._tails()[self.temperatures.index(temperature)]
+        tail = self._tails()[known[0]]
         head = torch.log(-torch.expm1(tail))
         tempered = self.values / temperature
         if self.width is not None:

@@ -107,18 +107,16 @@ def kd_loss(
     if _checks.values_are_checked():
         _checks.check_values(student, teacher, index, counted, [temperature, tau_t])
     weight = rows.weights(counted, row_weight, reduction, num_items)
-    kd = kd_weight
+    numbers = {
+        "temperature": rows.number("temperature", temperature),
+        "teacher_temperature": rows.number("teacher_temperature", tau_t),
+        "kd_weight": rows.number("kd_weight", kd_weight),
+        "ce_weight": rows.number("ce_weight", ce_weight),
+        "z_weight": rows.number("z_weight", z_weight),
+    }
     if scale_by_t2 and div.name != "logit_mse":
-        tau = rows.number("temperature", temperature)
-        kd = rows.number("kd_weight", kd_weight) * tau * tau
-    coef = rows.coefficients(
-        weight,
-        temperature=temperature,
-        teacher_temperature=tau_t if isinstance(teacher, Tensor) or teacher.kind == "dense" else 1.0,
-        kd_weight=kd,
-        ce_weight=ce_weight,
-        z_weight=z_weight,
-    )
+        numbers["kd_weight"] = numbers["kd_weight"] * numbers["temperature"] ** 2
+    coef = rows.coefficients(weight, list(numbers.values()))
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
     target = _target(teacher, rows, div, tau_t)
@@ -127,6 +125,7 @@ def kd_loss(
         loss = rows.unflatten(loss)
     if not return_parts:
         return loss
+    parts = parts.detach()
     if reduction == "none":
         return loss, LossParts(*(rows.unflatten(part) for part in parts))
     return loss, LossParts(*(parts.sum(1) / counted.sum().clamp(min=1)))
@@ -187,12 +186,11 @@ class _Rows:
             raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
         return value.reshape(-1)
 
-    def coefficients(self, weight: Tensor, **named: Number) -> Tensor:
+    def coefficients(self, weight: Tensor, values: list[Number]) -> Tensor:
         """The ops' (5, rows) ``coef``: two temperatures as they are, three weights times the rows' ``weight``.
 
         A row that does not count has weight 0, and its products are exact zeros: they take its terms out.
         """
-        values = [self.number(name, value) for name, value in named.items()]
         ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
         rows = torch.cat([ones, weight.expand(3, -1)])
         if any(isinstance(value, Tensor) for value in values):

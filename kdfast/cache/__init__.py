@@ -5,6 +5,9 @@
     cache = kdfast.cache.open(path)
     labels = cache.gather([ids, other_ids])  # SoftLabels, as kd_loss takes them
 
+    index = cache.index(all_ids)  # a loop over epochs hashes its keys once
+    labels = cache.gather(index[batch])
+
 ``FORMAT.md`` gives the files byte by byte. ``kdfast.cache.codecs`` lists what a row can be stored as.
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast.cache.errors import CacheError
 from kdfast.cache.index import RecordIndex
-from kdfast.cache.keys import DIGEST_BYTES, Key, describe, make_key
+from kdfast.cache.keys import DIGEST_BYTES, Key, describe, make_key, make_keys
 from kdfast.cache.manifest import load_shards
 from kdfast.cache.rows import Rows
 from kdfast.cache.shard import Shard
@@ -75,7 +75,7 @@ class CacheReader:
         self._rows = Rows(shards, self._codec)
         self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
         self._starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
-        # Record r holds rows first[r] ... first[r + 1] of those of all shards.
+        # Record r holds rows first[r] ... first[r + 1] - 1, numbered over all shards.
         self._first = np.concatenate([[0], *(shard.spans[:, 1] for shard in shards)]).cumsum()
         digests = np.concatenate([shard.keys for shard in shards]).view(f"S{DIGEST_BYTES}").ravel()
         # Sorted digests and their records. Of equal ones the first stays.
@@ -110,10 +110,8 @@ class CacheReader:
         Raises:
             KeyError: a key is not in the cache.
         """
-        if isinstance(keys, Tensor) and keys.dim() == 2:
-            keys = keys.detach().cpu().numpy()  # one copy from the device, not one per key
-        keys = list(keys)
-        records = self._find([make_key(key) for key in keys])
+        keys = keys if isinstance(keys, (Tensor, np.ndarray)) else list(keys)
+        records = self._find(make_keys(keys))
         for position in np.flatnonzero(records < 0)[:1]:
             raise KeyError(f"{describe(keys[position])} is not in {self._path}")
         return RecordIndex(records, self._fingerprint)
