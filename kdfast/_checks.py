@@ -93,13 +93,13 @@ def check_labels(labels: Tensor | None, student: Tensor, needed_by: str | None) 
 def check_positive(name: str, value: object) -> None:
     """A temperature: a positive finite number, or a tensor of them."""
     _check_number(name, value)
-    if not isinstance(value, Tensor) and not 0.0 < float(value) < math.inf:  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_weight(name: str, value: object) -> None:
     _check_number(name, value)
-    if not isinstance(value, Tensor) and not -math.inf < value < math.inf:  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
 
 

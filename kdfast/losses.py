@@ -115,7 +115,7 @@ def kd_loss(
         "z_weight": rows.number("z_weight", z_weight),
     }
     if scale_by_t2 and div.name != "logit_mse":
-        numbers["kd_weight"] = numbers["kd_weight"] * numbers["temperature"] ** 2
+        numbers["kd_weight"] = numbers["kd_weight"] * _squared(numbers["temperature"])
     coef = rows.coefficients(weight, list(numbers.values()))
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
@@ -240,6 +240,11 @@ class _Rows:
     def unflatten(self, x: Tensor) -> Tensor:
         x = x.reshape(self.shape)
         return x[..., :-1] if self.shift else x
+
+
+def _squared(tau: Number) -> Number:
+    # The square of a temperature of 0 must not pass for a row that does not count.
+    return torch.where(tau > 0.0, tau**2, torch.nan) if isinstance(tau, Tensor) else tau**2
 
 
 def _needs_labels(div: Divergence, kd_weight: Number, ce_weight: Number) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kdfast import SoftLabels, _C, _ops, alpha_beta, jsd, kd_loss, skew_forward_kl, skew_reverse_kl
+from kdfast import _C, KDLoss, SoftLabels, _ops, alpha_beta, jsd, kd_loss, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
 from kdfast.testing import loss_and_gradient
 
@@ -64,25 +64,20 @@ def test_every_op_is_checked_here():
     assert ops == rows | {"scale_"}
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_gradcheck_dense(divergence):
+def test_gradcheck_dense(divergence, reduction):
     student = (torch.randn(3, 6, dtype=torch.float64) * 2).requires_grad_()
     teacher, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 5, -100])
-    for reduction in ("mean", "none"):
-        assert torch.autograd.gradcheck(
-            lambda s: kd_loss(
-                s,
-                teacher,
-                labels,
-                divergence=divergence,
-                temperature=2.0,
-                ce_weight=0.3,
-                z_weight=0.1,
-                label_smoothing=0.1,
-                reduction=reduction,
-            ),
-            student,
-        )
+    loss = KDLoss(
+        divergence=divergence,
+        temperature=2.0,
+        ce_weight=0.3,
+        z_weight=0.1,
+        label_smoothing=0.1,
+        reduction=reduction,
+    )
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher, labels), student)
 
 
 @pytest.mark.parametrize("kind", ["topk", "weights"])
@@ -181,7 +176,7 @@ def test_once_differentiable_and_says_so(mode, dtype):
     student = torch.randn(3, 7, dtype=dtype, requires_grad=True)
     loss = kd_loss(student, torch.randn(3, 7, dtype=dtype), backward=mode)
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError), match="once.differentiable"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"once differentiable"):
         grad.sum().backward()
 
 

@@ -186,7 +186,8 @@ KD_INLINE Vec<T> exp2(Vec<T> x) {
   return y * Vec<T>((typename Vec<T>::Value)((typename Vec<T>::Int)(r.v) << R::kMantissa));
 }
 
-// The same where no x is -inf, which may come out as NaN. `kShort`: to 2e-7, for numbers that have 16 bits to show.
+// The same for any x but -inf, which may come out as NaN: +inf above the range. `kShort`: to 2e-7, for numbers that
+// have 16 bits to show.
 template <bool kShort, typename T>
 KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
 #if KDFAST_VEC_BYTES == 64
@@ -200,7 +201,7 @@ KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
     return Vec<T>((typename Vec<T>::Value)_mm512_scalef_ps((__m512)y.v, (__m512)n.v));
   }
 #endif
-  return exp2(x);
+  return exp2(min(Vec<T>(T(Real<T>::kBias + 1)), x));
 }
 
 // e^x: x - n ln 2 in two parts, so that large arguments lose nothing; +inf above the range.

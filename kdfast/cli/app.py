@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kdfast import __version__
+from kdfast.cli.bench import app as bench_app
 from kdfast.cli.cache import app as cache_app
 from kdfast.cli.demo import demo
 from kdfast.cli.doctor import doctor
@@ -16,6 +17,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo)
 app.command()(doctor)
+app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
 
 

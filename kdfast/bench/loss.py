@@ -1,0 +1,174 @@
+"""Dense loss, forward + backward: ours against eager PyTorch and torch.compile, interleaved in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast import kd_loss
+from kdfast.testing import relative_error
+
+__all__ = ["CASES", "DTYPES", "SHAPES", "Case", "Measurement", "contenders", "measure"]
+
+SHAPES = [(8192, 1000), (512, 32000), (128, 128256)]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """CE + a divergence: what is timed, by its name in ``CASES``."""
+
+    divergence: str
+    temperature: float | None  # None: one per row
+    backward: str = "fused"
+
+
+CASES = {
+    "kl": Case("forward_kl", 2.0),
+    "kl-inplace": Case("forward_kl", 2.0, "inplace"),
+    "kl-tau3.3": Case("forward_kl", 3.3),
+    "kl-row-tau": Case("forward_kl", None),
+    "rkl": Case("reverse_kl", 2.0),
+    "jsd": Case("jsd", 2.0),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case at one shape: median milliseconds of each contender, and what they moved and missed."""
+
+    case: str
+    dtype: str
+    rows: int
+    columns: int
+    ms: dict[str, float]  # ours, eager, compile, copy
+    gradient_error: dict[str, float]  # max |grad - grad64| / max |grad64|
+    copy_gb_s: float  # read + write
+    share_of_copy: float  # of the copy bandwidth, at 3 elements per column: read s, read t, write ds
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {name: self.ms[name] / self.ms["ours"] for name in ("eager", "compile")}
+
+
+def measure(name: str, dtype: str, rows: int, columns: int, repeats: int = 11) -> Measurement:
+    """Times every contender in turn, ``repeats`` rounds after one that warms up, and takes medians."""
+    case, element = CASES[name], DTYPES[dtype]
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(rows, columns, generator=generator).mul_(3).to(element) for _ in range(2))
+    labels = torch.randint(0, columns, (rows,), generator=generator)
+    tau = torch.rand(rows, generator=generator) + 1.5 if case.temperature is None else case.temperature
+    runs = contenders(case, student, teacher, labels, tau)
+    seconds: dict[str, list[float]] = {contender: [] for contender in runs}
+    for _ in range(repeats + 1):
+        for contender, run in runs.items():
+            seconds[contender].append(run())
+    ms = {contender: 1e3 * statistics.median(times[1:]) for contender, times in seconds.items()}
+    bytes_moved = student.numel() * student.element_size()
+    copy_gb_s = 2 * bytes_moved / ms["copy"] / 1e6
+    return Measurement(
+        case=name,
+        dtype=dtype,
+        rows=rows,
+        columns=columns,
+        ms=ms,
+        gradient_error=_gradient_errors(case, student[:8], teacher[:8], labels[:8], tau),
+        copy_gb_s=copy_gb_s,
+        share_of_copy=3 * bytes_moved / ms["ours"] / 1e6 / copy_gb_s,
+    )
+
+
+Loss = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+
+
+def contenders(
+    case: Case, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any
+) -> dict[str, Callable[[], float]]:
+    """Each runs one forward + backward, or one copy, and returns its seconds."""
+    leaf = student.clone().requires_grad_()
+    target = student.clone()
+    torch.compiler.reset()
+
+    def timed(loss: Loss) -> Callable[[], float]:
+        def run() -> float:
+            leaf.grad = None
+            start = time.perf_counter()
+            loss(leaf, teacher, labels, tau).backward()  # type: ignore[no-untyped-call]
+            return time.perf_counter() - start
+
+        return run
+
+    def inplace() -> float:
+        # The logits that a head has just computed; making them is not part of the loss.
+        logits = leaf * 1
+        start = time.perf_counter()
+        loss = _ours(case)(logits, teacher, labels, tau)
+        torch.autograd.grad(loss, logits)
+        return time.perf_counter() - start
+
+    def copy() -> float:
+        start = time.perf_counter()
+        target.copy_(teacher)
+        return time.perf_counter() - start
+
+    eager = _eager(case)
+    ours = inplace if case.backward == "inplace" else timed(_ours(case))
+    return {"ours": ours, "eager": timed(eager), "compile": timed(torch.compile(eager)), "copy": copy}
+
+
+def _ours(case: Case) -> Loss:
+    def loss(s: Tensor, t: Tensor, y: Tensor, tau: Any) -> Tensor:
+        return kd_loss(  # type: ignore[no-any-return]
+            s, t, y, divergence=case.divergence, temperature=tau, ce_weight=1.0, backward=case.backward
+        )
+
+    return loss
+
+
+def _eager(case: Case) -> Loss:
+    """CE + divergence as people write them, in the logits' dtype."""
+    divergence = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}[case.divergence]
+
+    def loss(s: Tensor, t: Tensor, y: Tensor, tau: Any) -> Tensor:
+        scale = tau[:, None].to(s.dtype) if isinstance(tau, Tensor) else tau
+        kd = divergence(F.log_softmax(s / scale, -1), F.log_softmax(t / scale, -1))
+        return F.cross_entropy(s, y) + (tau**2 * kd).mean()
+
+    return loss
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def _reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+
+
+def _jsd(log_q: Tensor, log_p: Tensor) -> Tensor:
+    log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
+    return 0.5 * (_forward_kl(log_m, log_p) + _forward_kl(log_m, log_q))
+
+
+def _gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any) -> dict[str, float]:
+    """Of the numbers that were timed, on a few rows."""
+    tau = tau[:8] if isinstance(tau, Tensor) else tau
+
+    def gradient(loss: Loss, *logits: Tensor) -> Tensor:
+        leaf = logits[0].clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf * 1, logits[1], labels, tau), leaf)[0]
+
+    wide = tau.double() if isinstance(tau, Tensor) else tau
+    leaf = student.double().requires_grad_()
+    (exact,) = torch.autograd.grad(_eager(case)(leaf, teacher.double(), labels, wide), leaf)
+    return {
+        "ours": relative_error(gradient(_ours(case), student, teacher), exact),
+        "eager": relative_error(gradient(_eager(case), student, teacher), exact),
+    }
