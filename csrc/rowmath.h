@@ -25,77 +25,94 @@ struct Element {
   V value, h;
 };
 
-// The smallest normal number and the lowest finite one.
+// The lowest finite number and infinity.
 template <typename V>
 struct Limits {
-  V tiny, lowest, inf;
+  V lowest, inf;
 };
 
-// probability * gap, 0 where the probability is masked. A probability that merely underflowed still meets an infinite
-// gap: 0 * inf would be NaN, tiny * inf is inf.
+// probability * gap: 0 where the probability is masked or underflowed, unless an infinite gap meets one that merely
+// underflowed.
 template <typename V>
 KD_HD V weighted(V probability, V log_probability, V gap, const Limits<V>& limits) {
-  return select(log_probability > limits.lowest, max(probability, limits.tiny) * gap, V(0));
-}
-
-// log(x / m) for the mixture m = w y + (1 - w) x; accurate near w = 0 and near x = y, harmless where x is negligible.
-template <typename V>
-KD_HD V log_over_mixture(V x, V y, V w) {
-  return -log1p(w * min(V(1e30), (y - x) / x));
-}
-
-// log(y / m) for the same mixture from log_over_mixture(x, y, w) and gap = log(y / x). Where x is negligible, m = w y
-// and the sum of the two would only bring out the rounding of the gap.
-template <typename V>
-KD_HD V log_other_over_mixture(V x, V y, V w, V log_x_over_m, V gap, V minus_log_w) {
-  return select((V(1) - w) * x > V(1e-8) * w * y, gap + log_x_over_m, minus_log_w);
+  const V lost = select((log_probability > limits.lowest) & (gap == limits.inf), limits.inf, V(0));
+  return select(probability > V(0), probability * gap, lost);
 }
 
 template <typename V>
 KD_HD Element<V> reverse_kl(const Column<V>& c, const Limits<V>& limits) {
-  return {weighted(c.q, c.log_q, -c.d, limits), select(c.log_q > limits.lowest, -c.q * c.d, V(0))};
+  const V h = select((c.log_q > limits.lowest) & (c.log_p > limits.lowest), -c.q * c.d, V(0));
+  return {weighted(c.q, c.log_q, -c.d, limits), h};
 }
 
 template <typename V>
 KD_HD Element<V> symmetric_kl(const Column<V>& c, const Limits<V>& limits) {
   const Element<V> reverse = reverse_kl(c, limits);
   const V forward = weighted(c.p, c.log_p, c.d, limits), half(0.5);
-  return {half * (forward + reverse.value), half * (reverse.h - c.p)};
+  return {half * (forward + reverse.value), half * (reverse.h + (c.q - c.p))};
 }
 
-// beta KL(p || m) + (1 - beta) KL(q || m). One logarithm serves both, taken on the side that m is near to:
-// normalisation divides by beta (1 - beta), and would bring out the other side's rounding.
+// log(p / m) and log(q / m) for the mixture m = beta p + (1 - beta) q; the one is right where p > 0, the other where
+// q > 0.
+template <typename V>
+struct MixtureLogs {
+  V p, q;
+};
+
+// log(x / m) where m is nearer to x, weighing y with w <= 1/2; harmless where x is negligible.
+template <typename V>
+KD_HD V log_near(V x, V y, V w) {
+  return -log1p(w * min(V(1e30), (y - x) / x));
+}
+
+// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y, and their sum would only bring out
+// the gap's rounding.
+template <typename V>
+KD_HD V log_far(V x, V y, V w, V log_x, V gap, V minus_log_w) {
+  return select((V(1) - w) * x > V(1e-8) * w * y, gap + log_x, minus_log_w);
+}
+
+// One logarithm serves both, taken on the side that m is near to: what divides by beta or 1 - beta would bring out the
+// other side's rounding.
+template <typename V>
+KD_HD MixtureLogs<V> mixture_logs(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
+  const V beta_v((beta)), rest((1 - beta));
+  if (beta <= 0.5) {
+    const V q = log_near(c.q, c.p, beta_v);
+    return {log_far(c.q, c.p, beta_v, q, c.d, minus_log_beta), q};
+  }
+  const V p = log_near(c.p, c.q, rest);
+  return {p, log_far(c.p, c.q, rest, p, -c.d, minus_log_rest)};
+}
+
+// beta KL(p || m) + (1 - beta) KL(q || m).
 template <typename V>
 KD_HD Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
-  const V zero(0), p_weight((beta)), q_weight((1 - beta));
-  V p_log_ratio, q_log_ratio;
-  if (beta <= 0.5) {
-    q_log_ratio = log_over_mixture(c.q, c.p, p_weight);
-    p_log_ratio = log_other_over_mixture(c.q, c.p, p_weight, q_log_ratio, c.d, minus_log_beta);
-  } else {
-    p_log_ratio = log_over_mixture(c.p, c.q, q_weight);
-    q_log_ratio = log_other_over_mixture(c.p, c.q, q_weight, p_log_ratio, -c.d, minus_log_rest);
-  }
-  const V p_term = select(c.p > zero, p_weight * c.p * p_log_ratio, zero);
-  const V q_term = select(c.q > zero, q_weight * c.q * q_log_ratio, zero);
+  const V zero(0);
+  const MixtureLogs<V> log = mixture_logs(c, beta, minus_log_beta, minus_log_rest);
+  const V p_term = select(c.p > zero, V(beta) * c.p * log.p, zero);
+  const V q_term = select(c.q > zero, V(1 - beta) * c.q * log.q, zero);
   return {p_term + q_term, q_term};
 }
 
+// The skew divergences' h is only defined up to a multiple of q; this multiple makes it 0 where p = q.
+
 // KL(p || lam p + (1 - lam) q).
 template <typename V>
-KD_HD Element<V> skew_forward_kl(const Column<V>& c, V lam, V minus_log_lam) {
-  const V zero(0), rest = V(1) - lam, mixture = lam * c.p + rest * c.q;
-  const V q_log_ratio = log_over_mixture(c.q, c.p, lam);
-  const V p_log_ratio = log_other_over_mixture(c.q, c.p, lam, q_log_ratio, c.d, minus_log_lam);
-  return {select(c.p > zero, c.p * p_log_ratio, zero), select(mixture > zero, -rest * c.p * c.q / mixture, zero)};
+KD_HD Element<V> skew_forward_kl(const Column<V>& c, double lam, V minus_log_lam, V minus_log_rest) {
+  const V zero(0), rest((1 - lam)), mixture = V(lam) * c.p + rest * c.q;
+  const MixtureLogs<V> log = mixture_logs(c, lam, minus_log_lam, minus_log_rest);
+  return {select(c.p > zero, c.p * log.p, zero),
+          select(mixture > zero, rest * rest * c.q * ((c.q - c.p) / mixture), zero)};
 }
 
 // KL(q || lam q + (1 - lam) p).
 template <typename V>
-KD_HD Element<V> skew_reverse_kl(const Column<V>& c, V lam) {
-  const V zero(0), rest = V(1) - lam, mixture = lam * c.q + rest * c.p;
-  const V value = select(c.q > zero, c.q * log_over_mixture(c.q, c.p, rest), zero);
-  return {value, select(mixture > zero, value - lam * c.q * c.q / mixture, zero)};
+KD_HD Element<V> skew_reverse_kl(const Column<V>& c, double lam, V minus_log_lam, V minus_log_rest) {
+  const V zero(0), rest((1 - lam)), mixture = V(lam) * c.q + rest * c.p;
+  const MixtureLogs<V> log = mixture_logs(c, 1 - lam, minus_log_rest, minus_log_lam);
+  const V value = select(c.q > zero, c.q * log.q, zero);
+  return {value, select(mixture > zero, value + V(lam) * rest * c.q * ((c.p - c.q) / mixture), zero)};
 }
 
 template <typename V>
@@ -111,11 +128,11 @@ template <typename V>
 KD_HD Element<V> alpha_beta(const Column<V>& c, double a, double b, const Limits<V>& limits) {
   const double sum = a + b;
   const V va((a)), vb((b)), vs((sum));
-  // Not the column's d: the summand is flat in d around 0 only together with the logarithms it is the difference of.
+  // Not the column's d: the value is flat in d around 0 only together with the logarithms it is the difference of.
   const V d = c.log_p - c.log_q;
   const V p_s = exp(vs * c.log_p), q_s = exp(vs * c.log_q), cross = exp(va * c.log_p + vb * c.log_q);
   Element<V> both, lone_p = {limits.inf, V(0)}, lone_q = {limits.inf, V(0)};
-  both.h = a == 0 ? -q_s * d : (q_s - cross) * V(1 / a);
+  both.h = a == 0 ? -q_s * c.d : (q_s - cross) * V(1 / a);
   if (a == 0 && b == 0) {
     both.value = V(0.5) * d * d;
   } else if (b == 0) {

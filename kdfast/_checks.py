@@ -142,14 +142,15 @@ def check_backward(backward: str, reduction: str, num_items: object, student: Te
 def _check_inplace(reduction: str, student: Tensor) -> None:
     if reduction == "none":
         raise ValueError('backward="inplace" needs a scalar reduction: per-row upstream gradients are not known yet')
-    if student.requires_grad and student.is_leaf:
+    base = student if student._base is None else student._base
+    if base.requires_grad and base.is_leaf:
         raise ValueError('backward="inplace" would overwrite a leaf: pass logits that a model computed')
     if student.dtype == torch.float16:
         raise ValueError(
             'backward="inplace" rounds float16 gradients before GradScaler has scaled them; use "recompute"'
         )
-    if student.stride(-1) != 1 or (student.dim() > 3 and not student.is_contiguous()):
-        raise ValueError(f'backward="inplace" needs rows of unit stride, got strides {student.stride()}')
+    if not student.is_contiguous():
+        raise ValueError(f'backward="inplace" needs contiguous logits, got strides {student.stride()}')
 
 
 def check_values(

@@ -189,8 +189,8 @@ def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None
         for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             inputs[i] = tensor
         coef = inputs[1 + at]
-        # A row's upstream gradient scales its coefficients; a temperature stays what it is.
-        inputs[1 + at] = torch.cat([coef[:2], coef[2:] * upstream])
+        # A row's upstream gradient scales its coefficients, unless it is infinite and they are 0; temperatures stay.
+        inputs[1 + at] = torch.cat([coef[:2], torch.where(coef[2:] == 0.0, 0.0, coef[2:] * upstream)])
         inputs[-1] = False
         return _op(name + "_grad")(*inputs)[1], *none
 

@@ -206,10 +206,11 @@ class SoftLabels:
         if self.kind == "weights":
             return self.values, None
         tail = self._tails()[known[0]]
-        head = torch.log(-torch.expm1(tail))
+        # A tail that rounding took above all of the mass leaves nothing to the entries.
+        head = torch.log(-torch.expm1(tail.clamp(max=0.0)))
         tempered = self.values / temperature
         if self.width is not None:
-            tempered = tempered.view(-1, self.width)
+            tempered = tempered.view(len(self), self.width)
             log_probs = tempered + (head - _finite(torch.logsumexp(tempered, 1)))[:, None]
             return log_probs.exp().view(-1), tail
         row = torch.repeat_interleave(self._counts(), output_size=tempered.numel())
@@ -266,7 +267,7 @@ def _ragged(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[Tensor
             f"ragged labels need flat ids and int64 offsets of (rows + 1,), got ids {tuple(ids.shape)} "
             f"and offsets {offsets.dtype} {tuple(offsets.shape)}"
         )
-    return ids.reshape(-1).to(torch.int32), values.reshape(-1).float(), offsets
+    return ids.reshape(-1).to(torch.int32).contiguous(), values.reshape(-1).float().contiguous(), offsets.contiguous()
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class _Rows:
         return rows * torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
 
     def labels(self, labels: Tensor) -> Tensor:
-        return (labels.roll(-1, -1) if self.shift else labels).reshape(-1).long()
+        return (labels.roll(-1, -1) if self.shift else labels).reshape(-1).long().contiguous()
 
     def probabilities(self, labels: Tensor) -> Tensor:
         return self.lay_out(labels.roll(-1, -2) if self.shift else labels)
@@ -265,7 +265,7 @@ def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: N
     if isinstance(teacher, Tensor):
         return _ops.DenseTeacher(rows.lay_out(teacher), div)
     if teacher.kind == "dense":
-        return _ops.DenseTeacher(teacher.values.view(*rows.logits.shape[:2], -1), div)
+        return _ops.DenseTeacher(rows.lay_out(teacher.values).view(*rows.logits.shape[:2], -1), div)
     weights, tail = teacher.at(tau_t)
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
     return _ops.SparseTeacher(

@@ -217,9 +217,15 @@ def _dkd(s: Tensor, t: Tensor, index: Tensor, alpha: float, beta: float) -> Tens
     rest_s, rest_t = s.masked_fill(target, -math.inf), t.masked_fill(target, -math.inf)
     nckd = _elements(rest_s, rest_t, Divergence("forward_kl")).sum(-1)
     nckd = torch.where(_has_finite(rest_s) & _has_finite(rest_t), nckd, 0.0)
-    odds_s, odds_t = (x[target] - torch.logsumexp(rest, -1) for x, rest in ((s, rest_s), (t, rest_t)))
+    odds_s, odds_t = _log_odds(s[target], rest_s), _log_odds(t[target], rest_t)
     tckd = _binary_kl(odds_t, odds_s)
     return torch.where(bad, math.nan, alpha * tckd + beta * nckd)
+
+
+def _log_odds(target: Tensor, rest: Tensor) -> Tensor:
+    """Of the target against the rest; +inf where nothing else is possible."""
+    alone = ~_has_finite(rest)
+    return torch.where(alone, math.inf, target - torch.logsumexp(torch.where(alone[:, None], 0.0, rest), -1))
 
 
 def _binary_kl(odds_p: Tensor, odds_q: Tensor) -> Tensor:
@@ -285,9 +291,10 @@ def _cross_entropy(z: Tensor, labels: Labels, rows: Tensor) -> Tensor:
         hard = nll.gather(1, index.masked_fill(bad, 0)[:, None])[:, 0] * torch.where(bad, math.nan, 1.0)
     else:
         return nll.new_zeros(nll.shape[0])
-    if not labels.smoothing:
+    if labels.smoothing == 0.0:
         return hard
-    return (1.0 - labels.smoothing) * hard + labels.smoothing * finite_nll.sum(-1) / live.sum(-1)
+    smooth = finite_nll.sum(-1) / live.sum(-1)
+    return smooth if labels.smoothing == 1.0 else (1.0 - labels.smoothing) * hard + labels.smoothing * smooth
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

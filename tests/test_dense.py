@@ -20,6 +20,9 @@ DIVERGENCES = [
     jsd(1.0, normalize=True),
     skew_forward_kl(0.0),
     skew_forward_kl(0.7),
+    skew_reverse_kl(1e-4),
+    skew_reverse_kl(0.99),
+    skew_forward_kl(0.99),
     skew_reverse_kl(0.7),
     alpha_beta(1.0, 0.5),
     alpha_beta(0.5, 0.0),
@@ -168,6 +171,61 @@ def test_extreme_logits(dtype, divergence):
     student, teacher = base.to(dtype), base.flip(1).to(dtype)
     labels = Labels(torch.tensor([1500, 3, 2099, 5, 6, 100]))
     check(student, teacher, coefficients(6, torch.float32, 2.0), labels, Divergence(divergence))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("gap", [60.0, 100.0, 800.0])
+def test_a_tile_starts_far_below_its_maximum(dtype, gap):
+    """The first vector decides where a tile's exponents start; what comes after may be anywhere, the rest included."""
+    for columns, at in ((1000, 999), (20, 19), (10, 9), (3000, 2999), (3000, 1500)):
+        student, teacher = torch.randn(6, columns), torch.randn(6, columns)
+        student[:3, at] += gap
+        teacher[2:4, at] += gap
+        if columns > 1000:
+            student[4, :16] -= gap
+            teacher[5, 1024:1040] -= gap
+        for scale in (1.0, 1e-6):
+            coef = coefficients(6, dtype, 2.0)
+            coef[2:] *= scale
+            labels = Labels(torch.tensor([at, 0, 1, at, 2, 3]))
+            check(student.to(dtype), teacher.to(dtype), coef, labels, Divergence("forward_kl"))
+
+
+@pytest.mark.parametrize("value", [1e9, 1e12, 1e37, -1e30, -3e38])
+def test_huge_logits(value):
+    """A row of one huge logit, or of nothing else."""
+    student = torch.full((6, 1000), value if value < 0 else 0.0)
+    if value > 0:
+        student[:, 999] = value
+    labels = Labels(torch.full((6,), 999))
+    coef = torch.tensor([[1.0], [1.0], [1.0], [1.0], [0.0]]).repeat(1, 6)
+    loss, grad, _ = run(student, student.clone(), coef, labels, Divergence("forward_kl"))
+    expected = 0.0 if value > 0 else math.log(1000)
+    assert torch.allclose(loss, torch.full((6,), expected), atol=1e-5)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "soft_ce", "reverse_kl", "jsd", "tvd", "dkd", "alpha_beta"])
+def test_finite_masks(name):
+    """The lowest finite number masks as -inf does, as long as the other side agrees."""
+    student, teacher = torch.randn(6, 1100), torch.randn(6, 1100)
+    results = []
+    for mask in (torch.finfo(torch.float32).min, -math.inf):
+        student[:, 20:900] = teacher[:, 20:900] = mask
+        results.append(run(student, teacher, torch.full((5, 6), 1.5), Labels(torch.arange(6)), Divergence(name)))
+    for finite, infinite in zip(*results, strict=True):
+        assert torch.allclose(finite, infinite, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "symmetric_kl"])
+def test_infinite_divergence_keeps_a_finite_gradient(name):
+    student, teacher = torch.randn(2, 1100), torch.randn(2, 1100)
+    teacher[0, 5] = -math.inf
+    loss, grad, _ = run(
+        student, teacher, torch.ones(5, 2) * torch.tensor([[1.0], [1], [1], [0], [0]]), Labels(), Divergence(name)
+    )
+    assert loss[0] == math.inf
+    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", _C.divergences())

@@ -263,7 +263,7 @@ class DenseRow : RowSweep<T> {
       const int count = Base::padded(Base::clamp_tile(task_.shared - k * kTile));
       const T *x = student_for_kd(k), *y = teacher_for_kd(k);
       T *e_s = s_.e + k * kTile, *e_t = t_.e + k * kTile;
-      const Base2<T> s = {s_.bits, T(s_.offset[k])}, t = {t_.bits, T(t_.offset[k])};
+      const Base2<T> s = origin_of(s_, k), t = origin_of(t_, k);
       const V factor_s(T(s_.factor[k])), factor_t(T(t_.factor[k])), ln2((T(kLn2)));
       const V base_s(T(s_.log_factor(k))), base_t(T(t_.log_factor(k))), gap(T(t_.log_factor(k) - s_.log_factor(k)));
       V values(T(0)), slopes(T(0));
@@ -282,15 +282,22 @@ class DenseRow : RowSweep<T> {
     return total;
   }
 
+  // Any origin does, as long as log_factor() is taken from the same one.
+  static Base2<T> origin_of(const Exponentials<T>& side, int64_t k) {
+    const double offset = side.offset[k];
+    return {side.bits, is_finite(offset) ? T(offset / double(side.bits)) : T(0)};
+  }
+
   template <Kind kKind>
   KD_INLINE rowmath::Element<V> element_of(const rowmath::Column<V>& column, V minus_log_a, V minus_log_rest) const {
-    const V a((T(divergence_.a)));
-    const rowmath::Limits<V> limits = {V(Real<T>::kTiny), V(-Real<T>::kMax), V(Real<T>::kInf)};
+    const rowmath::Limits<V> limits = {V(-Real<T>::kMax), V(Real<T>::kInf)};
     if constexpr (kKind == Kind::kReverseKl) return rowmath::reverse_kl(column, limits);
     if constexpr (kKind == Kind::kSymmetricKl) return rowmath::symmetric_kl(column, limits);
     if constexpr (kKind == Kind::kJsd) return rowmath::jsd(column, divergence_.a, minus_log_a, minus_log_rest);
-    if constexpr (kKind == Kind::kSkewForwardKl) return rowmath::skew_forward_kl(column, a, minus_log_a);
-    if constexpr (kKind == Kind::kSkewReverseKl) return rowmath::skew_reverse_kl(column, a);
+    if constexpr (kKind == Kind::kSkewForwardKl)
+      return rowmath::skew_forward_kl(column, divergence_.a, minus_log_a, minus_log_rest);
+    if constexpr (kKind == Kind::kSkewReverseKl)
+      return rowmath::skew_reverse_kl(column, divergence_.a, minus_log_a, minus_log_rest);
     if constexpr (kKind == Kind::kTvd) return rowmath::tvd(column);
     if constexpr (kKind == Kind::kAlphaBeta) return rowmath::alpha_beta(column, divergence_.a, divergence_.b, limits);
   }

@@ -70,25 +70,27 @@ class RowSweep {
   // Tile k of `side` and, with the mode's teacher, of t_, from `count` logits x and y of one dtype.
   template <typename From>
   void sweep_tile(int64_t k, Exponentials<T>& side, SweepMode mode, int count, const From* x, const From* y) {
-    constexpr int kProbe = V::kLanes;
-    const int probe = count < kProbe ? count : kProbe;
-    Base2<T> s = {side.bits, offset_near(maximum<T>(x, probe), side.bits)}, t;
-    if (mode.teacher) t = {t_.bits, offset_near(maximum<T>(y, probe), t_.bits)};
+    const int probe = count < V::kLanes ? count : V::kLanes;
     T *e_s = side.e + k * kTile, *e_t = t_.e + k * kTile;
+    Base2<T> s = base2<T>(side.bits, x, probe), t;
+    if (mode.teacher) t = base2<T>(t_.bits, y, probe);
     TileSums<T> sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
-    if (!is_finite(sums.logits + sums.cross + sums.student + sums.teacher + sums.square)) {
-      // -inf somewhere, or an overflow: the same again from the true maxima, with selections.
+    if (!is_finite(sums.logits + sums.cross) || !(sums.student + sums.teacher + sums.square < kLargestSum)) {
+      // -inf somewhere, or an origin far below: the same again from the true maxima, with selections.
       mode.careful = true;
-      s.offset = offset_near(maximum<T>(x, count), s.bits);
-      if (mode.teacher) t.offset = offset_near(maximum<T>(y, count), t.bits);
+      s = base2<T>(side.bits, x, count);
+      if (mode.teacher) t = base2<T>(t_.bits, y, count);
       sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
       masked_[k] = true;
     }
-    record(side, k, sums.student, s.offset);
-    if (mode.square) record(one_, k, sums.square, 2 * s.offset);
-    if (mode.teacher) record(t_, k, sums.teacher, t.offset);
+    record(side, k, sums.student, s.offset());
+    if (mode.square) record(one_, k, sums.square, 2 * s.offset());
+    if (mode.teacher) record(t_, k, sums.teacher, t.offset());
     cross_[k] = sums.cross;
   }
+
+  // Larger ones would take the factors that normalise them out of float's range.
+  static constexpr T kLargestSum = T(0x1p40);
 
   static void record(Exponentials<T>& side, int64_t k, double sum, double offset) {
     side.sum[k] = sum;
@@ -154,17 +156,19 @@ class RowSweep {
     lse_ = at_one().lse();
     alive_ = at_one().z != 0;
     if (!alive_ || task_.ce == 0) return 0;
-    // 1, as the exponentials rounded it, so that lse - logit loses nothing when the logits are large.
+    // 1, as the exponentials rounded it.
     const double unit = at_one().scale();
     double hard = 0;
     if (task_.label_probs.data) {
       hard = label_mass_ * lse_ - label_dot_ * unit;
     } else {
-      hard = lse_ - load_one(task_.student, task_.label) * unit;
+      hard = -at_one().log_probability(load_one(task_.student, task_.label));
       label_mass_ = 1;
     }
     if (task_.smoothing == 0) return hard;
-    return (1 - task_.smoothing) * hard + task_.smoothing * (lse_ - finite_sum_ * unit / finite_count_);
+    // Smoothed away altogether, a masked label's infinity must not come back as 0 * inf.
+    return (task_.smoothing == 1 ? 0 : (1 - task_.smoothing) * hard) +
+           task_.smoothing * (lse_ - finite_sum_ * unit / finite_count_);
   }
 
   double z_loss() const { return at_one_ != AtOne::kUnused && alive_ ? task_.z * lse_ * lse_ : 0; }

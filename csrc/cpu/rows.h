@@ -93,6 +93,14 @@ struct RowOutputs {
 
 inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
 
+// The data of a contiguous vector of `count` elements, which the kernels index as they like.
+template <typename T>
+const T* vector_data(const Tensor& x, ScalarType dtype, int64_t count) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.numel() == count,
+                  "expected a contiguous vector of the rows' or entries' size and the schema's dtype");
+  return static_cast<const T*>(x.data_ptr());
+}
+
 inline Tensor new_gradient(const Tensor& student) {
   Tensor grad = torch::stable::new_empty(student, student.sizes(), student.scalar_type());
   advise_huge_pages(grad.data_ptr(), grad.numel() * int64_t(grad.element_size()));
@@ -120,7 +128,7 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
   const std::optional<Rows> probs = arguments.label_probs ? std::optional<Rows>(*arguments.label_probs) : std::nullopt;
   const std::optional<Rows> grads = grad ? std::optional<Rows>(*grad) : std::nullopt;
   const Numbers numbers(coef);
-  const auto* labels = arguments.label ? static_cast<const int64_t*>(arguments.label->data_ptr()) : nullptr;
+  const int64_t* labels = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, count) : nullptr;
   RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
                     torch::stable::new_empty(coef, {4, arguments.want_parts ? count : 0}, coef.scalar_type())};
   const Numbers loss(out.loss), parts(out.parts);

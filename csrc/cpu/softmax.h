@@ -1,9 +1,10 @@
-// One side's exponentials, tile by tile, straight from the logits: 2^(x log2(e) / tau - offset), with an integer offset
-// per tile. The offset only has to come near the tile's maximum (float has room for 2^60 on either side), so a few
-// logits decide it and nobody looks for the maximum first; a tile whose sums overflow all the same is done again.
+// One side's exponentials, tile by tile, straight from the logits: 2^((x - origin) log2(e) / tau), with an origin per
+// tile. The origin only has to come near the tile's maximum, so a few logits decide it and nobody looks for the maximum
+// first; a tile whose sums grow too large all the same is done again.
 // The factors that normalize() leaves turn a tile's exponentials into probabilities. Included like vec.h.
 
-constexpr int kTile = 1024;
+// 64 additions per lane of a float sum, whatever the vector's width, before double takes over.
+constexpr int kTile = 16 * KDFAST_VEC_BYTES;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 KD_INLINE int64_t tile_count(int64_t columns) { return (columns + kTile - 1) / kTile; }
@@ -12,7 +13,7 @@ KD_INLINE bool is_finite(double x) { return x - x == 0; }
 template <typename T>
 struct Exponentials {
   T* e = nullptr;            // (columns,)
-  double* offset = nullptr;  // (tiles,) -inf where no column of the tile is finite
+  double* offset = nullptr;  // (tiles,) origin log2(e) / tau; -inf where no column of the tile is finite
   double* sum = nullptr;     // (tiles,)
   double* factor = nullptr;  // (tiles,)
   int64_t columns = 0;
@@ -28,6 +29,7 @@ struct Exponentials {
     const int64_t tiles = tile_count(columns);
     for (int64_t k = 0; k < tiles; ++k) top = offset[k] > top ? offset[k] : top;
     for (int64_t k = 0; k < tiles; ++k) z += sum[k] * relative(k);
+    if (!is_finite(z)) z = __builtin_nan("");
     normalize();
   }
   // Adds a column that no tile holds; normalize() when all are in.
@@ -46,23 +48,25 @@ struct Exponentials {
 
   // In nats.
   double lse() const { return top * kLn2 + ::log(z); }
-  double log_probability(double x) const { return x * scale() - lse(); }
+  // Of a logit. The products are exact for float, so that nothing cancels however large the logits are.
+  double log_probability(double x) const { return (x * double(bits) - top) * kLn2 - ::log(z); }
   // log of a tile's probability per unit of its exponential.
   double log_factor(int64_t k) const { return (offset[k] - top) * kLn2 - ::log(z); }
   T probability(int64_t column) const { return e[column] * T(factor[column / kTile]); }
 };
 
-// A tile of one side: log2(e) / tau and the offset.
+// (x - origin) log2(e) / tau. Subtracting first loses nothing that matters, however large the logits are.
 template <typename T>
 struct Base2 {
-  T bits = 0, offset = 0;
-  KD_INLINE Vec<T> operator()(Vec<T> x) const { return x * Vec<T>(bits) - Vec<T>(offset); }
+  T bits = 0, origin = 0;
+  KD_INLINE Vec<T> operator()(Vec<T> x) const { return (x - Vec<T>(origin)) * Vec<T>(bits); }
+  double offset() const { return double(origin) * double(bits); }
 };
 
 template <typename T>
 struct TileSums {
   T student, teacher, square, cross;
-  T logits;  // finite exactly where no logit is masked, NaN or too large; 0 where cross tells as much
+  T logits;  // not finite where a logit is masked; 0 where cross tells as much
 };
 
 // The sum, in bits, that the value of a forward divergence needs: e_t (v - u) for KL, -e_t u for cross-entropy.
@@ -76,9 +80,6 @@ struct SweepMode {
   bool careful = false;  // right where a logit is -inf; without it such a tile's sums are not finite
 };
 
-// The columns after a tile's last whole vector are padded with logits that weigh nothing and are finite.
-constexpr float kPadding = -1e30f;
-
 template <bool kTeacher, bool kSquare, Cross kCross, typename T, typename From>
 class Sweep {
   using V = Vec<T>;
@@ -86,27 +87,26 @@ class Sweep {
  public:
   Sweep(Base2<T> s, Base2<T> t) : s_(s), t_(t) {}
 
+  // kCareful: right for -inf too. Otherwise a mask on either side makes a sum infinite or NaN.
   template <bool kCareful, typename Source>
   KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t) {
     const V logit_s = load_vector<T>(x), u = s_(logit_s), a = power<kCareful>(u);
     a.store(e_s);
     sum_s_ = sum_s_ + a;
     if constexpr (kSquare) square_ = a * a + square_;
-    if constexpr (kCross == Cross::kNone) logits_ = logits_ + logit_s;
+    if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + logit_s;
     if constexpr (kTeacher) {
       const V logit_t = load_vector<T>(y), v = t_(logit_t), b = power<kCareful>(v);
       b.store(e_t);
       sum_t_ = sum_t_ + b;
-      if constexpr (kCross == Cross::kNone) {
-        logits_ = logits_ + logit_t;
-        return;
+      if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + logit_t;
+      if constexpr (kCross != Cross::kNone) {
+        const V gap = kCross == Cross::kKl ? v - u : -u;
+        if constexpr (kCareful)
+          cross_ = cross_ + rowmath::weighted(b, v, gap, rowmath::Limits<V>{V(-Real<T>::kMax), V(Real<T>::kInf)});
+        else
+          cross_ = b * gap + cross_;
       }
-      const V gap = kCross == Cross::kKl ? v - u : -u;
-      // As rowmath's weighted(); where it need not be careful, a mask on either side makes the sum infinite or NaN.
-      if constexpr (kCareful)
-        cross_ = cross_ + select(v > V(-Real<T>::kInf), max(b, V(Real<T>::kTiny)) * gap, V(T(0)));
-      else
-        cross_ = b * gap + cross_;
     }
   }
 
@@ -134,13 +134,13 @@ TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Ba
   for (int i = 0; i < whole; i += kLanes) sweep.template add<kCareful>(x + i, y + i, e_s + i, e_t + i);
   if (whole == count) return sweep.sums();
   T rest_x[kLanes], rest_y[kLanes], logits = 0;
-  for (int i = 0; i < kLanes; ++i) rest_x[i] = rest_y[i] = T(kPadding);
+  for (int i = 0; i < kLanes; ++i) rest_x[i] = rest_y[i] = -Real<T>::kInf;
   for (int i = 0; i < count - whole; ++i) {
     rest_x[i] = T(to_real(x[whole + i]));
     if (kTeacher) rest_y[i] = T(to_real(y[whole + i]));
     logits += rest_x[i];
   }
-  // Carefully: exp2_finite() need not make exact zeros of the padding. So a mask here has to be looked for.
+  // The padding is masked columns, and must not pass for the row's own.
   sweep.template add<true>(rest_x, rest_y, e_s + whole, e_t + whole);
   TileSums<T> sums = sweep.sums();
   sums.logits += logits;
@@ -180,9 +180,9 @@ T maximum(const From* x, int count) {
   return top;
 }
 
-// The integer near the exponent of logit x; 0 where there is none to be near to.
-template <typename T>
-T offset_near(T x, T bits) {
-  const double u = ::nearbyint(double(x) * double(bits));
-  return is_finite(u) ? T(u) : T(0);
+// With the origin at the largest of the first `count` logits; 0 where there is none to be near to.
+template <typename T, typename From>
+Base2<T> base2(T bits, const From* x, int count) {
+  const T top = maximum<T>(x, count);
+  return {bits, is_finite(top) ? top : T(0)};
 }

@@ -23,15 +23,18 @@ RowResult describe(RowTask task, void* workspace, RowResult (*sparse)(const RowT
 
 RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
   const auto sparse = is_double(arguments.rows.student) ? kernels().sparse_double : kernels().sparse_float;
-  const auto* ids = static_cast<const int32_t*>(arguments.ids.data_ptr());
-  const auto* weights = static_cast<const float*>(arguments.weights.data_ptr());
-  const auto* offsets = static_cast<const int64_t*>(arguments.offsets.data_ptr());
-  const int64_t entries = arguments.ids.numel();
+  const Tensor& student = arguments.rows.student;
+  const int64_t rows = student.size(0) * student.size(1), entries = arguments.ids.numel();
+  const auto* ids = vector_data<int32_t>(arguments.ids, ScalarType::Int, entries);
+  const auto* weights = vector_data<float>(arguments.weights, ScalarType::Float, entries);
+  const auto* offsets = vector_data<int64_t>(arguments.offsets, ScalarType::Long, rows + 1);
+  for (int64_t i = 0; i < rows; ++i)
+    STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] <= offsets[i + 1] && offsets[i + 1] <= entries,
+                    "offsets must not decrease or leave the entries");
   const std::optional<Numbers> tails = arguments.tail ? std::optional<Numbers>(*arguments.tail) : std::nullopt;
-  const int64_t shared = std::min(arguments.rows.student.size(2), arguments.vocab);
+  const int64_t shared = std::min(student.size(2), arguments.vocab);
   return for_each_row(arguments.rows, grad, [&](int64_t i, RowTask& task, void* workspace) {
     const int64_t begin = offsets[i], end = offsets[i + 1];
-    STD_TORCH_CHECK(begin >= 0 && begin <= end && end <= entries, "offsets must not decrease or leave the entries");
     const double tail = tails ? (*tails)[i] : -std::numeric_limits<double>::infinity();
     task.entries = {ids + begin, weights + begin, end - begin, tail, arguments.subtract_entropy};
     task.shared = shared;

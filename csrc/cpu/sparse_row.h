@@ -117,6 +117,7 @@ class SparseRow : RowSweep<T> {
       total += w * ((entries_.subtract_entropy ? ::log(w) : 0) - s_.log_probability(logit(i)));
     }
     if (entries_.tail == -Real<double>::kInf) return total;
+    if (tail_z_ == 0) return Real<double>::kInf;
     tail_mass_ = ::exp(entries_.tail);
     mass_ += tail_mass_;
     return total + tail_mass_ * ((entries_.subtract_entropy ? entries_.tail : 0) - (tail_lse_ - lse_s_));

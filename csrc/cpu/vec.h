@@ -174,20 +174,19 @@ KD_INLINE Vec<T> horner(const T (&coefficients)[kCount], Vec<T> x) {
   return y;
 }
 
-// 2^x for x up to kBias + 1: exact 0 below the normal range, NaN stays NaN.
+// 2^x: exact 0 below the normal range, +inf above it, NaN stays NaN.
 template <typename T>
 KD_INLINE Vec<T> exp2(Vec<T> x) {
   using R = Real<T>;
   const Vec<T> round(R::kRound);
-  x = max(Vec<T>(T(-R::kBias)), x);
+  x = min(Vec<T>(T(R::kBias + 1)), max(Vec<T>(T(-R::kBias)), x));
   const Vec<T> r = x + round;
   const Vec<T> y = horner(R::kExp2, x - (r - round));
   // The exponent field alone: 2^-kBias comes out as the bits of 0, 2^(kBias + 1) as those of +inf.
   return y * Vec<T>((typename Vec<T>::Value)((typename Vec<T>::Int)(r.v) << R::kMantissa));
 }
 
-// The same for any x but -inf, which may come out as NaN: +inf above the range. `kShort`: to 2e-7, for numbers that
-// have 16 bits to show.
+// The same for any x but -inf, which may come out as NaN. `kShort`: to 2e-7, for numbers that have 16 bits to show.
 template <bool kShort, typename T>
 KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
 #if KDFAST_VEC_BYTES == 64
@@ -201,7 +200,7 @@ KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
     return Vec<T>((typename Vec<T>::Value)_mm512_scalef_ps((__m512)y.v, (__m512)n.v));
   }
 #endif
-  return exp2(min(Vec<T>(T(Real<T>::kBias + 1)), x));
+  return exp2(x);
 }
 
 // e^x: x - n ln 2 in two parts, so that large arguments lose nothing; +inf above the range.
