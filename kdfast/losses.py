@@ -208,9 +208,10 @@ class _Rows:
     def counted(
         self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | SoftLabels
     ) -> Tensor:
-        counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
-        if index is not None:
-            counted = counted & (index != ignore_index)
+        if index is None:
+            counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
+        else:
+            counted = index != ignore_index
         if self.shift:
             last = torch.arange(self.shape[-1], device=self.device) == self.shape[-1] - 1
             counted = counted & ~last.expand(self.shape).reshape(-1)

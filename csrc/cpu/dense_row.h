@@ -155,7 +155,7 @@ class DenseRow : RowSweep<T> {
       this->with_student(
           k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, (decltype(x))task_.teacher.data + k * kTile); });
     }
-    zero_beyond(k, Base::padded(count));
+    zero_beyond(k, count);
   }
 
   // Columns that only the student has take no part in the divergence.

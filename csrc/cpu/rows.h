@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 
@@ -110,7 +112,7 @@ inline Tensor new_gradient(const Tensor& student) {
 // Gradients above it would push each other out of the caches before anybody reads them.
 constexpr int64_t kStreamBytes = 8 << 20;
 // Shorter rows lose more to their unaligned ends than the fetches cost.
-constexpr int64_t kStreamColumns = 1 << 13;
+constexpr int64_t kStreamRowBytes = 3 << 10;
 
 // A row that does not count: loss 0, gradient exactly 0, whatever the logits hold.
 inline void clear_row(const RowTask& task, int64_t element_size) {
@@ -122,6 +124,7 @@ template <typename F>
 RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row) {
   const Tensor& student = arguments.student;
   const int64_t count = student.size(0) * student.size(1), columns = student.size(2);
+  const int64_t element_size = int64_t(student.element_size());
   const Tensor& coef = arguments.coef;
   STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == 5 && coef.size(1) == count, "coef must be (5, rows)");
   const Rows students(student);
@@ -132,12 +135,12 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
   RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
                     torch::stable::new_empty(coef, {4, arguments.want_parts ? count : 0}, coef.scalar_type())};
   const Numbers loss(out.loss), parts(out.parts);
-  const auto run = [&](int64_t begin, int64_t end) {
+  const auto run_rows = [&](int64_t begin, int64_t end) {
     void* workspace = thread_workspace(kernels().workspace_bytes(columns));
     RowTask task;
     task.smoothing = arguments.smoothing;
-    task.stream = grad && grad->data_ptr() != student.data_ptr() && columns >= kStreamColumns &&
-                  grad->numel() * int64_t(grad->element_size()) >= kStreamBytes;
+    task.stream = grad && grad->data_ptr() != student.data_ptr() && columns * element_size >= kStreamRowBytes &&
+                  grad->numel() * element_size >= kStreamBytes;
     for (int64_t i = begin; i < end; ++i) {
       task.student = students[i];
       if (probs) task.label_probs = (*probs)[i];
@@ -151,7 +154,7 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
       task.want_parts = arguments.want_parts;
       const bool counts = task.kd != 0 || task.ce != 0 || task.z != 0;
       const RowResult result = counts ? row(i, task, workspace) : RowResult();
-      if (!counts) clear_row(task, int64_t(student.element_size()));
+      if (!counts) clear_row(task, element_size);
       loss.set(i, result.loss);
       if (!arguments.want_parts) continue;
       const double values[] = {result.kd, result.ce, result.entropy, result.top1};
@@ -159,9 +162,15 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
     }
     if (task.stream) kernels().fence();
   };
-  // About as many columns per task as pay for waking a thread.
+  // Threads take a few rows at a time, about as many as pay for asking: none waits long for another.
   constexpr int64_t kGrain = 1 << 15;
-  torch::stable::parallel_for(0, count, columns ? (kGrain + columns - 1) / columns : 1, run);
+  const int64_t grain = columns < kGrain ? kGrain / (columns ? columns : 1) : 1;
+  const int64_t pieces = (count + grain - 1) / grain;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(pieces, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t piece = next++; piece < pieces; piece = next++)
+      run_rows(piece * grain, std::min(count, (piece + 1) * grain));
+  });
   return out;
 }
 

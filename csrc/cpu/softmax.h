@@ -19,6 +19,7 @@ struct Exponentials {
   int64_t columns = 0;
   T bits = T(kLog2E);                       // log2(e) / tau
   double top = -Real<double>::kInf, z = 0;  // over the row; z is 0 exactly where every column is -inf
+  double log_z = 0;
 
   void set_tau(double tau) { bits = T(kLog2E / tau); }
   // 1 / tau, with the rounding that the exponentials saw.
@@ -41,17 +42,20 @@ struct Exponentials {
     top = raised;
   }
   void normalize() {
+    log_z = ::log(z);
     for (int64_t k = 0; k < tile_count(columns); ++k) factor[k] = z == 0 ? 0 : relative(k) / z;
   }
   // A tile without a finite column has sum 0, or NaN, and no offset to be relative to.
-  double relative(int64_t k) const { return offset[k] == -Real<double>::kInf ? 1 : ::exp2(offset[k] - top); }
+  double relative(int64_t k) const {
+    return offset[k] == top || offset[k] == -Real<double>::kInf ? 1 : ::exp2(offset[k] - top);
+  }
 
   // In nats.
-  double lse() const { return top * kLn2 + ::log(z); }
+  double lse() const { return top * kLn2 + log_z; }
   // Of a logit. The products are exact for float, so that nothing cancels however large the logits are.
-  double log_probability(double x) const { return (x * double(bits) - top) * kLn2 - ::log(z); }
+  double log_probability(double x) const { return (x * double(bits) - top) * kLn2 - log_z; }
   // log of a tile's probability per unit of its exponential.
-  double log_factor(int64_t k) const { return (offset[k] - top) * kLn2 - ::log(z); }
+  double log_factor(int64_t k) const { return (offset[k] - top) * kLn2 - log_z; }
   T probability(int64_t column) const { return e[column] * T(factor[column / kTile]); }
 };
 
@@ -90,22 +94,30 @@ class Sweep {
   // kCareful: right for -inf too. Otherwise a mask on either side makes a sum infinite or NaN.
   template <bool kCareful, typename Source>
   KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t) {
+    add<kCareful, false>(x, y, e_s, e_t, Mask<T>());
+  }
+
+  // The same where only the lanes in `counts` are new.
+  template <bool kCareful, bool kPartial, typename Source>
+  KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t, Mask<T> counts) {
+    const auto kept = [&](V value)
+                          __attribute__((always_inline)) { return kPartial ? select(counts, value, V(T(0))) : value; };
     const V logit_s = load_vector<T>(x), u = s_(logit_s), a = power<kCareful>(u);
     a.store(e_s);
-    sum_s_ = sum_s_ + a;
-    if constexpr (kSquare) square_ = a * a + square_;
-    if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + logit_s;
+    sum_s_ = sum_s_ + kept(a);
+    if constexpr (kSquare) square_ = kept(a) * a + square_;
+    if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + kept(logit_s);
     if constexpr (kTeacher) {
       const V logit_t = load_vector<T>(y), v = t_(logit_t), b = power<kCareful>(v);
       b.store(e_t);
-      sum_t_ = sum_t_ + b;
-      if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + logit_t;
+      sum_t_ = sum_t_ + kept(b);
+      if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + kept(logit_t);
       if constexpr (kCross != Cross::kNone) {
         const V gap = kCross == Cross::kKl ? v - u : -u;
         if constexpr (kCareful)
-          cross_ = cross_ + rowmath::weighted(b, v, gap, rowmath::Limits<V>{V(-Real<T>::kMax), V(Real<T>::kInf)});
+          cross_ = cross_ + kept(rowmath::weighted(b, v, gap, rowmath::Limits<V>{V(-Real<T>::kMax), V(Real<T>::kInf)}));
         else
-          cross_ = b * gap + cross_;
+          cross_ = kept(b) * gap + cross_;
       }
     }
   }
@@ -133,15 +145,25 @@ TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Ba
   const int whole = count / kLanes * kLanes;
   for (int i = 0; i < whole; i += kLanes) sweep.template add<kCareful>(x + i, y + i, e_s + i, e_t + i);
   if (whole == count) return sweep.sums();
+  // Zeros up to the whole vector, which the columns below overwrite in part.
+  Vec<T>(T(0)).store(e_s + whole);
+  if (kTeacher) Vec<T>(T(0)).store(e_t + whole);
+  if (whole > 0) {
+    // The last whole vector that fits, of which the first lanes have been added before.
+    const int last = count - kLanes;
+    const Mask<T> counts = lane_numbers<T>() > Vec<T>(T(whole - last) - T(0.5));
+    sweep.template add<kCareful, true>(x + last, y + last, e_s + last, e_t + last, counts);
+    return sweep.sums();
+  }
   T rest_x[kLanes], rest_y[kLanes], logits = 0;
   for (int i = 0; i < kLanes; ++i) rest_x[i] = rest_y[i] = -Real<T>::kInf;
-  for (int i = 0; i < count - whole; ++i) {
-    rest_x[i] = T(to_real(x[whole + i]));
-    if (kTeacher) rest_y[i] = T(to_real(y[whole + i]));
+  for (int i = 0; i < count; ++i) {
+    rest_x[i] = T(to_real(x[i]));
+    if (kTeacher) rest_y[i] = T(to_real(y[i]));
     logits += rest_x[i];
   }
   // The padding is masked columns, and must not pass for the row's own.
-  sweep.template add<true>(rest_x, rest_y, e_s + whole, e_t + whole);
+  sweep.template add<true>(rest_x, rest_y, e_s, e_t);
   TileSums<T> sums = sweep.sums();
   sums.logits += logits;
   return sums;

@@ -81,7 +81,7 @@ class SparseRow : RowSweep<T> {
       this->sweep_tile(k, s_, mode, kept, x, x);
       this->masked_[k] = masked;
     }
-    for (int i = Base::padded(kept); i < Base::padded(count); ++i) s_.e[k * kTile + i] = T(0);
+    for (int i = kept; i < Base::padded(count); ++i) s_.e[k * kTile + i] = T(0);
   }
 
   const T* without_entries(int64_t k, int kept) {

@@ -42,6 +42,14 @@ struct Vec {
   KD_INLINE void store(T* to) const { __builtin_memcpy(to, &v, sizeof(Value)); }
 };
 
+// 0, 1, 2, ...
+template <typename T>
+KD_INLINE Vec<T> lane_numbers() {
+  Vec<T> x;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) x.v[i] = T(i);
+  return x;
+}
+
 template <typename T>
 KD_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
   return a.v + b.v;
