@@ -17,8 +17,7 @@ class DenseRow : RowSweep<T> {
   }
 
   RowResult run() {
-    RowResult result;
-    if (is_bad()) return fail();
+    if (is_bad()) return this->fail();
     if (active_ && divergence_.standardize) {
       moments_s_ = moments(task_.student);
       moments_t_ = moments(task_.teacher);
@@ -26,10 +25,9 @@ class DenseRow : RowSweep<T> {
     sweep();
     this->finish_softmax();
     if (tempered_) t_.finish();
-    result.ce = this->finish_truth();
-    result.kd = active_ ? divergence_.scale * value() : 0;
-    result.loss = (active_ ? task_.kd * result.kd : 0) + task_.ce * result.ce + this->z_loss();
-    if (result.loss != result.loss) return fail();
+    const double ce = this->finish_truth();
+    RowResult result = this->total(active_ ? divergence_.scale * value() : 0, ce);
+    if (result.loss != result.loss) return this->fail();
     if (task_.want_parts) describe(result);
     if (task_.grad) gradient();
     return result;
@@ -53,12 +51,6 @@ class DenseRow : RowSweep<T> {
     const bool good_tau = task_.tau_s > 0 && task_.tau_t > 0 && 1 / task_.tau_s > 0 && 1 / task_.tau_t > 0;
     const bool good_target = task_.label >= 0 && task_.label < task_.shared;
     return this->bad_label() || (active_ && (!good_tau || (divergence_.kind == Kind::kDkd && !good_target)));
-  }
-
-  RowResult fail() {
-    this->fill_nan();
-    const double nan = __builtin_nan("");
-    return {nan, nan, nan, nan, nan};
   }
 
   int64_t shared_tiles() const { return tile_count(task_.shared); }

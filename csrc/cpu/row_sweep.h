@@ -34,7 +34,6 @@ class RowSweep {
   int tile_size(int64_t k) const { return clamp_tile(columns() - k * kTile); }
   static int clamp_tile(int64_t left) { return int(left < 0 ? 0 : left > kTile ? kTile : left); }
   static int padded(int count) { return (count + V::kLanes - 1) / V::kLanes * V::kLanes; }
-  static bool is_native(Dtype dtype) { return dtype == (sizeof(T) == 4 ? Dtype::kFloat : Dtype::kDouble); }
 
   // The student's tile k in the working type, padded with -inf to whole vectors.
   const T* student_tile(int64_t k) {
@@ -303,12 +302,24 @@ class RowSweep {
       if (x[i] == -Real<T>::kInf) store_one(0, task_.grad, task_.student.dtype, k * kTile + i);
   }
 
+  // ---- the row's result -----------------------------------------------------------------------------------------
+
   // A row whose loss is NaN has a NaN gradient, the quiet one in every dtype.
-  void fill_nan() {
-    if (!task_.grad) return;
-    for (int i = 0; i < kTile; ++i) tile_g_[i] = __builtin_nan("");
-    for (int64_t k = 0; k < tile_count(columns()); ++k)
+  RowResult fail() {
+    const double nan = __builtin_nan("");
+    for (int i = 0; i < kTile; ++i) tile_g_[i] = T(nan);
+    for (int64_t k = 0; task_.grad && k < tile_count(columns()); ++k)
       store(tile_g_, tile_size(k), task_.grad, task_.student.dtype, k * kTile);
+    return {nan, nan, nan, nan, nan};
+  }
+
+  // Terms whose coefficient is 0 are 0 here: their infinities are nobody's.
+  RowResult total(double kd, double ce) const {
+    RowResult result;
+    result.kd = kd;
+    result.ce = ce;
+    result.loss = (task_.kd != 0 ? task_.kd * kd : 0) + (task_.ce != 0 ? task_.ce * ce : 0) + z_loss();
+    return result;
   }
 
   // -sum q log q over the tiles: the student's entropy at its temperature.

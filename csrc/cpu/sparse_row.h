@@ -19,27 +19,20 @@ class SparseRow : RowSweep<T> {
   }
 
   RowResult run() {
-    RowResult result;
-    if (this->bad_label() || (active_ && (!(task_.tau_s > 0) || !(1 / task_.tau_s > 0) || !sort_entries())))
-      return fail();
+    if (is_bad() || (active_ && !sort_entries())) return this->fail();
     for (int64_t k = 0; k < tile_count(this->columns()); ++k) sweep(k);
     this->finish_softmax();
     if (active_) include_entries();
-    result.ce = this->finish_truth();
-    result.kd = active_ ? value() : 0;
-    result.loss = (active_ ? task_.kd * result.kd : 0) + task_.ce * result.ce + this->z_loss();
-    if (result.loss != result.loss) return fail();
+    const double ce = this->finish_truth();
+    RowResult result = this->total(active_ ? value() : 0, ce);
+    if (result.loss != result.loss) return this->fail();
     if (task_.want_parts) describe(result);
     if (task_.grad) gradient();
     return result;
   }
 
  private:
-  RowResult fail() {
-    this->fill_nan();
-    const double nan = __builtin_nan("");
-    return {nan, nan, nan, nan, nan};
-  }
+  bool is_bad() const { return this->bad_label() || (active_ && !(task_.tau_s > 0 && 1 / task_.tau_s > 0)); }
 
   // Buckets the entries by tile; false where an id is out of the shared vocabulary.
   bool sort_entries() {
