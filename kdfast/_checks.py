@@ -16,12 +16,10 @@ __all__ = [
     "check_codec",
     "check_labels",
     "check_logits",
-    "check_positive",
-    "check_row_weight",
+    "check_numbers",
     "check_smoothing",
     "check_teacher",
     "check_values",
-    "check_weight",
     "values_are_checked",
 ]
 
@@ -90,23 +88,31 @@ def check_labels(labels: Tensor | None, student: Tensor, needed_by: str | None) 
         raise ValueError(f"labels must be {tuple(student.shape[:-1])} for this student, got {tuple(labels.shape)}")
 
 
-def check_positive(name: str, value: object) -> None:
-    """A temperature: a positive finite number, or a tensor of them."""
+def check_numbers(
+    temperature: object,
+    teacher_temperature: object,
+    kd_weight: object,
+    ce_weight: object,
+    z_weight: object,
+    row_weight: object,
+) -> None:
+    """Temperatures are positive, weights finite, ``row_weight`` is a tensor; the others may be."""
+    _check_positive("temperature", temperature)
+    _check_positive("teacher_temperature", teacher_temperature)
+    for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
+        _check_number(name, value)
+        if isinstance(value, int | float) and not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
+    if row_weight is not None:
+        if not isinstance(row_weight, Tensor):
+            raise TypeError(f"row_weight must be a tensor of one weight per row, got {type(row_weight).__name__}")
+        _check_number("row_weight", row_weight)
+
+
+def _check_positive(name: str, value: object) -> None:
     _check_number(name, value)
     if isinstance(value, int | float) and not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def check_weight(name: str, value: object) -> None:
-    _check_number(name, value)
-    if isinstance(value, int | float) and not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def check_row_weight(value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"row_weight must be a tensor of one weight per row, got {type(value).__name__}")
-    _check_number("row_weight", value)
 
 
 def _check_number(name: str, value: object) -> None:
@@ -134,7 +140,7 @@ def check_backward(backward: str, reduction: str, num_items: object, student: Te
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
-        check_positive("num_items", num_items)
+        _check_positive("num_items", num_items)
     if backward == "inplace":
         _check_inplace(reduction, student)
 

@@ -94,29 +94,15 @@ def kd_loss(
     _checks.check_labels(labels, student, _needs_labels(div, kd_weight, ce_weight))
     _check_divergence(div, student, teacher)
     tau_t = temperature if teacher_temperature is None else teacher_temperature
-    for name, tau in (("temperature", temperature), ("teacher_temperature", tau_t)):
-        _checks.check_positive(name, tau)
-    for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
-        _checks.check_weight(name, weight)
-
-    if row_weight is not None:
-        _checks.check_row_weight(row_weight)
+    _checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
 
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
     if _checks.values_are_checked():
         _checks.check_values(student, teacher, index, counted, [temperature, tau_t])
     weight = rows.weights(counted, row_weight, reduction, num_items)
-    numbers = {
-        "temperature": rows.number("temperature", temperature),
-        "teacher_temperature": rows.number("teacher_temperature", tau_t),
-        "kd_weight": rows.number("kd_weight", kd_weight),
-        "ce_weight": rows.number("ce_weight", ce_weight),
-        "z_weight": rows.number("z_weight", z_weight),
-    }
-    if scale_by_t2 and div.name != "logit_mse":
-        numbers["kd_weight"] = numbers["kd_weight"] * _squared(numbers["temperature"])
-    coef = rows.coefficients(weight, list(numbers.values()))
+    scaled = scale_by_t2 and div.name != "logit_mse"
+    coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
     target = _target(teacher, rows, div, tau_t)
@@ -186,11 +172,28 @@ class _Rows:
             raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
         return value.reshape(-1)
 
-    def coefficients(self, weight: Tensor, values: list[Number]) -> Tensor:
+    def coefficients(
+        self,
+        weight: Tensor,
+        scale_by_t2: bool,
+        temperature: Number,
+        teacher_temperature: Number,
+        kd_weight: Number,
+        ce_weight: Number,
+        z_weight: Number,
+    ) -> Tensor:
         """The ops' (5, rows) ``coef``: two temperatures as they are, three weights times the rows' ``weight``.
 
         A row that does not count has weight 0, and its products are exact zeros: they take its terms out.
         """
+        tau, kd = self.number("temperature", temperature), self.number("kd_weight", kd_weight)
+        values = [
+            tau,
+            self.number("teacher_temperature", teacher_temperature),
+            kd * _squared(tau) if scale_by_t2 else kd,
+            self.number("ce_weight", ce_weight),
+            self.number("z_weight", z_weight),
+        ]
         ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
         rows = torch.cat([ones, weight.expand(3, -1)])
         if any(isinstance(value, Tensor) for value in values):
@@ -228,13 +231,14 @@ class _Rows:
 
     def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
         """Row weights over the denominator, 0 in rows that do not count."""
-        weight = counted.to(self.dtype)
+        ones = counted.to(self.dtype)
+        weight = ones
         if row_weight is not None and row_weight.dtype != torch.bool:
             weight = torch.where(counted, self.per_row("row_weight", row_weight), 0.0)
         if reduction != "mean":
             return weight
         if num_items is None:
-            return weight / counted.sum().clamp(min=1)
+            return weight / ones.sum().clamp(min=1)
         items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
         return torch.where(counted, weight / items, 0.0)
 

@@ -91,35 +91,46 @@ class Sweep {
  public:
   Sweep(Base2<T> s, Base2<T> t) : s_(s), t_(t) {}
 
+  // `kVectors` vectors stage by stage, so that the processor has one's arithmetic to do while it waits for another's.
   // kCareful: right for -inf too. Otherwise a mask on either side makes a sum infinite or NaN.
-  template <bool kCareful, typename Source>
+  template <bool kCareful, int kVectors, typename Source>
   KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t) {
-    add<kCareful, false>(x, y, e_s, e_t, Mask<T>());
+    V u[kVectors], v[kVectors], a[kVectors], b[kVectors];
+    for (int k = 0; k < kVectors; ++k) {
+      const V logit_s = load_vector<T>(x + k * V::kLanes);
+      u[k] = s_(logit_s);
+      if (kCross == Cross::kNone && !kCareful) logits_ = logits_ + logit_s;
+      if (!kTeacher) continue;
+      const V logit_t = load_vector<T>(y + k * V::kLanes);
+      v[k] = t_(logit_t);
+      if (kCross == Cross::kNone && !kCareful) logits_ = logits_ + logit_t;
+    }
+    for (int k = 0; k < kVectors; ++k) {
+      a[k] = power<kCareful>(u[k]);
+      if (kTeacher) b[k] = power<kCareful>(v[k]);
+    }
+    for (int k = 0; k < kVectors; ++k) {
+      a[k].store(e_s + k * V::kLanes);
+      sum_s_ = sum_s_ + a[k];
+      if (kSquare) square_ = a[k] * a[k] + square_;
+      if (!kTeacher) continue;
+      b[k].store(e_t + k * V::kLanes);
+      sum_t_ = sum_t_ + b[k];
+      if (kCross != Cross::kNone) cross_ = cross<kCareful>(u[k], v[k], b[k]) + cross_;
+    }
   }
 
-  // The same where only the lanes in `counts` are new.
-  template <bool kCareful, bool kPartial, typename Source>
-  KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t, Mask<T> counts) {
-    const auto kept = [&](V value)
-                          __attribute__((always_inline)) { return kPartial ? select(counts, value, V(T(0))) : value; };
-    const V logit_s = load_vector<T>(x), u = s_(logit_s), a = power<kCareful>(u);
-    a.store(e_s);
-    sum_s_ = sum_s_ + kept(a);
-    if constexpr (kSquare) square_ = kept(a) * a + square_;
-    if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + kept(logit_s);
-    if constexpr (kTeacher) {
-      const V logit_t = load_vector<T>(y), v = t_(logit_t), b = power<kCareful>(v);
-      b.store(e_t);
-      sum_t_ = sum_t_ + kept(b);
-      if constexpr (kCross == Cross::kNone && !kCareful) logits_ = logits_ + kept(logit_t);
-      if constexpr (kCross != Cross::kNone) {
-        const V gap = kCross == Cross::kKl ? v - u : -u;
-        if constexpr (kCareful)
-          cross_ = cross_ + kept(rowmath::weighted(b, v, gap, rowmath::Limits<V>{V(-Real<T>::kMax), V(Real<T>::kInf)}));
-        else
-          cross_ = kept(b) * gap + cross_;
-      }
-    }
+  // The same for one vector of which only the lanes in `counts` are new.
+  template <bool kCareful>
+  KD_INLINE void add_partly(const From* x, const From* y, T* e_s, T* e_t, Mask<T> counts) {
+    Sweep part(s_, t_);
+    part.template add<kCareful, 1>(x, y, e_s, e_t);
+    const V zero(T(0));
+    sum_s_ = sum_s_ + select(counts, part.sum_s_, zero);
+    sum_t_ = sum_t_ + select(counts, part.sum_t_, zero);
+    square_ = square_ + select(counts, part.square_, zero);
+    cross_ = cross_ + select(counts, part.cross_, zero);
+    logits_ = logits_ + select(counts, part.logits_, zero);
   }
 
   TileSums<T> sums() const {
@@ -128,6 +139,14 @@ class Sweep {
   }
 
  private:
+  template <bool kCareful>
+  static KD_INLINE V cross(V u, V v, V b) {
+    const V gap = kCross == Cross::kKl ? v - u : -u;
+    if constexpr (kCareful)
+      return rowmath::weighted(b, v, gap, rowmath::Limits<V>{V(-Real<T>::kMax), V(Real<T>::kInf)});
+    return b * gap;
+  }
+
   template <bool kCareful>
   static KD_INLINE V power(V x) {
     if constexpr (kCareful) return exp2(x);
@@ -142,8 +161,9 @@ template <bool kTeacher, bool kSquare, Cross kCross, bool kCareful, typename T, 
 TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Base2<T> t, T* e_s, T* e_t) {
   constexpr int kLanes = Vec<T>::kLanes;
   Sweep<kTeacher, kSquare, kCross, T, From> sweep(s, t);
-  const int whole = count / kLanes * kLanes;
-  for (int i = 0; i < whole; i += kLanes) sweep.template add<kCareful>(x + i, y + i, e_s + i, e_t + i);
+  const int whole = count / kLanes * kLanes, paired = whole / (2 * kLanes) * (2 * kLanes);
+  for (int i = 0; i < paired; i += 2 * kLanes) sweep.template add<kCareful, 2>(x + i, y + i, e_s + i, e_t + i);
+  if (paired < whole) sweep.template add<kCareful, 1>(x + paired, y + paired, e_s + paired, e_t + paired);
   if (whole == count) return sweep.sums();
   // Zeros up to the whole vector, which the columns below overwrite in part.
   Vec<T>(T(0)).store(e_s + whole);
@@ -152,7 +172,7 @@ TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Ba
     // The last whole vector that fits, of which the first lanes have been added before.
     const int last = count - kLanes;
     const Mask<T> counts = lane_numbers<T>() > Vec<T>(T(whole - last) - T(0.5));
-    sweep.template add<kCareful, true>(x + last, y + last, e_s + last, e_t + last, counts);
+    sweep.template add_partly<kCareful>(x + last, y + last, e_s + last, e_t + last, counts);
     return sweep.sums();
   }
   T rest_x[kLanes], rest_y[kLanes], logits = 0;
@@ -163,7 +183,7 @@ TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Ba
     logits += rest_x[i];
   }
   // The padding is masked columns, and must not pass for the row's own.
-  sweep.template add<true>(rest_x, rest_y, e_s, e_t);
+  sweep.template add<true, 1>(rest_x, rest_y, e_s, e_t);
   TileSums<T> sums = sweep.sums();
   sums.logits += logits;
   return sums;

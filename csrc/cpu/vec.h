@@ -119,14 +119,21 @@ KD_INLINE Vec<T> rounded(Vec<T> x) {
 // Halves folded onto each other: in order, each step would wait for the one before.
 template <typename T>
 KD_INLINE T reduce_add(Vec<T> x) {
+#if KDFAST_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)x.v);
+#endif
   T folded[Vec<T>::kLanes];
   x.store(folded);
   for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) folded[i] += folded[i + width];
   return folded[0];
 }
+// Of vectors without NaN.
 template <typename T>
 KD_INLINE T reduce_max(Vec<T> x) {
+#if KDFAST_VEC_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)x.v);
+#endif
   T folded[Vec<T>::kLanes];
   x.store(folded);
   for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
