@@ -90,8 +90,6 @@ _SPENT = (
     "the gradient that kd_loss computed in its forward pass has been used by an earlier backward; "
     'for several backward passes through one loss use backward="recompute"'
 )
-
-
 _ONCE = "kd_loss is once differentiable: its gradient has no derivative of its own"
 
 
@@ -155,7 +153,7 @@ def _save_for_backward(
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-# Where coef lies among an op's arguments after the student, and how many there are.
+# Where coef lies among an op's arguments after the student.
 _COEF = {"dense_rows": 1, "sparse_rows": 6}
 
 
