@@ -15,6 +15,12 @@
 #include "memory.h"
 #include "row.h"
 
+// From torch 2.11 on: a tensor over memory of one's own. Null before.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+
 namespace kdfast {
 
 using torch::headeronly::ScalarType;
@@ -103,14 +109,26 @@ const T* vector_data(const Tensor& x, ScalarType dtype, int64_t count) {
   return static_cast<const T*>(x.data_ptr());
 }
 
+// Rows of gradients above it would push each other out of the caches before anybody reads them, and their fresh pages
+// cost more than their arithmetic.
+constexpr int64_t kLargeBytes = 8 << 20;
+
 inline Tensor new_gradient(const Tensor& student) {
-  Tensor grad = torch::stable::new_empty(student, student.sizes(), student.scalar_type());
-  advise_huge_pages(grad.data_ptr(), grad.numel() * int64_t(grad.element_size()));
-  return grad;
+  const int64_t bytes = student.numel() * int64_t(student.element_size());
+  if (bytes < kLargeBytes || !torch_from_blob)
+    return torch::stable::new_empty(student, student.sizes(), student.scalar_type());
+  const int64_t sizes[] = {student.size(0), student.size(1), student.size(2)};
+  const int64_t strides[] = {sizes[1] * sizes[2], sizes[2], 1};
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(student.get(), &dtype));
+  void* data = take_block(bytes);
+  AtenTensorHandle grad;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      data, 3, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &grad, aoti_torch_layout_strided(), nullptr,
+      0, [](void* freed, void*) { return_block(freed); }, nullptr));
+  return Tensor(grad);
 }
 
-// Gradients above it would push each other out of the caches before anybody reads them.
-constexpr int64_t kStreamBytes = 8 << 20;
 // Shorter rows lose more to their unaligned ends than the fetches cost.
 constexpr int64_t kStreamRowBytes = 3 << 10;
 
@@ -140,7 +158,7 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
     RowTask task;
     task.smoothing = arguments.smoothing;
     task.stream = grad && grad->data_ptr() != student.data_ptr() && columns * element_size >= kStreamRowBytes &&
-                  grad->numel() * element_size >= kStreamBytes;
+                  grad->numel() * element_size >= kLargeBytes;
     for (int64_t i = begin; i < end; ++i) {
       task.student = students[i];
       if (probs) task.label_probs = (*probs)[i];
