@@ -91,7 +91,7 @@ def kd_loss(
     _checks.check_teacher(student, teacher, rows.count)
     _checks.check_backward(backward, reduction, num_items, student)
     _checks.check_smoothing(label_smoothing)
-    _checks.check_labels(labels, student, _needs_labels(div, kd_weight, ce_weight))
+    _checks.check_labels(labels, student, _needs_labels(div, ce_weight))
     _check_divergence(div, student, teacher)
     tau_t = temperature if teacher_temperature is None else teacher_temperature
     _checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
@@ -252,7 +252,7 @@ def _squared(tau: Number) -> Number:
     return torch.where(tau > 0.0, tau**2, torch.nan) if isinstance(tau, Tensor) else tau**2
 
 
-def _needs_labels(div: Divergence, kd_weight: Number, ce_weight: Number) -> str | None:
+def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
     if isinstance(ce_weight, Tensor) or ce_weight != 0.0:
         return "ce_weight"
     return "divergence dkd" if div.name == "dkd" else None

@@ -10,12 +10,10 @@ struct DenseArguments {
   Divergence divergence;
 };
 
-// KD and CE of a row whose coefficients may leave either out, and what needs the plain tempered softmax.
-RowResult describe(const Divergence& divergence, RowTask task, void* workspace,
+// Entropy and top-1 agreement are those of the plain tempered softmax, whatever the divergence makes of the logits.
+RowResult describe(const Divergence& divergence, const RowTask& row, void* workspace,
                    RowResult (*dense)(const Divergence&, const RowTask&, void*)) {
-  task.grad = nullptr;
-  task.kd = 1;
-  task.ce = task.label_probs.data || (task.label >= 0 && task.label < task.student.size) ? 1 : 0;
+  RowTask task = unweighted(row);
   RowResult result = dense(divergence, task, workspace);
   task.ce = task.z = 0;
   const RowResult plain = dense(Divergence(), task, workspace);
@@ -34,8 +32,7 @@ RowOutputs run(const DenseArguments& arguments, const Tensor* grad) {
     RowResult parts;
     if (task.want_parts) parts = describe(arguments.divergence, task, workspace, dense);
     task.want_parts = false;
-    RowResult result = dense(arguments.divergence, task, workspace);
-    parts.loss = result.loss;
+    parts.loss = dense(arguments.divergence, task, workspace).loss;
     return parts;
   });
 }

@@ -364,22 +364,7 @@ class DenseRow : RowSweep<T> {
 
   void describe(RowResult& result) {
     if (tempered_ && s_.z != 0) result.entropy = this->entropy();
-    result.top1 = argmax(task_.student) == argmax(task_.teacher);
-  }
-
-  int64_t argmax(const Source& row) {
-    int64_t best = 0;
-    T top = -Real<T>::kInf;
-    for (int64_t k = 0; k < shared_tiles(); ++k) {
-      const int count = Base::clamp_tile(task_.shared - k * kTile);
-      load(row, k * kTile, count, tile_g_);
-      for (int i = 0; i < count; ++i)
-        if (tile_g_[i] > top) {
-          top = tile_g_[i];
-          best = k * kTile + i;
-        }
-    }
-    return best;
+    result.top1 = this->argmax(task_.student) == this->argmax(task_.teacher);
   }
 
   const Divergence& divergence_;

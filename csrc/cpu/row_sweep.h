@@ -336,6 +336,22 @@ class RowSweep {
     return total;
   }
 
+  // The first largest of a row's shared columns.
+  int64_t argmax(const Source& row) {
+    int64_t best = 0;
+    T top = -Real<T>::kInf;
+    for (int64_t k = 0; k < tile_count(task_.shared); ++k) {
+      const int count = clamp_tile(task_.shared - k * kTile);
+      load(row, k * kTile, count, tile_g_);
+      for (int i = 0; i < count; ++i)
+        if (tile_g_[i] > top) {
+          top = tile_g_[i];
+          best = k * kTile + i;
+        }
+    }
+    return best;
+  }
+
   const RowTask& task_;
   Exponentials<T> s_, t_, one_;
   AtOne at_one_ = AtOne::kUnused;

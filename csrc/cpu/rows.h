@@ -115,8 +115,11 @@ constexpr int64_t kLargeBytes = 8 << 20;
 
 inline Tensor new_gradient(const Tensor& student) {
   const int64_t bytes = student.numel() * int64_t(student.element_size());
-  if (bytes < kLargeBytes || !torch_from_blob)
-    return torch::stable::new_empty(student, student.sizes(), student.scalar_type());
+  if (bytes < kLargeBytes || !torch_from_blob) {
+    const Tensor grad = torch::stable::new_empty(student, student.sizes(), student.scalar_type());
+    advise_huge_pages(grad.data_ptr(), bytes);
+    return grad;
+  }
   const int64_t sizes[] = {student.size(0), student.size(1), student.size(2)};
   const int64_t strides[] = {sizes[1] * sizes[2], sizes[2], 1};
   int32_t dtype;
@@ -135,6 +138,14 @@ constexpr int64_t kStreamRowBytes = 3 << 10;
 // A row that does not count: loss 0, gradient exactly 0, whatever the logits hold.
 inline void clear_row(const RowTask& task, int64_t element_size) {
   if (task.grad) std::memset(task.grad, 0, size_t(task.student.size * element_size));
+}
+
+// The row without its coefficients, which may leave KD or CE out: what the parts are measured on.
+inline RowTask unweighted(RowTask task) {
+  task.grad = nullptr;
+  task.kd = 1;
+  task.ce = task.label_probs.data || (task.label >= 0 && task.label < task.student.size) ? 1 : 0;
+  return task;
 }
 
 // Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads.

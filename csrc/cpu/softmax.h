@@ -93,8 +93,8 @@ class Sweep {
 
   // `kVectors` vectors stage by stage, so that the processor has one's arithmetic to do while it waits for another's.
   // kCareful: right for -inf too. Otherwise a mask on either side makes a sum infinite or NaN.
-  template <bool kCareful, int kVectors, typename Source>
-  KD_INLINE void add(const Source* x, const Source* y, T* e_s, T* e_t) {
+  template <bool kCareful, int kVectors, typename Logit>
+  KD_INLINE void add(const Logit* x, const Logit* y, T* e_s, T* e_t) {
     V u[kVectors], v[kVectors], a[kVectors], b[kVectors];
     for (int k = 0; k < kVectors; ++k) {
       const V logit_s = load_vector<T>(x + k * V::kLanes);

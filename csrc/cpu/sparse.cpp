@@ -14,13 +14,6 @@ struct SparseArguments {
   bool subtract_entropy;
 };
 
-RowResult describe(RowTask task, void* workspace, RowResult (*sparse)(const RowTask&, void*)) {
-  task.grad = nullptr;
-  task.kd = 1;
-  task.ce = task.label_probs.data || (task.label >= 0 && task.label < task.student.size) ? 1 : 0;
-  return sparse(task, workspace);
-}
-
 RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
   const auto sparse = is_double(arguments.rows.student) ? kernels().sparse_double : kernels().sparse_float;
   const Tensor& student = arguments.rows.student;
@@ -39,7 +32,7 @@ RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
     task.entries = {ids + begin, weights + begin, end - begin, tail, arguments.subtract_entropy};
     task.shared = shared;
     RowResult parts;
-    if (task.want_parts) parts = describe(task, workspace, sparse);
+    if (task.want_parts) parts = sparse(unweighted(task), workspace);
     task.want_parts = false;
     parts.loss = sparse(task, workspace).loss;
     return parts;

@@ -152,8 +152,8 @@ class SparseRow : RowSweep<T> {
   void describe(RowResult& result) {
     if (!active_ || dead_) return;
     result.entropy = this->entropy();
-    double top = -Real<double>::kInf, best = -1;
-    int32_t id = -1;
+    double best = -1;
+    int64_t id = -1;
     for (int64_t i = 0; i < entries_.count; ++i) {
       const double log_q = s_.log_probability(logit(i)), q = ::exp(log_q);
       if (q > 0) result.entropy -= q * log_q;
@@ -162,16 +162,7 @@ class SparseRow : RowSweep<T> {
         id = entries_.id[i];
       }
     }
-    int64_t argmax = -1;
-    for (int64_t k = 0; k < tile_count(s_.columns); ++k) {
-      const T* x = this->student_tile(k);
-      for (int i = 0; i < Base::clamp_tile(s_.columns - k * kTile); ++i)
-        if (x[i] > top) {
-          top = x[i];
-          argmax = k * kTile + i;
-        }
-    }
-    result.top1 = argmax == id;
+    result.top1 = this->argmax(task_.student) == id;
   }
 
   const bool active_;

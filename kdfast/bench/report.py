@@ -16,7 +16,7 @@ import kdfast._C as _C
 from kdfast import __version__
 from kdfast.bench.loss import Measurement
 
-__all__ = ["environment", "markdown", "save"]
+__all__ = ["COLUMNS", "cells", "environment", "markdown", "save"]
 
 
 def environment() -> dict[str, str | int]:
@@ -64,18 +64,25 @@ def save(results: list[Measurement], folder: Path) -> Path:
     return path
 
 
-def markdown(results: list[Measurement]) -> str:
-    """One line per measurement; every ratio is from one run with interleaved repeats."""
-    head = (
-        "| case | dtype | rows x V | ours ms | eager | torch.compile | share of copy | grad error ours / eager |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([head, *(_line(result) for result in results)])
+COLUMNS = ("case", "dtype", "rows x V", "ours ms", "eager", "torch.compile", "share of copy", "grad error ours / eager")
 
 
-def _line(r: Measurement) -> str:
-    errors = f"{r.gradient_error['ours']:.1e} / {r.gradient_error['eager']:.1e}"
+def cells(r: Measurement) -> tuple[str, ...]:
+    """A measurement under ``COLUMNS``; every ratio is from one run with interleaved repeats."""
     return (
-        f"| {r.case} | {r.dtype} | {r.rows} x {r.columns} | {r.ms['ours']:.1f} | {r.ratios['eager']:.1f}x "
-        f"| {r.ratios['compile']:.1f}x | {r.share_of_copy:.0%} | {errors} |"
+        r.case,
+        r.dtype,
+        f"{r.rows} x {r.columns}",
+        f"{r.ms['ours']:.1f}",
+        f"{r.ratios['eager']:.1f}x",
+        f"{r.ratios['compile']:.1f}x",
+        f"{r.share_of_copy:.0%}",
+        f"{r.gradient_error['ours']:.1e} / {r.gradient_error['eager']:.1e}",
     )
+
+
+def markdown(results: list[Measurement]) -> str:
+    """One line per measurement."""
+    rule = "|---" * len(COLUMNS) + "|"
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, *map(cells, results))]
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -27,7 +27,7 @@ def loss(
 ) -> None:
     """CE + divergence, forward + backward: ours, eager PyTorch and torch.compile in one run."""
     from kdfast.bench.loss import CASES, DTYPES, SHAPES, measure
-    from kdfast.bench.report import save
+    from kdfast.bench.report import COLUMNS, cells, save
 
     shapes = [_parse_shape(text) for text in shape] if shape else SHAPES
     plan = [
@@ -35,17 +35,9 @@ def loss(
     ]
     console = Console()
     results = [measure(*item, repeats) for item in track(plan, "Timing", console=console)]
-    table = Table("case", "dtype", "rows x V", "ours ms", "eager", "compile", "of copy", "grad error ours / eager")
-    for r in results:
-        table.add_row(
-            r.case,
-            r.dtype,
-            f"{r.rows} x {r.columns}",
-            f"{r.ms['ours']:.1f}",
-            *(f"{r.ratios[name]:.1f}x" for name in ("eager", "compile")),
-            f"{r.share_of_copy:.0%}",
-            f"{r.gradient_error['ours']:.1e} / {r.gradient_error['eager']:.1e}",
-        )
+    table = Table(*COLUMNS)
+    for result in results:
+        table.add_row(*cells(result))
     console.print(table)
     if out is not None:
         console.print(f"Written to {save(results, out)}")
