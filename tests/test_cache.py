@@ -38,7 +38,7 @@ def expect(i, codec="topk", **options):
     made = codecs.create(codec, VOCAB, (1.0,), {"k": 4, **options} if codec == "topk" else options)
     rows = logits(i % 5 + 1, seed=i)
     block = np.frombuffer(made.encode(made.select(rows, b"")), np.uint8)
-    return made.decode(block, len(rows), slice(0, len(rows)))
+    return made.decode(block, np.array([[0, block.size, len(rows)]]), np.arange(len(rows)))
 
 
 def assert_same(got, want):
@@ -183,9 +183,10 @@ class Zipped(Codec):
     def encode(self, labels):
         return zlib.compress(labels.values.numpy().tobytes())
 
-    def decode(self, block, rows, wanted):
-        data = np.frombuffer(zlib.decompress(block) if rows else b"", "<f4")
-        return SoftLabels.dense(torch.from_numpy(data.reshape(rows, -1 if rows else VOCAB)[wanted].copy()))
+    def decode(self, data, units, wanted):
+        parts = [zlib.decompress(data[begin : begin + length]) for begin, length, _ in units.tolist()]
+        rows = np.frombuffer(b"".join(parts), "<f4").reshape(-1, VOCAB)
+        return SoftLabels.dense(torch.from_numpy(rows[wanted]))
 
 
 def test_a_variable_length_codec_plugs_in(tmp_path, monkeypatch):

@@ -13,9 +13,13 @@ from kdfast.cache import codecs
 TEMPERATURES = (0.5, 1.0, 2.0, 7.0)
 
 
+def decode(codec, block, rows, wanted=None):
+    unit = np.array([[0, len(block), rows]])
+    return codec.decode(np.frombuffer(block, np.uint8), unit, np.arange(rows) if wanted is None else np.array(wanted))
+
+
 def roundtrip(codec, logits):
-    block = codec.encode(codec.select(logits, b"\0" * 16))
-    return codec.decode(np.frombuffer(block, np.uint8), len(logits), slice(0, len(logits)))
+    return decode(codec, codec.encode(codec.select(logits, b"\0" * 16)), len(logits))
 
 
 def topk(vocab_size, temperatures=(1.0,), **options):
@@ -96,8 +100,7 @@ def test_rows_wanted_from_the_middle_of_a_block(name):
     codec = codecs.create(name, 9, (1.0, 3.0), {})
     logits = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
     whole = roundtrip(codec, logits)
-    block = np.frombuffer(codec.encode(codec.select(logits, b"")), np.uint8)
-    part = codec.decode(block, 8, slice(3, 6))
+    part = decode(codec, codec.encode(codec.select(logits, b"")), 8, [3, 4, 5])
     for field in ("values", "ids", "tails", "offsets"):
         ours, theirs = getattr(part, field), getattr(whole[3:6], field)
         assert ours is theirs is None or torch.equal(ours, theirs)
@@ -158,7 +161,7 @@ def test_every_float_type_and_layout_of_logits(name, dtype):
 def test_decoding_other_bytes_is_an_error(name, block, message):
     codec = codecs.create(name, 5, (1.0,), {"k": 2} if name == "topk" else {})
     with pytest.raises(ValueError, match=message):
-        codec.decode(np.frombuffer(block, np.uint8), 1, slice(0, 1))
+        decode(codec, block, 1)
 
 
 @settings(deadline=None, max_examples=200)
@@ -166,7 +169,7 @@ def test_decoding_other_bytes_is_an_error(name, block, message):
 def test_decoding_noise_never_crashes(name, block, rows):
     codec = codecs.create(name, 70000 if name == "topk" else 8, (1.0,), {"k": 2} if name == "topk" else {})
     try:
-        labels = codec.decode(np.frombuffer(block, np.uint8), rows, slice(0, rows))
+        labels = decode(codec, block, rows)
     except ValueError:
         return
     assert len(labels) == rows

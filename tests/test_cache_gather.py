@@ -39,8 +39,8 @@ class ByBlock(codecs.Codec):
     def encode(self, labels):
         return self.inner.encode(labels)
 
-    def decode(self, block, rows, wanted):
-        return self.inner.decode(block, rows, wanted)
+    def decode(self, data, units, wanted):
+        return self.inner.decode(data, units, wanted)
 
 
 @pytest.fixture(autouse=True)

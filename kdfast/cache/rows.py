@@ -32,7 +32,7 @@ class Rows:
     def labels(self, rows: NDArray[np.int64]) -> SoftLabels:
         """The labels of ``rows``, in that order. Raises ``CacheCorruptError`` naming shard and block."""
         if not len(rows):
-            return self._codec.decode(np.empty(0, np.uint8), 0, rows)
+            return self._codec.decode(np.empty(0, np.uint8), np.empty((0, 3), np.int64), rows)
         if isinstance(self._codec, FixedWidthCodec):
             packed = self._packed(rows, self._codec.row_bytes).view(self._codec.row_dtype)
             try:

@@ -88,7 +88,8 @@ class Shard:
         """The labels of ``rows``, which lie in block ``number``, in that order."""
         block = self.block(number)
         try:
-            return codec.decode(block, int(self._index[number, 3]), rows - self._first_rows[number])
+            unit = np.array([[0, len(block), self._index[number, 3]]])
+            return codec.decode(block, unit, rows - self._first_rows[number])
         except ValueError as error:
             raise CacheCorruptError(f"{self.path}: block {number}: {error}") from error
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
 from operator import index
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from kdfast.labels import SoftLabels
 
-__all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "RowChoice", "float64_chunks"]
-
-RowChoice: TypeAlias = "slice | NDArray[np.int64]"  # either one indexes an array's first axis
+__all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "float64_chunks"]
 
 MAX_VOCAB = 2**24
 # Elements converted to float64 at a time. On a CPU the copies stay in cache (3 times as fast as 2**24, measured);
@@ -28,14 +26,22 @@ DEVICE_CHUNK = 2**25
 class Codec(ABC):
     """Turns teacher logits into bytes and back, in two steps.
 
-    ``select`` decides what is kept of one record, as ``SoftLabels``; ``encode`` lays the kept labels of a whole block
-    (records one after another) out as bytes. A block's length is the codec's own affair: the container stores it.
+    ``select`` decides what is kept of one record, as ``SoftLabels``, rounded to what the bytes can hold; ``encode``
+    lays the kept labels of a whole block (records one after another) out as bytes, and loses nothing. A block's
+    length is the codec's own affair: the container stores it.
 
     A codec's options are constructor keywords. ``config()`` gives them back, JSON-serialisable, and
-    ``type(codec)(vocab_size, temperatures, **codec.config())`` is the same codec.
+    ``type(codec)(vocab_size, temperatures, **type(codec).options(codec.config(), read_asset))`` is the same codec.
+
+    A codec that codes with statistics of its own rows says how many it wants to see first (``learn_rows``), gets
+    them (``learn``), and is given the result (``use_model``), without which it neither encodes nor decodes. A shard
+    holds the model of its blocks. Large tables that many caches may share are ``assets``: files beside the shards,
+    named by their contents.
     """
 
     name: ClassVar[str]
+    learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
+    model: bytes = b""
 
     def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
         self.vocab_size = index(vocab_size)
@@ -48,6 +54,24 @@ class Codec(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """The options it was built with."""
+
+    @classmethod
+    def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
+        """Constructor keywords from what ``config`` has given. ``read_asset(file name)`` gives an asset's bytes."""
+        return dict(config)
+
+    def assets(self) -> dict[str, bytes]:
+        """Files that a reader needs beside the shards, by name. The name holds a digest of the contents."""
+        return {}
+
+    def learn(self, labels: SoftLabels) -> bytes:
+        """The model for rows like ``labels``: the first ones selected, perhaps fewer than ``learn_rows``."""
+        raise NotImplementedError(f"{self.name} has no model")
+
+    def use_model(self, model: bytes) -> None:
+        """Encode and decode with ``model`` from now on. Raises ``ValueError`` unless ``learn`` has made it."""
+        if model:
+            raise ValueError(f"a model of {len(model)} bytes, but {self.name} has none")
 
     @abstractmethod
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
@@ -66,18 +90,41 @@ class Codec(ABC):
         """The bytes of a block. ``labels`` are selected records, concatenated, on the CPU."""
 
     @abstractmethod
-    def decode(self, block: NDArray[np.uint8], rows: int, wanted: RowChoice) -> SoftLabels:
-        """Rows ``wanted`` of a block of ``rows`` rows, in the order of ``wanted``. Rows may repeat.
+    def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
+        """Rows ``wanted`` of some units, in the order of ``wanted``. Rows may repeat.
+
+        A unit is what can be decoded by itself: a whole block, or one row for an ``Addressable`` codec.
 
         Args:
-            wanted: row numbers within the block (a reader gives these), or a slice.
+            data: bytes that hold the units.
+            units: (units, 3): each one's first byte, its length in bytes, its rows.
+            wanted: row numbers, counted over all units one after another.
 
         Raises:
             ValueError: the bytes are not what ``encode`` writes. Any bytes may come; none may crash it.
         """
 
 
-class FixedWidthCodec(Codec):
+class Addressable(Codec):
+    """A codec whose rows can be read one by one, without the rest of their block."""
+
+    @abstractmethod
+    def locate(
+        self, payload: NDArray[np.uint8], blocks: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Where rows lie: (n, 2), each one's first byte in ``payload`` and its length.
+
+        Args:
+            payload: a shard's payload.
+            blocks: (n, 3): first byte, length, rows of the block that each row lies in.
+            rows: (n,): the number of each row within its block.
+
+        Raises:
+            ValueError: the block's own index of its rows is not what ``encode`` writes.
+        """
+
+
+class FixedWidthCodec(Addressable):
     """A codec whose rows have one layout, ``row_dtype``: a packed little-endian structure.
 
     A reader takes the rows it wants straight from the file, from any number of blocks, and unpacks them in one go.
@@ -97,10 +144,23 @@ class FixedWidthCodec(Codec):
     def row_bytes(self) -> int:
         return self.row_dtype.itemsize
 
-    def decode(self, block: NDArray[np.uint8], rows: int, wanted: RowChoice) -> SoftLabels:
-        if block.size != rows * self.row_bytes:
-            raise ValueError(f"{rows} rows of {self.row_bytes} bytes expected, found {block.size} bytes")
-        return self.unpack(block.view(self.row_dtype)[wanted])
+    def locate(
+        self, payload: NDArray[np.uint8], blocks: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        begin, length, count = blocks.T
+        if (length != count * self.row_bytes).any():
+            raise ValueError(f"a block is not its rows of {self.row_bytes} bytes one after another")
+        return np.stack([begin + rows * self.row_bytes, np.full_like(rows, self.row_bytes)], 1)
+
+    def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
+        begin, length, count = units.T
+        for at in np.flatnonzero(length != count * self.row_bytes)[:1]:
+            raise ValueError(f"{count[at]} rows of {self.row_bytes} bytes expected, found {length[at]} bytes")
+        first = count.cumsum() - count
+        unit = np.searchsorted(first, wanted, side="right") - 1
+        start = begin[unit] + (wanted - first[unit]) * self.row_bytes
+        rows = data[start[:, None] + np.arange(self.row_bytes)] if len(start) else np.empty(0, np.uint8)
+        return self.unpack(rows.reshape(-1).view(self.row_dtype))
 
 
 def float64_chunks(logits: Tensor) -> Iterator[Tensor]:
