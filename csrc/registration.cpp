@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "codec_bindings.h"
 #include "cpu/row.h"
 #include "crc32c.h"
 
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("crc32c", &crc32c, py::arg("buffer"), py::arg("crc") = 0, "CRC-32C of a contiguous buffer, GIL released.");
   m.def("cpu_isa", [] { return kdfast::kernels().isa; }, "The instruction set of the CPU kernels in use.");
   m.def("divergences", &divergences, "Divergence names, at the numbers that the ops take.");
+  kdfast::codec::bind(m);
 }

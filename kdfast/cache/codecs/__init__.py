@@ -7,9 +7,11 @@ from typing import Any
 
 from kdfast.cache.codecs.base import Codec, FixedWidthCodec
 from kdfast.cache.codecs.dense import Dense
+from kdfast.cache.codecs.prototype import Prototype
 from kdfast.cache.codecs.topk import TopK
+from kdfast.cache.codecs.weights import Sample, Threshold
 
-__all__ = ["Codec", "Dense", "FixedWidthCodec", "TopK", "create", "register"]
+__all__ = ["Codec", "Dense", "FixedWidthCodec", "Prototype", "Sample", "Threshold", "TopK", "create", "register"]
 
 _registry: dict[str, type[Codec]] = {}
 
@@ -38,5 +40,5 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         raise ValueError(f"codec {name!r}: {error}") from error
 
 
-register(Dense)
-register(TopK)
+for _codec in (Dense, Prototype, Sample, Threshold, TopK):
+    register(_codec)

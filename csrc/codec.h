@@ -1,0 +1,82 @@
+// The bit layout of entry blocks: FORMAT.md's "Entry blocks" in code. Host and device share it.
+//
+// A row is some columns (small integers; the first is the number of entries) and its entries, in ascending order of
+// rank, each a rank and a value. An integer is coded as a symbol, entropy-coded in its context, and raw low bits.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define KDFAST_BOTH __host__ __device__ inline
+#else
+#define KDFAST_BOTH inline
+#endif
+
+namespace kdfast::codec {
+
+constexpr uint32_t kLanes = 32;     // rows whose symbols interleave, each in its own coder
+constexpr uint32_t kProbBits = 12;  // frequencies of a context sum to 2^12
+constexpr uint32_t kProbs = 1u << kProbBits;
+constexpr uint32_t kLowest = 1u << 16;  // a coder's state lies in [2^16, 2^32) between symbols
+constexpr uint32_t kEscape = 255;       // this symbol is followed by 8 raw bits: a symbol the model has not seen
+constexpr uint32_t kColumnMantissa = 4, kRankMantissa = 1;  // high bits that are part of the symbol
+constexpr uint32_t kMaxColumns = 8;
+constexpr uint32_t kMaxNumber = 1u << 18, kMaxRank = 1u << 24;  // columns and values, and ranks, are below
+constexpr uint32_t kRankClasses = 24, kRestClasses = 8, kValueRestClasses = 4;
+constexpr uint32_t kRankContexts = kRankClasses * kRestClasses;
+constexpr uint32_t kValueContexts = kRankClasses * kValueRestClasses;
+
+// x as a symbol and `bits` low bits: small numbers are symbols, larger ones share 2^mantissa symbols per octave.
+struct Split {
+  uint32_t symbol, bits, low;
+};
+
+KDFAST_BOTH uint32_t bit_length(uint32_t x) {
+  uint32_t n = 0;
+  while (x >> n) ++n;
+  return n;
+}
+
+KDFAST_BOTH Split split(uint32_t x, uint32_t mantissa) {
+  const uint32_t length = bit_length(x);
+  if (length <= mantissa + 1) return {x, 0, 0};
+  const uint32_t bits = length - 1 - mantissa;
+  return {(bits << mantissa) + (x >> bits), bits, x & ((1u << bits) - 1)};
+}
+
+KDFAST_BOTH uint32_t low_bits(uint32_t symbol, uint32_t mantissa) {
+  return symbol < (2u << mantissa) ? 0 : (symbol >> mantissa) - 1;
+}
+
+KDFAST_BOTH uint32_t join(uint32_t symbol, uint32_t bits, uint32_t low, uint32_t mantissa) {
+  return bits ? (((symbol & ((1u << mantissa) - 1)) | (1u << mantissa)) << bits) + low : symbol;
+}
+
+// Contexts, numbered through: columns, then ranks, then values.
+
+// Of a rank: the octave of the rank before it, and how many entries are left. That is the law of order statistics:
+// the smallest of n draws lies the lower, the larger n is.
+constexpr uint32_t kFirstEntry = kRankClasses - 1;  // in place of the octave, where there is no rank before
+
+KDFAST_BOTH uint32_t octave(uint32_t rank_symbol) {
+  const uint32_t o = rank_symbol < 2 ? rank_symbol : rank_symbol / 2 + 1;
+  return o < kFirstEntry ? o : kFirstEntry - 1;
+}
+
+KDFAST_BOTH uint32_t rest_class(uint32_t left) {  // left >= 1: 1, 2, 3, 4, 5-6, 7-10, 11-18, more
+  return left <= 4 ? left - 1 : left <= 6 ? 4 : left <= 10 ? 5 : left <= 18 ? 6 : 7;
+}
+
+KDFAST_BOTH uint32_t rank_context(uint32_t columns, uint32_t octave_before, uint32_t left) {
+  return columns + octave_before * kRestClasses + rest_class(left);
+}
+
+// Of a value: its rank's octave, and whether it is among the row's last entries.
+KDFAST_BOTH uint32_t value_context(uint32_t columns, uint32_t rank_octave, uint32_t left) {
+  return columns + kRankContexts + rank_octave * kValueRestClasses +
+         (left < kValueRestClasses ? left : kValueRestClasses) - 1;
+}
+
+KDFAST_BOTH uint32_t contexts(uint32_t columns) { return columns + kRankContexts + kValueContexts; }
+
+}  // namespace kdfast::codec

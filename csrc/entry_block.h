@@ -1,0 +1,54 @@
+// Entry blocks: rows of columns and entries as bytes and back, with the frequencies of a model.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "codec.h"
+
+namespace kdfast::codec {
+
+// The frequencies of every context, with the tables that coding wants.
+class Model {
+ public:
+  // frequencies: (contexts(columns), 256); each context's sum to 2^12 and its escape has one. Throws invalid_argument.
+  Model(uint32_t columns, const uint16_t* frequencies);
+
+  struct Context {
+    uint32_t range[256];     // first slot in the low half, number of slots in the high half
+    uint8_t symbol[kProbs];  // that owns a slot
+  };
+  uint32_t columns() const { return columns_; }
+  const Context& operator[](uint32_t context) const { return contexts_[context]; }
+
+ private:
+  uint32_t columns_;
+  std::vector<Context> contexts_;
+};
+
+// Rows in memory: columns row by row, column 0 being the number of entries; entries row by row, ranks ascending.
+struct Rows {
+  std::vector<int32_t> columns;
+  std::vector<int32_t> ranks;
+  std::vector<int32_t> values;
+};
+
+struct RowsView {
+  const int32_t* columns;
+  const int32_t* ranks;
+  const int32_t* values;
+  int64_t rows;
+};
+
+// How often each symbol occurs in each context: adds to counts, (contexts(columns), 256).
+void count_symbols(const RowsView& rows, uint32_t columns, uint32_t* counts);
+
+std::vector<uint8_t> encode_block(const RowsView& rows, const Model& model);
+
+// Appends a block's rows. Any bytes may come: throws invalid_argument unless they are what encode_block writes, with at
+// most max_entries entries per row and ranks below max_rank.
+void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
+                  int32_t max_rank, Rows& out);
+
+}  // namespace kdfast::codec

@@ -1,0 +1,135 @@
+#include "row_block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace kdfast::codec {
+
+namespace {
+
+constexpr uint32_t kClassBits[3] = {5, 9, 13};
+constexpr uint32_t kClassStart[4] = {0, 32, 32 + 512, 32 + 512 + 8192};
+constexpr int64_t kNarrow = 1 << 16;  // rows that take fewer bytes have an index of 2 bytes each, others of 4
+
+[[noreturn]] void bad(const char* what) { throw std::invalid_argument(std::string("a row block ") + what); }
+
+class RowWriter {
+ public:
+  explicit RowWriter(std::vector<uint8_t>& bytes) : bytes_(bytes) {}
+  void put(uint32_t value, uint32_t bits) {
+    if (bits < 32 && value >> bits) bad("cannot hold a number this large");
+    pending_ |= uint64_t(value) << filled_;
+    for (filled_ += bits; filled_ >= 8; filled_ -= 8, pending_ >>= 8) bytes_.push_back(uint8_t(pending_));
+  }
+  void align() {
+    if (filled_) bytes_.push_back(uint8_t(pending_));
+    pending_ = filled_ = 0;
+  }
+
+ private:
+  std::vector<uint8_t>& bytes_;
+  uint64_t pending_ = 0;
+  uint32_t filled_ = 0;
+};
+
+class RowReader {
+ public:
+  RowReader(const uint8_t* data, size_t length) : data_(data), bits_(8 * uint64_t(length)), length_(length) {}
+  uint32_t take(uint32_t bits) {
+    if (at_ + bits > bits_) bad("is cut short");
+    const size_t byte = at_ >> 3;
+    uint64_t window = 0;
+    std::memcpy(&window, data_ + byte, std::min<size_t>(8, length_ - byte));
+    const uint32_t value = uint32_t(window >> (at_ & 7)) & uint32_t((uint64_t(1) << bits) - 1);
+    at_ += bits;
+    return value;
+  }
+  void finish() const {
+    if (bits_ - at_ >= 8) bad("has a row with bytes left over");
+  }
+
+ private:
+  const uint8_t* data_;
+  uint64_t bits_, at_ = 0;
+  size_t length_;
+};
+
+void put_rank(RowWriter& out, uint32_t rank, const RowLayout& layout) {
+  if (!layout.classes) return out.put(rank, layout.rank_bits);
+  uint32_t kind = 0;
+  while (kind < 3 && rank >= kClassStart[kind + 1]) ++kind;
+  out.put(kind, 2);
+  out.put(rank - kClassStart[kind], kind < 3 ? kClassBits[kind] : layout.rank_bits);
+}
+
+uint32_t take_rank(RowReader& in, const RowLayout& layout) {
+  if (!layout.classes) return in.take(layout.rank_bits);
+  const uint32_t kind = in.take(2);
+  return kClassStart[kind] + in.take(kind < 3 ? kClassBits[kind] : layout.rank_bits);
+}
+
+void store(uint8_t* out, uint32_t value, size_t bytes) { std::memcpy(out, &value, bytes); }
+
+uint32_t load(const uint8_t* in, size_t bytes) {
+  uint32_t value = 0;
+  std::memcpy(&value, in, bytes);
+  return value;
+}
+
+}  // namespace
+
+std::vector<uint8_t> encode_row_block(const RowsView& rows, const RowLayout& layout) {
+  const size_t columns = layout.column_bits.size();
+  std::vector<uint8_t> bytes;
+  std::vector<uint32_t> ends;
+  RowWriter out(bytes);
+  int64_t entry = 0;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const int32_t* column = rows.columns + row * int64_t(columns);
+    for (size_t c = 0; c < columns; ++c) out.put(uint32_t(column[c]), layout.column_bits[c]);
+    for (int32_t left = column[0]; left > 0; --left, ++entry) {
+      put_rank(out, uint32_t(rows.ranks[entry]), layout);
+      out.put(uint32_t(rows.values[entry]), layout.value_bits);
+    }
+    out.align();
+    ends.push_back(uint32_t(bytes.size()));
+  }
+  const size_t width = int64_t(bytes.size()) < kNarrow ? 2 : 4;
+  std::vector<uint8_t> block(1 + width * ends.size());
+  block[0] = uint8_t(width);
+  for (size_t row = 0; row < ends.size(); ++row) store(&block[1 + width * row], ends[row], width);
+  block.insert(block.end(), bytes.begin(), bytes.end());
+  return block;
+}
+
+Span locate_row(const uint8_t* data, int64_t length, int64_t rows, int64_t row) {
+  const int64_t width = length > 0 ? data[0] : 0;
+  if (width != 2 && width != 4) bad("has no index");
+  const int64_t head = 1 + width * rows;
+  if (head > length || row < 0 || row >= rows) bad("is cut short");
+  const int64_t begin = row ? load(data + 1 + width * (row - 1), size_t(width)) : 0;
+  const int64_t end = load(data + 1 + width * row, size_t(width));
+  if (begin > end || head + end > length) bad("has an index that points outside");
+  return {head + begin, end - begin};
+}
+
+void decode_row(const uint8_t* data, size_t length, const RowLayout& layout, int32_t max_entries, int32_t max_rank,
+                Rows& out) {
+  RowReader in(data, length);
+  const size_t base = out.columns.size();
+  for (uint32_t bits : layout.column_bits) out.columns.push_back(int32_t(in.take(bits)));
+  if (out.columns[base] > max_entries) bad("has a row with too many entries");
+  int64_t before = -1;
+  for (int32_t left = out.columns[base]; left > 0; --left) {
+    const int64_t rank = take_rank(in, layout);
+    if (rank <= before || rank >= max_rank) bad("has ranks that do not ascend, or lie outside the vocabulary");
+    before = rank;
+    out.ranks.push_back(int32_t(rank));
+    out.values.push_back(int32_t(in.take(layout.value_bits)));
+  }
+  in.finish();
+}
+
+}  // namespace kdfast::codec

@@ -1,0 +1,177 @@
+"""What codecs of entries share: rows of a few ids with small integers beside them, and the bit layer under these."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast._C import RowLayout, count_symbols, locate_rows
+from kdfast.cache.codecs.base import Addressable
+from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
+from kdfast.cache.shapes import Shapes
+from kdfast.labels import SoftLabels
+
+__all__ = ["CODINGS", "EntryCodec", "EntryRows"]
+
+CODINGS = ("blocks", "rows", "plain")
+LEARN_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class EntryRows:
+    """Rows as the bit layer takes them. Entries of a row are in ascending order of rank."""
+
+    columns: NDArray[np.int32]  # (rows, columns): the number of entries, then the shape if there are shapes, then others
+    ranks: NDArray[np.int32]  # (entries,)
+    values: NDArray[np.int32]  # (entries,)
+
+
+class EntryCodec(Addressable):
+    """Rows of ids with a small integer each. Ids are coded by rank, in one order for all rows or one per shape.
+
+    Args:
+        coding: ``"blocks"`` (entropy-coded, decoded block by block), ``"rows"`` (every row by itself in whole bytes:
+            for random access to single rows) or ``"plain"`` (the same in whole bytes per field, without an order).
+        shapes: a table whose orders ids are ranked by.
+    """
+
+    def __init__(
+        self, vocab_size: int, temperatures: Sequence[float], *, coding: str = "blocks", shapes: Shapes | None = None
+    ) -> None:
+        super().__init__(vocab_size, temperatures)
+        if len(self.temperatures) != 1:
+            raise ValueError(f"it holds one temperature, got {self.temperatures}")
+        if coding not in CODINGS:
+            raise ValueError(f"coding must be one of {CODINGS}, got {coding!r}")
+        if shapes is not None and shapes.vocab_size != self.vocab_size:
+            raise ValueError(f"the shapes have {shapes.vocab_size} columns, the logits {self.vocab_size}")
+        self.coding, self.shapes = coding, shapes
+        self.learn_rows = 0 if coding == "plain" or (coding == "rows" and shapes is not None) else LEARN_ROWS
+
+    # ---- what a codec of this kind defines -----------------------------------------------------------------------
+
+    columns: int  # how many columns a row has
+    max_entries: int
+    value_limit: int  # values lie in [0, value_limit)
+
+    @property
+    @abstractmethod
+    def column_limits(self) -> tuple[int, ...]:
+        """What each column stays below."""
+
+    @abstractmethod
+    def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
+        """Labels as the integers they are coded as."""
+
+    @abstractmethod
+    def to_labels(self, rows: EntryRows, ids: NDArray[np.int32]) -> SoftLabels:
+        """The reverse. Raises ``ValueError`` for integers that ``to_rows`` does not give."""
+
+    # ---- options -------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        return {"coding": self.coding} | ({"shapes": self.shapes.digest} if self.shapes is not None else {})
+
+    @classmethod
+    def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
+        if "shapes" not in config:
+            return dict(config)
+        shapes = Shapes.from_bytes(read_asset(f"shapes-{config['shapes']}.safetensors"))
+        if shapes.digest != config["shapes"]:
+            raise ValueError(f"the shapes have the digest {shapes.digest}, expected {config['shapes']}")
+        return {**config, "shapes": shapes}
+
+    def assets(self) -> dict[str, bytes]:
+        return {} if self.shapes is None else {self.shapes.file_name: self.shapes.to_bytes()}
+
+    # ---- the model -----------------------------------------------------------------------------------------------
+
+    def learn(self, labels: SoftLabels) -> bytes:
+        assert labels.ids is not None
+        classes = None
+        if self.shapes is None:
+            classes = id_classes(labels.ids.numpy(), labels.values.numpy(), self.vocab_size)
+        rows = self.to_rows(labels, self._order_of(classes))
+        counts = count_symbols(rows.columns, rows.ranks, rows.values)
+        return pack_statistics(Statistics.of(counts, self.columns, classes))
+
+    def use_model(self, model: bytes) -> None:
+        vocab_size = None if self.shapes is not None else self.vocab_size
+        self._statistics = unpack_statistics(model, self.columns, vocab_size)
+        self._model = self._statistics.entry_model(self.columns)
+        self.model = model
+        self.__dict__.pop("order", None)
+
+    @cached_property
+    def order(self) -> IdOrder:
+        if self.coding == "plain":
+            return IdOrder.of(np.arange(self.vocab_size, dtype=np.int32)[None])
+        return self._order_of(None if self.shapes is not None else self._statistics.classes)
+
+    def _order_of(self, classes: NDArray[np.uint8] | None) -> IdOrder:
+        if self.shapes is not None:
+            return self._shape_order
+        assert classes is not None
+        return IdOrder.by_class(classes)
+
+    @cached_property
+    def _shape_order(self) -> IdOrder:
+        assert self.shapes is not None
+        return IdOrder.of(self.shapes.order)
+
+    # ---- bytes ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _layout(self) -> RowLayout:
+        """Of rows coded by themselves."""
+        whole = 8 if self.coding == "plain" else 1
+        bits = [-(-(limit - 1).bit_length() // whole) * whole for limit in (*self.column_limits, self.value_limit)]
+        rank_bits = -(-(self.vocab_size - 1).bit_length() // whole) * whole
+        return RowLayout(bits[:-1], bits[-1], rank_bits, self.coding == "rows")
+
+    def encode(self, labels: SoftLabels) -> bytes:
+        rows = self.to_rows(labels, self.order)
+        coder = self._model if self.coding == "blocks" else self._layout
+        return coder.encode(rows.columns, rows.ranks, rows.values)
+
+    def locate(
+        self, payload: NDArray[np.uint8], blocks: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        return locate_rows(payload, blocks, rows)
+
+    def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
+        coder = self._model if self.coding == "blocks" else self._layout
+        rows = EntryRows(*coder.decode(data, units, self.max_entries, self.vocab_size))
+        self._check_limits(rows)
+        labels = self.to_labels(rows, self._ids(rows))
+        return labels if np.array_equal(wanted, np.arange(len(rows.columns))) else labels[wanted]
+
+    def _check_limits(self, rows: EntryRows) -> None:
+        limits = np.array(self.column_limits)
+        if (rows.columns >= limits).any():
+            raise ValueError(f"a row's columns reach {rows.columns.max(0)}, limits are {limits}")
+        if rows.values.size and int(rows.values.max()) >= self.value_limit:
+            raise ValueError(f"an entry's value reaches {rows.values.max()}, the limit is {self.value_limit}")
+
+    def _ids(self, rows: EntryRows) -> NDArray[np.int32]:
+        if len(self.order.ids) == 1:
+            return self.order.ids[0].take(rows.ranks)
+        start = rows.columns[:, 1].astype(np.int64) * self.vocab_size
+        return self.order.ids.reshape(-1).take(np.repeat(start, rows.columns[:, 0]) + rows.ranks)
+
+
+def by_rank(
+    ids: NDArray[np.int32], counts: NDArray[np.int64], order: IdOrder, orders: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """How to sort entries by rank within each row, and their ranks in that order."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    one_order = orders is None or len(order.ranks) == 1
+    ranks = order.ranks[0 if one_order else np.repeat(orders, counts), ids]
+    sort = np.lexsort((ranks, rows))
+    return sort, ranks[sort]

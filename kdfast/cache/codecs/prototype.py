@@ -1,0 +1,169 @@
+"""``prototype``: the likeliest ids exactly, and for all others one of a table's typical distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
+from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.shapes import Shapes
+from kdfast.labels import SoftLabels
+
+__all__ = ["Prototype"]
+
+CHUNK = 512  # rows at a time
+REACH = 12.0  # logits of shares and tails are cut to [-REACH, REACH] nats
+
+
+class Prototype(EntryCodec):
+    """The k likeliest ids, the mass of all others, and the number of the shape that these are closest to.
+
+    The label is a distribution over the whole vocabulary: the entries, and ``tail mass * shape`` on the rest. The
+    shape is the one whose label is closest to the row in forward KL. Probabilities are rounded: the tail as a logit,
+    the entries as logits of their shares in what the entries before them leave.
+
+    Args:
+        shapes: the table, of ``kdfast.cache.learn_shapes``.
+        k: entries per row.
+        tail_step: resolution of the tail mass, in nats of its logit.
+        share_step: resolution of the entries, likewise.
+    """
+
+    name = "prototype"
+    columns = 3
+
+    def __init__(
+        self,
+        vocab_size: int,
+        temperatures: Sequence[float],
+        *,
+        shapes: Shapes,
+        k: int = 3,
+        tail_step: float = 0.25,
+        share_step: float = 0.25,
+        coding: str = "blocks",
+    ) -> None:
+        if not isinstance(shapes, Shapes):
+            raise TypeError(f"shapes must be a kdfast.cache.Shapes, got {type(shapes).__name__}")
+        super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
+        if index(k) < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if not (1e-3 <= tail_step <= 2 and 1e-3 <= share_step <= 2):
+            raise ValueError(f"steps must lie in [0.001, 2] nats, got {tail_step} and {share_step}")
+        self.k = self.max_entries = min(index(k), self.vocab_size)
+        self.tail_step, self.share_step = float(tail_step), float(share_step)
+        self._tails, self._shares = _grid(self.tail_step), _grid(self.share_step)
+        self.value_limit = len(self._shares)
+
+    @property
+    def column_limits(self) -> tuple[int, ...]:
+        assert self.shapes is not None
+        return (self.k + 1, len(self.shapes), len(self._tails) + 1)  # the last tail code: there is none
+
+    def config(self) -> dict[str, Any]:
+        return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
+
+    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+        return SoftLabels.cat([self._select(chunk) for chunk in logits.detach().split(CHUNK)])
+
+    def _select(self, logits: Tensor) -> SoftLabels:
+        assert self.shapes is not None
+        probs = (logits.float() / self.temperatures[0]).softmax(1)
+        top, ids = probs.topk(self.k, dim=1)
+        shape = self.shapes.assign(probs, ids).cpu().numpy()
+        tail = probs.scatter(1, ids, 0.0).sum(1, dtype=torch.float64).cpu().numpy()
+        kept = (top > 0).cpu().numpy()  # a masked column is no entry
+        counts = kept.sum(1)
+        flat, mass = ids.cpu().numpy()[kept].astype(np.int32), top.double().cpu().numpy()[kept]
+        sort, ranks = by_rank(flat, counts, self.order, shape)
+        values = _nearest(self._shares, _logits_of_shares(mass[sort], counts), _last(counts))
+        columns = np.stack([counts, shape, self._tail_code(tail, mass, counts)], 1).astype(np.int32)
+        return self.to_labels(EntryRows(columns, ranks, values), flat[sort])
+
+    def _tail_code(self, tail: NDArray[np.float64], mass: NDArray[np.float64], counts: NDArray[np.int64]) -> Any:
+        head = _sums(mass, counts)
+        with np.errstate(divide="ignore"):
+            code = _nearest(self._tails, np.log(tail) - np.log(head), np.zeros(len(tail), bool))
+        return np.where(tail > 0, code, len(self._tails))
+
+    def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
+        assert labels.ids is not None
+        assert labels.offsets is not None
+        assert labels.tails is not None
+        assert labels.shape is not None
+        ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
+        shape = labels.shape.numpy()
+        sort, ranks = by_rank(ids, counts, order, shape)
+        mass = labels.values.double().numpy()[sort]
+        values = _nearest(self._shares, _logits_of_shares(mass, counts), _last(counts))
+        log_tail = labels.tails[0].double().numpy()
+        code = self._tail_code(np.exp(log_tail), mass, counts)
+        return EntryRows(np.stack([counts, shape, code], 1).astype(np.int32), ranks, values)
+
+    def to_labels(self, rows: EntryRows, ids: NDArray[np.int32]) -> SoftLabels:
+        assert self.shapes is not None
+        counts = rows.columns[:, 0].astype(np.int64)
+        logit = np.append(self._tails, -np.inf)[rows.columns[:, 2]]
+        log_head, log_tail = -np.logaddexp(0, logit), logit - np.logaddexp(0, logit)
+        shares = self._shares.take(rows.values)
+        shares[_last(counts)] = np.inf  # the last entry takes all that is left
+        log_mass = np.repeat(log_head, counts) - np.logaddexp(0, -shares) + _log_left(shares, counts)
+        offsets = np.concatenate([[0], counts.cumsum()])
+        return SoftLabels.prototype(
+            torch.from_numpy(ids),
+            torch.from_numpy(np.exp(log_mass).astype(np.float32)),
+            torch.from_numpy(log_tail.astype(np.float32)),
+            torch.from_numpy(rows.columns[:, 1].astype(np.int64)),
+            self.shapes.table,
+            vocab_size=self.vocab_size,
+            temperature=self.temperatures[0],
+            offsets=torch.from_numpy(offsets),
+        )
+
+
+def _grid(step: float) -> NDArray[np.float64]:
+    """Logits, from the smallest to the largest."""
+    half = int(REACH / step)
+    return np.arange(-half, half + 1) * step
+
+
+def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """The nearest grid points' numbers; 0 where ``fixed``."""
+    step = grid[1] - grid[0]
+    number = np.rint(np.where(fixed, grid[0], logits).clip(grid[0], grid[-1]) / step) - round(grid[0] / step)
+    return number.astype(np.int32)
+
+
+def _last(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which entries are the last of their rows."""
+    last = np.zeros(int(counts.sum()), bool)
+    last[counts.cumsum()[counts > 0] - 1] = True
+    return last
+
+
+def _sums(mass: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.bincount(np.repeat(np.arange(len(counts)), counts), mass, len(counts))
+
+
+def _logits_of_shares(mass: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Per entry: the logit of its share in its mass and that of the entries after it."""
+    from_end = mass[::-1].cumsum()[::-1]  # of all entries from this one to the end of the block
+    after_row = np.append(from_end, 0.0)[counts.cumsum()]
+    after = np.append(from_end, 0.0)[1:] - np.repeat(after_row, counts)
+    with np.errstate(divide="ignore"):
+        return np.log(mass) - np.log(after.clip(min=1e-300))
+
+
+def _log_left(shares: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Per entry: the log of what the entries before it in its row leave."""
+    kept = -np.logaddexp(0, np.where(np.isinf(shares), 0.0, shares))
+    before = np.concatenate([[0.0], kept.cumsum()])[:-1]
+    first = np.repeat(before[(counts.cumsum() - counts).clip(max=max(0, len(before) - 1))], counts)
+    return before - first

@@ -1,0 +1,198 @@
+"""``sample`` and ``threshold``: unbiased draws from the teacher's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, log2
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
+from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.select import record_seed, sample, threshold
+from kdfast.cache.shapes import Shapes
+from kdfast.labels import SoftLabels
+
+__all__ = ["Sample", "Threshold", "WeightCodec"]
+
+
+class WeightCodec(EntryCodec):
+    """Entries with weights out of a fixed table, ``levels``: value v stands for ``levels[v]``."""
+
+    levels: NDArray[np.float32]
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return 1 + (self.shapes is not None)
+
+    @property
+    def value_limit(self) -> int:  # type: ignore[override]
+        return len(self.levels)
+
+    @property
+    def column_limits(self) -> tuple[int, ...]:
+        return (self.max_entries + 1, *(() if self.shapes is None else (len(self.shapes),)))
+
+    def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
+        assert labels.ids is not None
+        assert labels.offsets is not None
+        ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
+        columns, shape = [counts], None
+        if self.shapes is not None:
+            shape = self._nearest(ids, counts)
+            columns.append(shape)
+        sort, ranks = by_rank(ids, counts, order, shape)
+        values = self._value(labels.values.numpy()[sort])
+        if (self.levels[values] != labels.values.numpy()[sort]).any():
+            raise ValueError(f"{self.name}: a weight is not one that this codec gives")
+        return EntryRows(np.stack(columns, 1).astype(np.int32), ranks, values)
+
+    def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(rows,): the shape that finds a row's ids the likeliest: it needs the fewest bits."""
+        assert self.shapes is not None
+        codes = self._codes_by_id[ids].astype(np.int32)
+        totals = np.zeros((len(counts), len(self.shapes)), np.int64)
+        filled = counts > 0
+        totals[filled] = np.add.reduceat(codes, (counts.cumsum() - counts)[filled], axis=0) if len(ids) else 0
+        return totals.argmin(1)
+
+    @property
+    def _codes_by_id(self) -> NDArray[np.uint8]:
+        if not hasattr(self, "_transposed"):
+            assert self.shapes is not None
+            self._transposed = np.ascontiguousarray(self.shapes.codes.T)
+        return self._transposed
+
+    def to_labels(self, rows: EntryRows, ids: NDArray[np.int32]) -> SoftLabels:
+        offsets = np.zeros(len(rows.columns) + 1, np.int64)
+        np.cumsum(rows.columns[:, 0], out=offsets[1:])
+        return SoftLabels.weights(
+            torch.from_numpy(ids),
+            torch.from_numpy(self.levels.take(rows.values)),
+            vocab_size=self.vocab_size,
+            temperature=self.temperatures[0],
+            offsets=torch.from_numpy(offsets),
+        )
+
+    def _value(self, weights: NDArray[np.float32]) -> NDArray[np.int32]:
+        """The nearest level's number. Levels do not ascend: they are sorted here."""
+        order = np.argsort(self.levels)
+        ascending = self.levels[order]
+        at = np.searchsorted(ascending, weights).clip(1, max(1, len(ascending) - 1)) if len(ascending) > 1 else 0
+        if len(ascending) > 1:
+            at = at - (weights - ascending[at - 1] < ascending[at] - weights)
+        return order[at * np.ones_like(weights, np.int64)].astype(np.int32)
+
+
+class Sample(WeightCodec):
+    """N draws with replacement from the teacher's distribution: weights are how often an id was drawn, over N.
+
+    E[weight] = p, so that the gradient of the cross-entropy is right on average ("Sparse Logit Sampling", ACL 2025).
+    Draws are a function of (seed, key, row) alone.
+
+    Args:
+        draws: N. The relative variance of a rare id's weight is 1 / N.
+    """
+
+    name = "sample"
+
+    def __init__(
+        self,
+        vocab_size: int,
+        temperatures: Sequence[float],
+        *,
+        draws: int = 50,
+        seed: int = 0,
+        coding: str = "blocks",
+        shapes: Shapes | None = None,
+    ) -> None:
+        super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
+        if not 1 <= index(draws) < 2**17:
+            raise ValueError(f"draws must lie in [1, 2**17), got {draws}")
+        self.draws, self.seed = index(draws), index(seed)
+        self.max_entries = min(self.draws, self.vocab_size)
+        self.levels = (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
+
+    def config(self) -> dict[str, Any]:
+        return {"draws": self.draws, "seed": self.seed, **super().config()}
+
+    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+        drawn = sample(
+            logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key)
+        )
+        levels = torch.from_numpy(self.levels).to(logits.device)
+        return SoftLabels.weights(
+            drawn.ids,
+            levels[drawn.multiplicities.long() - 1],
+            vocab_size=self.vocab_size,
+            temperature=self.temperatures[0],
+            offsets=_offsets(drawn.counts),
+        )
+
+
+class Threshold(WeightCodec):
+    """Every probability above tau, and of the others each with probability p / tau, at the value tau.
+
+    Systematic sampling keeps at most ``ceil(1 / tau) + 1`` entries. Probabilities above tau are rounded to a grid of
+    ``steps`` levels per octave at random, so that their expectation stays.
+
+    Args:
+        tau: the threshold. The relative variance of a rare id's weight is tau.
+        steps: levels per octave.
+    """
+
+    name = "threshold"
+
+    def __init__(
+        self,
+        vocab_size: int,
+        temperatures: Sequence[float],
+        *,
+        tau: float = 0.02,
+        steps: int = 8,
+        seed: int = 0,
+        coding: str = "blocks",
+        shapes: Shapes | None = None,
+    ) -> None:
+        super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
+        if not 2**-16 <= tau <= 1:
+            raise ValueError(f"tau must lie in [2**-16, 1], got {tau}")
+        if not 1 <= index(steps) <= 1024:
+            raise ValueError(f"steps must lie in [1, 1024], got {steps}")
+        self.tau, self.steps, self.seed = float(tau), index(steps), index(seed)
+        self.max_entries = min(ceil(1 / self.tau) + 1, self.vocab_size)
+        grid = 2.0 ** (-np.arange(ceil(self.steps * log2(1 / self.tau)) + 1) / self.steps)
+        self.levels = np.concatenate([[self.tau], grid]).astype(np.float32)
+
+    def config(self) -> dict[str, Any]:
+        return {"tau": self.tau, "steps": self.steps, "seed": self.seed, **super().config()}
+
+    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+        seed = record_seed(self.seed, key)
+        kept = threshold(logits, temperature=self.temperatures[0], tau=self.tau, seed=seed)
+        weights = self._round(kept.probs.cpu().numpy(), seed)
+        return SoftLabels.weights(
+            kept.ids,
+            torch.from_numpy(weights).to(kept.ids.device),
+            vocab_size=self.vocab_size,
+            temperature=self.temperatures[0],
+            offsets=_offsets(kept.counts),
+        )
+
+    def _round(self, probs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+        """To the level above or below, so that the expectation is ``probs``; the tail is a level already."""
+        ascending = self.levels[:0:-1].astype(np.float64)
+        above = np.searchsorted(ascending, probs).clip(1, len(ascending) - 1)
+        low, high = ascending[above - 1], ascending[above]
+        uniform = np.random.Generator(np.random.Philox(key=seed % 2**64)).random(len(probs))
+        up = (probs - low) / (high - low) > uniform
+        return np.where(probs == self.levels[0], self.levels[0], np.where(up, high, low)).astype(np.float32)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])
