@@ -12,6 +12,8 @@
 #define KDFAST_SPARSE                                                                                         \
   "Tensor ids, Tensor weights, Tensor offsets, Tensor? tail, int vocab, bool subtract_entropy, " KDFAST_TRUTH \
   ", bool want_parts"
+#define KDFAST_SELECT "Tensor logits, float temperature"
+#define KDFAST_STREAM "int seed, int first_row"
 
 STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("dense_rows(Tensor student, " KDFAST_DENSE ") -> (Tensor loss, Tensor parts)");
@@ -20,6 +22,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("sparse_rows(Tensor student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
   m.def("sparse_rows_grad(Tensor student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor grad, Tensor parts)");
   m.def("sparse_rows_inplace(Tensor(a!) student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
+  m.def("select_threshold(" KDFAST_SELECT ", float tau, " KDFAST_STREAM
+        ", Tensor? order=None) -> (Tensor ids, Tensor probs, Tensor counts, Tensor lse)");
+  m.def("select_sample(" KDFAST_SELECT ", int draws, " KDFAST_STREAM
+        ") -> (Tensor ids, Tensor counts_of_id, Tensor counts, Tensor lse)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }
 

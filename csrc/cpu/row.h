@@ -46,6 +46,32 @@ struct RowResult {
   double loss = 0, kd = 0, ce = 0, entropy = 0, top1 = 0;
 };
 
+// What the unbiased samplers ask of a row of logits. Positions lie in [0, 1): where they fall along the row's
+// cumulative probability decides what is kept.
+struct SelectTask {
+  Source logits;
+  double temperature = 1;
+  double tau = 0;                   // threshold: entries above it are kept, the others on a grid of this spacing
+  const double* points = nullptr;   // threshold: the grid's offset; sample: `draws` positions, ascending
+  int64_t draws = 0;                // 0: threshold
+  const int32_t* order = nullptr;   // threshold: the columns in the order that the grid walks them; null: ascending
+  struct Entry* entries = nullptr;  // room for `capacity` of them
+  int64_t capacity = 0;
+};
+
+struct Entry {
+  int32_t id;
+  double value;  // a probability, or a number of draws
+};
+
+struct Selection {
+  int64_t count = 0;
+  double lse = 0;  // of logits / temperature; NaN where the row holds a NaN or +inf, or nothing but -inf
+};
+
+// Columns whose exponentials are summed together, and scanned again only where a point falls among them.
+constexpr int kSelectChunk = 128;
+
 // One ISA's kernels. `workspace` holds workspace_bytes(student columns) bytes, aligned, used by one thread at a time.
 struct Kernels {
   const char* isa;
@@ -53,6 +79,8 @@ struct Kernels {
   RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
   RowResult (*sparse_float)(const RowTask&, void* workspace);
   RowResult (*sparse_double)(const RowTask&, void* workspace);
+  // Its workspace holds two doubles for each chunk.
+  Selection (*select)(const SelectTask&, void* workspace);
   void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
   int64_t (*workspace_bytes)(int64_t columns);
   void (*fence)();  // after a thread's streaming writes

@@ -13,6 +13,7 @@ namespace KDFAST_ISA {
 #include "row_sweep.h"
 #include "dense_row.h"
 #include "sparse_row.h"
+#include "select_row.h"
 // clang-format on
 
 template <typename T>
@@ -23,6 +24,26 @@ RowResult dense_row(const Divergence& divergence, const RowTask& task, void* wor
 template <typename T>
 RowResult sparse_row(const RowTask& task, void* workspace) {
   return SparseRow<T>(task, workspace).run();
+}
+
+template <typename From>
+struct WorkingType {
+  using Type = float;
+};
+template <>
+struct WorkingType<double> {
+  using Type = double;
+};
+
+template <typename From>
+Selection select_typed(const From*, const SelectTask& task, void* workspace) {
+  return SelectRow<typename WorkingType<From>::Type, From>(task, workspace).run();
+}
+
+Selection select_row(const SelectTask& task, void* workspace) {
+  Selection selection;
+  with_type(task.logits.data, task.logits.dtype, [&](auto* data) { selection = select_typed(data, task, workspace); });
+  return selection;
 }
 
 template <typename T>
@@ -58,10 +79,15 @@ void scale(void* data, Dtype dtype, int64_t size, double factor) {
 #define KDFAST_NAME_OF(isa) #isa
 #define KDFAST_NAME(isa) KDFAST_NAME_OF(isa)
 extern const Kernels KDFAST_TABLE = {
-    KDFAST_NAME(KDFAST_ISA),        KDFAST_ISA::dense_row<float>,
-    KDFAST_ISA::dense_row<double>,  KDFAST_ISA::sparse_row<float>,
-    KDFAST_ISA::sparse_row<double>, KDFAST_ISA::scale,
-    KDFAST_ISA::workspace_bytes,    KDFAST_ISA::fence,
+    KDFAST_NAME(KDFAST_ISA),
+    KDFAST_ISA::dense_row<float>,
+    KDFAST_ISA::dense_row<double>,
+    KDFAST_ISA::sparse_row<float>,
+    KDFAST_ISA::sparse_row<double>,
+    KDFAST_ISA::select_row,
+    KDFAST_ISA::scale,
+    KDFAST_ISA::workspace_bytes,
+    KDFAST_ISA::fence,
 };
 
 }  // namespace kdfast

@@ -148,6 +148,20 @@ inline RowTask unweighted(RowTask task) {
   return task;
 }
 
+// Calls run(begin, end) on pieces of the rows, each on one of torch's threads. Threads take a few rows at a time, about
+// as many as pay for asking: none waits long for another.
+template <typename F>
+void for_each_piece(int64_t rows, int64_t columns, F run) {
+  constexpr int64_t kGrain = 1 << 15;
+  const int64_t grain = columns < kGrain ? kGrain / (columns ? columns : 1) : 1;
+  const int64_t pieces = (rows + grain - 1) / grain;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(pieces, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t piece = next++; piece < pieces; piece = next++)
+      run(piece * grain, std::min(rows, (piece + 1) * grain));
+  });
+}
+
 // Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads.
 template <typename F>
 RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row) {
@@ -164,7 +178,7 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
   RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
                     torch::stable::new_empty(coef, {4, arguments.want_parts ? count : 0}, coef.scalar_type())};
   const Numbers loss(out.loss), parts(out.parts);
-  const auto run_rows = [&](int64_t begin, int64_t end) {
+  for_each_piece(count, columns, [&](int64_t begin, int64_t end) {
     void* workspace = thread_workspace(kernels().workspace_bytes(columns));
     RowTask task;
     task.smoothing = arguments.smoothing;
@@ -190,15 +204,6 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
       for (int p = 0; p < 4; ++p) parts.set(p * count + i, values[p]);
     }
     if (task.stream) kernels().fence();
-  };
-  // Threads take a few rows at a time, about as many as pay for asking: none waits long for another.
-  constexpr int64_t kGrain = 1 << 15;
-  const int64_t grain = columns < kGrain ? kGrain / (columns ? columns : 1) : 1;
-  const int64_t pieces = (count + grain - 1) / grain;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(pieces, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t piece = next++; piece < pieces; piece = next++)
-      run_rows(piece * grain, std::min(count, (piece + 1) * grain));
   });
   return out;
 }
