@@ -93,7 +93,7 @@ class Shapes:
 
     @cached_property
     def digest(self) -> str:
-        return blake2b(self.to_bytes, digest_size=16).hexdigest()
+        return blake2b(self.to_bytes(), digest_size=16).hexdigest()
 
     @property
     def file_name(self) -> str:

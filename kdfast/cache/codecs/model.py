@@ -17,7 +17,7 @@ RANK_CLASSES, REST_CLASSES, VALUE_REST_CLASSES = 24, 8, 4
 RANK_CONTEXTS = RANK_CLASSES * REST_CLASSES
 VALUE_CONTEXTS = RANK_CLASSES * VALUE_REST_CLASSES
 BLEND = 8.0  # how many observations the law of all contexts of a kind counts for in each of them
-UNSEEN = 63  # the class of an id without weight; classes are half octaves of weight
+UNSEEN = 31  # the class of an id without weight; the others are half octaves of weight
 CLASSES_PER_OCTAVE = 2
 
 

@@ -83,7 +83,9 @@ class Prototype(EntryCodec):
         counts = kept.sum(1)
         flat, mass = ids.cpu().numpy()[kept].astype(np.int32), top.double().cpu().numpy()[kept]
         sort, ranks = by_rank(flat, counts, self.order, shape)
-        values = _nearest(self._shares, _logits_of_shares(mass[sort], counts), _last(counts))
+        # So much below the others an entry would be rounded away, and the product of many such shares underflow.
+        floor = np.repeat(_sums(mass, counts), counts) * np.exp(-REACH)
+        values = _nearest(self._shares, _logits_of_shares(np.maximum(mass, floor)[sort], counts), _last(counts))
         columns = np.stack([counts, shape, self._tail_code(tail, mass, counts)], 1).astype(np.int32)
         return self.to_labels(EntryRows(columns, ranks, values), flat[sort])
 

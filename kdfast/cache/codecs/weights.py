@@ -128,7 +128,7 @@ class Sample(WeightCodec):
         levels = torch.from_numpy(self.levels).to(logits.device)
         return SoftLabels.weights(
             drawn.ids,
-            levels[drawn.multiplicities.long() - 1],
+            levels[drawn.draws.long() - 1],
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
             offsets=_offsets(drawn.counts),

@@ -1,0 +1,86 @@
+"""Bytes per token against the student they train: python benchmarks/frontier/run.py --out output/frontier
+
+Trains one small Llama per arm, seed and number of epochs, and appends each one's held-out KL to ``students.jsonl``.
+Interrupt it at will: it goes on with what is missing. Two minutes for the teacher, then one to four per student and core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from arms import ARMS
+from labels import Labels, make_labels
+from student import Teacher, evaluate, train
+from teacher import Corpus, load
+
+HELD_OUT_WINDOWS = 66
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    corpus = load(options.out)
+    results = options.results / "frontier-students.jsonl"
+    for seed in options.seeds:
+        for epochs in options.epochs:
+            for name in options.arms:
+                if (name, seed, epochs) not in _done(results):
+                    row = _student(corpus, options.out, name, seed, epochs)
+                    results.parent.mkdir(parents=True, exist_ok=True)
+                    with results.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(row, flush=True)
+
+
+def _student(corpus: Corpus, folder: Path, name: str, seed: int, epochs: int) -> dict[str, object]:
+    teacher, labels = _teacher(corpus, folder, name, seed, epochs)
+    start = time.time()
+    student = train(corpus, teacher, epochs, seed)
+    seconds = time.time() - start
+    row: dict[str, object] = {"arm": name, "seed": seed, "epochs": epochs}
+    row |= evaluate(student, corpus, HELD_OUT_WINDOWS)
+    if labels is not None:
+        row["bytes_per_token"] = labels.bytes_per_token
+        row["entries_per_token"] = labels.entries_per_token
+        row["model_bytes"] = labels.model_bytes
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return row | {"seconds": round(seconds), "commit": commit, "torch": torch.__version__}
+
+
+def _teacher(corpus: Corpus, folder: Path, name: str, seed: int, epochs: int) -> tuple[Teacher, Labels | None]:
+    if name == "none":
+        return lambda windows, epoch: None, None
+    if name == "dense":
+        return lambda windows, epoch: corpus.logits(torch.tensor(windows)), None
+    if not ARMS[name].fresh:
+        labels = make_labels(corpus, folder, [name], seed)[name]
+        return lambda windows, epoch: labels.at(windows), labels
+    draws = [make_labels(corpus, folder, [name], 1000 * (epoch + 1) + seed)[name] for epoch in range(epochs)]
+    return lambda windows, epoch: draws[epoch].at(windows), draws[0]
+
+
+def _done(results: Path) -> set[tuple[str, int, int]]:
+    if not results.exists():
+        return set()
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    return {(row["arm"], row["seed"], row["epochs"]) for row in rows}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("output/frontier"), help="what can be made again")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--epochs", type=int, nargs="+", default=[4, 1, 16])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
