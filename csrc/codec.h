@@ -2,6 +2,7 @@
 //
 // A row is some columns (small integers; the first is the number of entries) and its entries, in ascending order of
 // rank, each a rank and a value. An integer is coded as a symbol, entropy-coded in its context, and raw low bits.
+// Where the values of a row, each plus 1, have a known total, that ends the row, and its first column is not coded.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +23,8 @@ constexpr uint32_t kEscape = 255;       // this symbol is followed by 8 raw bits
 constexpr uint32_t kColumnMantissa = 4, kRankMantissa = 1;  // high bits that are part of the symbol
 constexpr uint32_t kMaxColumns = 8;
 constexpr uint32_t kMaxNumber = 1u << 18, kMaxRank = 1u << 24;  // columns and values, and ranks, are below
-constexpr uint32_t kRankClasses = 24, kRestClasses = 8, kValueRestClasses = 4;
-constexpr uint32_t kRankContexts = kRankClasses * kRestClasses;
-constexpr uint32_t kValueContexts = kRankClasses * kValueRestClasses;
+constexpr uint32_t kRankClasses = 24, kRestClasses = 12;
+constexpr uint32_t kRankContexts = kRankClasses * kRestClasses, kValueContexts = kRankContexts;
 
 // x as a symbol and `bits` low bits: small numbers are symbols, larger ones share 2^mantissa symbols per octave.
 struct Split {
@@ -32,9 +32,11 @@ struct Split {
 };
 
 KDFAST_BOTH uint32_t bit_length(uint32_t x) {
-  uint32_t n = 0;
-  while (x >> n) ++n;
-  return n;
+#ifdef __CUDA_ARCH__
+  return 32 - __clz(int(x));
+#else
+  return x ? 32 - uint32_t(__builtin_clz(x)) : 0;
+#endif
 }
 
 KDFAST_BOTH Split split(uint32_t x, uint32_t mantissa) {
@@ -52,29 +54,36 @@ KDFAST_BOTH uint32_t join(uint32_t symbol, uint32_t bits, uint32_t low, uint32_t
   return bits ? (((symbol & ((1u << mantissa) - 1)) | (1u << mantissa)) << bits) + low : symbol;
 }
 
+// How many bits a number below `range` takes in truncated binary: this many, or one more if they are all above.
+KDFAST_BOTH uint32_t floor_log2(uint32_t range) { return bit_length(range) - 1; }
+KDFAST_BOTH uint32_t short_codes(uint32_t range) { return (2u << floor_log2(range)) - range; }
+
 // Contexts, numbered through: columns, then ranks, then values.
 
-// Of a rank: the octave of the rank before it, and how many entries are left. That is the law of order statistics:
-// the smallest of n draws lies the lower, the larger n is.
-constexpr uint32_t kFirstEntry = kRankClasses - 1;  // in place of the octave, where there is no rank before
+// The octave of a rank, and what stands for it where there is no rank before.
+constexpr uint32_t kFirstEntry = kRankClasses - 1;
 
 KDFAST_BOTH uint32_t octave(uint32_t rank_symbol) {
   const uint32_t o = rank_symbol < 2 ? rank_symbol : rank_symbol / 2 + 1;
   return o < kFirstEntry ? o : kFirstEntry - 1;
 }
 
-KDFAST_BOTH uint32_t rest_class(uint32_t left) {  // left >= 1: 1, 2, 3, 4, 5-6, 7-10, 11-18, more
-  return left <= 4 ? left - 1 : left <= 6 ? 4 : left <= 10 ? 5 : left <= 18 ? 6 : 7;
+// How much of a row is left, at least 1: 1, 2, 3, 4, then up to 6, 10, 18, 34, 66, 130, 258, and more.
+KDFAST_BOTH uint32_t rest_class(uint32_t left) {
+  if (left <= 4) return left - 1;
+  const uint32_t c = bit_length(left - 3) + 2;
+  return c < kRestClasses ? c : kRestClasses - 1;
 }
 
+// Of a rank: the octave of the rank before it, and how much is left. That is the law of order statistics: the smallest
+// of n draws lies the lower, the larger n is.
 KDFAST_BOTH uint32_t rank_context(uint32_t columns, uint32_t octave_before, uint32_t left) {
   return columns + octave_before * kRestClasses + rest_class(left);
 }
 
-// Of a value: its rank's octave, and whether it is among the row's last entries.
+// Of a value: its own rank's octave, and how much is left.
 KDFAST_BOTH uint32_t value_context(uint32_t columns, uint32_t rank_octave, uint32_t left) {
-  return columns + kRankContexts + rank_octave * kValueRestClasses +
-         (left < kValueRestClasses ? left : kValueRestClasses) - 1;
+  return columns + kRankContexts + rank_octave * kRestClasses + rest_class(left);
 }
 
 KDFAST_BOTH uint32_t contexts(uint32_t columns) { return columns + kRankContexts + kValueContexts; }

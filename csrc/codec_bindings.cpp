@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "entry_block.h"
@@ -28,7 +29,7 @@ void require_below(const int32_t* numbers, int64_t count, uint32_t limit, const 
 }
 
 // Checks what coding counts on: shapes, sizes, and entries that add up.
-RowsView view(const Ints& columns, const Ints& ranks, const Ints& values, uint32_t expected) {
+RowsView view(const Ints& columns, const Ints& ranks, const Ints& values, uint32_t expected, uint32_t total) {
   if (columns.ndim() != 2 || columns.shape(1) != py::ssize_t(expected) || ranks.size() != values.size())
     throw std::invalid_argument("columns must be (rows, columns), ranks and values (entries,)");
   const RowsView rows{columns.data(), ranks.data(), values.data(), columns.shape(0)};
@@ -36,13 +37,17 @@ RowsView view(const Ints& columns, const Ints& ranks, const Ints& values, uint32
   require_below(rows.ranks, ranks.size(), kMaxRank, "ranks");
   require_below(rows.values, values.size(), kMaxNumber, "values");
   int64_t entries = 0;
-  for (int64_t row = 0; row < rows.rows; ++row)
-    for (int64_t left = rows.columns[row * expected]; left > 0 && entries < ranks.size(); --left, ++entries)
-      if (left != rows.columns[row * expected] && rows.ranks[entries] <= rows.ranks[entries - 1])
-        throw std::invalid_argument("the ranks of a row must ascend");
-  int64_t total = 0;
-  for (int64_t row = 0; row < rows.rows; ++row) total += rows.columns[row * expected];
-  if (total != ranks.size()) throw std::invalid_argument("column 0 must add up to the number of entries");
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const int64_t end = entries + rows.columns[row * expected];
+    if (end > ranks.size()) throw std::invalid_argument("column 0 must add up to the number of entries");
+    int64_t sum = 0;
+    for (int64_t before = -1; entries < end; before = rows.ranks[entries++]) {
+      if (rows.ranks[entries] <= before) throw std::invalid_argument("the ranks of a row must ascend");
+      sum += rows.values[entries] + 1;
+    }
+    if (total && sum != total) throw std::invalid_argument("a row's values do not add up to the total");
+  }
+  if (entries != ranks.size()) throw std::invalid_argument("column 0 must add up to the number of entries");
   return rows;
 }
 
@@ -58,13 +63,14 @@ Ints take(std::vector<int32_t>&& data, std::vector<py::ssize_t> shape) {
 
 struct Units {
   const uint8_t* data;
+  int64_t size;
   const int64_t* table;
   py::ssize_t count;
 };
 
 Units check_units(const Bytes& data, const Longs& units) {
   if (units.ndim() != 2 || units.shape(1) != 3) throw std::invalid_argument("units must be (n, 3)");
-  const Units out{data.data(), units.data(), units.shape(0)};
+  const Units out{data.data(), data.size(), units.data(), units.shape(0)};
   for (py::ssize_t i = 0; i < out.count; ++i) {
     const int64_t* unit = out.table + 3 * i;
     if (unit[0] < 0 || unit[1] < 0 || unit[2] < 0 || unit[2] > INT32_MAX || unit[0] > data.size() - unit[1])
@@ -73,41 +79,78 @@ Units check_units(const Bytes& data, const Longs& units) {
   return out;
 }
 
-// Runs decode(bytes, length, rows, out) over units; (columns, ranks, values).
+// What a codec knows about its rows beyond their bytes.
+struct Bounds {
+  int32_t max_entries;
+  std::vector<int32_t> column_limits;
+  int32_t value_limit;
+  Ints order;  // (orders, vocab): ids by rank; column 1 tells a row's order where there are several
+
+  int32_t vocab() const { return int32_t(order.shape(1)); }
+};
+
+Bounds make_bounds(int32_t max_entries, std::vector<int32_t> column_limits, int32_t value_limit, Ints order) {
+  if (order.ndim() != 2 || column_limits.empty() || (order.shape(0) > 1 && column_limits.size() < 2))
+    throw std::invalid_argument("order must be (orders, vocab), and a column tells which where there are several");
+  return {max_entries, std::move(column_limits), value_limit, std::move(order)};
+}
+
+// Ranks become ids; every number is checked against its limit.
+void finish_rows(Rows& rows, const Bounds& bounds) {
+  const size_t columns = bounds.column_limits.size();
+  const int64_t vocab = bounds.order.shape(1), orders = bounds.order.shape(0);
+  size_t entry = 0;
+  for (size_t base = 0; base < rows.columns.size(); base += columns) {
+    for (size_t c = 0; c < columns; ++c)
+      if (rows.columns[base + c] >= bounds.column_limits[c]) throw std::invalid_argument("a column exceeds its limit");
+    const int64_t which = orders > 1 ? rows.columns[base + 1] : 0;
+    if (which >= orders) throw std::invalid_argument("a row names an order that does not exist");
+    const int32_t* ids = bounds.order.data() + which * vocab;
+    for (const size_t end = entry + size_t(rows.columns[base]); entry < end; ++entry)
+      rows.ranks[entry] = ids[rows.ranks[entry]];
+  }
+  int32_t largest = 0;
+  for (const int32_t value : rows.values) largest = std::max(largest, value);
+  if (largest >= bounds.value_limit) throw std::invalid_argument("an entry's value exceeds its limit");
+}
+
+// Runs decode(bytes, length, readable, rows, out) over units; (columns, ids, values).
 template <typename Decode>
-py::tuple decode_units(const Bytes& data, const Longs& table, size_t columns, Decode&& decode) {
+py::tuple decode_units(const Bytes& data, const Longs& table, const Bounds& bounds, Decode&& decode) {
   const Units units = check_units(data, table);
+  const size_t columns = bounds.column_limits.size();
   Rows out;
   {
     py::gil_scoped_release release;
     for (py::ssize_t i = 0; i < units.count; ++i) {
       const int64_t* unit = units.table + 3 * i;
-      decode(units.data + unit[0], size_t(unit[1]), unit[2], out);
+      decode(units.data + unit[0], size_t(unit[1]), size_t(units.size - unit[0]), unit[2], out);
     }
+    finish_rows(out, bounds);
   }
   const auto rows = py::ssize_t(out.columns.size() / columns), entries = py::ssize_t(out.ranks.size());
   return py::make_tuple(take(std::move(out.columns), {rows, py::ssize_t(columns)}),
                         take(std::move(out.ranks), {entries}), take(std::move(out.values), {entries}));
 }
 
-Model make_model(uint32_t columns, const Frequencies& frequencies) {
+Model make_model(uint32_t columns, uint32_t total, const Frequencies& frequencies) {
   if (columns < 1 || columns > kMaxColumns || frequencies.ndim() != 2 || frequencies.shape(1) != 256 ||
       frequencies.shape(0) != py::ssize_t(contexts(columns)))
     throw std::invalid_argument("frequencies must be (contexts, 256)");
-  return Model(columns, frequencies.data());
+  return Model(columns, total, frequencies.data());
 }
 
-py::array_t<uint32_t> count(const Ints& columns, const Ints& ranks, const Ints& values) {
+py::array_t<uint32_t> count(const Ints& columns, const Ints& ranks, const Ints& values, uint32_t total) {
   const auto width = uint32_t(columns.ndim() == 2 ? columns.shape(1) : 0);
-  const RowsView rows = view(columns, ranks, values, width);
+  const RowsView rows = view(columns, ranks, values, width, total);
   py::array_t<uint32_t> counts({py::ssize_t(contexts(width)), py::ssize_t(256)});
   std::fill(counts.mutable_data(), counts.mutable_data() + counts.size(), 0u);
-  count_symbols(rows, width, counts.mutable_data());
+  count_symbols(rows, width, total, counts.mutable_data());
   return counts;
 }
 
 py::bytes encode_entries(const Model& model, const Ints& columns, const Ints& ranks, const Ints& values) {
-  const RowsView rows = view(columns, ranks, values, model.columns());
+  const RowsView rows = view(columns, ranks, values, model.columns(), model.total());
   std::vector<uint8_t> block;
   {
     py::gil_scoped_release release;
@@ -116,15 +159,15 @@ py::bytes encode_entries(const Model& model, const Ints& columns, const Ints& ra
   return as_bytes(block);
 }
 
-py::tuple decode_entries(const Model& model, const Bytes& data, const Longs& units, int32_t max_entries,
-                         int32_t max_rank) {
-  return decode_units(data, units, model.columns(), [&](const uint8_t* at, size_t length, int64_t rows, Rows& out) {
-    decode_block(at, length, rows, model, max_entries, max_rank, out);
+py::tuple decode_entries(const Model& model, const Bytes& data, const Longs& units, const Bounds& bounds) {
+  if (bounds.column_limits.size() != model.columns()) throw std::invalid_argument("bounds and model differ in columns");
+  return decode_units(data, units, bounds, [&](const uint8_t* at, size_t length, size_t, int64_t rows, Rows& out) {
+    decode_block(at, length, rows, model, bounds.max_entries, bounds.vocab(), out);
   });
 }
 
 py::bytes encode_rows(const RowLayout& layout, const Ints& columns, const Ints& ranks, const Ints& values) {
-  const RowsView rows = view(columns, ranks, values, uint32_t(layout.column_bits.size()));
+  const RowsView rows = view(columns, ranks, values, uint32_t(layout.column_bits.size()), 0);
   std::vector<uint8_t> block;
   {
     py::gil_scoped_release release;
@@ -133,13 +176,14 @@ py::bytes encode_rows(const RowLayout& layout, const Ints& columns, const Ints& 
   return as_bytes(block);
 }
 
-py::tuple decode_rows(const RowLayout& layout, const Bytes& data, const Longs& units, int32_t max_entries,
-                      int32_t max_rank) {
-  const size_t columns = layout.column_bits.size();
-  return decode_units(data, units, columns, [&](const uint8_t* at, size_t length, int64_t rows, Rows& out) {
-    if (rows != 1) throw std::invalid_argument("a unit of a row block is one row");
-    decode_row(at, length, layout, max_entries, max_rank, out);
-  });
+py::tuple decode_rows(const RowLayout& layout, const Bytes& data, const Longs& units, const Bounds& bounds) {
+  if (bounds.column_limits.size() != layout.column_bits.size())
+    throw std::invalid_argument("bounds and layout differ in columns");
+  return decode_units(data, units, bounds,
+                      [&](const uint8_t* at, size_t length, size_t readable, int64_t rows, Rows& out) {
+                        if (rows != 1) throw std::invalid_argument("a unit of a row block is one row");
+                        decode_row(at, length, readable, layout, bounds.max_entries, bounds.vocab(), out);
+                      });
 }
 
 Longs locate_rows(const Bytes& payload, const Longs& blocks, const Longs& rows) {
@@ -168,14 +212,17 @@ RowLayout make_layout(std::vector<uint32_t> column_bits, uint32_t value_bits, ui
 
 void bind(py::module_& m) {
   py::class_<Model>(m, "EntryModel", "The frequencies that entry blocks are coded with.")
-      .def(py::init(&make_model), py::arg("columns"), py::arg("frequencies"))
+      .def(py::init(&make_model), py::arg("columns"), py::arg("total"), py::arg("frequencies"))
       .def("encode", &encode_entries)
-      .def("decode", &decode_entries, py::arg("data"), py::arg("units"), py::arg("max_entries"), py::arg("max_rank"));
+      .def("decode", &decode_entries, py::arg("data"), py::arg("units"), py::arg("bounds"));
   py::class_<RowLayout>(m, "RowLayout", "The fields of a row block's rows.")
       .def(py::init(&make_layout), py::arg("column_bits"), py::arg("value_bits"), py::arg("rank_bits"),
            py::arg("classes"))
       .def("encode", &encode_rows)
-      .def("decode", &decode_rows, py::arg("data"), py::arg("units"), py::arg("max_entries"), py::arg("max_rank"));
+      .def("decode", &decode_rows, py::arg("data"), py::arg("units"), py::arg("bounds"));
+  py::class_<Bounds>(m, "RowBounds", "What decoded rows must lie within, and the orders of their ids.")
+      .def(py::init(&make_bounds), py::arg("max_entries"), py::arg("column_limits"), py::arg("value_limit"),
+           py::arg("order"));
   m.def("count_symbols", &count, "How often each symbol occurs in each context.");
   m.def("locate_rows", &locate_rows, "Where rows of row blocks lie.");
 }

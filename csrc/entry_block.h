@@ -13,17 +13,19 @@ namespace kdfast::codec {
 class Model {
  public:
   // frequencies: (contexts(columns), 256); each context's sum to 2^12 and its escape has one. Throws invalid_argument.
-  Model(uint32_t columns, const uint16_t* frequencies);
+  // total: what a row's values, each plus 1, add up to; 0: that varies.
+  Model(uint32_t columns, uint32_t total, const uint16_t* frequencies);
 
   struct Context {
     uint32_t range[256];     // first slot in the low half, number of slots in the high half
     uint8_t symbol[kProbs];  // that owns a slot
   };
   uint32_t columns() const { return columns_; }
+  uint32_t total() const { return total_; }
   const Context& operator[](uint32_t context) const { return contexts_[context]; }
 
  private:
-  uint32_t columns_;
+  uint32_t columns_, total_;
   std::vector<Context> contexts_;
 };
 
@@ -42,7 +44,7 @@ struct RowsView {
 };
 
 // How often each symbol occurs in each context: adds to counts, (contexts(columns), 256).
-void count_symbols(const RowsView& rows, uint32_t columns, uint32_t* counts);
+void count_symbols(const RowsView& rows, uint32_t columns, uint32_t total, uint32_t* counts);
 
 std::vector<uint8_t> encode_block(const RowsView& rows, const Model& model);
 

@@ -36,12 +36,17 @@ class RowWriter {
 
 class RowReader {
  public:
-  RowReader(const uint8_t* data, size_t length) : data_(data), bits_(8 * uint64_t(length)), length_(length) {}
+  RowReader(const uint8_t* data, size_t length, size_t readable)
+      : data_(data), bits_(8 * uint64_t(length)), readable_(readable) {}
   uint32_t take(uint32_t bits) {
     if (at_ + bits > bits_) bad("is cut short");
     const size_t byte = at_ >> 3;
     uint64_t window = 0;
-    std::memcpy(&window, data_ + byte, std::min<size_t>(8, length_ - byte));
+    if (byte + 8 <= readable_) {
+      std::memcpy(&window, data_ + byte, 8);
+    } else {
+      std::memcpy(&window, data_ + byte, readable_ - byte);
+    }
     const uint32_t value = uint32_t(window >> (at_ & 7)) & uint32_t((uint64_t(1) << bits) - 1);
     at_ += bits;
     return value;
@@ -53,7 +58,7 @@ class RowReader {
  private:
   const uint8_t* data_;
   uint64_t bits_, at_ = 0;
-  size_t length_;
+  size_t readable_;
 };
 
 void put_rank(RowWriter& out, uint32_t rank, const RowLayout& layout) {
@@ -115,19 +120,23 @@ Span locate_row(const uint8_t* data, int64_t length, int64_t rows, int64_t row) 
   return {head + begin, end - begin};
 }
 
-void decode_row(const uint8_t* data, size_t length, const RowLayout& layout, int32_t max_entries, int32_t max_rank,
-                Rows& out) {
-  RowReader in(data, length);
+void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLayout& layout, int32_t max_entries,
+                int32_t max_rank, Rows& out) {
+  RowReader in(data, length, readable);
   const size_t base = out.columns.size();
   for (uint32_t bits : layout.column_bits) out.columns.push_back(int32_t(in.take(bits)));
-  if (out.columns[base] > max_entries) bad("has a row with too many entries");
+  const int32_t count = out.columns[base];
+  if (count > max_entries) bad("has a row with too many entries");
+  size_t at = out.ranks.size();
+  out.ranks.resize(at + size_t(count));
+  out.values.resize(at + size_t(count));
   int64_t before = -1;
-  for (int32_t left = out.columns[base]; left > 0; --left) {
+  for (const size_t end = at + size_t(count); at < end; ++at) {
     const int64_t rank = take_rank(in, layout);
     if (rank <= before || rank >= max_rank) bad("has ranks that do not ascend, or lie outside the vocabulary");
     before = rank;
-    out.ranks.push_back(int32_t(rank));
-    out.values.push_back(int32_t(in.take(layout.value_bits)));
+    out.ranks[at] = int32_t(rank);
+    out.values[at] = int32_t(in.take(layout.value_bits));
   }
   in.finish();
 }

@@ -28,8 +28,8 @@ std::vector<uint8_t> encode_row_block(const RowsView& rows, const RowLayout& lay
 // The bytes of one row of the block at data, from the start of data. Throws invalid_argument for a broken index.
 Span locate_row(const uint8_t* data, int64_t length, int64_t rows, int64_t row);
 
-// Appends a row. Any bytes may come, as for decode_block.
-void decode_row(const uint8_t* data, size_t length, const RowLayout& layout, int32_t max_entries, int32_t max_rank,
-                Rows& out);
+// Appends a row. Any bytes may come, as for decode_block. `readable` bytes at data, at least length, may be looked at.
+void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLayout& layout, int32_t max_entries,
+                int32_t max_rank, Rows& out);
 
 }  // namespace kdfast::codec

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast._C import RowLayout, count_symbols, locate_rows
+from kdfast._C import RowBounds, RowLayout, count_symbols, locate_rows
 from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
 from kdfast.cache.shapes import Shapes
@@ -27,7 +27,9 @@ LEARN_ROWS = 16384
 class EntryRows:
     """Rows as the bit layer takes them. Entries of a row are in ascending order of rank."""
 
-    columns: NDArray[np.int32]  # (rows, columns): the number of entries, then the shape if there are shapes, then others
+    columns: NDArray[
+        np.int32
+    ]  # (rows, columns): the number of entries, then the shape if there are shapes, then others
     ranks: NDArray[np.int32]  # (entries,)
     values: NDArray[np.int32]  # (entries,)
 
@@ -52,6 +54,7 @@ class EntryCodec(Addressable):
         if shapes is not None and shapes.vocab_size != self.vocab_size:
             raise ValueError(f"the shapes have {shapes.vocab_size} columns, the logits {self.vocab_size}")
         self.coding, self.shapes = coding, shapes
+        self._bounded: RowBounds | None = None
         self.learn_rows = 0 if coding == "plain" or (coding == "rows" and shapes is not None) else LEARN_ROWS
 
     # ---- what a codec of this kind defines -----------------------------------------------------------------------
@@ -59,6 +62,7 @@ class EntryCodec(Addressable):
     columns: int  # how many columns a row has
     max_entries: int
     value_limit: int  # values lie in [0, value_limit)
+    total: int = 0  # what a row's values, each plus 1, add up to; 0: that varies
 
     @property
     @abstractmethod
@@ -70,8 +74,8 @@ class EntryCodec(Addressable):
         """Labels as the integers they are coded as."""
 
     @abstractmethod
-    def to_labels(self, rows: EntryRows, ids: NDArray[np.int32]) -> SoftLabels:
-        """The reverse. Raises ``ValueError`` for integers that ``to_rows`` does not give."""
+    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
+        """The reverse, with ids in place of ranks; all within their limits."""
 
     # ---- options -------------------------------------------------------------------------------------------------
 
@@ -98,15 +102,16 @@ class EntryCodec(Addressable):
         if self.shapes is None:
             classes = id_classes(labels.ids.numpy(), labels.values.numpy(), self.vocab_size)
         rows = self.to_rows(labels, self._order_of(classes))
-        counts = count_symbols(rows.columns, rows.ranks, rows.values)
+        counts = count_symbols(rows.columns, rows.ranks, rows.values, self.total)
         return pack_statistics(Statistics.of(counts, self.columns, classes))
 
     def use_model(self, model: bytes) -> None:
         vocab_size = None if self.shapes is not None else self.vocab_size
         self._statistics = unpack_statistics(model, self.columns, vocab_size)
-        self._model = self._statistics.entry_model(self.columns)
+        self._model = self._statistics.entry_model(self.columns, self.total)
         self.model = model
         self.__dict__.pop("order", None)
+        self._bounded = None
 
     @cached_property
     def order(self) -> IdOrder:
@@ -147,23 +152,15 @@ class EntryCodec(Addressable):
 
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
         coder = self._model if self.coding == "blocks" else self._layout
-        rows = EntryRows(*coder.decode(data, units, self.max_entries, self.vocab_size))
-        self._check_limits(rows)
-        labels = self.to_labels(rows, self._ids(rows))
-        return labels if np.array_equal(wanted, np.arange(len(rows.columns))) else labels[wanted]
+        columns, ids, values = coder.decode(data, units, self._bounds)
+        labels = self.to_labels(columns, ids, values)
+        return labels if np.array_equal(wanted, np.arange(len(columns))) else labels[wanted]
 
-    def _check_limits(self, rows: EntryRows) -> None:
-        limits = np.array(self.column_limits)
-        if (rows.columns >= limits).any():
-            raise ValueError(f"a row's columns reach {rows.columns.max(0)}, limits are {limits}")
-        if rows.values.size and int(rows.values.max()) >= self.value_limit:
-            raise ValueError(f"an entry's value reaches {rows.values.max()}, the limit is {self.value_limit}")
-
-    def _ids(self, rows: EntryRows) -> NDArray[np.int32]:
-        if len(self.order.ids) == 1:
-            return self.order.ids[0].take(rows.ranks)
-        start = rows.columns[:, 1].astype(np.int64) * self.vocab_size
-        return self.order.ids.reshape(-1).take(np.repeat(start, rows.columns[:, 0]) + rows.ranks)
+    @property
+    def _bounds(self) -> RowBounds:
+        if self._bounded is None:
+            self._bounded = RowBounds(self.max_entries, self.column_limits, self.value_limit, self.order.ids)
+        return self._bounded
 
 
 def by_rank(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast._C import EntryModel
+from kdfast._C import EntryModel, RowBounds, count_symbols
 
 __all__ = ["IdOrder", "Statistics", "pack_statistics", "unpack_statistics"]
 
 SLOTS = 4096
 ESCAPE = 255
-RANK_CLASSES, REST_CLASSES, VALUE_REST_CLASSES = 24, 8, 4
-RANK_CONTEXTS = RANK_CLASSES * REST_CLASSES
-VALUE_CONTEXTS = RANK_CLASSES * VALUE_REST_CLASSES
+RANK_CONTEXTS = VALUE_CONTEXTS = 24 * 12  # octave of a rank, how much of the row is left
 BLEND = 8.0  # how many observations the law of all contexts of a kind counts for in each of them
+FEW = 128  # a context with fewer observations has that law alone
 UNSEEN = 31  # the class of an id without weight; the others are half octaves of weight
 CLASSES_PER_OCTAVE = 2
 
@@ -68,8 +68,8 @@ class Statistics:
         ]
         return cls(np.concatenate(parts), classes)
 
-    def entry_model(self, columns: int) -> EntryModel:
-        return EntryModel(columns, self.frequencies)
+    def entry_model(self, columns: int, total: int) -> EntryModel:
+        return EntryModel(columns, total, self.frequencies)
 
 
 def _frequencies(counts: NDArray[np.uint32]) -> NDArray[np.uint16]:
@@ -78,7 +78,8 @@ def _frequencies(counts: NDArray[np.uint32]) -> NDArray[np.uint16]:
     if not overall.sum():
         overall[ESCAPE] = 1
     overall /= overall.sum()
-    return np.stack([_to_slots(row + BLEND * overall) for row in counts])
+    law = _to_slots(overall)
+    return np.stack([_to_slots(row + BLEND * overall) if row.sum() >= FEW else law for row in counts])
 
 
 def _to_slots(weights: NDArray[np.float64]) -> NDArray[np.uint16]:
@@ -97,43 +98,30 @@ def _to_slots(weights: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 
 def pack_statistics(statistics: Statistics) -> bytes:
-    """Per context: how many symbols it has, u8 (0 stands for 256), then each one's number, u8, and frequency, u16.
+    """The tables of frequencies, then the classes, if there are any.
 
-    Then the classes, if there are any: an entry block of V rows without entries, whose column 1 is the class, preceded
-    by the frequencies of its contexts in the same form.
+    The classes are an entry block of V rows without entries, whose column 1 is the class, after its own tables.
     """
-    out = [_pack_table(row) for row in statistics.frequencies]
-    if statistics.classes is not None:
-        columns, empty = _class_columns(statistics.classes), np.empty(0, np.int32)
-        counts = np.zeros((2 + RANK_CONTEXTS + VALUE_CONTEXTS, 256), np.uint32)
-        counts[0, 0], counts[1] = len(columns), np.bincount(columns[:, 1], minlength=256)
-        own = Statistics.of(counts, 2, None)
-        out += [_pack_table(row) for row in own.frequencies[:2]]
-        out.append(own.entry_model(2).encode(columns, empty, empty))
-    return b"".join(out)
+    out = _pack_tables(statistics.frequencies)
+    if statistics.classes is None:
+        return out
+    columns, empty = _class_columns(statistics.classes), np.empty(0, np.int32)
+    counts = count_symbols(columns, empty, empty, 0)
+    own = Statistics.of(counts, 2, None)
+    return out + _pack_tables(own.frequencies) + own.entry_model(2, 0).encode(columns, empty, empty)
 
 
 def unpack_statistics(data: bytes, columns: int, vocab_size: int | None) -> Statistics:
     """The reverse; ``vocab_size``: of the classes, None if there are none. Raises ``ValueError`` for other bytes."""
-    rows, at = [], 0
-    for _ in range(columns + RANK_CONTEXTS + VALUE_CONTEXTS):
-        row, at = _unpack_table(data, at)
-        rows.append(row)
-    frequencies = np.stack(rows)
+    frequencies, at = _unpack_tables(data, 0, columns + RANK_CONTEXTS + VALUE_CONTEXTS)
     if vocab_size is None:
         if at != len(data):
             raise ValueError(f"a model has {len(data) - at} bytes too many")
         return Statistics(frequencies, None)
-    own = [np.zeros(256, np.uint16) for _ in range(2)]
-    for i in range(2):
-        own[i], at = _unpack_table(data, at)
-    idle = np.zeros(256, np.uint16)
-    idle[ESCAPE] = SLOTS
-    model = EntryModel(2, np.stack([*own, *[idle] * (RANK_CONTEXTS + VALUE_CONTEXTS)]))
+    own, at = _unpack_tables(data, at, 2 + RANK_CONTEXTS + VALUE_CONTEXTS)
     unit = np.array([[at, len(data) - at, vocab_size]])
-    decoded, _, _ = model.decode(np.frombuffer(data, np.uint8), unit, 0, 1)
-    if int(decoded[:, 1].max(initial=0)) > UNSEEN:
-        raise ValueError("a model has an id class that is too large")
+    bounds = RowBounds(0, [1, UNSEEN + 1], 1, np.zeros((1, 1), np.int32))
+    decoded, _, _ = EntryModel(2, 0, own).decode(np.frombuffer(data, np.uint8), unit, bounds)
     return Statistics(frequencies, decoded[:, 1].astype(np.uint8))
 
 
@@ -141,19 +129,38 @@ def _class_columns(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
     return np.stack([np.zeros(len(classes), np.int32), classes.astype(np.int32)], 1)
 
 
-def _pack_table(row: NDArray[np.uint16]) -> bytes:
-    symbols = np.flatnonzero(row)
-    table = np.empty(len(symbols), [("symbol", "u1"), ("slots", "<u2")])
-    table["symbol"], table["slots"] = symbols, row[symbols]
-    return bytes([len(symbols) % 256]) + table.tobytes()
+TABLE_ENTRY = np.dtype([("symbol", "u1"), ("slots", "<u2")])
 
 
-def _unpack_table(data: bytes, at: int) -> tuple[NDArray[np.uint16], int]:
-    count = (data[at] or 256) if at < len(data) else 256
-    end = at + 1 + 3 * count
+def _pack_tables(frequencies: NDArray[np.uint16]) -> bytes:
+    """How many distinct tables, u16; each table: how many symbols less 1, u8, then these; per context its table, u16."""
+    distinct, which = np.unique(frequencies, axis=0, return_inverse=True)
+    out = [np.array(len(distinct), "<u2").tobytes()]
+    for row in distinct:
+        symbols = np.flatnonzero(row)
+        table = np.empty(len(symbols), TABLE_ENTRY)
+        table["symbol"], table["slots"] = symbols, row[symbols]
+        out += [bytes([len(symbols) - 1]), table.tobytes()]
+    return b"".join(out) + which.reshape(-1).astype("<u2").tobytes()
+
+
+def _unpack_tables(data: bytes, at: int, contexts: int) -> tuple[NDArray[np.uint16], int]:
+    """(contexts, 256) and the end."""
+    distinct = np.zeros((int(_take(data, at, "<u2", 1)[0]), 256), np.uint16)
+    at += 2
+    for row in distinct:
+        symbols = int(_take(data, at, "u1", 1)[0]) + 1
+        table = _take(data, at + 1, TABLE_ENTRY, symbols)
+        row[table["symbol"]] = table["slots"]
+        at += 1 + table.nbytes
+    which = _take(data, at, "<u2", contexts)
+    if int(which.max(initial=0)) >= len(distinct):
+        raise ValueError("a model refers to a table that it lacks")
+    return distinct[which], at + which.nbytes
+
+
+def _take(data: bytes, at: int, dtype: np.dtype[Any] | str, count: int) -> NDArray[Any]:
+    end = at + count * np.dtype(dtype).itemsize
     if end > len(data):
         raise ValueError("a model is cut short")
-    table = np.frombuffer(data[at + 1 : end], [("symbol", "u1"), ("slots", "<u2")])
-    row = np.zeros(256, np.uint16)
-    row[table["symbol"]] = table["slots"]
-    return row, end
+    return np.frombuffer(data[at:end], dtype)

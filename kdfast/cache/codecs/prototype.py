@@ -60,6 +60,10 @@ class Prototype(EntryCodec):
         self.k = self.max_entries = min(index(k), self.vocab_size)
         self.tail_step, self.share_step = float(tail_step), float(share_step)
         self._tails, self._shares = _grid(self.tail_step), _grid(self.share_step)
+        self._share, self._rest = _sigmoid(self._shares), _sigmoid(-self._shares)
+        tails = np.append(self._tails, -np.inf)
+        self._head = _sigmoid(-tails)
+        self._log_tail = (tails - np.logaddexp(0, tails)).astype(np.float32)
         self.value_limit = len(self._shares)
 
     @property
@@ -82,12 +86,12 @@ class Prototype(EntryCodec):
         kept = (top > 0).cpu().numpy()  # a masked column is no entry
         counts = kept.sum(1)
         flat, mass = ids.cpu().numpy()[kept].astype(np.int32), top.double().cpu().numpy()[kept]
-        sort, ranks = by_rank(flat, counts, self.order, shape)
+        sort, _ = by_rank(flat, counts, self.order, shape)
         # So much below the others an entry would be rounded away, and the product of many such shares underflow.
         floor = np.repeat(_sums(mass, counts), counts) * np.exp(-REACH)
         values = _nearest(self._shares, _logits_of_shares(np.maximum(mass, floor)[sort], counts), _last(counts))
         columns = np.stack([counts, shape, self._tail_code(tail, mass, counts)], 1).astype(np.int32)
-        return self.to_labels(EntryRows(columns, ranks, values), flat[sort])
+        return self.to_labels(columns, flat[sort], values)
 
     def _tail_code(self, tail: NDArray[np.float64], mass: NDArray[np.float64], counts: NDArray[np.int64]) -> Any:
         head = _sums(mass, counts)
@@ -109,31 +113,46 @@ class Prototype(EntryCodec):
         code = self._tail_code(np.exp(log_tail), mass, counts)
         return EntryRows(np.stack([counts, shape, code], 1).astype(np.int32), ranks, values)
 
-    def to_labels(self, rows: EntryRows, ids: NDArray[np.int32]) -> SoftLabels:
+    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
         assert self.shapes is not None
-        counts = rows.columns[:, 0].astype(np.int64)
-        logit = np.append(self._tails, -np.inf)[rows.columns[:, 2]]
-        log_head, log_tail = -np.logaddexp(0, logit), logit - np.logaddexp(0, logit)
-        shares = self._shares.take(rows.values)
-        shares[_last(counts)] = np.inf  # the last entry takes all that is left
-        log_mass = np.repeat(log_head, counts) - np.logaddexp(0, -shares) + _log_left(shares, counts)
+        counts = columns[:, 0].astype(np.int64)
         offsets = np.concatenate([[0], counts.cumsum()])
         return SoftLabels.prototype(
             torch.from_numpy(ids),
-            torch.from_numpy(np.exp(log_mass).astype(np.float32)),
-            torch.from_numpy(log_tail.astype(np.float32)),
-            torch.from_numpy(rows.columns[:, 1].astype(np.int64)),
+            torch.from_numpy(self._probs(self._head[columns[:, 2]], values, counts)),
+            torch.from_numpy(self._log_tail[columns[:, 2]]),
+            torch.from_numpy(columns[:, 1].astype(np.int64)),
             self.shapes.table,
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
             offsets=torch.from_numpy(offsets),
         )
 
+    def _probs(
+        self, left: NDArray[np.float64], values: NDArray[np.int32], counts: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Entries take their shares of what is left of their row, one after another; the last one takes it all."""
+        probs = np.empty(len(values), np.float32)
+        first = counts.cumsum() - counts
+        for t in range(int(counts.max(initial=0))):
+            more = counts > t + 1
+            rows = np.flatnonzero(counts == t + 1)
+            probs[first[rows] + t] = left[rows]
+            rows = np.flatnonzero(more)
+            at = first[rows] + t
+            probs[at] = left[rows] * self._share[values[at]]
+            left[rows] *= self._rest[values[at]]
+        return probs
+
 
 def _grid(step: float) -> NDArray[np.float64]:
     """Logits, from the smallest to the largest."""
     half = int(REACH / step)
     return np.arange(-half, half + 1) * step
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-np.logaddexp(0, -x))
 
 
 def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -161,11 +180,3 @@ def _logits_of_shares(mass: NDArray[np.float64], counts: NDArray[np.int64]) -> N
     after = np.append(from_end, 0.0)[1:] - np.repeat(after_row, counts)
     with np.errstate(divide="ignore"):
         return np.log(mass) - np.log(after.clip(min=1e-300))
-
-
-def _log_left(shares: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Per entry: the log of what the entries before it in its row leave."""
-    kept = -np.logaddexp(0, np.where(np.isinf(shares), 0.0, shares))
-    before = np.concatenate([[0.0], kept.cumsum()])[:-1]
-    first = np.repeat(before[(counts.cumsum() - counts).clip(max=max(0, len(before) - 1))], counts)
-    return before - first

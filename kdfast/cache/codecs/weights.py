@@ -68,12 +68,12 @@ class WeightCodec(EntryCodec):
             self._transposed = np.ascontiguousarray(self.shapes.codes.T)
         return self._transposed
 
-    def to_labels(self, rows: EntryRows, ids: NDArray[np.int32]) -> SoftLabels:
-        offsets = np.zeros(len(rows.columns) + 1, np.int64)
-        np.cumsum(rows.columns[:, 0], out=offsets[1:])
+    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
+        offsets = np.zeros(len(columns) + 1, np.int64)
+        np.cumsum(columns[:, 0], out=offsets[1:])
         return SoftLabels.weights(
             torch.from_numpy(ids),
-            torch.from_numpy(self.levels.take(rows.values)),
+            torch.from_numpy(self.levels.take(values)),
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
             offsets=torch.from_numpy(offsets),
@@ -115,6 +115,7 @@ class Sample(WeightCodec):
         if not 1 <= index(draws) < 2**17:
             raise ValueError(f"draws must lie in [1, 2**17), got {draws}")
         self.draws, self.seed = index(draws), index(seed)
+        self.total = self.draws
         self.max_entries = min(self.draws, self.vocab_size)
         self.levels = (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
 
@@ -122,9 +123,7 @@ class Sample(WeightCodec):
         return {"draws": self.draws, "seed": self.seed, **super().config()}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
-        drawn = sample(
-            logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key)
-        )
+        drawn = sample(logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key))
         levels = torch.from_numpy(self.levels).to(logits.device)
         return SoftLabels.weights(
             drawn.ids,
