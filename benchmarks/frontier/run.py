@@ -1,7 +1,7 @@
 """Bytes per token against the student they train: python benchmarks/frontier/run.py --out output/frontier
 
 Trains one small Llama per arm, seed and number of epochs, and appends each one's held-out KL to ``students.jsonl``.
-Interrupt it at will: it goes on with what is missing. Two minutes for the teacher, then one to four per student and core.
+Interrupt it at will: it goes on with what is missing. The teacher takes two minutes, a student one to four per core.
 """
 
 from __future__ import annotations

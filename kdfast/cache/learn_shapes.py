@@ -45,16 +45,15 @@ def learn_shapes(
     if len(features) < count:
         raise ValueError(f"{count} shapes want at least as many rows, got {len(features)}")
     groups = _kmeans(features, count, seed)
-    shapes = _means(batches, temperature, entries, count, lambda start, p, ids: groups[start : start + len(p)])
+    shapes = _means(batches, temperature, entries, count, groups)
     for _ in range(rounds):
-        table = shapes
-        shapes = _means(batches, temperature, entries, count, lambda start, p, ids: table.assign(p, ids))
+        shapes = _means(batches, temperature, entries, count, shapes)
     return shapes
 
 
 def _distributions(batches: Callable[[], Iterable[Tensor]], temperature: float) -> Iterator[Tensor]:
     for batch in batches():
-        for logits in batch.split(ROWS):
+        for logits in torch.split(batch, ROWS):
             yield (logits.float() / temperature).softmax(1)
 
 
@@ -71,7 +70,7 @@ def _kmeans(x: Tensor, count: int, seed: int, iterations: int = 10) -> Tensor:
     centres = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)].clone()
     groups = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for _ in range(iterations):
-        groups = torch.cat([torch.cdist(part, centres).argmin(1) for part in x.split(4096)])
+        groups = torch.cat([torch.cdist(part, centres).argmin(1) for part in torch.split(x, 4096)])
         sums = torch.zeros_like(centres).index_add_(0, groups, x)
         sizes = torch.bincount(groups, minlength=count)[:, None]
         centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
@@ -79,13 +78,12 @@ def _kmeans(x: Tensor, count: int, seed: int, iterations: int = 10) -> Tensor:
 
 
 def _means(
-    batches: Callable[[], Iterable[Tensor]],
-    temperature: float,
-    entries: int,
-    count: int,
-    group: Callable[[int, Tensor, Tensor], Tensor],
+    batches: Callable[[], Iterable[Tensor]], temperature: float, entries: int, count: int, groups: Tensor | Shapes
 ) -> Shapes:
-    """The mean tail and the mean distribution of each group's rows, the largest group first."""
+    """The mean tail and the mean distribution of each group's rows, the largest group first.
+
+    ``groups`` are the rows' groups, or shapes that tell each row's.
+    """
     tails = means = sizes = torch.empty(0)
     start = 0
     for probs in _distributions(batches, temperature):
@@ -93,10 +91,10 @@ def _means(
             tails, means = probs.new_zeros(count, probs.shape[1]), probs.new_zeros(count, probs.shape[1])
             sizes = probs.new_zeros(count)
         ids = probs.topk(min(entries, probs.shape[1]), dim=1).indices
-        groups = group(start, probs, ids)
-        means.index_add_(0, groups, probs)
-        tails.index_add_(0, groups, probs.scatter(1, ids, 0.0))
-        sizes.index_add_(0, groups, torch.ones_like(groups, dtype=sizes.dtype))
+        group = groups.assign(probs, ids) if isinstance(groups, Shapes) else groups[start : start + len(probs)]
+        means.index_add_(0, group, probs)
+        tails.index_add_(0, group, probs.scatter(1, ids, 0.0))
+        sizes.index_add_(0, group, torch.ones_like(group, dtype=sizes.dtype))
         start += len(probs)
     by_size = sizes.argsort(descending=True, stable=True)
     return Shapes.of(_smooth(tails[by_size]), _smooth(means[by_size]))

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdfast._C import RowBounds, RowLayout, count_symbols, locate_rows
@@ -27,9 +28,7 @@ LEARN_ROWS = 16384
 class EntryRows:
     """Rows as the bit layer takes them. Entries of a row are in ascending order of rank."""
 
-    columns: NDArray[
-        np.int32
-    ]  # (rows, columns): the number of entries, then the shape if there are shapes, then others
+    columns: NDArray[np.int32]  # (rows, columns): the number of entries, the shape if there are shapes, others
     ranks: NDArray[np.int32]  # (entries,)
     values: NDArray[np.int32]  # (entries,)
 
@@ -154,7 +153,7 @@ class EntryCodec(Addressable):
         coder = self._model if self.coding == "blocks" else self._layout
         columns, ids, values = coder.decode(data, units, self._bounds)
         labels = self.to_labels(columns, ids, values)
-        return labels if np.array_equal(wanted, np.arange(len(columns))) else labels[wanted]
+        return labels if np.array_equal(wanted, np.arange(len(columns))) else labels[torch.from_numpy(wanted)]
 
     @property
     def _bounds(self) -> RowBounds:
@@ -168,7 +167,7 @@ def by_rank(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """How to sort entries by rank within each row, and their ranks in that order."""
     rows = np.repeat(np.arange(len(counts)), counts)
-    one_order = orders is None or len(order.ranks) == 1
-    ranks = order.ranks[0 if one_order else np.repeat(orders, counts), ids]
+    which = 0 if orders is None or len(order.ranks) == 1 else np.repeat(orders, counts)
+    ranks: NDArray[np.int32] = order.ranks[which, ids]
     sort = np.lexsort((ranks, rows))
     return sort, ranks[sort]

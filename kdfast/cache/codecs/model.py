@@ -1,4 +1,4 @@
-"""The model of an entry codec: the frequencies its blocks are coded with, and the order of ids where no shape gives one."""
+"""The model of an entry codec: the frequencies of its symbols, and the order of ids where no shape gives one."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ TABLE_ENTRY = np.dtype([("symbol", "u1"), ("slots", "<u2")])
 
 
 def _pack_tables(frequencies: NDArray[np.uint16]) -> bytes:
-    """How many distinct tables, u16; each table: how many symbols less 1, u8, then these; per context its table, u16."""
+    """How many distinct tables, u16; each: how many symbols less 1, u8, and these; then each context's table, u16."""
     distinct, which = np.unique(frequencies, axis=0, return_inverse=True)
     out = [np.array(len(distinct), "<u2").tobytes()]
     for row in distinct:

@@ -75,7 +75,7 @@ class Prototype(EntryCodec):
         return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
-        return SoftLabels.cat([self._select(chunk) for chunk in logits.detach().split(CHUNK)])
+        return SoftLabels.cat([self._select(chunk) for chunk in torch.split(logits.detach(), CHUNK)])
 
     def _select(self, logits: Tensor) -> SoftLabels:
         assert self.shapes is not None
@@ -148,11 +148,12 @@ class Prototype(EntryCodec):
 def _grid(step: float) -> NDArray[np.float64]:
     """Logits, from the smallest to the largest."""
     half = int(REACH / step)
-    return np.arange(-half, half + 1) * step
+    return np.arange(-half, half + 1).astype(np.float64) * step
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.exp(-np.logaddexp(0, -x))
+    y: NDArray[np.float64] = np.exp(-np.logaddexp(0, -x))
+    return y
 
 
 def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -170,7 +171,9 @@ def _last(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _sums(mass: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.bincount(np.repeat(np.arange(len(counts)), counts), mass, len(counts))
+    sums = np.zeros(len(counts))
+    np.add.at(sums, np.repeat(np.arange(len(counts)), counts), mass)
+    return sums
 
 
 def _logits_of_shares(mass: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -179,4 +182,5 @@ def _logits_of_shares(mass: NDArray[np.float64], counts: NDArray[np.int64]) -> N
     after_row = np.append(from_end, 0.0)[counts.cumsum()]
     after = np.append(from_end, 0.0)[1:] - np.repeat(after_row, counts)
     with np.errstate(divide="ignore"):
-        return np.log(mass) - np.log(after.clip(min=1e-300))
+        logits: NDArray[np.float64] = np.log(mass) - np.log(after.clip(min=1e-300))
+    return logits

@@ -1,0 +1,161 @@
+"""Entry and row blocks in NumPy and plain Python: FORMAT.md's codecs in executable form. Slow, and needs no extension.
+
+    columns, ranks, values = decode_entry_block(block, rows, tables, columns=2, total=50)
+
+``tables`` are the frequencies that ``read_tables`` finds in a shard's ``codec_model``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Rows", "decode_entry_block", "decode_row", "read_tables"]
+
+LANES = 32
+ESCAPE = 255
+LOWEST = 2**16
+REST_CLASSES, RANK_CONTEXTS = 12, 24 * 12
+FIRST_ENTRY = 23
+CLASS_BITS, CLASS_START = (5, 9, 13), (0, 32, 544, 8736)
+
+
+@dataclass
+class Rows:
+    """Per row: its columns, and its entries as (rank, value)."""
+
+    columns: list[list[int]] = field(default_factory=list)
+    entries: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+# ---- entry blocks ---------------------------------------------------------------------------------------------------
+
+
+def read_tables(model: bytes, contexts: int) -> tuple[NDArray[np.uint16], int]:
+    """(contexts, 256) frequencies at the start of a model, and where they end."""
+    count, at = int.from_bytes(model[:2], "little"), 2
+    tables = np.zeros((count, 256), np.uint16)
+    for table in tables:
+        symbols, at = model[at] + 1, at + 1
+        for _ in range(symbols):
+            table[model[at]] = int.from_bytes(model[at + 1 : at + 3], "little")
+            at += 3
+    which = np.frombuffer(model, "<u2", contexts, at)
+    return tables[which], at + 2 * contexts
+
+
+class _Coder:
+    """32 coders that share one sequence of words, and the raw bits."""
+
+    def __init__(self, block: bytes, lanes: int, tables: NDArray[np.uint16]) -> None:
+        words = int.from_bytes(block[:4], "little")
+        head = 4 + 4 * lanes
+        self.states = [int(x) for x in np.frombuffer(block, "<u4", lanes, 4)]
+        self.words = iter(np.frombuffer(block, "<u2", words, head).tolist())
+        self.raw = int.from_bytes(block[head + 2 * words :], "little")
+        self.tables, self.starts = tables, np.cumsum(tables, axis=1, dtype=np.int64) - tables
+
+    def symbol(self, lane: int, context: int) -> int:
+        x = self.states[lane]
+        slot = x % 4096
+        symbol = int(np.searchsorted(self.starts[context] + self.tables[context], slot, side="right"))
+        x = int(self.tables[context, symbol]) * (x // 4096) + slot - int(self.starts[context, symbol])
+        self.states[lane] = x if x >= LOWEST else x * 65536 + next(self.words)
+        return self.bits(8) if symbol == ESCAPE else symbol
+
+    def bits(self, n: int) -> int:
+        value = self.raw & ((1 << n) - 1)
+        self.raw >>= n
+        return value
+
+    def below(self, limit: int) -> int:
+        """Truncated binary: n bits, and one more unless they are among the short codes."""
+        n = limit.bit_length() - 1
+        short = 2 ** (n + 1) - limit
+        low = self.bits(n)
+        return low if low < short else low + self.bits(1) * (2**n - short)
+
+    def number(self, lane: int, context: int) -> int:
+        symbol = self.symbol(lane, context)
+        n = _low_bits(symbol, 4)
+        return _join(symbol, n, self.bits(n), 4)
+
+
+def _low_bits(symbol: int, mantissa: int) -> int:
+    return max(0, (symbol >> mantissa) - 1)
+
+
+def _join(symbol: int, n: int, low: int, mantissa: int) -> int:
+    return ((2**mantissa + symbol % 2**mantissa) << n) + low if n else symbol
+
+
+def _octave(symbol: int) -> int:
+    return min(symbol if symbol < 2 else symbol // 2 + 1, FIRST_ENTRY - 1)
+
+
+def _rest_class(left: int) -> int:
+    return left - 1 if left <= 4 else min((left - 3).bit_length() + 2, REST_CLASSES - 1)
+
+
+def decode_entry_block(block: bytes, rows: int, tables: NDArray[np.uint16], *, columns: int, total: int = 0) -> Rows:
+    """A block of ``rows`` rows. ``total``: what a row's values, each plus 1, add up to; 0: that varies."""
+    coder, out = _Coder(block, min(LANES, rows), tables), Rows()
+    for first in range(0, rows, LANES):
+        lanes = range(min(LANES, rows - first))
+        numbers = [[0] * columns for _ in lanes]
+        for c in range(1 if total else 0, columns):
+            for lane in lanes:
+                numbers[lane][c] = coder.number(lane, c)
+        entries = _entries(coder, columns, [total or row[0] for row in numbers], bool(total))
+        for row, own in zip(numbers, entries, strict=True):
+            row[0] = len(own)
+        out.columns += numbers
+        out.entries += entries
+    return out
+
+
+def _entries(coder: _Coder, columns: int, left: list[int], by_total: bool) -> list[list[tuple[int, int]]]:
+    """A group's entries, which come in turns: the first of each row, the second of each row that has one, ..."""
+    entries: list[list[tuple[int, int]]] = [[] for _ in left]
+    before = [FIRST_ENTRY] * len(left)
+    last = [(0, 0)] * len(left)  # the last rank's symbol, and the low bits that may follow in it
+    while any(left):
+        for lane in (lane for lane, rest in enumerate(left) if rest):
+            rest = _rest_class(left[lane])
+            symbol = coder.symbol(lane, columns + before[lane] * REST_CLASSES + rest)
+            n = _low_bits(symbol, 1)
+            passed = last[lane][1] if symbol == last[lane][0] else 0
+            low = passed + coder.below(2**n - passed)
+            before[lane], last[lane] = _octave(symbol), (symbol, low + 1)
+            value = coder.number(lane, columns + RANK_CONTEXTS + before[lane] * REST_CLASSES + rest)
+            entries[lane].append((_join(symbol, n, low, 1), value))
+            left[lane] -= value + 1 if by_total else 1
+    return entries
+
+
+# ---- row blocks -----------------------------------------------------------------------------------------------------
+
+
+def decode_row(
+    block: bytes, rows: int, row: int, *, column_bits: list[int], value_bits: int, rank_bits: int, classes: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """One row of a row block: its columns, and its entries as (rank, value)."""
+    width = block[0]
+    ends = [int.from_bytes(block[1 + width * i : 1 + width * (i + 1)], "little") for i in range(rows)]
+    head = 1 + width * rows
+    raw = int.from_bytes(block[head + (ends[row - 1] if row else 0) : head + ends[row]], "little")
+
+    def take(bits: int) -> int:
+        nonlocal raw
+        value, raw = raw & ((1 << bits) - 1), raw >> bits
+        return value
+
+    columns = [take(bits) for bits in column_bits]
+    entries = []
+    for _ in range(columns[0]):
+        kind = take(2) if classes else 0
+        bits = CLASS_BITS[kind] if classes and kind < len(CLASS_BITS) else rank_bits
+        entries.append((take(bits) + (CLASS_START[kind] if classes else 0), take(value_bits)))
+    return columns, entries
