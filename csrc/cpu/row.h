@@ -25,6 +25,8 @@ struct Entries {
   int64_t count = 0;
   double tail = 0;                // log-mass; -inf: none
   bool subtract_entropy = false;  // forward KL rather than soft cross-entropy
+  bool background = false;        // the rest is spread like `shape`, not one more class
+  Source shape;                   // over the teacher's columns; data == nullptr: an index out of the table
 };
 
 struct RowTask {
