@@ -10,6 +10,33 @@ KD_INLINE Vec<T> log_or_lowest(Vec<T> x) {
   return select(x == Vec<T>(T(0)), -inf, y);
 }
 
+// sum r log r of a tile.
+template <typename T>
+double tile_entropy(const T* r) {
+  using V = Vec<T>;
+  const V zero(T(0));
+  V total = zero;
+  for (int i = 0; i < kTile; i += V::kLanes) {
+    const V p = V::load(r + i);
+    total = total + select(p > zero, p * log_or_lowest(p), zero);
+  }
+  return reduce_add(total);
+}
+
+// The same of a shape's first columns, as many as both sides have.
+template <typename T>
+double shape_entropy(const Source& shape, int64_t shared) {
+  T tile[kTile];
+  double total = 0;
+  for (int64_t begin = 0; begin < shared; begin += kTile) {
+    const int count = int(shared - begin < kTile ? shared - begin : kTile);
+    load(shape, begin, count, tile);
+    for (int i = count; i < kTile; ++i) tile[i] = T(0);
+    total += tile_entropy(tile);
+  }
+  return total;
+}
+
 template <typename T>
 class Background {
   using V = Vec<T>;
@@ -49,7 +76,25 @@ class Background {
   // What the shape is multiplied by, given its sum outside the entries; 0 where there is nothing to multiply.
   double scale(double mass) const { return mass == 0 ? 0 : tail_mass() / mass; }
 
-  // The same over the whole row, for a sweep that needs it beforehand.
+  // sum r log r outside the entries. The whole shape's is known; less what the entries take of it, unless that is most
+  // of it: their difference would be the sums' rounding.
+  double entropy(double mass, T* buffer) const {
+    double taken = 0, entropy_taken = 0;
+    for (int64_t i = 0; i < entries_.count; ++i) {
+      const T r = T(load_one(entries_.shape, entries_.id[i]));
+      taken += r;
+      if (r > 0) entropy_taken += double(r) * log_or_lowest(V(r)).v[0];
+    }
+    if (taken < mass) return entries_.shape_entropy - entropy_taken;
+    double total = 0;
+    for (int64_t k = 0; k < tile_count(shared_); ++k) {
+      load_tile(k, buffer);
+      total += tile_entropy(buffer);
+    }
+    return total;
+  }
+
+  // What scale() is over the whole row, for a sweep that needs it beforehand.
   double scale_of_row(T* buffer) const {
     double mass = mass_beyond(buffer);
     for (int64_t k = 0; k < tile_count(shared_); ++k) {
@@ -59,10 +104,20 @@ class Background {
     return is_finite(mass) ? scale(mass) : __builtin_nan("");
   }
 
-  // The logarithm of the whole row's distribution in tile k, entries included.
-  void log_tile(int64_t k, double log_scale, T* to) const {
+  // The whole row's distribution in tile k, entries included, and its sum.
+  double probability_tile(int64_t k, double scale, T* to) const {
     load_tile(k, to);
-    const V offset((T(log_scale)));
+    const V factor((T(scale)));
+    for (int i = 0; i < kTile; i += V::kLanes) (V::load(to + i) * factor).store(to + i);
+    for (const int32_t* entry = tiles_.begin(k); entry != tiles_.end(k); ++entry)
+      to[entries_.id[*entry] - k * kTile] = T(entries_.weight[*entry]);
+    return sum_of(to);
+  }
+
+  // Its logarithm.
+  void log_tile(int64_t k, double scale, T* to) const {
+    load_tile(k, to);
+    const V offset(T(::log(scale)));
     for (int i = 0; i < kTile; i += V::kLanes) (log_or_lowest(V::load(to + i)) + offset).store(to + i);
     for (const int32_t* entry = tiles_.begin(k); entry != tiles_.end(k); ++entry)
       to[entries_.id[*entry] - k * kTile] = T(::log(double(entries_.weight[*entry])));

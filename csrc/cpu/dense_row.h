@@ -61,7 +61,7 @@ class DenseRow : RowSweep<T> {
   bool prepare_background() {
     if (!background_.exists()) return true;
     if (background_.is_bad() || !this->entry_tiles_.sort(task_.entries, this->columns(), task_.shared)) return false;
-    log_scale_ = ::log(background_.scale_of_row(tile_t_));
+    background_scale_ = background_.scale_of_row(tile_t_);
     return true;
   }
 
@@ -110,7 +110,7 @@ class DenseRow : RowSweep<T> {
     if (k == staged_t_) return tile_t_;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
     if (background_.exists())
-      background_.log_tile(k, log_scale_, tile_t_);
+      background_.log_tile(k, background_scale_, tile_t_);
     else
       load(task_.teacher, k * kTile, count, tile_t_);
     staged_t_ = k;
@@ -134,7 +134,10 @@ class DenseRow : RowSweep<T> {
     for (int64_t k = 0; k < tile_count(this->columns()); ++k) {
       this->sweep_truth(k);
       if (tempered_ && k * kTile < task_.shared) {
-        sweep_both(k);
+        if (background_.exists() && !is_forward())
+          sweep_with_background(k);
+        else
+          sweep_both(k);
       } else if (!tempered_ && this->at_one_ == AtOne::kShared) {
         const int count = this->tile_size(k);
         this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, SweepMode(), count, x, x); });
@@ -143,6 +146,22 @@ class DenseRow : RowSweep<T> {
         if (!tempered_) Base::record(s_, k, 0, 0);
       }
     }
+  }
+
+  // The teacher's probabilities are there already: they stand for exponentials whose origin is 0.
+  void sweep_with_background(int64_t k) {
+    SweepMode mode;
+    mode.square = this->at_one_ == AtOne::kSquared;
+    const int count = Base::clamp_tile(task_.shared - k * kTile);
+    if (count == this->tile_size(k)) {
+      this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, x); });
+    } else {
+      const T* x = student_for_kd(k);
+      this->sweep_tile(k, s_, mode, count, x, x);
+    }
+    t_.sum[k] = background_.probability_tile(k, background_scale_, t_.e + k * kTile);
+    t_.offset[k] = 0;
+    zero_beyond(k, count);
   }
 
   void sweep_both(int64_t k) {
@@ -230,7 +249,7 @@ class DenseRow : RowSweep<T> {
   double teacher_target() {
     if (!background_.exists()) return load_one(task_.teacher, task_.label);
     staged_t_ = -1;
-    background_.log_tile(task_.label / kTile, log_scale_, tile_t_);
+    background_.log_tile(task_.label / kTile, background_scale_, tile_t_);
     return tile_t_[task_.label % kTile];
   }
 
@@ -384,7 +403,7 @@ class DenseRow : RowSweep<T> {
   const Divergence& divergence_;
   const bool active_, tempered_;
   const Background<T> background_;
-  double log_scale_ = 0;
+  double background_scale_ = 0;
   Moments moments_s_, moments_t_;
   int64_t staged_t_ = -1;
   bool dead_ = false, rest_is_dead_ = false;

@@ -60,10 +60,11 @@ void scale(void* data, Dtype dtype, int64_t size, double factor) {
 #define KDFAST_NAME_OF(isa) #isa
 #define KDFAST_NAME(isa) KDFAST_NAME_OF(isa)
 extern const Kernels KDFAST_TABLE = {
-    KDFAST_NAME(KDFAST_ISA),        KDFAST_ISA::dense_row<float>,
-    KDFAST_ISA::dense_row<double>,  KDFAST_ISA::sparse_row<float>,
-    KDFAST_ISA::sparse_row<double>, KDFAST_ISA::scale,
-    KDFAST_ISA::workspace_bytes,    KDFAST_ISA::fence,
+    KDFAST_NAME(KDFAST_ISA),           KDFAST_ISA::dense_row<float>,
+    KDFAST_ISA::dense_row<double>,     KDFAST_ISA::sparse_row<float>,
+    KDFAST_ISA::sparse_row<double>,    KDFAST_ISA::shape_entropy<float>,
+    KDFAST_ISA::shape_entropy<double>, KDFAST_ISA::scale,
+    KDFAST_ISA::workspace_bytes,       KDFAST_ISA::fence,
 };
 
 }  // namespace kdfast

@@ -1,4 +1,6 @@
 // The sparse row ops: student logits against K (id, weight) entries and a tail.
+#include <vector>
+
 #include "rows.h"
 
 namespace kdfast {
@@ -35,19 +37,40 @@ class Shapes {
     columns_ = table.size(1);
     row_bytes_ = columns_ * int64_t(table.element_size());
     dtype_ = dtype_of(table);
+    if (arguments.divergence.kind == Kind::kForwardKl)
+      find_entropies(rows, std::min(columns_, arguments.rows.student.size(2)), is_double(arguments.rows.student));
   }
 
   bool exist() const { return index_ != nullptr; }
-  Source operator[](int64_t row) const {
-    if (!exist() || index_[row] < 0 || index_[row] >= count_) return {};
-    return {table_ + index_[row] * row_bytes_, dtype_, columns_};
-  }
+  Source of(int64_t row) const { return has(row) ? at(index_[row]) : Source(); }
+  double entropy(int64_t row) const { return has(row) && !entropies_.empty() ? entropies_[size_t(index_[row])] : 0; }
 
  private:
+  bool has(int64_t row) const { return exist() && index_[row] >= 0 && index_[row] < count_; }
+  Source at(int64_t index) const { return {table_ + index * row_bytes_, dtype_, columns_}; }
+
+  // Once for each shape that some row names: a row's own would cost it a logarithm per column.
+  void find_entropies(int64_t rows, int64_t shared, bool wide) {
+    const auto entropy = wide ? kernels().shape_entropy_double : kernels().shape_entropy_float;
+    entropies_.resize(size_t(count_));
+    std::vector<bool> is_named(static_cast<size_t>(count_));
+    std::vector<int64_t> named;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (!has(i) || is_named[size_t(index_[i])]) continue;
+      is_named[size_t(index_[i])] = true;
+      named.push_back(index_[i]);
+    }
+    torch::stable::parallel_for(0, int64_t(named.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        entropies_[size_t(named[size_t(i)])] = entropy(at(named[size_t(i)]), shared);
+    });
+  }
+
   const int64_t* index_ = nullptr;
   const char* table_ = nullptr;
   int64_t count_ = 0, columns_ = 0, row_bytes_ = 0;
   Dtype dtype_ = Dtype::kFloat;
+  std::vector<double> entropies_;
 };
 
 // A row's loss by the kernel that its divergence needs, and its parts: entropy and top-1 agreement are those of the
@@ -89,7 +112,8 @@ RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
   return for_each_row(arguments.rows, grad, [&](int64_t i, RowTask& task, void* workspace) {
     const int64_t begin = offsets[i], end = offsets[i + 1];
     const double tail = tails ? (*tails)[i] : -std::numeric_limits<double>::infinity();
-    task.entries = {ids + begin, weights + begin, end - begin, tail, subtract_entropy, shapes.exist(), shapes[i]};
+    task.entries = {ids + begin,      weights + begin, end - begin,  tail,
+                    subtract_entropy, shapes.exist(),  shapes.of(i), shapes.entropy(i)};
     task.shared = shared;
     task.tau_t = 1;  // the labels hold at the teacher's temperature as they are
     return run_row(arguments, task, workspace, forward, other);

@@ -74,7 +74,7 @@ class SparseRow : RowSweep<T> {
     return x;
   }
 
-  // Tile k's sums over the background: its mass, and what its divergence needs of the logits and of itself.
+  // Tile k's sums over the background: its mass, and what its divergence needs of the logits.
   void sweep_background(int64_t k, int kept) {
     T* r = tile_t_;
     background_.load_tile(k, r);
@@ -84,27 +84,17 @@ class SparseRow : RowSweep<T> {
 
   template <typename From>
   void sum_background(int64_t k, int count, const From* x, const T* r) {
-    if (entries_.subtract_entropy)
-      sum_background<true>(k, count, x, r);
-    else
-      sum_background<false>(k, count, x, r);
-  }
-
-  template <bool kEntropy, typename From>
-  void sum_background(int64_t k, int count, const From* x, const T* r) {
     const Base2<T> student = origin_of(s_, k);
     const V zero(T(0));
-    V mass = zero, cross = zero, entropy = zero;
+    V mass = zero, cross = zero;
     for (int i = 0; i < count; i += V::kLanes) {
       const V p = V::load(r + i), u = student(load_vector<T>(x + i));
       mass = mass + p;
       // A column that one side masks has an infinite logarithm there, and 0 of the other's mass or an infinite loss.
       cross = cross + select(p > zero, p * u, zero);
-      if (kEntropy) entropy = entropy + select(p > zero, p * log_or_lowest(p), zero);
     }
     background_mass_[k] = reduce_add(mass);
     this->cross_[k] = reduce_add(cross);
-    background_entropy_ += reduce_add(entropy);
   }
 
   void include_entries() {
@@ -154,14 +144,14 @@ class SparseRow : RowSweep<T> {
     }
     const double whole = mass + background_.mass_beyond(tile_t_), scale = background_.scale(whole);
     if (!is_finite(whole) || s_.z != s_.z) return __builtin_nan("");
-    const double keep = entries_.subtract_entropy ? 1 : 0;
+    const bool keep = entries_.subtract_entropy;
     if (scale != 0 && mass != 0) {
       mass_ += scale * mass;
-      heads += scale * (keep * (background_entropy_ + ::log(scale) * mass) - cross);
+      heads += scale * ((keep ? background_.entropy(mass, tile_t_) + ::log(scale) * mass : 0) - cross);
     }
     dead_ = mass_ == 0;
     if (dead_) return 0;
-    const double total = heads / mass_ - keep * ::log(mass_);
+    const double total = heads / mass_ - (keep ? ::log(mass_) : 0);
     entry_scale_ = 1 / mass_;
     background_scale_ = scale / mass_;
     mass_ = 1;
@@ -236,7 +226,7 @@ class SparseRow : RowSweep<T> {
   EntryTiles& tiles_;
   const Background<T> background_;
   double *tail_factor_, *background_mass_;
-  double background_entropy_ = 0, background_scale_ = 0, entry_scale_ = 1;
+  double background_scale_ = 0, entry_scale_ = 1;
   bool dead_ = false;
   double tail_z_ = 0, tail_lse_ = 0, lse_s_ = 0, mass_ = 0, tail_mass_ = 0;
 };
