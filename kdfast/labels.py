@@ -146,6 +146,8 @@ class SoftLabels:
         rows = offsets.numel() - 1
         _check_temperatures((temperature,))
         _check_shapes(tails, shape, shapes, rows, int(vocab_size))
+        if not ids.device == shape.device == shapes.device:
+            raise ValueError(f"ids are on {ids.device}, shape on {shape.device}, shapes on {shapes.device}")
         return cls(
             "prototype",
             int(vocab_size),

@@ -470,6 +470,7 @@ ERRORS = {
     "table type": (lambda: prototype(shapes=TABLE.half()), TypeError, "float32 or bfloat16 .*got torch.float16"),
     "table width": (lambda: prototype(shapes=TABLE[:, :6]), ValueError, r"\(S, 7\) table, got \(3, 6\)"),
     "table strides": (lambda: prototype(shapes=TABLE.t().contiguous().t()), ValueError, r"with strides \(1, 3\)"),
+    "devices": (lambda: prototype(shapes=TABLE.to("meta")), ValueError, "ids are on cpu, .* shapes on meta"),
     "temperature": (lambda: prototype(temperature=-1.0), ValueError, "temperatures must be positive"),
     "not held": (
         lambda: kd_loss(torch.randn(2, 7), prototype(), temperature=2.0),
