@@ -194,14 +194,41 @@ def _check_entries(labels: SoftLabels, columns: int) -> None:
             f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
             f"{int(ids.max())}"
         )
+    if labels.shapes is not None:
+        _check_shapes(labels._shape(), labels.shapes)
     row = torch.repeat_interleave(torch.arange(len(labels), device=ids.device), labels._counts())
     if torch.unique(row * labels.vocab_size + ids).numel() != ids.numel():
         raise ValueError("soft labels must name a token once per row, got a token twice")
 
 
+def _check_shapes(shape: Tensor, shapes: Tensor) -> None:
+    if bool(((shape < 0) | (shape >= len(shapes))).any()):
+        raise ValueError(
+            f"soft labels must name shapes in [0, {len(shapes)}), got {int(shape.min())} to {int(shape.max())}"
+        )
+    if not bool(((shapes >= 0) & (shapes < math.inf)).all()):
+        raise ValueError(f"shapes must be finite and not negative, got {float(shapes.min())} to {float(shapes.max())}")
+
+
+# A distribution over the whole vocabulary serves what does not need the logits that it came from.
+_OF_DISTRIBUTIONS = (
+    "forward_kl",
+    "soft_ce",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "alpha_beta",
+    "dkd",
+)
+
+
 def check_codec(labels: SoftLabels, divergence: Divergence) -> None:
     """Which divergences a record can serve."""
-    serves = {"topk": ("forward_kl", "soft_ce"), "weights": ("soft_ce",)}.get(labels.kind)
+    kinds = {"topk": ("forward_kl", "soft_ce"), "weights": ("soft_ce",), "prototype": _OF_DISTRIBUTIONS}
+    serves = kinds.get(labels.kind)
     if serves is None:
         return
     if divergence.standardize or divergence.name not in serves:
@@ -211,4 +238,8 @@ def check_codec(labels: SoftLabels, divergence: Divergence) -> None:
             if labels.kind == "weights" and divergence.name == "forward_kl"
             else ""
         )
-        raise ValueError(f"{labels.kind} soft labels serve {' and '.join(serves)}, got divergence {wanted}{hint}")
+        raise ValueError(f"{labels.kind} soft labels serve {_listed(serves)}, got divergence {wanted}{hint}")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -10,7 +10,9 @@ namespace KDFAST_ISA {
 #include "../rowmath.h"
 #include "load.h"
 #include "softmax.h"
+#include "entry_tiles.h"
 #include "row_sweep.h"
+#include "background.h"
 #include "dense_row.h"
 #include "sparse_row.h"
 #include "select_row.h"
@@ -60,7 +62,7 @@ void scale_tiles(void* data, Dtype dtype, int64_t size, double factor) {
 // What RowSweep::carve() lays out, for the wider working type.
 int64_t workspace_bytes(int64_t columns) {
   const int64_t tiles = tile_count(columns);
-  return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + tiles + 64;
+  return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + EntryTiles::bytes(tiles) + tiles + 64;
 }
 
 void fence() {
@@ -85,6 +87,8 @@ extern const Kernels KDFAST_TABLE = {
     KDFAST_ISA::sparse_row<float>,
     KDFAST_ISA::sparse_row<double>,
     KDFAST_ISA::select_row,
+    KDFAST_ISA::shape_entropy<float>,
+    KDFAST_ISA::shape_entropy<double>,
     KDFAST_ISA::scale,
     KDFAST_ISA::workspace_bytes,
     KDFAST_ISA::fence,
