@@ -66,8 +66,8 @@ def _features(probs: Tensor, seed: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, count: int, seed: int, iterations: int = 10) -> Tensor:
-    """(rows,): Lloyd's algorithm from random rows."""
-    centres = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)].clone()
+    """(rows,): Lloyd's algorithm from centres far apart."""
+    centres = _spread(x, count, seed)
     groups = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for _ in range(iterations):
         groups = torch.cat([torch.cdist(part, centres).argmin(1) for part in torch.split(x, 4096)])
@@ -75,6 +75,20 @@ def _kmeans(x: Tensor, count: int, seed: int, iterations: int = 10) -> Tensor:
         sizes = torch.bincount(groups, minlength=count)[:, None]
         centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
     return groups
+
+
+def _spread(x: Tensor, count: int, seed: int) -> Tensor:
+    """k-means++: each centre is a row drawn by its squared distance from the nearest centre so far."""
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(x), (), generator=generator))
+    centres, nearest = [x[first]], (x - x[first]).square().sum(1)
+    for _ in range(count - 1):
+        reach = nearest.double().cumsum(0)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).item() * reach[-1]
+        row = x[int(torch.searchsorted(reach, drawn).clamp(max=len(x) - 1))]
+        centres.append(row)
+        nearest = torch.minimum(nearest, (x - row).square().sum(1))
+    return torch.stack(centres)
 
 
 def _means(

@@ -166,7 +166,8 @@ class Threshold(WeightCodec):
         self.tau, self.steps, self.seed = float(tau), index(steps), index(seed)
         self.max_entries = min(ceil(1 / self.tau) + 1, self.vocab_size)
         grid = 2.0 ** (-np.arange(ceil(self.steps * log2(1 / self.tau)) + 1) / self.steps)
-        self.levels = np.concatenate([[self.tau], grid]).astype(np.float32)
+        # One level more than tau = 1 needs, so that there is always one below and one above.
+        self.levels = np.concatenate([[self.tau], grid if len(grid) > 1 else [1.0, 0.5]]).astype(np.float32)
 
     def config(self) -> dict[str, Any]:
         return {"tau": self.tau, "steps": self.steps, "seed": self.seed, **super().config()}
