@@ -79,7 +79,7 @@ struct Kernels {
   RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
   RowResult (*sparse_float)(const RowTask&, void* workspace);
   RowResult (*sparse_double)(const RowTask&, void* workspace);
-  // Its workspace holds two doubles for each chunk.
+  // Its workspace holds two doubles for each chunk, and with an order one for each of its columns.
   Selection (*select)(const SelectTask&, void* workspace);
   void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
   int64_t (*workspace_bytes)(int64_t columns);
