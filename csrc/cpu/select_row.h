@@ -258,8 +258,8 @@ class SelectRow {
       emit(id, value);
   }
 
-  // Larger ones would take what is added to them out of float's range.
-  static constexpr T kLargestSum = T(0x1p40);
+  // Logits far above the origin would lose digits in their difference from it.
+  static constexpr T kLargestSum = T(0x1p16);
 
   const SelectTask& task_;
   const From* row_;
