@@ -82,7 +82,7 @@ struct Kernels {
   RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
   RowResult (*sparse_float)(const RowTask&, void* workspace);
   RowResult (*sparse_double)(const RowTask&, void* workspace);
-  // Its workspace holds two doubles for each chunk.
+  // Its workspace holds two doubles for each chunk, and with an order one for each of its columns.
   Selection (*select)(const SelectTask&, void* workspace);
   double (*shape_entropy_float)(const Source& shape, int64_t shared);
   double (*shape_entropy_double)(const Source& shape, int64_t shared);

@@ -78,7 +78,8 @@ class PieceRunner {
     task_.order = arguments.order;
     task_.entries = entries_.data();
     task_.capacity = int64_t(entries_.size());
-    workspace_ = thread_workspace(2 * int64_t(sizeof(double)) * (columns / kSelectChunk + 1));
+    const int64_t doubles = (columns / kSelectChunk + 1) * (2 + (arguments.order ? kSelectChunk : 0));
+    workspace_ = thread_workspace(int64_t(sizeof(double)) * doubles);
   }
 
   Selection operator()(const Source& row, int64_t i) {
@@ -88,7 +89,11 @@ class PieceRunner {
     else
       points_[0] = uniforms[0];
     task_.logits = row;
-    return kernels().select(task_, workspace_);
+    const Selection selection = kernels().select(task_, workspace_);
+    if (arguments_.order)
+      std::sort(entries_.begin(), entries_.begin() + selection.count,
+                [](const Entry& a, const Entry& b) { return a.id < b.id; });
+    return selection;
   }
 
   const Entry* entries() const { return entries_.data(); }
@@ -152,7 +157,12 @@ Outputs select_threshold(Tensor logits, double temperature, double tau, int64_t 
   STD_TORCH_CHECK(tau > 0 && tau <= 1, "expected tau in (0, 1]");
   SelectArguments arguments = {logits, temperature, seed, first_row};
   arguments.tau = tau;
-  STD_TORCH_CHECK(!order, "order is not there yet");
+  if (order) {
+    const int64_t columns = logits.size(2);
+    arguments.order = vector_data<int32_t>(*order, ScalarType::Int, columns);
+    for (int64_t i = 0; i < columns; ++i)
+      STD_TORCH_CHECK(arguments.order[i] >= 0 && arguments.order[i] < columns, "order must be a permutation");
+  }
   return pack<float>(run(arguments), ScalarType::Float);
 }
 

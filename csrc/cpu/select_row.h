@@ -48,6 +48,7 @@ class SelectRow {
     chunks_ = (columns_ + kSelectChunk - 1) / kSelectChunk;
     mass_ = (double*)workspace;
     origin_of_ = mass_ + chunks_;
+    share_ = origin_of_ + chunks_;
     // Within what a product with it can bear; temperatures beyond are as good as 0 and infinite.
     const double bits = kLog2E / task.temperature;
     bits_ = T(bits < 1e-35 ? 1e-35 : bits > 1e35 ? 1e35 : bits);
@@ -61,7 +62,10 @@ class SelectRow {
       walk(points);
     } else {
       GridPoints points = {task_.tau * z_, task_.points[0], task_.tau};
-      walk(points);
+      if (task_.order)
+        walk_ordered(points);
+      else
+        walk(points);
     }
     return {count_, top_ / task_.temperature + ::log(z_)};
   }
@@ -149,6 +153,44 @@ class SelectRow {
     if (remaining > 0) add_to_last(remaining);
   }
 
+  // The same along the task's order, column by column: a chunk's columns lie anywhere in it. Entries come out unsorted.
+  void walk_ordered(GridPoints& points) {
+    for (int64_t k = 0; k < chunks_; ++k) spread(k, points.limit());
+    double at = 0;
+    for (int64_t j = 0; j < columns_; j += kGroup) {
+      const int32_t* id = task_.order + j;
+      const int count = int(columns_ - j < kGroup ? columns_ - j : kGroup);
+      // Four sums, that additions need not wait for each other.
+      double masses[4] = {0, 0, 0, 0};
+      for (int i = 0; i < count; ++i) masses[i % 4] += share_[id[i]];
+      const double mass = (masses[0] + masses[1]) + (masses[2] + masses[3]);
+      if (at + mass <= points.next) {
+        at += mass;
+        continue;
+      }
+      for (int i = 0; i < count; ++i) {
+        at += share_[id[i]];
+        if (points.next < at && share_[id[i]] > 0) emit(id[i], points.pass(at));
+      }
+    }
+    const double remaining = points.remaining(count_);
+    if (remaining > 0) add_to_last(remaining);
+  }
+
+  // Chunk k's masses by column; those above the limit become entries, and 0 for the walk.
+  void spread(int64_t k, double limit) {
+    exponentiate(k);
+    const double scale = sum_ > 0 ? mass_[k] / sum_ : 0;
+    double* share = share_ + k * kSelectChunk;
+    for (int i = 0; i < kSelectChunk; ++i) share[i] = double(e_[i]) * scale;
+    if (mass_[k] <= limit) return;
+    for (int i = 0; i < kSelectChunk; ++i) {
+      if (share[i] <= limit) continue;
+      emit(k * kSelectChunk + i, share[i] / z_);
+      share[i] = 0;
+    }
+  }
+
   // Chunk k column by column; returns the mass behind it. `before` counts what is not above the points' limit.
   template <typename Points>
   double scan(int64_t k, double before, Points& points) {
@@ -183,11 +225,19 @@ class SelectRow {
     for (int i = 0; i < kSelectChunk; i += V::kLanes) power(load_vector<T>(x + i)).store(e_ + i);
     sum_ = 0;
     for (int g = 0; g < kSelectChunk / kGroup; ++g) {
-      double sum = 0;
-      for (int i = 0; i < kGroup; ++i) sum += double(e_[g * kGroup + i]);
-      groups_[g] = sum;
-      sum_ += sum;
+      Vec<double> sum(0.0);
+      for (int i = 0; i < kGroup; i += Vec<double>::kLanes) sum = sum + widened(e_ + g * kGroup + i);
+      groups_[g] = reduce_add(sum);
+      sum_ += groups_[g];
     }
+  }
+
+  static KD_INLINE Vec<double> widened(const double* from) { return Vec<double>::load(from); }
+  static KD_INLINE Vec<double> widened(const float* from) {
+    typedef float Floats __attribute__((vector_size(KDFAST_VEC_BYTES / 2)));
+    Floats floats;
+    __builtin_memcpy(&floats, from, sizeof floats);
+    return __builtin_convertvector(floats, Vec<double>::Value);
   }
 
   void emit(int64_t column, double value) {
@@ -200,7 +250,7 @@ class SelectRow {
     while (!(mass_[k] > 0)) --k;
     exponentiate(k);
     int i = kSelectChunk - 1;
-    while (!(e_[i] > 0)) --i;
+    while (i > 0 && !(e_[i] > 0)) --i;
     const int32_t id = int32_t(k * kSelectChunk + i);
     if (count_ > 0 && task_.entries[count_ - 1].id == id)
       task_.entries[count_ - 1].value += value;
@@ -208,14 +258,15 @@ class SelectRow {
       emit(id, value);
   }
 
-  // Larger ones would take what is added to them out of float's range.
-  static constexpr T kLargestSum = T(0x1p40);
+  // Logits far above the origin would lose digits in their difference from it.
+  static constexpr T kLargestSum = T(0x1p16);
 
   const SelectTask& task_;
   const From* row_;
   const int64_t columns_;
   int64_t chunks_, count_ = 0;
   double *mass_, *origin_of_;  // (chunks,) each
+  double* share_;              // (chunks, kSelectChunk), only with an order
   double top_ = 0, z_ = 0, sum_ = 0;
   T bits_, lowest_, origin_ = -Real<T>::kInf;
   double groups_[kSelectChunk / kGroup];

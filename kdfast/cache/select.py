@@ -19,7 +19,7 @@ from torch import Tensor
 from kdfast import _checks
 from kdfast import _ops as _ops  # loads the native ops
 
-__all__ = ["Drawn", "Thresholded", "record_seed", "sample", "threshold", "uniforms"]
+__all__ = ["ColumnOrder", "Drawn", "Thresholded", "record_seed", "sample", "threshold", "uniforms"]
 
 
 class Thresholded(NamedTuple):
@@ -40,8 +40,35 @@ class Drawn(NamedTuple):
     lse: Tensor  # (rows,) float32: log-sum-exp of logits / temperature
 
 
+class ColumnOrder:
+    """A permutation of the vocabulary's columns, checked once: neighbours in it share the noise of ``threshold``.
+
+    Args:
+        columns: (vocabulary,) integers, every column once.
+
+    Raises:
+        ValueError: they are no permutation.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        size = columns.numel()
+        if columns.dim() != 1 or columns.is_floating_point() or columns.is_complex() or size == 0:
+            raise ValueError(f"an order must be (vocabulary,) integers, got {columns.dtype} {tuple(columns.shape)}")
+        if not torch.equal(columns.long().sort().values, torch.arange(size, device=columns.device)):
+            raise ValueError(f"an order must name each of its {size} columns once")
+        self.columns = columns.to(torch.int32, copy=True).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def on(self, device: torch.device) -> Tensor:
+        """(vocabulary,) int32 on ``device``."""
+        self.columns = self.columns.to(device)
+        return self.columns
+
+
 def threshold(
-    logits: Tensor, *, temperature: float, tau: float, seed: int, first_row: int = 0, order: Tensor | None = None
+    logits: Tensor, *, temperature: float, tau: float, seed: int, first_row: int = 0, order: ColumnOrder | None = None
 ) -> Thresholded:
     """Keeps every probability above tau as it is, and each one below with probability p / tau, at the value tau.
 
@@ -55,17 +82,20 @@ def threshold(
         tau: in (0, 1].
         seed: 64 bits, signed; ``record_seed`` makes one.
         first_row: the number of the first row: a row's offset depends on ``seed`` and its number alone.
-        order: (vocabulary,) a permutation of the columns, along which they are sampled; ascending by default.
+        order: the columns in the order that the cumulative sum takes them; ascending by default.
 
     Raises:
         TypeError: logits that are no float tensor.
-        ValueError: an argument outside its range, or an ``order`` that is no permutation.
+        ValueError: an argument outside its range, or an ``order`` of another vocabulary.
     """
     _check_logits(logits, temperature)
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"tau must lie in (0, 1], got {tau}")
+    if order is not None and len(order) != logits.shape[1]:
+        raise ValueError(f"order has {len(order)} columns, logits have {logits.shape[1]}")
+    columns = None if order is None else order.on(logits.device)
     out = torch.ops.kdfast.select_threshold(
-        _rows(logits), float(temperature), float(tau), _int64("seed", seed), _row(first_row), order
+        _rows(logits), float(temperature), float(tau), _int64("seed", seed), _row(first_row), columns
     )
     return Thresholded(*out)
 
