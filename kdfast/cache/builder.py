@@ -60,7 +60,8 @@ class ShardBuilder:
             "record_keys": np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16),
             "block_crc": np.array([crc32c(block) for block in self._payload], np.uint32),
         }
-        return pack(metadata, self._payload, tables)
+        before, after = pack(metadata, self._bytes, tables)
+        return [before, *self._payload, after]
 
     def _close_block(self) -> None:
         rows = self._rows - self._blocked_rows

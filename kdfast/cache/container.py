@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,22 @@ from numpy.typing import NDArray
 from kdfast._C import crc32c
 from kdfast.cache.errors import CacheCorruptError, naming
 
-__all__ = ["Container", "map_file", "pack", "pack_sealed", "parse_container", "parse_sealed", "read_container"]
+__all__ = [
+    "Container",
+    "pack",
+    "pack_sealed",
+    "parse_container",
+    "read_container",
+    "reserve",
+]
 
 ALIGN = 8
 SEAL_BYTES = 8
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+LARGEST = 2**56  # of any dimension: no file is that long
 DTYPES = {"U8": "u1", "U32": "<u4", "I64": "<i8", "U64": "<u8"}
-# Every tensor in file order: its dtype and its shape without the leading dimension.
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+# Every tensor in file order: its dtype and its shape without the leading dimension.
 LAYOUT: Layout = {
     "payload": ("U8", ()),
     "padding": ("U8", ()),
@@ -45,41 +53,52 @@ TABLES = [name for name in LAYOUT if name not in ("payload", "seal")]
 
 @dataclass(frozen=True)
 class Container:
-    """A shard's parts, checked, apart from the payload, which is not read. Arrays are views of the mapped file."""
+    """A shard's parts, checked, apart from the payload, which stays on disk. Files without a payload are read so too."""
 
     metadata: dict[str, str]
     payload_start: int
-    payload: NDArray[np.uint8]
+    payload_bytes: int
     tables: dict[str, NDArray[Any]]
     seal: bytes
     file_bytes: int
-
-    @property
-    def payload_bytes(self) -> int:
-        return len(self.payload)
+    mapped: NDArray[np.uint8] | None = None  # the whole file, if it was mapped: the tables are views of it
 
 
-def pack(metadata: dict[str, str], payload: list[bytes], tables: dict[str, NDArray[Any]]) -> list[bytes]:
-    """A shard file, in pieces. ``tables`` holds those of ``TABLES``; the padding is made here."""
-    size = sum(map(len, payload))
-    padding = np.zeros(-size % ALIGN, np.uint8)
+def pack(
+    metadata: dict[str, str], payload_bytes: int, tables: dict[str, NDArray[Any]], reserved: int = 0
+) -> tuple[bytes, bytes]:
+    """What a shard has before its payload, and what it has after it.
+
+    Args:
+        tables: those of ``TABLES``, of which the ``OPTIONAL`` ones may be left out; the padding is made here.
+        reserved: the length of the first part, as ``reserve`` gives it; as short as can be if 0.
+    """
+    padding = np.zeros(-payload_bytes % ALIGN, np.uint8)
     data = {name: table.astype(DTYPES[LAYOUT[name][0]]) for name, table in {"padding": padding, **tables}.items()}
     names = [name for name in TABLES if name in data]
-    shapes = {"payload": (size,), **{name: data[name].shape for name in names}, "seal": (2,)}
-    header = _header(metadata, shapes)
+    shapes = {"payload": (payload_bytes,), **{name: data[name].shape for name in names}, "seal": (2,)}
+    header = _header(metadata, shapes, reserved)
     body = b"".join(data[name].tobytes() for name in names)
-    return [header, *payload, body, _seal(header, body)]
+    return header, body + _seal(header, body)
 
 
-def pack_sealed(metadata: dict[str, str], tables: dict[str, NDArray[Any]], layout: Layout) -> list[bytes]:
-    """A file of tables alone, sealed as a shard is, in pieces. ``layout`` ends with ``seal``, which is made here."""
+def reserve(metadata: dict[str, str], optional: Iterable[str]) -> int:
+    """Bytes to keep free for what comes before the payload: enough for any sizes. ``optional`` tables will be there."""
+    names = [name for name in LAYOUT if name not in OPTIONAL or name in optional]
+    return len(_header(metadata, {name: (LARGEST, *LAYOUT[name][1]) for name in names}))
+
+
+def pack_sealed(metadata: dict[str, str], tables: Mapping[str, NDArray[Any]], layout: Layout) -> list[bytes]:
+    """A file of tables alone, in pieces, sealed as a shard is. ``layout`` ends with ``seal``, which is made here."""
     data = {name: tables[name].astype(DTYPES[layout[name][0]]) for name in layout if name != "seal"}
-    header = _header(metadata, {**{name: table.shape for name, table in data.items()}, "seal": (2,)}, layout)
+    header = _header(metadata, {**{name: table.shape for name, table in data.items()}, "seal": (2,)}, 0, layout)
     body = b"".join(table.tobytes() for table in data.values())
-    return [header, body, _seal(header, body)]
+    return [header, body + _seal(header, body)]
 
 
-def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], layout: Layout = LAYOUT) -> bytes:
+def _header(
+    metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], reserved: int = 0, layout: Layout = LAYOUT
+) -> bytes:
     """The length, then JSON, padded with spaces so that the data starts on a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -88,24 +107,17 @@ def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], layout
         begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(reserved - 8)
     text += b" " * (-len(text) % ALIGN)
     return len(text).to_bytes(8, "little") + text
 
 
-def _seal(header: bytes | NDArray[np.uint8], body: bytes | NDArray[np.uint8]) -> bytes:
+def _seal(header: bytes, body: bytes | NDArray[np.uint8]) -> bytes:
     return np.array([crc32c(header), crc32c(body)], "<u4").tobytes()
 
 
-def map_file(path: Path) -> NDArray[np.uint8]:
-    """A file's bytes, mapped into memory: nothing is read before it is used, and no page is this process's own.
-
-    Raises ``ValueError`` for an empty file.
-    """
-    return np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
-
-
-def read_container(path: Path) -> Container:
-    """Map a shard, and check everything but the payload.
+def read_container(path: Path, layout: Layout = LAYOUT) -> Container:
+    """Map a sealed file into memory, and check everything but the payload.
 
     Raises:
         CacheCorruptError: the file is truncated, or its header or tables are not what was written.
@@ -113,37 +125,39 @@ def read_container(path: Path) -> Container:
     """
     with naming(path):
         try:
-            return parse_container(map_file(path))
+            data = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
+            return replace(_parse(lambda begin, end: data[begin:end], len(data), layout), mapped=data)
         except (ValueError, RecursionError) as error:
             raise CacheCorruptError(f"{path}: {error}") from error
 
 
-def parse_container(data: NDArray[np.uint8]) -> Container:
-    """The same of a file's bytes. Raises ``ValueError`` or ``RecursionError`` if they are not a shard's."""
-    metadata, tables, begin = parse_sealed(data, LAYOUT, OPTIONAL)
-    return Container(metadata, begin, tables.pop("payload"), tables, tables.pop("seal").tobytes(), len(data))
+def parse_container(file: BinaryIO, file_bytes: int) -> Container:
+    """The same from an open file of ``file_bytes``. Raises ``ValueError`` or ``RecursionError`` if it is corrupt."""
+
+    def read(begin: int, end: int) -> NDArray[np.uint8]:
+        file.seek(begin)
+        return np.frombuffer(file.read(end - begin), np.uint8)
+
+    return _parse(read, file_bytes, LAYOUT)
 
 
-def parse_sealed(
-    data: NDArray[np.uint8], layout: Layout, optional: tuple[str, ...] = ()
-) -> tuple[dict[str, str], dict[str, NDArray[Any]], int]:
-    """Metadata, the tensors that ``layout`` knows as views of ``data``, and where the first one begins.
-
-    Raises:
-        ValueError, RecursionError: not a whole file of that layout, or its seal does not agree.
-    """
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > min(len(data) - 8, MAX_HEADER):
-        raise ValueError(f"truncated or corrupt: a header of {length} bytes in a file of {len(data)}")
+def _parse(read: Callable[[int, int], NDArray[np.uint8]], file_bytes: int, layout: Layout) -> Container:
+    """``read`` gives the file's bytes from ``begin`` to ``end``, or fewer if it is shorter."""
+    length = int.from_bytes(read(0, 8).tobytes(), "little")
+    if length > min(file_bytes - 8, MAX_HEADER):
+        raise ValueError(f"truncated or corrupt: a header of {length} bytes in a file of {file_bytes}")
     start = 8 + length
-    metadata, tensors = _parse_header(data[8:start].tobytes(), layout, optional)
-    end = start + tensors["seal"].end
-    if tensors["seal"].shape != (2,) or end != len(data):
-        raise ValueError(f"truncated or corrupt: {end} bytes announced, {len(data)} found")
-    sealed_from = tensors["payload"].end if "payload" in tensors else 0
-    body = data[start + sealed_from : end - SEAL_BYTES]
-    _check_seal(_seal(data[:start], body), data[end - SEAL_BYTES :].tobytes())
-    return metadata, {name: tensors[name].view(data, start) for name in layout if name in tensors}, start
+    header = read(0, start).tobytes()
+    metadata, tensors = _parse_header(header[8:], layout)
+    end = start + tensors["seal"].begin + SEAL_BYTES
+    if end != file_bytes:
+        raise ValueError(f"truncated or corrupt: {end} bytes announced, {file_bytes} found")
+    payload_bytes = tensors["payload"].end if "payload" in tensors else 0
+    body, seal = read(start + payload_bytes, end - SEAL_BYTES), read(end - SEAL_BYTES, end).tobytes()
+    _check_seal(_seal(header, body), seal)
+    names = [name for name in layout if name in tensors and name not in ("payload", "seal")]
+    tables = {name: tensors[name].view(body, payload_bytes) for name in names}
+    return Container(metadata, start, payload_bytes, tables, seal, file_bytes)
 
 
 def _check_seal(found: bytes, sealed: bytes) -> None:
@@ -162,13 +176,11 @@ class _Tensor(NamedTuple):
     begin: int
     end: int
 
-    def view(self, data: NDArray[np.uint8], start: int) -> NDArray[Any]:
-        return data[start + self.begin : start + self.end].view(DTYPES[self.dtype]).reshape(self.shape)
+    def view(self, body: NDArray[np.uint8], body_begin: int) -> NDArray[Any]:
+        return body[self.begin - body_begin : self.end - body_begin].view(DTYPES[self.dtype]).reshape(self.shape)
 
 
-def _parse_header(
-    text: bytes, layout: Layout, optional: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, _Tensor]]:
+def _parse_header(text: bytes, layout: Layout) -> tuple[dict[str, str], dict[str, _Tensor]]:
     """Metadata and tensors, in file order. Any bytes may come in; ``ValueError`` unless they are such a header."""
     header = json.loads(text)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
@@ -178,7 +190,7 @@ def _parse_header(
         raise ValueError("its __metadata__ holds values that are not strings")
     tensors = dict(sorted(((name, _tensor(name, entry, layout)) for name, entry in header.items()), key=lambda t: t[1].begin))
     # A later version may add tables: they are sealed like the others and otherwise ignored.
-    missing = [name for name in layout if name not in tensors and name not in optional]
+    missing = [name for name in layout if name not in tensors and name not in OPTIONAL]
     if missing:
         raise ValueError(f"its header lacks {missing}")
     names, begins = list(tensors), [tensor.begin for tensor in tensors.values()]
