@@ -14,8 +14,10 @@
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key
+from kdfast.cache.packed import PackedLabels
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
+from kdfast.cache.spans import pack_spans
 from kdfast.cache.writer import Writer
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "CacheMismatchError",
     "CacheReader",
     "Key",
+    "PackedLabels",
     "RecordIndex",
     "Writer",
     "open",
+    "pack_spans",
 ]

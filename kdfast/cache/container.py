@@ -188,7 +188,9 @@ def _parse_header(text: bytes, layout: Layout) -> tuple[dict[str, str], dict[str
     metadata = header.pop("__metadata__")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ holds values that are not strings")
-    tensors = dict(sorted(((name, _tensor(name, entry, layout)) for name, entry in header.items()), key=lambda t: t[1].begin))
+    tensors = dict(
+        sorted(((name, _tensor(name, entry, layout)) for name, entry in header.items()), key=lambda t: t[1].begin)
+    )
     # A later version may add tables: they are sealed like the others and otherwise ignored.
     missing = [name for name in layout if name not in tensors and name not in OPTIONAL]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,9 +17,11 @@ from kdfast.cache import codecs
 from kdfast.cache.builder import ShardBuilder
 from kdfast.cache.errors import CacheError
 from kdfast.cache.keys import Key, describe, make_key
-from kdfast.cache.manifest import SHARD_NAME, load_shards, write_manifest
-from kdfast.cache.meta import CacheMeta
+from kdfast.cache.manifest import MANIFEST, SHARD_NAME, entry_of, load_shards
+from kdfast.cache.meta import FORMAT, FORMAT_VERSION, CacheMeta
 from kdfast.cache.publish import publish
+from kdfast.cache.sorted_keys import write_index
+from kdfast.cache.storage import LocalStorage, Storage
 
 __all__ = ["Writer"]
 
@@ -79,7 +82,7 @@ class Writer:
 
     def _continue(self) -> None:
         """Take up where the directory's shards end."""
-        for shard in load_shards(self._path):
+        for shard in load_shards(LocalStorage(self._path)):
             self._meta.require_equal(shard.meta, "this writer", str(shard.path))
             self._seen.update(Key(row.tobytes()) for row in shard.keys)
             name = SHARD_NAME.fullmatch(shard.path.name)
@@ -129,7 +132,7 @@ class Writer:
             if self._builder.records:
                 self._seal()
             if self._next:
-                write_manifest(self._path)
+                _write_manifest(LocalStorage(self._path))
             self._closed = True
 
     def _seal(self) -> None:
@@ -149,6 +152,15 @@ class Writer:
         if kind is None:
             self.close()
         self._closed = True
+
+
+def _write_manifest(storage: Storage) -> None:
+    """List the shards that are there now, other writers' included."""
+    shards = load_shards(storage)
+    entries = [entry_of(s.path.name, s.records, s.rows, s.file_bytes, s.seal) for s in shards]
+    document = {"format": FORMAT, "version": FORMAT_VERSION, "shards": entries}
+    storage.publish(MANIFEST, [json.dumps(document, indent=1).encode()])
+    write_index(storage, shards)
 
 
 def _check_logits(logits: Tensor, vocab_size: int) -> Tensor:
