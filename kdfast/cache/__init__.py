@@ -11,14 +11,17 @@
 ``FORMAT.md`` gives the files byte by byte. ``kdfast.cache.codecs`` lists what a row can be stored as.
 """
 
-from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
+from kdfast.cache.salvage import salvage
+from kdfast.cache.view import View
 from kdfast.cache.writer import Writer
 
 __all__ = [
+    "CacheBusyError",
     "CacheCorruptError",
     "CacheError",
     "CacheInfo",
@@ -26,6 +29,8 @@ __all__ = [
     "CacheReader",
     "Key",
     "RecordIndex",
+    "View",
     "Writer",
     "open",
+    "salvage",
 ]
