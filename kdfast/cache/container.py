@@ -53,7 +53,7 @@ TABLES = [name for name in LAYOUT if name not in ("payload", "seal")]
 
 @dataclass(frozen=True)
 class Container:
-    """A shard's parts, checked, apart from the payload, which stays on disk. Files without a payload are read so too."""
+    """A shard's parts, checked, apart from the payload, which stays on disk. A file may also have none."""
 
     metadata: dict[str, str]
     payload_start: int

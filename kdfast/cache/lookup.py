@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.errors import CacheMismatchError
 from kdfast.cache.keys import DIGEST_BYTES, Key, make_key, make_keys
 from kdfast.cache.shard import Shard
 from kdfast.cache.sorted_keys import SortedKeys, keys_of
 
-__all__ = ["HashLookup", "Lookup", "RangeLookup", "require_one_kind"]
+__all__ = ["HashLookup", "Lookup", "RangeLookup"]
 
 
 class Lookup(Protocol):
@@ -30,13 +29,6 @@ class Lookup(Protocol):
 
     def __iter__(self) -> Iterator[Key | int]:
         """The keys that can be found, in the order of their records."""
-
-
-def require_one_kind(shards: Sequence[Shard]) -> None:
-    """Raise ``CacheMismatchError`` unless all shards store their keys, or all have consecutive integers."""
-    for shard in shards[1:]:
-        if (shard.first_record is None) != (shards[0].first_record is None):
-            raise CacheMismatchError(f"{shard.path} and {shards[0].path} differ: one of them has keys='range'")
 
 
 class HashLookup:
@@ -74,10 +66,10 @@ class HashLookup:
 class RangeLookup:
     """Integer keys that are consecutive within each shard: arithmetic."""
 
-    note = "consecutive integers"
+    note = "none: keys are consecutive integers"
 
     def __init__(self, shards: Sequence[Shard], starts: NDArray[np.int64]) -> None:
-        first = np.array([shard.first_record or 0 for shard in shards])
+        first = np.array([shard.first_record for shard in shards])
         end = first + np.diff(starts)
         # Keys from points[i - 1] to points[i] - 1 are those of shard owner[i], -1 being none.
         self._points = np.unique(np.concatenate([first, end]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +19,18 @@ from kdfast.cache.decoder import Decoder
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key, describe
-from kdfast.cache.lookup import HashLookup, Lookup, RangeLookup, require_one_kind
+from kdfast.cache.lookup import HashLookup, Lookup, RangeLookup
 from kdfast.cache.manifest import load_shards
+from kdfast.cache.meta import RANGE
 from kdfast.cache.packed import PackedLabels
 from kdfast.cache.rows import Rows, ranges
 from kdfast.cache.shard import Shard
 from kdfast.cache.sorted_keys import INDEX, read_index, sort_keys, verify_index
 from kdfast.cache.spans import check_spans, split_spans
 from kdfast.cache.storage import open_storage
+from kdfast.cache.targets import targets_crc
+from kdfast.cache.view import View, unpack_views
 from kdfast.labels import SoftLabels
-
-if TYPE_CHECKING:
-    from kdfast.cache.view import View
 
 __all__ = ["CacheInfo", "CacheReader", "open_cache"]
 
@@ -44,13 +44,14 @@ class CacheInfo:
     vocab_size: int
     temperatures: tuple[float, ...]
     teacher: str
+    keys: str
     shards: int
     records: int
     duplicates: int
     rows: int
     payload_bytes: int
     file_bytes: int
-    keys: str  # how a key is found: in index.safetensors, in memory (and why), or by arithmetic
+    index: str  # what a key is looked up in: index.safetensors, or memory (and why), or none for keys="range"
     cross_entropy: float | None  # the teacher's on the targets, in nats, mean over all; None if no shard has any
     shard_cross_entropy: tuple[float | None, ...]  # the same shard by shard: one that stands out was misaligned
 
@@ -74,7 +75,6 @@ def open_cache(path: str | os.PathLike[str]) -> CacheReader:
     shards = load_shards(storage)
     if not shards:
         raise CacheError(f"{storage.url}: holds no shard of a kdfast cache")
-    require_one_kind(shards)
     for shard in shards:
         Decoder.of(shard, storage.fetch)
     index = storage.fetch(INDEX) if storage.exists(INDEX) else shards[0].path.with_name(INDEX)
@@ -144,7 +144,7 @@ class CacheReader:
             KeyError: a key is not in the cache.
             ValueError: a span goes beyond its record.
         """
-        entries = keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys)
+        entries: Any = keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys)
         found, spans, absent = split_spans(entries)
         records = np.full(len(entries), -1)
         records[~absent] = self._find(found)
@@ -154,7 +154,7 @@ class CacheReader:
             check_spans(entries, spans, rows)
         return RecordIndex(records, self._fingerprint, spans)
 
-    # ---- what belongs to the labels ------------------------------------------------------------------------------------
+    # ---- what goes with the labels -----------------------------------------------------------------------------------
 
     def views(self, key: Any) -> list[View]:
         """What was done to each row's sample before the teacher saw it.
@@ -164,8 +164,6 @@ class CacheReader:
             CacheError: the record was stored without views.
             CacheCorruptError: they are not what a writer stores.
         """
-        from kdfast.cache.view import unpack_views
-
         (record,) = self._find([key])
         owner, ((first, rows),) = self._rows.spans(np.array([record]))
         shard = self._shards[int(owner[0])]
@@ -189,8 +187,6 @@ class CacheReader:
             CacheError: a record was stored without targets.
             ValueError: there are not as many targets as keys.
         """
-        from kdfast.cache.targets import targets_crc
-
         entries = keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys)
         ids_of = list(targets)
         if len(ids_of) != len(entries):
@@ -250,7 +246,7 @@ class CacheReader:
             rows=sum(shard.rows for shard in self._shards),
             payload_bytes=self.nbytes,
             file_bytes=sum(shard.file_bytes for shard in self._shards),
-            keys=self._lookup.note,
+            index=self._lookup.note,
             cross_entropy=_mean(total),
             shard_cross_entropy=tuple(map(_mean, marks)),
         )
@@ -262,7 +258,7 @@ class CacheReader:
     @cached_property
     def _lookup(self) -> Lookup:
         # Not made before it is needed: a worker that has a RecordIndex never looks up a key.
-        if self._shards[0].first_record is not None:
+        if self._shards[0].meta.keys == RANGE:
             return RangeLookup(self._shards, self._rows.starts)
         keys, note = read_index(self._index_file, self._shards)
         if keys is None:

@@ -57,10 +57,7 @@ class Rows:
         if present is None or present.all():
             return self._pack(owners, rows)
         place = present.cumsum() - 1  # of each present row among themselves
-        if present.any():
-            kept = self._pack(owners[present], rows[present])
-        else:
-            kept = self._pack(*self._stand_in())
+        kept = self._pack(*((owners[present], rows[present]) if present.any() else self._stand_in()))
         index = torch.from_numpy(np.where(present, place, 0))
         return PackedLabels(kept.data, kept.units, kept.wanted[index], kept.decoders, torch.from_numpy(present))
 
@@ -127,4 +124,5 @@ def ranges(begin: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int
     """``sizes[i]`` numbers from ``begin[i]`` on, for each i, one after another."""
     ends = sizes.cumsum()
     # Number n of the result sits ``n - (ends - sizes)[i]`` past its range's begin.
-    return np.repeat(begin - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)
+    numbers: NDArray[np.int64] = np.repeat(begin - (ends - sizes), sizes)
+    return numbers + np.arange(len(numbers))

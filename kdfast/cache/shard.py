@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 
 from kdfast._C import crc32c, last_at_most
 from kdfast.cache.codecs.base import Addressable, Codec, FixedWidthCodec
-from kdfast.cache.container import read_container
+from kdfast.cache.container import Container, read_container
 from kdfast.cache.errors import CacheCorruptError, CacheError, naming
-from kdfast.cache.meta import CacheMeta
+from kdfast.cache.meta import RANGE, CacheMeta
 from kdfast.labels import SoftLabels
 
-__all__ = ["Shard", "Units"]
+__all__ = ["MAX_FIRST", "ONE_ROW_EACH", "Outline", "Shard", "Units"]
+
+ONE_ROW_EACH = {"spans": "one"}  # metadata of a shard whose records need no spans
 
 MAX_ROWS = 2**31  # of one block or record: keeps every sum below within 64 bits
+MAX_FIRST = 2**62  # below: integer keys do not overflow
 CHUNK = 8192  # table rows checked at a time: what a check allocates does not grow with the table
 
 
@@ -29,6 +32,27 @@ class Units(NamedTuple):
     ranges: NDArray[np.int64]  # (units, 2): first byte in the payload, length
     counts: NDArray[np.int64]  # (units,): rows of each
     wanted: NDArray[np.int64]  # the rows asked for, numbered over these units
+
+
+class Outline(NamedTuple):
+    """Which records a shard has."""
+
+    records: int
+    first_record: int  # where keys are consecutive integers: that of the first record
+    one_row_each: bool
+
+    @classmethod
+    def of(cls, container: Container) -> Outline:
+        """Raises ``CacheError`` for spans of an unknown kind, ``ValueError`` for nonsense."""
+        metadata, blocks = container.metadata, container.tables["block_index"]
+        if metadata.get("spans", "one") != "one":
+            raise CacheError(f"has spans {metadata['spans']!r}, which this kdfast does not read")
+        first = int(metadata.get("first_record", "0"))
+        if not 0 <= first < MAX_FIRST:
+            raise ValueError(f"its first_record {first} is out of range")
+        rows = int(blocks[-1, 2:].sum()) if len(blocks) else 0
+        one_row_each = "spans" in metadata
+        return cls(rows if one_row_each else len(container.tables["record_spans"]), first, one_row_each)
 
 
 class Shard:
@@ -53,12 +77,9 @@ class Shard:
         self.targets: NDArray[np.uint32] | None = tables.get("record_targets")  # (records,)
         self.views: NDArray[np.uint8] | None = tables.get("row_views")  # (rows, 13)
         try:
-            metadata = self._container.metadata
-            self.meta = CacheMeta.from_strings(metadata)
-            # The integer key of the first record, where keys are consecutive; None where each is stored.
-            self.first_record = _first_record(metadata)
-            self._one_row_each = _choice(metadata, "spans", "stored", "one") == "one"
-            self.cross_entropy = _cross_entropy(metadata)
+            self.meta = CacheMeta.from_strings(self._container.metadata)
+            self.records, self.first_record, self._one_row_each = Outline.of(self._container)
+            self.cross_entropy = _cross_entropy(self._container.metadata)
             self._check_tables()
         except CacheError as error:
             raise type(error)(f"{path}: {error}") from error
@@ -66,10 +87,6 @@ class Shard:
             raise CacheCorruptError(f"{path}: {error}") from error
         self._checked = np.zeros(len(self._index), bool)
         self._payload: NDArray[np.uint8] | None = None
-
-    @property
-    def records(self) -> int:
-        return self.rows if self._one_row_each else len(self._spans)
 
     @property
     def rows(self) -> int:
@@ -193,7 +210,7 @@ class Shard:
         if not self._one_row_each:
             _check_tiling("records", self._spans, 0, MAX_ROWS, self.rows)
             self._check_crossings()
-        keys = self.records if self.first_record is None else 0
+        keys = 0 if self.meta.keys == RANGE else self.records
         targets = self.records if self.targets is None else len(self.targets)
         views = self.rows if self.views is None else len(self.views)
         if (len(self._crc), len(self.keys), targets, views) != (len(self._index), keys, self.records, self.rows):
@@ -241,23 +258,7 @@ def _check_tiling(what: str, table: NDArray[np.int64], smallest: int, largest: i
         raise ValueError(f"its {what} end at {end}, not at {total}")
 
 
-def _choice(metadata: Mapping[str, str], name: str, default: str, other: str) -> str:
-    value = metadata.get(name, default)
-    if value not in (default, other):
-        raise CacheError(f"has {name} {value!r}, this kdfast reads {default!r} and {other!r}")
-    return value
-
-
-def _first_record(metadata: Mapping[str, str]) -> int | None:
-    if _choice(metadata, "keys", "hash", "range") == "hash":
-        return None
-    first = int(metadata.get("first_record", ""))
-    if not 0 <= first < 2**62:
-        raise ValueError(f"its first_record {first} is out of range")
-    return first
-
-
-def _cross_entropy(metadata: Mapping[str, str]) -> tuple[float, int] | None:
+def _cross_entropy(metadata: dict[str, str]) -> tuple[float, int] | None:
     """The teacher's cross-entropy on the targets: its sum in nats, and the number of targets."""
     if "targets" not in metadata:
         return None

@@ -7,7 +7,7 @@ It is safetensors, sealed like a shard, with these tensors:
 | ``prefixes`` | U64 (N,) | the first 8 bytes of every key, as a little-endian number, in ascending order |
 | ``records`` | I64 (N,) | the record of each, numbered over all shards; equal prefixes by record |
 | ``duplicates`` | I64 (D,) | records whose key an earlier one has, in ascending order: they are not among the N |
-| ``seal`` | U32 (2,) | the CRC of the first 8 + H bytes of the file, and the CRC of everything between them and the seal |
+| ``seal`` | U32 (2,) | the CRC of the first 8 + H bytes of the file, and that of everything between them and the seal |
 
 and this metadata: ``format`` is ``kdfast-cache-index``, ``version`` is ``1``, and ``shards`` the concatenated seals of
 the shards, in order, in hexadecimal. An index of other shards than those that are there is not used.

@@ -68,7 +68,7 @@ class Storage(ABC):
 
     @abstractmethod
     def fetch(self, name: str) -> Path:
-        """A local file with the contents of ``name``, which never changes. Downloaded once; size and end are checked."""
+        """A local file with the contents of ``name``, which never changes. Downloaded once, size and end checked."""
 
     @abstractmethod
     def create(self) -> None:
@@ -126,10 +126,11 @@ class LocalStorage(Storage):
         publish(self.directory / name, chunks)
 
     def deliver(self, file: Path, name: str) -> None:
-        self._require_absent(name)
         path = self.directory / name
         with naming(path):
-            os.replace(file, path)
+            if file.exists() or not path.exists():  # else it is there, but the directory could not be synced
+                self._require_absent(name)
+                os.replace(file, path)
             sync_directory(self.directory)
 
 
