@@ -56,8 +56,9 @@ def kd_loss(
 
     Args:
         student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column.
-        teacher: (..., V_t) logits, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s and V_t may differ: the
-            divergence is over the shared columns, both sides renormalised there; CE and z-loss see all of V_s.
+        teacher: (..., V_t) logits, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s and V_t
+            may differ: the divergence is over the shared columns, both sides renormalised there; CE and z-loss see all
+            of V_s.
         labels: (...,) int64 class indices, or (..., V_s) class probabilities. Needed by CE and ``dkd``.
         divergence: a name of ``kdfast.divergences``, or a ``Divergence`` where it has parameters.
         temperature: the student's, and the teacher's unless ``teacher_temperature`` is given. A number, or a tensor

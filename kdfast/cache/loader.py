@@ -181,6 +181,8 @@ class ElasticSampler(Sampler[list[int]]):
             raise ValueError(f"the last batch would have {rest} samples, which {self.world_size} ranks cannot share")
         self.seed, self.epoch, self.samples_consumed = state["seed"], state["epoch"], state["samples_consumed"]
         self._exhausted = False
+        if not len(self):  # what is left is less than a batch of this size
+            self.epoch, self.samples_consumed = self.epoch + 1, 0
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -144,10 +144,9 @@ class Shard:
 
     def decode(self, number: int, rows: NDArray[np.int64], codec: Codec) -> SoftLabels:
         """The labels of ``rows``, which lie in block ``number``, in that order."""
-        block = self.block(number)
+        ranges, counts, wanted = self.units(rows, codec)
         try:
-            unit = np.array([[0, len(block), self._index[number, 3]]])
-            return codec.decode(block, unit, rows - self._index[number, 2])
+            return codec.decode(self.payload(), np.column_stack([ranges, counts]), wanted)
         except ValueError as error:
             raise self._corrupt(number, error) from error
 
