@@ -219,7 +219,7 @@ class Shard:
         """Every block ends where a record does."""
         seen = 0  # blocks whose ends have been looked for
         for _, chunk in _chunks(self._spans):
-            ends = chunk.sum(1)
+            ends = chunk[:, 0] + chunk[:, 1]
             # Block n ends where block n + 1 starts.
             last = int(ends[-1])
             done = int(last_at_most(self._index, 2, ends[-1:])[0]) if last < self.rows else len(self._index)
