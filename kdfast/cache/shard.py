@@ -134,7 +134,7 @@ class Shard:
         blocks = self.blocks_of(rows)
         for number in np.unique(blocks[~self._checked[blocks]]).tolist():
             self.block(number)
-        if isinstance(codec, Addressable):
+        if isinstance(codec, Addressable) and codec.addressable:
             return Units(self._locate(blocks, rows, codec), np.ones_like(rows), np.arange(len(rows)))
         numbers, inverse = np.unique(blocks, return_inverse=True)
         entries = self._index.take(numbers, 0)
