@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdfast.cache.codecs.base import Codec, FixedWidthCodec
@@ -11,7 +11,18 @@ from kdfast.cache.codecs.prototype import Prototype
 from kdfast.cache.codecs.topk import TopK
 from kdfast.cache.codecs.weights import Sample, Threshold
 
-__all__ = ["Codec", "Dense", "FixedWidthCodec", "Prototype", "Sample", "Threshold", "TopK", "create", "register"]
+__all__ = [
+    "Codec",
+    "Dense",
+    "FixedWidthCodec",
+    "Prototype",
+    "Sample",
+    "Threshold",
+    "TopK",
+    "create",
+    "register",
+    "restore",
+]
 
 _registry: dict[str, type[Codec]] = {}
 
@@ -30,14 +41,34 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         ValueError: an unknown codec, or an option out of range.
         TypeError: an option that the codec does not have.
     """
-    if name not in _registry:
-        raise ValueError(f"codec must be one of {sorted(_registry)}, got {name!r}")
     try:
-        return _registry[name](vocab_size, temperatures, **options)
+        return _class(name)(vocab_size, temperatures, **options)
     except TypeError as error:
         raise TypeError(f"codec {name!r}: {error}") from error
     except ValueError as error:
         raise ValueError(f"codec {name!r}: {error}") from error
+
+
+def restore(
+    name: str,
+    vocab_size: int,
+    temperatures: Sequence[float],
+    config: Mapping[str, Any],
+    read_asset: Callable[[str], bytes],
+) -> Codec:
+    """The codec whose ``config()`` is given. ``read_asset(file name)`` gives the bytes of one of its assets.
+
+    Raises:
+        ValueError, TypeError: as ``create`` does, and for an asset that is not what the configuration asks for.
+        OSError: an asset cannot be read.
+    """
+    return create(name, vocab_size, temperatures, _class(name).options(config, read_asset))
+
+
+def _class(name: str) -> type[Codec]:
+    if name not in _registry:
+        raise ValueError(f"codec must be one of {sorted(_registry)}, got {name!r}")
+    return _registry[name]
 
 
 for _codec in (Dense, Prototype, Sample, Threshold, TopK):

@@ -53,6 +53,7 @@ class EntryCodec(Addressable):
         if shapes is not None and shapes.vocab_size != self.vocab_size:
             raise ValueError(f"the shapes have {shapes.vocab_size} columns, the logits {self.vocab_size}")
         self.coding, self.shapes = coding, shapes
+        self.addressable = coding != "blocks"
         self._bounded: RowBounds | None = None
         self.learn_rows = 0 if coding == "plain" or (coding == "rows" and shapes is not None) else LEARN_ROWS
 
