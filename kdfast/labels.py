@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["SoftLabels"]
 
-KINDS = ("topk", "weights", "dense")
+KINDS = ("topk", "weights", "prototype", "dense")
 
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """A teacher's labels for ``rows`` rows. Build it with one of the three constructors.
+    """A teacher's labels for ``rows`` rows. Build it with one of the four constructors.
 
     ========== ============================================= =======================================================
     kind       a row holds                                   serves
@@ -24,6 +25,9 @@ class SoftLabels:
                log-mass of the rest per temperature          (an exact coarse-graining, a lower bound)
     weights    K (id, weight), unnormalised, as unbiased     soft_ce (and forward_kl, whose gradient is the same)
                samplers give them, at one temperature
+    prototype  K (id, probability), the log-mass of the      every divergence but logit_mse, not standardized:
+               rest, and the shape of the rest: a row of     a distribution over the whole vocabulary, at one
+               a table that all rows share                   temperature
     dense      log-probabilities of the whole vocabulary     every divergence, every temperature
     ========== ============================================= =======================================================
 
@@ -34,13 +38,17 @@ class SoftLabels:
 
     kind: str
     vocab_size: int
-    values: Tensor  # topk: (nnz,) log-probs at T = 1; weights: (nnz,) weights; dense: (rows, vocab) log-probs
+    values: (
+        Tensor  # (nnz,) log-probs at T = 1 (topk), weights, or probabilities (prototype); dense: (rows, vocab) logits
+    )
     temperatures: tuple[float, ...] = (1.0,)
     ids: Tensor | None = None  # (nnz,) int32
     offsets: Tensor | None = None  # (rows + 1,) int64
-    tails: Tensor | None = None  # topk: (len(temperatures), rows) log-mass outside the entries
+    tails: Tensor | None = None  # topk, prototype: (len(temperatures), rows) log-mass outside the entries
     present: Tensor | None = None  # (rows,) bool; None: all
     width: int | None = None  # entries per row where every row has as many
+    shape: Tensor | None = None  # prototype: (rows,) int64, each row's row of `shapes`
+    shapes: Tensor | None = None  # prototype: (S, vocab) bfloat16 or float32, shared by whatever is made of the labels
 
     # ---- constructors -------------------------------------------------------------------------------------------
 
@@ -107,6 +115,51 @@ class SoftLabels:
         return cls("weights", int(vocab_size), weights, (float(temperature),), ids, offsets, None, present)
 
     @classmethod
+    def prototype(
+        cls,
+        ids: Tensor,
+        probs: Tensor,
+        tails: Tensor,
+        shape: Tensor,
+        shapes: Tensor,
+        *,
+        vocab_size: int,
+        temperature: float = 1.0,
+        offsets: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> SoftLabels:
+        """A few entries exactly, and the rest of the mass spread like one of a table's shapes.
+
+        Row i is p_j = probs_j on its entries and c_i * shapes[shape_i, j] on every other column, where c_i makes the
+        other columns' mass what ``tails`` says. Where the shape has no mass outside the entries, they take all of it.
+
+        Args:
+            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids; K may be 0.
+            probs: same shape: the teacher's probabilities at ``temperature``.
+            tails: (rows,) log of the probability that the entries leave out (-inf: nothing is left out).
+            shape: (rows,) integers in [0, S).
+            shapes: (S, vocab_size) contiguous bfloat16 or float32, non-negative; a row need not sum to 1.
+        """
+        width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
+        ids, probs, offsets = _ragged(ids, probs, offsets)
+        rows = offsets.numel() - 1
+        _check_temperatures((temperature,))
+        _check_shapes(tails, shape, shapes, rows, int(vocab_size))
+        return cls(
+            "prototype",
+            int(vocab_size),
+            probs,
+            (float(temperature),),
+            ids,
+            offsets,
+            tails.float()[None],
+            _check_present(present, rows),
+            width,
+            shape.long(),
+            shapes,
+        )
+
+    @classmethod
     def dense(cls, log_probs: Tensor, *, present: Tensor | None = None) -> SoftLabels:
         """Whole rows: (rows, vocab) logits or log-probabilities at T = 1 (a constant per row does not matter)."""
         if log_probs.dim() != 2 or not log_probs.is_floating_point():
@@ -122,13 +175,15 @@ class SoftLabels:
 
     @classmethod
     def cat(cls, parts: Sequence[SoftLabels]) -> SoftLabels:
-        """Concatenate along rows; kinds, vocabularies and temperatures must agree."""
+        """Concatenate along rows; kinds, vocabularies, temperatures and tables of shapes must agree."""
         if not parts:
             raise ValueError("SoftLabels.cat needs at least one part")
         first = parts[0]
         for part in parts[1:]:
             if (part.kind, part.vocab_size, part.temperatures) != (first.kind, first.vocab_size, first.temperatures):
                 raise ValueError(f"cannot concatenate {first!r} with {part!r}: kind, vocabulary or temperatures differ")
+            if not _same_table(part.shapes, first.shapes):
+                raise ValueError(f"cannot concatenate {first!r} with {part!r}: their tables of shapes differ")
         present = None
         if any(part.present is not None for part in parts):
             present = torch.cat([part._present_mask() for part in parts])
@@ -139,8 +194,16 @@ class SoftLabels:
         tails = None if first.tails is None else torch.cat([part._tails() for part in parts], dim=1)
         ids = torch.cat([part._ids() for part in parts])
         width = first.width if all(part.width == first.width for part in parts) else None
+        shape = None if first.shape is None else torch.cat([part._shape() for part in parts])
         return replace(
-            first, values=values, ids=ids, offsets=_offsets(counts), tails=tails, present=present, width=width
+            first,
+            values=values,
+            ids=ids,
+            offsets=_offsets(counts),
+            tails=tails,
+            present=present,
+            width=width,
+            shape=shape,
         )
 
     # ---- rows ---------------------------------------------------------------------------------------------------
@@ -154,10 +217,14 @@ class SoftLabels:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftLabels:
         """The same labels on another device."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        return moved if self.shapes is None else replace(moved, shapes=_table_on(self.shapes, moved.device))
 
     def pin_memory(self) -> SoftLabels:
-        """The same labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        """The same labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this.
+
+        A table of shapes stays where it is: a copy per batch would cost more than the batch.
+        """
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> SoftLabels:
@@ -171,6 +238,7 @@ class SoftLabels:
             offsets=optional(self.offsets),
             tails=optional(self.tails),
             present=optional(self.present),
+            shape=optional(self.shape),
         )
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> SoftLabels:
@@ -185,15 +253,17 @@ class SoftLabels:
         entries = shift + torch.arange(shift.numel(), device=self.device)
         tails = None if self.tails is None else self.tails[:, index]
         ids = self._ids()[entries]
-        return replace(self, values=self.values[entries], ids=ids, offsets=offsets, tails=tails, present=present)
+        shape = None if self.shape is None else self.shape[index]
+        values = self.values[entries]
+        return replace(self, values=values, ids=ids, offsets=offsets, tails=tails, present=present, shape=shape)
 
     # ---- what a loss takes ----------------------------------------------------------------------------------------
 
     def at(self, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
-        """(nnz,) weights and, for top-k, (rows,) log tail mass at one of the labels' temperatures.
+        """(nnz,) weights and, for top-k and prototypes, (rows,) log tail mass at one of the labels' temperatures.
 
-        The entries of a top-k row are tempered and normalised to what the tail leaves, so that entries and tail are a
-        distribution whatever the precision they were stored in.
+        The entries of such a row are normalised to what the tail leaves (top-k: after tempering), so that entries and
+        tail are a distribution whatever the precision they were stored in.
 
         Raises:
             ValueError: a temperature that the labels do not carry, or a tensor of temperatures.
@@ -207,7 +277,12 @@ class SoftLabels:
             return self.values, None
         tail = self._tails()[known[0]]
         # A tail that rounding took above all of the mass leaves nothing to the entries.
-        head = torch.log(-torch.expm1(tail.clamp(max=0.0)))
+        mass = -torch.expm1(tail.clamp(max=0.0))
+        if self.kind == "prototype":
+            row = torch.repeat_interleave(self._counts(), output_size=self.values.numel())
+            total = torch.zeros_like(mass).index_add(0, row, self.values)
+            return self.values * torch.where(total == 0.0, 0.0, mass / total)[row], tail
+        head = torch.log(mass)
         tempered = self.values / temperature
         if self.width is not None:
             tempered = tempered.view(len(self), self.width)
@@ -220,8 +295,9 @@ class SoftLabels:
 
     def __repr__(self) -> str:
         entries = "" if self.kind == "dense" else f", entries={self.values.numel()}"
+        shapes = "" if self.shapes is None else f", shapes={len(self.shapes)}"
         return (
-            f"SoftLabels({self.kind}, rows={len(self)}, vocab_size={self.vocab_size}{entries}, "
+            f"SoftLabels({self.kind}, rows={len(self)}, vocab_size={self.vocab_size}{entries}{shapes}, "
             f"temperatures={self.temperatures})"
         )
 
@@ -238,6 +314,10 @@ class SoftLabels:
     def _tails(self) -> Tensor:
         assert self.tails is not None
         return self.tails
+
+    def _shape(self) -> Tensor:
+        assert self.shape is not None
+        return self.shape
 
     def _counts(self) -> Tensor:
         offsets = self._offsets()
@@ -303,3 +383,36 @@ def _check_present(present: Tensor | None, rows: int) -> Tensor | None:
     if present is not None and (present.dtype != torch.bool or present.shape != (rows,)):
         raise ValueError(f"present must be a bool mask of ({rows},), got {present.dtype} {tuple(present.shape)}")
     return present
+
+
+def _check_shapes(tails: Tensor, shape: Tensor, shapes: Tensor, rows: int, vocab_size: int) -> None:
+    if tails.shape != (rows,):
+        raise ValueError(f"tails must be ({rows},) log-masses, got {tuple(tails.shape)}")
+    if shape.is_floating_point() or shape.dtype == torch.bool:
+        raise TypeError(f"shape must hold integers, got {shape.dtype}")
+    if shape.shape != (rows,):
+        raise ValueError(f"shape must name one row of shapes for each of {rows} rows, got {tuple(shape.shape)}")
+    if shapes.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"shapes must be float32 or bfloat16 probabilities, got {shapes.dtype}")
+    if shapes.dim() != 2 or shapes.shape[1] != vocab_size or not shapes.is_contiguous():
+        raise ValueError(
+            f"shapes must be a contiguous (S, {vocab_size}) table, got {tuple(shapes.shape)} with strides "
+            f"{shapes.stride()}"
+        )
+
+
+def _same_table(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
+
+
+# A table's copies on other devices, by device and version: batch after batch refers to one table.
+_COPIES: MutableMapping[Tensor, dict[tuple[torch.device, int], Tensor]] = WeakTensorKeyDictionary()
+
+
+def _table_on(table: Tensor, device: torch.device) -> Tensor:
+    if table.device == device:
+        return table
+    key = (device, 0 if table.is_inference() else table._version)
+    if key not in _COPIES.get(table, {}):
+        _COPIES[table] = {key: table.to(device)}
+    return _COPIES[table][key]
