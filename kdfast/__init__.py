@@ -5,13 +5,16 @@ import torch as _torch  # noqa: F401  (loads the libraries that the extension li
 from kdfast import _C, cache
 from kdfast._version import __version__
 from kdfast.divergences import Divergence, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
+from kdfast.head import Head, OutputLayer
 from kdfast.labels import SoftLabels
 from kdfast.losses import KDLoss, LossParts, kd_loss
 
 __all__ = [
     "Divergence",
+    "Head",
     "KDLoss",
     "LossParts",
+    "OutputLayer",
     "SoftLabels",
     "__version__",
     "alpha_beta",

@@ -8,12 +8,10 @@ import os
 import torch
 from torch import Tensor
 
-from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 
 __all__ = [
     "check_backward",
-    "check_codec",
     "check_labels",
     "check_logits",
     "check_numbers",
@@ -197,18 +195,3 @@ def _check_entries(labels: SoftLabels, columns: int) -> None:
     row = torch.repeat_interleave(torch.arange(len(labels), device=ids.device), labels._counts())
     if torch.unique(row * labels.vocab_size + ids).numel() != ids.numel():
         raise ValueError("soft labels must name a token once per row, got a token twice")
-
-
-def check_codec(labels: SoftLabels, divergence: Divergence) -> None:
-    """Which divergences a record can serve."""
-    serves = {"topk": ("forward_kl", "soft_ce"), "weights": ("soft_ce",)}.get(labels.kind)
-    if serves is None:
-        return
-    if divergence.standardize or divergence.name not in serves:
-        wanted = f"{divergence.name}{', standardized' if divergence.standardize else ''}"
-        hint = (
-            "; unnormalised weights have forward KL's gradient under soft_ce, but not its value"
-            if labels.kind == "weights" and divergence.name == "forward_kl"
-            else ""
-        )
-        raise ValueError(f"{labels.kind} soft labels serve {' and '.join(serves)}, got divergence {wanted}{hint}")

@@ -12,6 +12,7 @@
 """
 
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key
 from kdfast.cache.reader import CacheInfo, CacheReader
@@ -27,5 +28,7 @@ __all__ = [
     "Key",
     "RecordIndex",
     "Writer",
+    "fingerprint",
+    "head_fingerprint",
     "open",
 ]

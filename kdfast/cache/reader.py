@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.errors import CacheError
+from kdfast.cache.codecs.hidden import Hidden
+from kdfast.cache.errors import CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import DIGEST_BYTES, Key, describe, make_key, make_keys
 from kdfast.cache.manifest import load_shards
+from kdfast.cache.meta import CacheMeta
 from kdfast.cache.rows import Rows
 from kdfast.cache.shard import Shard
+from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
 
 __all__ = ["CacheInfo", "CacheReader", "open_cache"]
@@ -41,22 +44,41 @@ class CacheInfo:
     file_bytes: int
 
 
-def open_cache(path: str | os.PathLike[str]) -> CacheReader:
+def open_cache(
+    path: str | os.PathLike[str], *, head: OutputLayer | tuple[Tensor, Tensor | None] | None = None
+) -> CacheReader:
     """Open a cache directory for reading.
 
     Headers, indices and keys are read and checked now; a payload block when it is first used.
 
+    Args:
+        head: the teacher's output layer, or its (weight, bias), for a cache of hidden states: a loss needs it. It must
+            be, bit for bit, the one whose fingerprint the cache was written with; keep it on the training device.
+
     Raises:
         CacheCorruptError: a shard is corrupt or truncated; the message names it.
         CacheError: there is no shard, or one of another format version.
-        CacheMismatchError: the shards are not of one cache.
+        CacheMismatchError: the shards are not of one cache, or ``head`` is another one than theirs.
         OSError: the directory or a file cannot be read.
     """
     directory = Path(path)
     shards = load_shards(directory)
     if not shards:
         raise CacheError(f"{directory}: holds no shard of a kdfast cache")
-    return CacheReader(directory, shards)
+    layer = OutputLayer(*head) if isinstance(head, tuple) else head
+    if layer is not None:
+        _require_head(shards[0].meta, layer)
+    return CacheReader(directory, shards, layer)
+
+
+def _require_head(meta: CacheMeta, head: OutputLayer) -> None:
+    if meta.codec != Hidden.name:
+        raise CacheMismatchError(f"the cache has codec {meta.codec}, which takes no head")
+    if meta.config.get("head") != head.fingerprint:
+        raise CacheMismatchError(
+            f"the cache has hidden states for the head {meta.config.get('head')}, but the head given is "
+            f"{head.fingerprint}"
+        )
 
 
 class CacheReader:
@@ -66,8 +88,8 @@ class CacheReader:
     while they are open (published shards never change).
     """
 
-    def __init__(self, path: Path, shards: list[Shard]) -> None:
-        self._path, self._shards = path, shards
+    def __init__(self, path: Path, shards: list[Shard], head: OutputLayer | None = None) -> None:
+        self._path, self._shards, self._head = path, shards, head
         try:
             self._codec = shards[0].meta.make_codec()
         except (TypeError, ValueError) as error:
@@ -99,7 +121,8 @@ class CacheReader:
         index = keys if isinstance(keys, RecordIndex) else self.index(keys)
         if index.shards != self._fingerprint:
             raise CacheError(f"{self._path}: the index was made for other shards than these: make it again")
-        return self._rows.labels(_ranges(self._first[index.records], self._first[index.records + 1]))
+        labels = self._rows.labels(_ranges(self._first[index.records], self._first[index.records + 1]))
+        return labels if self._head is None else replace(labels, head=self._head)
 
     def index(self, keys: Iterable[Any]) -> RecordIndex:
         """Look up keys once, for any number of ``gather``: hashing a key takes longer than reading a row.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdfast.cache import codecs
 from kdfast.cache.builder import ShardBuilder
+from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheError
 from kdfast.cache.keys import Key, describe, make_key
 from kdfast.cache.manifest import SHARD_NAME, load_shards, write_manifest
@@ -107,7 +108,7 @@ class Writer:
             raise CacheError(f"the writer of {self._path} is closed")
         digest = make_key(key)
         try:
-            rows = _check_logits(logits, self._codec.vocab_size)
+            rows = _check_logits(logits, self._codec)
             if digest in self._seen:
                 self.duplicates += 1
                 return
@@ -151,14 +152,15 @@ class Writer:
         self._closed = True
 
 
-def _check_logits(logits: Tensor, vocab_size: int) -> Tensor:
-    """``logits`` as (rows, vocab), every row fit to be a distribution."""
+def _check_logits(logits: Tensor, codec: Codec) -> Tensor:
+    """``logits`` as (rows, width), every row fit to be selected from."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating-point tensor, got {got}")
+        raise TypeError(f"{codec.input_name} must be a floating-point tensor, got {got}")
+    width = codec.input_width
     rows = logits[None] if logits.dim() == 1 else logits
-    if rows.dim() != 2 or rows.shape[1] != vocab_size:
-        raise ValueError(f"logits must be (rows, {vocab_size}) or ({vocab_size},), got {tuple(logits.shape)}")
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise ValueError(f"{codec.input_name} must be (rows, {width}) or ({width},), got {tuple(logits.shape)}")
     # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
     largest = rows.detach().amax(1)
     for row in (~largest.isfinite()).nonzero().flatten().tolist()[:1]:

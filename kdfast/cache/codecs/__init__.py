@@ -7,9 +7,11 @@ from typing import Any
 
 from kdfast.cache.codecs.base import Codec, FixedWidthCodec
 from kdfast.cache.codecs.dense import Dense
+from kdfast.cache.codecs.hard import Hard
+from kdfast.cache.codecs.hidden import Hidden
 from kdfast.cache.codecs.topk import TopK
 
-__all__ = ["Codec", "Dense", "FixedWidthCodec", "TopK", "create", "register"]
+__all__ = ["Codec", "Dense", "FixedWidthCodec", "Hard", "Hidden", "TopK", "create", "register"]
 
 _registry: dict[str, type[Codec]] = {}
 
@@ -39,4 +41,6 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
 
 
 register(Dense)
+register(Hard)
+register(Hidden)
 register(TopK)

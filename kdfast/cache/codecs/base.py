@@ -40,6 +40,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    input_name: ClassVar[str] = "logits"  # what select takes, in words
     learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
     model: bytes = b""
 
@@ -50,6 +51,7 @@ class Codec(ABC):
         if not temperatures or not all(isfinite(t) and t > 0 for t in temperatures):
             raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
         self.temperatures = tuple(float(t) for t in temperatures)
+        self.input_width = self.vocab_size  # columns of what select takes
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
