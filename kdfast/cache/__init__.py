@@ -11,10 +11,12 @@
 ``FORMAT.md`` gives the files byte by byte. ``kdfast.cache.codecs`` lists what a row can be stored as.
 """
 
+from kdfast.cache.capture import CaptureReport, capture
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.index import RecordIndex
-from kdfast.cache.keys import Key
+from kdfast.cache.keys import Key, replica_key
+from kdfast.cache.lm import capture_lm, output_layer, windows
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
 from kdfast.cache.writer import Writer
@@ -25,10 +27,16 @@ __all__ = [
     "CacheInfo",
     "CacheMismatchError",
     "CacheReader",
+    "CaptureReport",
     "Key",
     "RecordIndex",
     "Writer",
+    "capture",
+    "capture_lm",
     "fingerprint",
     "head_fingerprint",
     "open",
+    "output_layer",
+    "replica_key",
+    "windows",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.cache.codecs.auto import choose
 from kdfast.cache.codecs.hidden import Hidden
 from kdfast.cache.errors import CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
@@ -42,6 +43,12 @@ class CacheInfo:
     rows: int
     payload_bytes: int
     file_bytes: int
+
+    @property
+    def why(self) -> str:
+        """Why ``codec="auto"`` takes this codec for such a teacher; empty where it takes another one."""
+        choice = choose(self.vocab_size, self.temperatures)
+        return choice.why if choice.name == self.codec else ""
 
 
 def open_cache(
