@@ -134,7 +134,7 @@ def windows(
             # verbose: a document longer than the model's context is no cause for a warning, for it will be cut.
             document = tokenizer(document, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         ids = torch.as_tensor(document, dtype=torch.int32)
-        parts.extend(ids.split(max_length) if len(ids) else ())
+        parts.extend(ids[start : start + max_length] for start in range(0, len(ids), max_length))
     return parts
 
 
