@@ -121,7 +121,8 @@ def repack(path, metadata=None, payload=None, **tables):
     start = container.payload_start
     payload = path.read_bytes()[start : start + container.payload_bytes] if payload is None else payload
     old = {name: table for name, table in container.tables.items() if name != "padding"}
-    path.write_bytes(b"".join(pack({**container.metadata, **(metadata or {})}, [payload], {**old, **tables})))
+    before, after = pack({**container.metadata, **(metadata or {})}, len(payload), {**old, **tables})
+    path.write_bytes(before + payload + after)
 
 
 BIG = 2**62

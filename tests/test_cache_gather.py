@@ -203,7 +203,8 @@ def repack(path, **changes):
     start = container.payload_start
     payload = changes.pop("payload", path.read_bytes()[start : start + container.payload_bytes])
     tables = {name: table for name, table in container.tables.items() if name != "padding"} | changes
-    path.write_bytes(b"".join(pack(container.metadata, [payload], tables)))
+    before, after = pack(container.metadata, len(payload), tables)
+    path.write_bytes(before + payload + after)
 
 
 def test_a_bad_row_among_many_is_named_by_its_block(tmp_path):

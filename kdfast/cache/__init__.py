@@ -12,16 +12,19 @@
 """
 
 from kdfast.cache.capture import CaptureReport, capture
-from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key, replica_key
 from kdfast.cache.lm import capture_lm, output_layer, windows
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
+from kdfast.cache.salvage import salvage
+from kdfast.cache.view import View
 from kdfast.cache.writer import Writer
 
 __all__ = [
+    "CacheBusyError",
     "CacheCorruptError",
     "CacheError",
     "CacheInfo",
@@ -30,6 +33,7 @@ __all__ = [
     "CaptureReport",
     "Key",
     "RecordIndex",
+    "View",
     "Writer",
     "capture",
     "capture_lm",
@@ -38,5 +42,6 @@ __all__ = [
     "open",
     "output_layer",
     "replica_key",
+    "salvage",
     "windows",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdfast.cache.keys import Key, make_key
 from kdfast.cache.teacher import call, device_of, logits_of, move
+from kdfast.cache.view import View
 
 __all__ = ["Fields", "Part"]
 
@@ -24,7 +25,7 @@ class Part:
     key: Key
     logits: Tensor  # (rows, vocab)
     targets: Tensor | None  # (rows,)
-    views: Sequence[Any] | None
+    views: Sequence[View] | None
 
 
 @dataclass(frozen=True)

@@ -1,74 +1,142 @@
-"""The shard being written: records gather into blocks, blocks into a file."""
+"""From records to shards: a codec learns from the first ones, blocks are cut, shards sealed."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kdfast._C import crc32c
 from kdfast.cache.codecs.base import Codec
-from kdfast.cache.container import pack
-from kdfast.cache.keys import Key
+from kdfast.cache.records import Record
+from kdfast.cache.storage import Storage
+from kdfast.cache.unfinished import Unfinished
 from kdfast.labels import SoftLabels
 
-__all__ = ["ShardBuilder"]
+__all__ = ["BLOCK_ROWS", "MAX_BLOCK_VALUES", "SHARD_BYTES", "ShardBuilder"]
 
-RECORD_TABLE_BYTES = 32  # key and span
-MAX_PENDING_VALUES = 2**22  # of a block not yet encoded: 16 MiB
+BLOCK_ROWS = 1024
+SHARD_BYTES = 256 * 2**20
+MAX_BLOCK_VALUES = 2**22  # of a block not yet encoded: 16 MiB
 
 
 class ShardBuilder:
-    """Holds one shard in memory. A block closes after the record that brings it to ``block_rows`` rows."""
+    """Turns a writer's records into shards, one block in memory at a time.
 
-    def __init__(self, codec: Codec, block_rows: int) -> None:
-        self._codec = codec
-        self._block_rows = block_rows
-        self._keys: list[Key] = []
-        self._spans: list[tuple[int, int]] = []
-        self._payload: list[bytes] = []
-        self._index: list[tuple[int, int, int, int]] = []
-        self._pending: list[SoftLabels] = []
-        self._rows = self._blocked_rows = self._bytes = self._pending_values = 0
+    Where blocks and shards end depends on the records and their order alone. ``advance`` does what is due; when it
+    fails nothing is lost, and the next ``advance`` tries again.
+
+    Args:
+        codec: with its model, if it is known already.
+        start: makes the n-th shard of this session, from 0.
+        storage: where sealed shards and the codec's assets go.
+        parked: records to come first, which the journal of the shard that goes on has noted already.
+        block_rows: a block closes after the record that brings it to as many rows, or as many records.
+        shard_bytes: a shard closes after the block that brings it to this size.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        start: Callable[[int], Unfinished],
+        storage: Storage,
+        parked: list[Record],
+        block_rows: int,
+        shard_bytes: int,
+    ) -> None:
+        self._codec, self._start, self._storage = codec, start, storage
+        self._block_rows, self._shard_bytes = block_rows, shard_bytes
+        self._learning = codec.learn_rows > 0 and not codec.model
+        self._waiting = deque(parked)  # for the model, or for the next ``advance``
+        self._waiting_rows = sum(len(record.labels) for record in parked)
+        self._noted = True  # whether the journal has all that is pending
+        self._assets_there = False
+        self._block: list[Record] = []  # the open one
+        self._block_used = self._block_values = 0
+        self._shard = start(0)
+        self._sealed = self._sealed_records = 0
 
     @property
-    def records(self) -> int:
-        return len(self._keys)
+    def durable(self) -> int:
+        """Records in complete blocks."""
+        return self._sealed_records + self._shard.tables.records
 
     @property
-    def nbytes(self) -> int:
-        """About the size of the file so far."""
-        return self._bytes + RECORD_TABLE_BYTES * self.records
+    def pending(self) -> list[Record]:
+        """Records in no block yet."""
+        return [*self._block, *self._waiting]
 
-    def add(self, key: Key, labels: SoftLabels) -> None:
-        self._keys.append(key)
-        self._spans.append((self._rows, len(labels)))
-        self._rows += len(labels)
-        if len(labels):
-            self._pending.append(labels)
-        self._pending_values += labels.values.numel()
-        if self._rows - self._blocked_rows >= self._block_rows or self._pending_values >= MAX_PENDING_VALUES:
-            self._close_block()
+    def push(self, record: Record) -> None:
+        """Take a record. It is for ``advance`` to write it."""
+        self._waiting.append(record)
+        self._waiting_rows += len(record.labels)
+        self._noted = False
 
-    def finish(self, metadata: dict[str, str]) -> list[bytes]:
-        """The file, in pieces. The builder keeps its contents, so that a failed write can be tried again."""
-        self._close_block()
-        tables: dict[str, NDArray[Any]] = {
-            "block_index": np.array(self._index, np.int64).reshape(-1, 4),
-            "record_spans": np.array(self._spans, np.int64).reshape(-1, 2),
-            "record_keys": np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16),
-            "block_crc": np.array([crc32c(block) for block in self._payload], np.uint32),
-        }
-        return pack(metadata, self._payload, tables)
+    def advance(self, *, final: bool = False) -> None:
+        """Write the blocks that are full, and seal the shards that are. ``final``: there will be no more records."""
+        if self._learning:
+            if not final and self._waiting_rows < self._codec.learn_rows:
+                return
+            self._learn()
+        self._settle()  # what failed the last time
+        while self._waiting:
+            self._fill(self._waiting.popleft())
+            self._settle()
+        if final:
+            self._write_block()
+            self._seal()
 
-    def _close_block(self) -> None:
-        rows = self._rows - self._blocked_rows
+    def park(self) -> None:
+        """Note the records that are in no block yet, for the next writer of this name."""
+        if self.pending and not self._noted:
+            self._publish_assets()
+            self._shard.park(self.pending)
+            self._noted = True
+
+    def close(self) -> None:
+        """Leave everything on disk as it is."""
+        self._shard.close()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left on disk but sealed shards."""
+        return not self._shard.tables.records and not self.pending
+
+    def _learn(self) -> None:
+        rows = [record.labels for record in self._waiting if len(record.labels)]
         if rows:
-            block = self._codec.encode(SoftLabels.cat(self._pending))
-            self._index.append((self._bytes, len(block), self._blocked_rows, rows))
-            self._payload.append(block)
-            self._bytes += len(block)
-            self._blocked_rows = self._rows
-        self._pending.clear()
-        self._pending_values = 0
+            self._codec.use_model(self._codec.learn(SoftLabels.cat(rows)))
+        self._learning = False
+
+    def _fill(self, record: Record) -> None:
+        self._waiting_rows -= len(record.labels)
+        self._block.append(record)
+        self._block_used += max(1, len(record.labels))
+        self._block_values += record.labels.values.numel()
+
+    def _settle(self) -> None:
+        if self._block_used >= self._block_rows or self._block_values >= MAX_BLOCK_VALUES:
+            self._write_block()
+        if self._shard.tables.nbytes >= self._shard_bytes:
+            self._seal()
+
+    def _write_block(self) -> None:
+        if self._block:
+            self._publish_assets()
+            self._shard.use_model(self._codec.model)
+            rows = [record.labels for record in self._block if len(record.labels)]
+            self._shard.append(self._block, self._codec.encode(SoftLabels.cat(rows)) if rows else b"")
+            self._block, self._block_used, self._block_values = [], 0, 0
+
+    def _seal(self) -> None:
+        if self._shard.tables.records:
+            self._shard.seal(self._storage)
+            self._sealed += 1
+            self._sealed_records += self._shard.tables.records
+            self._shard = self._start(self._sealed)
+            self._noted = False
+
+    def _publish_assets(self) -> None:
+        if not self._assets_there:
+            for name, data in self._codec.assets().items():
+                if not self._storage.exists(name):
+                    self._storage.publish(name, [data])
+            self._assets_there = True

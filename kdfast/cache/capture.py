@@ -14,7 +14,7 @@ from torch import nn
 from kdfast.cache import codecs
 from kdfast.cache.batches import Fields, Part
 from kdfast.cache.fingerprint import fingerprint
-from kdfast.cache.keys import Key, replica_key
+from kdfast.cache.keys import replica_key
 from kdfast.cache.teacher import evaluating
 from kdfast.cache.writer import Writer
 from kdfast.divergences import Divergence
@@ -153,11 +153,10 @@ _REFINED: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
 
 
 def _add(writer: Writer, part: Part, replicas: int) -> None:
-    beside = {name: x for name, x in (("targets", part.targets), ("views", part.views)) if x is not None}
     for replica in range(replicas):
-        key: Key = replica_key(part.key, replica)
+        key = replica_key(part.key, replica)
         if key not in writer:
-            writer.add(key, part.logits, **beside)
+            writer.add(key, part.logits, targets=part.targets, views=part.views)
 
 
 def _teacher_of(model: Any, teacher: str | None) -> str:

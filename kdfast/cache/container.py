@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from kdfast._C import crc32c
 from kdfast.cache.errors import CacheCorruptError, naming
 
-__all__ = ["Container", "pack", "read_container"]
+__all__ = ["Container", "pack", "parse_container", "read_container", "reserve"]
 
 ALIGN = 8
 SEAL_BYTES = 8
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+LARGEST = 2**56  # of any dimension: no file is that long
 DTYPES = {"U8": "u1", "U32": "<u4", "I64": "<i8"}
 # Every tensor in file order: its dtype and its shape without the leading dimension.
 LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -32,8 +34,12 @@ LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "record_spans": ("I64", (2,)),
     "record_keys": ("U8", (16,)),
     "block_crc": ("U32", ()),
+    "record_targets": ("U32", ()),
+    "row_views": ("U8", (13,)),
+    "codec_model": ("U8", ()),
     "seal": ("U32", ()),
 }
+OPTIONAL = ("record_targets", "row_views", "codec_model")  # there where they hold something
 TABLES = [name for name in LAYOUT if name not in ("payload", "seal")]
 
 
@@ -49,18 +55,31 @@ class Container:
     file_bytes: int
 
 
-def pack(metadata: dict[str, str], payload: list[bytes], tables: dict[str, NDArray[Any]]) -> list[bytes]:
-    """A shard file, in pieces. ``tables`` holds those of ``TABLES``; the padding is made here."""
-    size = sum(map(len, payload))
-    padding = np.zeros(-size % ALIGN, np.uint8)
+def pack(
+    metadata: dict[str, str], payload_bytes: int, tables: dict[str, NDArray[Any]], reserved: int = 0
+) -> tuple[bytes, bytes]:
+    """What a shard has before its payload, and what it has after it.
+
+    Args:
+        tables: those of ``TABLES``, of which the ``OPTIONAL`` ones may be left out; the padding is made here.
+        reserved: the length of the first part, as ``reserve`` gives it; as short as can be if 0.
+    """
+    padding = np.zeros(-payload_bytes % ALIGN, np.uint8)
     data = {name: table.astype(DTYPES[LAYOUT[name][0]]) for name, table in {"padding": padding, **tables}.items()}
-    shapes = {"payload": (size,), **{name: data[name].shape for name in TABLES}, "seal": (2,)}
-    header = _header(metadata, shapes)
-    body = b"".join(data[name].tobytes() for name in TABLES)
-    return [header, *payload, body, _seal(header, body)]
+    names = [name for name in TABLES if name in data]
+    shapes = {"payload": (payload_bytes,), **{name: data[name].shape for name in names}, "seal": (2,)}
+    header = _header(metadata, shapes, reserved)
+    body = b"".join(data[name].tobytes() for name in names)
+    return header, body + _seal(header, body)
 
 
-def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> bytes:
+def reserve(metadata: dict[str, str], optional: Iterable[str]) -> int:
+    """Bytes to keep free for what comes before the payload: enough for any sizes. ``optional`` tables will be there."""
+    names = [name for name in LAYOUT if name not in OPTIONAL or name in optional]
+    return len(_header(metadata, {name: (LARGEST, *LAYOUT[name][1]) for name in names}))
+
+
+def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], reserved: int = 0) -> bytes:
     """The length, then JSON, padded with spaces so that the data starts on a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -69,6 +88,7 @@ def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> byt
         begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(reserved - 8)
     text += b" " * (-len(text) % ALIGN)
     return len(text).to_bytes(8, "little") + text
 
@@ -86,12 +106,13 @@ def read_container(path: Path) -> Container:
     """
     with naming(path), path.open("rb") as file:
         try:
-            return _read(file, path.stat().st_size)
+            return parse_container(file, path.stat().st_size)
         except (ValueError, RecursionError) as error:
             raise CacheCorruptError(f"{path}: {error}") from error
 
 
-def _read(file: BinaryIO, file_bytes: int) -> Container:
+def parse_container(file: BinaryIO, file_bytes: int) -> Container:
+    """The same from an open file of ``file_bytes``. Raises ``ValueError`` or ``RecursionError`` if it is corrupt."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if length > min(file_bytes - 8, MAX_HEADER):
@@ -105,7 +126,7 @@ def _read(file: BinaryIO, file_bytes: int) -> Container:
     file.seek(start + payload_bytes)
     body, seal = file.read(body_end - payload_bytes), file.read(SEAL_BYTES)
     _check_seal(_seal(prefix + text, body), seal)
-    tables = {name: tensors[name].view(body, payload_bytes) for name in TABLES}
+    tables = {name: tensors[name].view(body, payload_bytes) for name in TABLES if name in tensors}
     return Container(metadata, start, payload_bytes, tables, seal, file_bytes)
 
 
@@ -140,7 +161,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], dict[str, _Tensor]]:
         raise ValueError("its __metadata__ holds values that are not strings")
     tensors = dict(sorted(((name, _tensor(name, entry)) for name, entry in header.items()), key=lambda t: t[1].begin))
     # A later version may add tables: they are sealed like the others and otherwise ignored.
-    missing = [name for name in LAYOUT if name not in tensors]
+    missing = [name for name in LAYOUT if name not in tensors and name not in OPTIONAL]
     if missing:
         raise ValueError(f"its header lacks {missing}")
     names, begins = list(tensors), [tensor.begin for tensor in tensors.values()]

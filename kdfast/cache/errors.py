@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CacheCorruptError", "CacheError", "CacheMismatchError", "naming"]
+__all__ = ["CacheBusyError", "CacheCorruptError", "CacheError", "CacheMismatchError", "naming"]
 
 
 class CacheError(ValueError):
@@ -16,6 +16,10 @@ class CacheError(ValueError):
 
 class CacheCorruptError(CacheError):
     """Bytes on disk are not the bytes that were written. The message names the shard, and the block if it is one."""
+
+
+class CacheBusyError(CacheError):
+    """A writer of the same name is at work in the directory."""
 
 
 class CacheMismatchError(CacheError):

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdfast.cache.errors import CacheCorruptError
-from kdfast.cache.meta import FORMAT, FORMAT_VERSION
-from kdfast.cache.publish import publish
 from kdfast.cache.shard import Shard
+from kdfast.cache.storage import LocalStorage, Storage
 
-__all__ = ["SHARD_NAME", "load_shards", "write_manifest"]
+__all__ = ["MANIFEST", "SHARD_NAME", "check_listed", "entry_of", "load_shards", "read_manifest", "shard_names"]
 
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-([A-Za-z0-9_]+)-(\d{5,})\.safetensors")
+
+Entry = dict[str, str | int]
 
 
 def load_shards(directory: Path) -> list[Shard]:
@@ -30,46 +32,42 @@ def load_shards(directory: Path) -> list[Shard]:
         CacheMismatchError: two shards are not of one cache.
         OSError: a file or the directory cannot be read.
     """
-    listed = _read_manifest(directory / MANIFEST)  # before the directory: another writer may be adding to both
-    names = sorted((m[1], int(m[2]), m[0]) for p in directory.iterdir() if (m := SHARD_NAME.fullmatch(p.name)))
-    shards = [Shard(directory / name) for *_, name in names]
+    storage = LocalStorage(directory)
+    listed = read_manifest(storage)  # before the directory: another writer may be adding to both
+    shards = [Shard(storage.fetch(name)) for name in shard_names(storage)]
     for shard in shards[1:]:
         shard.meta.require_equal(shards[0].meta, str(shard.path), str(shards[0].path))
-    _check_listed(directory, listed, shards)
+    found = {s.path.name: entry_of(s.path.name, len(s.keys), s.rows, s.file_bytes, s.seal) for s in shards}
+    check_listed(storage, listed, found)
     return shards
 
 
-def write_manifest(directory: Path) -> None:
-    """List the shards that are there now, other writers' included."""
-    entries = [_entry(shard) for shard in load_shards(directory)]
-    document = {"format": FORMAT, "version": FORMAT_VERSION, "shards": entries}
-    publish(directory / MANIFEST, [json.dumps(document, indent=1).encode()])
+def shard_names(storage: Storage) -> list[str]:
+    """The names of all shards, by writer and number."""
+    matches = [match for name in storage.list() if (match := SHARD_NAME.fullmatch(name))]
+    return [match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2])))]
 
 
-def _entry(shard: Shard) -> dict[str, str | int]:
-    return {
-        "name": shard.path.name,
-        "records": len(shard.keys),
-        "rows": shard.rows,
-        "bytes": shard.file_bytes,
-        "seal": shard.seal,
-    }
+def entry_of(name: str, records: int, rows: int, file_bytes: int, seal: str) -> Entry:
+    """What the manifest says of a shard."""
+    return {"name": name, "records": records, "rows": rows, "bytes": file_bytes, "seal": seal}
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Its entries by shard name; none if there is no manifest."""
+def read_manifest(storage: Storage) -> dict[str, Any]:
+    """Its entries by shard name; none if there is no manifest. Raises ``CacheCorruptError``."""
     try:
-        return {entry["name"]: entry for entry in json.loads(path.read_bytes())["shards"]}
+        return {entry["name"]: entry for entry in json.loads(storage.read_bytes(MANIFEST))["shards"]}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheCorruptError(f"{path}: cannot be read ({error!r}); without it the shards still open") from error
+        where = storage.describe(MANIFEST)
+        raise CacheCorruptError(f"{where}: cannot be read ({error!r}); without it the shards still open") from error
 
 
-def _check_listed(directory: Path, listed: dict[str, Any], shards: list[Shard]) -> None:
-    found = {shard.path.name: shard for shard in shards}
+def check_listed(storage: Storage, listed: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
+    """Raise ``CacheCorruptError`` unless every shard that is listed is there, and the one that was listed."""
     for name, entry in listed.items():
         if name not in found:
-            raise CacheCorruptError(f"{directory / str(name)}: is listed in {MANIFEST} but not there")
-        if entry != _entry(found[name]):
-            raise CacheCorruptError(f"{directory / name}: is not the file that {MANIFEST} lists")
+            raise CacheCorruptError(f"{storage.describe(str(name))}: is listed in {MANIFEST} but not there")
+        if entry != found[name]:
+            raise CacheCorruptError(f"{storage.describe(name)}: is not the file that {MANIFEST} lists")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,9 +32,14 @@ class CacheMeta:
     def of(cls, codec: Codec, teacher: str) -> CacheMeta:
         return cls(codec.name, codec.config(), codec.vocab_size, codec.temperatures, teacher)
 
-    def make_codec(self) -> Codec:
-        """The codec that wrote the cache. Raises ``ValueError`` or ``TypeError`` if there is no such codec."""
-        return codecs.create(self.codec, self.vocab_size, self.temperatures, self.config)
+    def make_codec(self, read_asset: Callable[[str], bytes]) -> Codec:
+        """The codec that wrote the cache, still without a model. ``read_asset(file name)`` gives an asset's bytes.
+
+        Raises:
+            ValueError, TypeError: there is no such codec, or not with these options or assets.
+            OSError: an asset cannot be read.
+        """
+        return codecs.restore(self.codec, self.vocab_size, self.temperatures, self.config, read_asset)
 
     def to_strings(self) -> dict[str, str]:
         """As safetensors metadata, which is a map of strings."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdfast.cache.errors import naming
 
-__all__ = ["publish"]
+__all__ = ["publish", "sync_directory"]
 
 
 def publish(path: Path, chunks: Iterable[bytes]) -> None:
@@ -30,10 +30,11 @@ def publish(path: Path, chunks: Iterable[bytes]) -> None:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory as lasting as the files they name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -98,7 +98,7 @@ class CacheReader:
     def __init__(self, path: Path, shards: list[Shard], head: OutputLayer | None = None) -> None:
         self._path, self._shards, self._head = path, shards, head
         try:
-            self._codec = shards[0].meta.make_codec()
+            self._codec = shards[0].meta.make_codec(lambda name: (path / name).read_bytes())
         except (TypeError, ValueError) as error:
             raise CacheError(f"{path}: cannot be decoded: {error}") from error
         self._rows = Rows(shards, self._codec)

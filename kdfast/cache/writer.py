@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdfast.cache import codecs
-from kdfast.cache.builder import ShardBuilder
-from kdfast.cache.codecs.base import Codec
+from kdfast.cache.background import Background
+from kdfast.cache.builder import BLOCK_ROWS, SHARD_BYTES
 from kdfast.cache.errors import CacheError
+from kdfast.cache.inputs import check_labels, check_logits, check_views, select
 from kdfast.cache.keys import Key, describe, make_key
-from kdfast.cache.manifest import SHARD_NAME, load_shards, write_manifest
 from kdfast.cache.meta import CacheMeta
-from kdfast.cache.publish import publish
+from kdfast.cache.records import Record
+from kdfast.cache.sealed import write_manifest
+from kdfast.cache.session import Session, work_folder
+from kdfast.cache.storage import open_storage
+from kdfast.cache.targets import Targets, cross_entropy, targets_crc, targets_of
+from kdfast.cache.view import View
+from kdfast.labels import SoftLabels
 
 __all__ = ["Writer"]
 
@@ -27,26 +33,42 @@ __all__ = ["Writer"]
 class Writer:
     """Writes a cache, or adds to one. Use it as a context manager.
 
-    Leaving the ``with`` block publishes the last shard and the manifest; leaving it by an exception drops the shard
-    in progress and keeps those already sealed. Several writers may fill one directory at once if their ``writer``
-    names differ. What is on disk depends on the records and their order alone, never on time.
+    Leaving the ``with`` block seals the last shard and writes the manifest. Several writers may fill one directory at
+    once if their ``writer`` names differ. Encoding and writing happen in a thread of their own; what that thread meets
+    with is raised by the next ``add`` or ``close``.
 
-    Memory: one shard at most, and about 100 bytes per record for its key.
+    A writer that is killed leaves an unfinished shard, ``*.part``, and its journal. The next writer of that name goes
+    on from there: give it the same records in the same order, and the shards come out as if nothing had happened,
+    byte for byte (``key in writer`` tells which teacher passes can be skipped). A kill loses the records of the open
+    block, fewer than ``block_rows`` rows, those that wait in the queue, at most 8 blocks, and, while a codec with a
+    model gathers the rows to learn from, those. Leaving the ``with`` block by an exception loses none: records in no
+    block yet are noted in the journal. ``kdfast.cache.salvage`` seals what no writer will go on with. A power cut may
+    take the blocks that the system has not written out yet; sealed shards are synced.
+
+    What is on disk depends on the records and their order alone, never on time.
+
+    Memory: the open block, at most 8 blocks of selected labels that wait, the tables of one shard, and about 100 bytes
+    per record for its key.
 
     Args:
-        path: the cache's directory, made if need be.
-        vocab_size: the width of the logits.
-        codec: ``"topk"`` or ``"dense"`` (see ``kdfast.cache.codecs``).
+        path: the cache's directory, made if need be, or a URL that fsspec knows.
+        vocab_size: the width of the labels.
+        codec: ``"topk"``, ``"dense"``, ... (see ``kdfast.cache.codecs``), or ``"auto"``: what ``codecs.choose`` says.
         temperatures: the teacher temperatures that a loss will use.
         teacher: a fingerprint of the teacher. A cache takes rows of one teacher only.
+        teacher_vocab_size: the width of the logits, of which the first ``vocab_size`` columns are the teacher's
+            distribution (a teacher pads its output layer, or knows more tokens at its end). ``vocab_size`` if None.
         writer: this writer's name in its files' names, such as the rank: letters, digits and ``_``.
         shard_bytes: a shard is sealed after the block that brings it to this size.
-        block_rows: a block is closed after the record that brings it to this many rows.
+        block_rows: a block is closed after the record that brings it to this many rows (one without rows counts as 1).
+        staging: for a URL: the local folder where a shard grows until it is uploaded whole. By default one of the
+            system's temporary folder, always the same for the same URL and user.
         options: the codec's own: ``k``, ``value_dtype``, ...
 
     Raises:
         CacheMismatchError: the directory holds a cache with another codec, vocabulary, temperatures or teacher.
         CacheCorruptError: the directory holds a corrupt shard.
+        CacheBusyError: a writer of this name is at work there.
     """
 
     def __init__(
@@ -57,9 +79,11 @@ class Writer:
         codec: str,
         temperatures: Sequence[float] = (1.0,),
         teacher: str = "",
+        teacher_vocab_size: int | None = None,
         writer: str = "0",
-        shard_bytes: int = 256 * 2**20,
-        block_rows: int = 1024,
+        shard_bytes: int = SHARD_BYTES,
+        block_rows: int = BLOCK_ROWS,
+        staging: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         if not re.fullmatch("[A-Za-z0-9_]+", writer):
@@ -67,79 +91,113 @@ class Writer:
         if shard_bytes < 1 or block_rows < 1:
             raise ValueError(f"shard_bytes and block_rows must be positive, got {shard_bytes} and {block_rows}")
         self._codec = codecs.create(codec, vocab_size, temperatures, options)
-        self._meta = CacheMeta.of(self._codec, teacher)
-        self._path, self._name = Path(path), writer
-        self._shard_bytes, self._block_rows = shard_bytes, block_rows
-        self._builder = ShardBuilder(self._codec, block_rows)
-        self._seen: set[Key] = set()
-        self._next = 0
-        self._closed = False
+        self._width = self._codec.input_width if teacher_vocab_size is None else teacher_vocab_size
+        self._takes_logits = self._codec.input_name == "logits"
+        if teacher_vocab_size is not None and not self._takes_logits:
+            raise ValueError(f"codec {self._codec.name!r} takes {self._codec.input_name}: it has no teacher_vocab_size")
+        if self._width < self._codec.input_width:
+            raise ValueError(f"teacher_vocab_size must be at least vocab_size {vocab_size}, got {teacher_vocab_size}")
         self.records = self.rows = self.duplicates = 0
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._continue()
-
-    def _continue(self) -> None:
-        """Take up where the directory's shards end."""
-        for shard in load_shards(self._path):
-            self._meta.require_equal(shard.meta, "this writer", str(shard.path))
-            self._seen.update(Key(row.tobytes()) for row in shard.keys)
-            name = SHARD_NAME.fullmatch(shard.path.name)
-            if name is not None and name[1] == self._name:
-                self._next = int(name[2]) + 1
+        self._closed = False
+        self._process = os.getpid()
+        self._storage = open_storage(path)
+        self._storage.create()
+        meta = CacheMeta.of(self._codec, teacher)
+        self._session = Session(self._storage, work_folder(self._storage, staging), writer, meta)
+        self._seen = self._session.keys()
+        try:
+            self._builder = self._session.builder(self._codec, block_rows, shard_bytes)
+        except BaseException:
+            self._session.close(None)
+            raise
+        self._accompanied = self._session.accompanied()
+        self._background = Background(self._builder, block_rows)
 
     def __contains__(self, key: Any) -> bool:
         """Whether ``key`` has been written, now or before: its teacher pass can be skipped."""
         return make_key(key) in self._seen
 
-    def add(self, key: Any, logits: Tensor) -> None:
+    @property
+    def durable_records(self) -> int:
+        """Records of this writer's name, earlier sessions' included, in sealed shards and complete blocks."""
+        return self._session.own_records + self._builder.durable
+
+    def add(
+        self, key: Any, logits: Tensor, *, targets: Tensor | None = None, views: Sequence[View] | None = None
+    ) -> None:
         """Store one record. If ``key`` is there already the first record stays, and ``duplicates`` counts this one.
+
+        Either all records of a shard have targets or none has; likewise views.
 
         Args:
             key: token ids (a 1-D integer tensor), or a name (str, bytes or int).
-            logits: (rows, vocab_size), or (vocab_size,) for a single row; any float dtype and device. -inf masks.
+            logits: (rows, teacher_vocab_size), or (teacher_vocab_size,) for a single row; any float dtype and device.
+                -inf masks. For the codec ``hidden`` hidden states, (rows, width).
+            targets: (rows,) integer ids of what the rows predict, negative where there is nothing to predict. A
+                checksum is kept of them, by which a student's loader can tell that it reads the same data, and the
+                teacher's mean cross-entropy.
+            views: what was done to each row's sample before the teacher saw it.
 
         Raises:
-            TypeError, ValueError: a key or logits of the wrong kind or shape.
+            TypeError, ValueError: a key, logits, targets or views of the wrong kind or shape.
             ValueError: a row holds NaN or +inf or no finite value, or cannot be stored within the codec's error.
                 The message names key and row; the record is not added.
-            OSError: a shard cannot be written.
+            OSError: a shard could not be written. This record is not added, those before it are not lost: the next
+                call tries again.
         """
-        if self._closed:
-            raise CacheError(f"the writer of {self._path} is closed")
+        self._require_open()
         digest = make_key(key)
-        try:
-            rows = _check_logits(logits, self._codec)
-            if digest in self._seen:
-                self.duplicates += 1
+        with _about(key):
+            rows = check_logits(logits, self._codec, self._width)
+            if self._is_duplicate(digest):
                 return
-            labels = self._codec.select(rows, digest).to("cpu")
-        except TypeError as error:
-            raise TypeError(f"{describe(key)}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{describe(key)}: {error}") from error
-        self._builder.add(digest, labels)
-        self._seen.add(digest)
-        self.records += 1
-        self.rows += len(labels)
-        if self._builder.nbytes >= self._shard_bytes:
-            self._seal()
+            marks = None
+            if targets is not None:
+                ids = targets_of(targets, len(rows), self._codec.vocab_size)
+                known = cross_entropy(rows, ids) if self._takes_logits else (0.0, 0)
+                marks = Targets(targets_crc(ids), *known)
+            record = self._record(digest, select(self._codec, rows, digest), marks, views)
+        self._put(record)
+
+    def add_labels(
+        self, key: Any, labels: SoftLabels, *, targets: Tensor | None = None, views: Sequence[View] | None = None
+    ) -> None:
+        """Store one record whose labels have been selected before, from another cache or by another tool.
+
+        Args:
+            labels: of the codec's kind, vocabulary and temperatures; all rows present.
+            key, targets, views: as ``add`` takes them. Without logits the targets' cross-entropy is not known: they do
+                not take part in the shard's.
+
+        Raises:
+            TypeError, ValueError: labels that the codec does not store, or as ``add``.
+            OSError: as ``add``.
+        """
+        self._require_open()
+        digest = make_key(key)
+        with _about(key):
+            copy = check_labels(labels, self._codec)
+            if self._is_duplicate(digest):
+                return
+            marks = None
+            if targets is not None:
+                marks = Targets(targets_crc(targets_of(targets, len(copy), self._codec.vocab_size)), 0.0, 0)
+            record = self._record(digest, copy, marks, views)
+        self._put(record)
 
     def close(self) -> None:
-        """Publish what is left and the manifest. A second call does nothing."""
-        if not self._closed:
-            if self._builder.records:
-                self._seal()
-            if self._next:
-                write_manifest(self._path)
-            self._closed = True
+        """Seal what is left and write the manifest. After an ``OSError`` it can be called again. Else it does nothing.
 
-    def _seal(self) -> None:
-        path = self._path / f"shard-{self._name}-{self._next:05d}.safetensors"
-        if path.exists():
-            raise CacheError(f"{path} appeared while this writer was at work: give each writer its own name")
-        publish(path, self._builder.finish(self._meta.to_strings()))
-        self._builder = ShardBuilder(self._codec, self._block_rows)
-        self._next += 1
+        Raises:
+            OSError: a file could not be written; nothing is lost.
+        """
+        if self._closed or os.getpid() != self._process:
+            return
+        self._background.drain()
+        self._builder.advance(final=True)
+        if self.durable_records:
+            write_manifest(self._storage)
+        self._end()
 
     def __enter__(self) -> Writer:
         return self
@@ -149,22 +207,60 @@ class Writer:
     ) -> None:
         if kind is None:
             self.close()
+        elif not self._closed and os.getpid() == self._process:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Write the blocks that are complete, and note the rest in the journal."""
+        with suppress(BaseException):  # often the very error that is being handled
+            self._background.drain()
+        for record in self._background.stop():
+            self._builder.push(record)
+        try:
+            self._builder.park()
+        except BaseException as failure:
+            lost = len(self._builder.pending)
+            warnings.warn(f"{self._storage.url}: {lost} records could not be kept: {failure}", stacklevel=3)
+        self._end()
+
+    def _end(self) -> None:
+        self._background.stop()
         self._closed = True
+        self._session.close(self._builder)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CacheError(f"the writer of {self._storage.url} is closed")
+        if os.getpid() != self._process:
+            raise CacheError(f"the writer of {self._storage.url} belongs to process {self._process}, not to its fork")
+
+    def _is_duplicate(self, digest: bytes) -> bool:
+        known = digest in self._seen
+        self.duplicates += known
+        return known
+
+    def _record(self, digest: Key, labels: SoftLabels, marks: Targets | None, views: Sequence[View] | None) -> Record:
+        record = Record(digest, labels, marks, None if views is None else check_views(views, len(labels)))
+        for name in ("targets", "views"):
+            there = getattr(record, name) is not None
+            if self._accompanied.get(name, there) != there:
+                raise ValueError(f"it {'has' if there else 'lacks'} {name}, unlike the records before it")
+        return record
+
+    def _put(self, record: Record) -> None:
+        self._background.put(record)
+        self._accompanied = {"targets": record.targets is not None, "views": record.views is not None}
+        self._seen.add(record.key)
+        self.records += 1
+        self.rows += len(record.labels)
 
 
-def _check_logits(logits: Tensor, codec: Codec) -> Tensor:
-    """``logits`` as (rows, width), every row fit to be selected from."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"{codec.input_name} must be a floating-point tensor, got {got}")
-    width = codec.input_width
-    rows = logits[None] if logits.dim() == 1 else logits
-    if rows.dim() != 2 or rows.shape[1] != width:
-        raise ValueError(f"{codec.input_name} must be (rows, {width}) or ({width},), got {tuple(logits.shape)}")
-    # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
-    largest = rows.detach().amax(1)
-    for row in (~largest.isfinite()).nonzero().flatten().tolist()[:1]:
-        value = float(largest[row])
-        problem = "no finite value" if value == -torch.inf else f"a value of {value}"
-        raise ValueError(f"row {row} has {problem}")
-    return rows
+@contextmanager
+def _about(key: Any) -> Iterator[None]:
+    """Name the record that a bad input belongs to."""
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{describe(key)}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{describe(key)}: {error}") from error

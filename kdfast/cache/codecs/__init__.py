@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdfast.cache.codecs.auto import Choice, choose
@@ -24,6 +24,7 @@ __all__ = [
     "create",
     "find",
     "register",
+    "restore",
 ]
 
 _registry: dict[str, type[Codec]] = {}
@@ -60,6 +61,22 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         raise TypeError(f"codec {name!r}: {error}") from error
     except ValueError as error:
         raise ValueError(f"codec {name!r}: {error}") from error
+
+
+def restore(
+    name: str,
+    vocab_size: int,
+    temperatures: Sequence[float],
+    config: Mapping[str, Any],
+    read_asset: Callable[[str], bytes],
+) -> Codec:
+    """The codec whose ``config()`` is given. ``read_asset(file name)`` gives the bytes of one of its assets.
+
+    Raises:
+        ValueError, TypeError: as ``create`` does, and for an asset that is not what the configuration asks for.
+        OSError: an asset cannot be read.
+    """
+    return create(name, vocab_size, temperatures, find(name).options(config, read_asset))
 
 
 register(Dense)
