@@ -119,7 +119,7 @@ def test_another_head_is_refused(tmp_path):
 def test_a_head_for_labels_that_need_none(tmp_path):
     with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec="topk") as writer:
         writer.add(0, random(1, VOCAB))
-    with pytest.raises(CacheMismatchError, match="codec topk, which takes no head"):
+    with pytest.raises(CacheMismatchError, match="its codec is topk, which takes no head"):
         kdfast.cache.open(tmp_path, head=HEAD)
 
 

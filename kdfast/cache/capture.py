@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kdfast.cache import codecs
-from kdfast.cache.batches import Fields, Part
+from kdfast.cache.batches import Fields
 from kdfast.cache.fingerprint import fingerprint
 from kdfast.cache.keys import replica_key
 from kdfast.cache.teacher import evaluating
@@ -121,11 +121,10 @@ def capture(
         ran = skipped = 0
         for batch in loader:
             keys = fields.keys(batch)
-            known = {key for key in keys if all(replica_key(key, r) in writer for r in range(replicas))}
-            if len(known) < len(set(keys)):
+            if any(replica_key(key, r) not in writer for key in keys for r in range(replicas)):
                 for part in fields.parts(model, batch, keys):
-                    if part.key not in known:
-                        _add(writer, part, replicas)
+                    for replica in range(replicas):  # the writer keeps what it has
+                        writer.add(replica_key(part.key, replica), part.logits, targets=part.targets, views=part.views)
                 ran += 1
             else:
                 skipped += 1
@@ -150,13 +149,6 @@ _REFINED: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
     "sample": ("draws", lambda draws, epochs: draws * epochs),
     "threshold": ("tau", lambda tau, epochs: tau / epochs),
 }
-
-
-def _add(writer: Writer, part: Part, replicas: int) -> None:
-    for replica in range(replicas):
-        key = replica_key(part.key, replica)
-        if key not in writer:
-            writer.add(key, part.logits, targets=part.targets, views=part.views)
 
 
 def _teacher_of(model: Any, teacher: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.auto import choose
-from kdfast.cache.codecs.hidden import Hidden
 from kdfast.cache.errors import CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import DIGEST_BYTES, Key, describe, make_key, make_keys
 from kdfast.cache.manifest import load_shards
-from kdfast.cache.meta import CacheMeta
 from kdfast.cache.rows import Rows
 from kdfast.cache.shard import Shard
 from kdfast.head import OutputLayer
@@ -72,20 +70,13 @@ def open_cache(
     shards = load_shards(directory)
     if not shards:
         raise CacheError(f"{directory}: holds no shard of a kdfast cache")
-    layer = OutputLayer(*head) if isinstance(head, tuple) else head
-    if layer is not None:
-        _require_head(shards[0].meta, layer)
-    return CacheReader(directory, shards, layer)
-
-
-def _require_head(meta: CacheMeta, head: OutputLayer) -> None:
-    if meta.codec != Hidden.name:
-        raise CacheMismatchError(f"the cache has codec {meta.codec}, which takes no head")
-    if meta.config.get("head") != head.fingerprint:
-        raise CacheMismatchError(
-            f"the cache has hidden states for the head {meta.config.get('head')}, but the head given is "
-            f"{head.fingerprint}"
-        )
+    reader = CacheReader(directory, shards)
+    if head is not None:
+        try:
+            reader._codec.use_head(OutputLayer(*head) if isinstance(head, tuple) else head)
+        except ValueError as error:
+            raise CacheMismatchError(f"{directory}: {error}") from error
+    return reader
 
 
 class CacheReader:
@@ -95,8 +86,8 @@ class CacheReader:
     while they are open (published shards never change).
     """
 
-    def __init__(self, path: Path, shards: list[Shard], head: OutputLayer | None = None) -> None:
-        self._path, self._shards, self._head = path, shards, head
+    def __init__(self, path: Path, shards: list[Shard]) -> None:
+        self._path, self._shards = path, shards
         try:
             self._codec = shards[0].meta.make_codec(lambda name: (path / name).read_bytes())
         except (TypeError, ValueError) as error:
@@ -128,8 +119,7 @@ class CacheReader:
         index = keys if isinstance(keys, RecordIndex) else self.index(keys)
         if index.shards != self._fingerprint:
             raise CacheError(f"{self._path}: the index was made for other shards than these: make it again")
-        labels = self._rows.labels(_ranges(self._first[index.records], self._first[index.records + 1]))
-        return labels if self._head is None else replace(labels, head=self._head)
+        return self._rows.labels(_ranges(self._first[index.records], self._first[index.records + 1]))
 
     def index(self, keys: Iterable[Any]) -> RecordIndex:
         """Look up keys once, for any number of ``gather``: hashing a key takes longer than reading a row.

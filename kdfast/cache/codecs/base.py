@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
 
 __all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "float64_chunks"]
@@ -74,6 +75,10 @@ class Codec(ABC):
         """Encode and decode with ``model`` from now on. Raises ``ValueError`` unless ``learn`` has made it."""
         if model:
             raise ValueError(f"a model of {len(model)} bytes, but {self.name} has none")
+
+    def use_head(self, head: OutputLayer) -> None:
+        """Decode labels with the teacher's output layer from now on. Raises ``ValueError`` unless it is theirs."""
+        raise ValueError(f"its codec is {self.name}, which takes no head")
 
     @abstractmethod
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:

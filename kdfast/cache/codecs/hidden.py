@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
 
 __all__ = ["Hidden"]
@@ -51,8 +52,16 @@ class Hidden(FixedWidthCodec):
         if not isinstance(head, str) or not re.fullmatch("[0-9a-f]{32}", head):
             raise ValueError(f"head must be an output layer's fingerprint, 32 hexadecimal digits, got {head!r}")
         self.input_width, self.head, self.bits = index(width), head, int(bits)
+        self._layer: OutputLayer | None = None
         values = ("values", "<u2" if bits == 16 else "i1", (self.input_width,))
         self.row_dtype = np.dtype([values] if bits == 16 else [("step", "<u2"), values])
+
+    def use_head(self, head: OutputLayer) -> None:
+        if head.fingerprint != self.head:
+            raise ValueError(
+                f"its hidden states are for the head {self.head}, but the head given is {head.fingerprint}"
+            )
+        self._layer = head
 
     def config(self) -> dict[str, Any]:
         return {"width": self.input_width, "head": self.head, "bits": self.bits}
@@ -88,7 +97,7 @@ class Hidden(FixedWidthCodec):
             hidden = torch.from_numpy(packed["values"].astype(np.float32)) * _floats(packed["step"]).float()[:, None]
         if not bool(hidden.isfinite().all()):
             raise ValueError("a hidden state is infinite or NaN")
-        return SoftLabels.hidden(hidden, vocab_size=self.vocab_size)
+        return SoftLabels.hidden(hidden, self._layer, vocab_size=self.vocab_size)
 
 
 def _step(hidden: Tensor) -> Tensor:
