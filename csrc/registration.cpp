@@ -6,11 +6,11 @@
 #include "crc32c.h"
 
 #define KDFAST_TRUTH "Tensor coef, Tensor? label, Tensor? label_probs, float smoothing"
-#define KDFAST_DENSE \
-  "Tensor teacher, " KDFAST_TRUTH ", int kind, float a, float b, float scale, bool standardize, bool want_parts"
-#define KDFAST_SPARSE                                                                                         \
-  "Tensor ids, Tensor weights, Tensor offsets, Tensor? tail, int vocab, bool subtract_entropy, " KDFAST_TRUTH \
-  ", bool want_parts"
+#define KDFAST_DIVERGENCE "int kind, float a, float b, float scale"
+#define KDFAST_DENSE "Tensor teacher, " KDFAST_TRUTH ", " KDFAST_DIVERGENCE ", bool standardize, bool want_parts"
+#define KDFAST_SPARSE                                                                            \
+  "Tensor ids, Tensor weights, Tensor offsets, Tensor? tail, int vocab, Tensor? shape, Tensor? " \
+  "shapes, " KDFAST_DIVERGENCE ", " KDFAST_TRUTH ", bool want_parts"
 
 STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("dense_rows(Tensor student, " KDFAST_DENSE ") -> (Tensor loss, Tensor parts)");

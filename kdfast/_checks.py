@@ -192,6 +192,17 @@ def _check_entries(labels: SoftLabels, columns: int) -> None:
             f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
             f"{int(ids.max())}"
         )
+    if labels.shapes is not None:
+        _check_shapes(labels._shape(), labels.shapes)
     row = torch.repeat_interleave(torch.arange(len(labels), device=ids.device), labels._counts())
     if torch.unique(row * labels.vocab_size + ids).numel() != ids.numel():
         raise ValueError("soft labels must name a token once per row, got a token twice")
+
+
+def _check_shapes(shape: Tensor, shapes: Tensor) -> None:
+    if bool(((shape < 0) | (shape >= len(shapes))).any()):
+        raise ValueError(
+            f"soft labels must name shapes in [0, {len(shapes)}), got {int(shape.min())} to {int(shape.max())}"
+        )
+    if not bool(((shapes >= 0) & (shapes < math.inf)).all()):
+        raise ValueError(f"shapes must be finite and not negative, got {float(shapes.min())} to {float(shapes.max())}")

@@ -16,7 +16,7 @@ import kdfast._C as _C
 from kdfast import reference
 from kdfast.divergences import Divergence
 
-__all__ = ["DenseTeacher", "SparseTeacher", "Truth", "row_loss", "row_loss_fused", "row_loss_inplace"]
+__all__ = ["Background", "DenseTeacher", "SparseTeacher", "Truth", "row_loss", "row_loss_fused", "row_loss_inplace"]
 
 _KINDS: tuple[str, ...] = _C.divergences()
 
@@ -36,10 +36,16 @@ class DenseTeacher(NamedTuple):
     op: str = "dense_rows"
 
     def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
-        div = self.divergence.canonical()
-        scale = 1.0 / (div.a * (1.0 - div.a)) if div.normalize else 1.0
-        kind = _KINDS.index(div.name)
-        return (self.logits, coef, *truth[:3], kind, div.a, div.b, scale, div.standardize, truth.want_parts)
+        numbers = _numbers(self.divergence)
+        return (self.logits, coef, *truth[:3], *numbers, self.divergence.standardize, truth.want_parts)
+
+
+class Background(NamedTuple):
+    """What the tail of every row looks like, and the divergence from the whole distribution that this makes."""
+
+    shape: Tensor  # (rows,) int64
+    shapes: Tensor  # (S, vocab)
+    divergence: Divergence
 
 
 class SparseTeacher(NamedTuple):
@@ -48,14 +54,29 @@ class SparseTeacher(NamedTuple):
     offsets: Tensor  # (rows + 1,) int64
     tail: Tensor | None  # (rows,) log-mass
     vocab: int
-    subtract_entropy: bool
+    subtract_entropy: bool  # without a background: forward KL rather than soft cross-entropy
+    background: Background | None = None
     op: str = "sparse_rows"
 
     def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
-        return (*self[:6], coef, *truth)
+        div = Divergence.of("forward_kl" if self.subtract_entropy else "soft_ce")
+        shape = shapes = None
+        if self.background is not None:
+            shape, shapes, div = self.background
+        return (*self[:5], shape, shapes, *_numbers(div), coef, *truth)
 
 
 Teacher = DenseTeacher | SparseTeacher
+
+
+def _numbers(divergence: Divergence) -> tuple[int, float, float, float]:
+    """A divergence as the ops take it: its kind, its two parameters and a factor."""
+    div = divergence.canonical()
+    return _KINDS.index(div.name), div.a, div.b, 1.0 / (div.a * (1.0 - div.a)) if div.normalize else 1.0
+
+
+def _divergence(kind: int, a: float, b: float, scale: float, standardize: bool = False) -> Divergence:
+    return Divergence(_KINDS[kind], a=a, b=b, normalize=scale != 1.0, standardize=standardize)
 
 
 # ---- what the losses call -------------------------------------------------------------------------------------------
@@ -154,7 +175,7 @@ def _save_for_backward(
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 # Where coef lies among an op's arguments after the student.
-_COEF = {"dense_rows": 1, "sparse_rows": 6}
+_COEF = {"dense_rows": 1, "sparse_rows": 11}
 
 
 def _fake_outputs(coef: Tensor, want_parts: bool) -> tuple[Tensor, Tensor]:
@@ -233,7 +254,7 @@ def _reference_dense(
     standardize: bool,
     want_parts: bool,
 ) -> tuple[Tensor, Tensor]:
-    divergence = Divergence(_KINDS[kind], a=a, b=b, normalize=scale != 1.0, standardize=standardize)
+    divergence = _divergence(kind, a, b, scale, standardize)
     labels = reference.Labels(label, _flat(label_probs), smoothing)
     loss, parts = reference.dense_rows(_rows(student), _rows(teacher), coef, labels, divergence)
     return loss, _stack(parts, want_parts)
@@ -246,7 +267,12 @@ def _reference_sparse(
     offsets: Tensor,
     tail: Tensor | None,
     vocab: int,
-    subtract_entropy: bool,
+    shape: Tensor | None,
+    shapes: Tensor | None,
+    kind: int,
+    a: float,
+    b: float,
+    scale: float,
     coef: Tensor,
     label: Tensor | None,
     label_probs: Tensor | None,
@@ -254,9 +280,13 @@ def _reference_sparse(
     want_parts: bool,
 ) -> tuple[Tensor, Tensor]:
     labels = reference.Labels(label, _flat(label_probs), smoothing)
-    loss, parts = reference.sparse_rows(
-        _rows(student), ids, weights, offsets, tail, vocab, coef, labels, subtract_entropy
-    )
+    entries, divergence = (ids, weights, offsets), _divergence(kind, a, b, scale)
+    if shape is not None and shapes is not None and tail is not None:
+        background = reference.Background(shape, shapes)
+        loss, parts = reference.background_rows(_rows(student), *entries, tail, background, coef, labels, divergence)
+    else:
+        subtract_entropy = divergence.name == "forward_kl"
+        loss, parts = reference.sparse_rows(_rows(student), *entries, tail, vocab, coef, labels, subtract_entropy)
     return loss, _stack(parts, want_parts)
 
 

@@ -274,8 +274,9 @@ def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: N
         return _ops.DenseTeacher(rows.lay_out(teacher.to_dense().values).view(*rows.logits.shape[:2], -1), div)
     weights, tail = teacher.at(tau_t)
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
+    background = None if teacher.shapes is None else _ops.Background(teacher._shape(), teacher.shapes, div)
     return _ops.SparseTeacher(
-        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl"
+        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl", background
     )
 
 

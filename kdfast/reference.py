@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdfast.divergences import Divergence
 
-__all__ = ["Labels", "Parts", "dense_rows", "sparse_rows"]
+__all__ = ["Background", "Labels", "Parts", "background_rows", "dense_rows", "sparse_rows"]
 
 
 class Labels(NamedTuple):
@@ -89,6 +89,49 @@ def sparse_rows(
     tops = [ids[e][weights[e].argmax()] if e.stop > e.start else ids.new_full((), -1) for e in entries]
     top1 = s.argmax(-1) == torch.stack(tops) if tops else torch.zeros(0, dtype=torch.bool, device=s.device)
     return _total(kd, _has_finite(s), student, coef, labels, s, top1)
+
+
+class Background(NamedTuple):
+    """What the tail of a sparse row looks like: a row of a table of non-negative shapes."""
+
+    shape: Tensor  # (rows,) int64, each row's row of `shapes`
+    shapes: Tensor  # (S, V_t)
+
+
+def background_rows(
+    student: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    tail: Tensor,
+    background: Background,
+    coef: Tensor,
+    labels: Labels,
+    divergence: Divergence,
+) -> tuple[Tensor, Parts]:
+    """Per-row loss against K (id, weight) entries and a tail of (rows,) log-mass spread like a shape.
+
+    The same as against the logits log p of the whole distribution, at teacher temperature 1.
+    """
+    shared = min(student.shape[1], background.shapes.shape[1])
+    rows = [
+        _expand(ids[a:b].long(), weights[a:b].to(coef.dtype), tail[i].to(coef.dtype), background, i, shared)
+        for i, (a, b) in enumerate(pairwise(offsets.tolist()))
+    ]
+    p = torch.stack(rows) if rows else student.new_zeros(0, background.shapes.shape[1], dtype=coef.dtype)
+    coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
+    return dense_rows(student, p.log(), coef, labels, divergence)
+
+
+def _expand(ids: Tensor, w: Tensor, tail: Tensor, background: Background, row: int, shared: int) -> Tensor:
+    """One row's distribution over the teacher's columns, up to a factor; NaN where an id or a shape is out of range."""
+    index, shapes = background.shape[row], background.shapes
+    if bool((index < 0) | (index >= shapes.shape[0])) or bool(((ids < 0) | (ids >= shared)).any()):
+        return w.new_full((shapes.shape[1],), math.nan)
+    rest = shapes[index].to(w.dtype).index_fill(0, ids, 0.0)
+    total = rest.sum()
+    p = torch.where(total == 0.0, 0.0, tail.exp() / total) * rest
+    return p.index_copy(0, ids, w)
 
 
 def _total(

@@ -1,4 +1,5 @@
 // A student row against a row of teacher logits: every divergence, CE and z-loss in one sweep. Included like vec.h.
+// A sparse row with a background has the logarithm of its distribution for logits.
 
 template <typename T>
 class DenseRow : RowSweep<T> {
@@ -11,13 +12,14 @@ class DenseRow : RowSweep<T> {
       : Base(task, is_tempered(divergence, task), !divergence.standardize && divergence.kind != Kind::kDkd, workspace),
         divergence_(divergence),
         active_(task.kd != 0),
-        tempered_(is_tempered(divergence, task)) {
+        tempered_(is_tempered(divergence, task)),
+        background_(task, this->entry_tiles_) {
     t_.columns = task.shared;
     t_.set_tau(task.tau_t);
   }
 
   RowResult run() {
-    if (is_bad()) return this->fail();
+    if (is_bad() || (active_ && !prepare_background())) return this->fail();
     if (active_ && divergence_.standardize) {
       moments_s_ = moments(task_.student);
       moments_t_ = moments(task_.teacher);
@@ -54,6 +56,14 @@ class DenseRow : RowSweep<T> {
   }
 
   int64_t shared_tiles() const { return tile_count(task_.shared); }
+
+  // False where the row's entries or its shape are out of range.
+  bool prepare_background() {
+    if (!background_.exists()) return true;
+    if (background_.is_bad() || !this->entry_tiles_.sort(task_.entries, this->columns(), task_.shared)) return false;
+    background_scale_ = background_.scale_of_row(tile_t_);
+    return true;
+  }
 
   Moments moments(const Source& row) {
     double sum = 0, square = 0, low = Real<double>::kInf, high = -low;
@@ -99,7 +109,10 @@ class DenseRow : RowSweep<T> {
   const T* teacher_for_kd(int64_t k) {
     if (k == staged_t_) return tile_t_;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
-    load(task_.teacher, k * kTile, count, tile_t_);
+    if (background_.exists())
+      background_.log_tile(k, background_scale_, tile_t_);
+    else
+      load(task_.teacher, k * kTile, count, tile_t_);
     staged_t_ = k;
     return change(k, count, moments_t_, tile_t_);
   }
@@ -121,7 +134,10 @@ class DenseRow : RowSweep<T> {
     for (int64_t k = 0; k < tile_count(this->columns()); ++k) {
       this->sweep_truth(k);
       if (tempered_ && k * kTile < task_.shared) {
-        sweep_both(k);
+        if (background_.exists() && !is_forward())
+          sweep_with_background(k);
+        else
+          sweep_both(k);
       } else if (!tempered_ && this->at_one_ == AtOne::kShared) {
         const int count = this->tile_size(k);
         this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, SweepMode(), count, x, x); });
@@ -132,14 +148,30 @@ class DenseRow : RowSweep<T> {
     }
   }
 
+  // The teacher's probabilities are there already: they stand for exponentials whose origin is 0.
+  void sweep_with_background(int64_t k) {
+    SweepMode mode;
+    mode.square = this->at_one_ == AtOne::kSquared;
+    const int count = Base::clamp_tile(task_.shared - k * kTile);
+    if (count == this->tile_size(k)) {
+      this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, x); });
+    } else {
+      const T* x = student_for_kd(k);
+      this->sweep_tile(k, s_, mode, count, x, x);
+    }
+    t_.sum[k] = background_.probability_tile(k, background_scale_, t_.e + k * kTile);
+    t_.offset[k] = 0;
+    zero_beyond(k, count);
+  }
+
   void sweep_both(int64_t k) {
     SweepMode mode;
     mode.teacher = true;
     mode.square = this->at_one_ == AtOne::kSquared;
     if (is_forward()) mode.cross = divergence_.kind == Kind::kSoftCe ? Cross::kCe : Cross::kKl;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
-    const bool direct =
-        !changes_logits() && task_.student.dtype == task_.teacher.dtype && Base::is_readable(task_.student.dtype);
+    const bool direct = !changes_logits() && !background_.exists() && task_.student.dtype == task_.teacher.dtype &&
+                        Base::is_readable(task_.student.dtype);
     if (!direct) {
       const T *x = student_for_kd(k), *y = teacher_for_kd(k);
       this->sweep_tile(k, s_, mode, count, x, y);
@@ -202,8 +234,8 @@ class DenseRow : RowSweep<T> {
 
   double dkd() {
     rest_is_dead_ = s_.z == 0 || t_.z == 0;
-    const double target_s = target_logit(task_.student, moments_s_) * s_.scale();
-    const double target_t = target_logit(task_.teacher, moments_t_) * t_.scale();
+    const double target_s = target_logit(load_one(task_.student, task_.label), moments_s_) * s_.scale();
+    const double target_t = target_logit(teacher_target(), moments_t_) * t_.scale();
     dead_ = (s_.z == 0 && target_s == -Real<double>::kInf) || (t_.z == 0 && target_t == -Real<double>::kInf);
     if (dead_) return 0;
     const double odds_s = s_.z == 0 ? Real<double>::kInf : target_s - s_.lse();
@@ -213,8 +245,15 @@ class DenseRow : RowSweep<T> {
     return divergence_.a * tckd + (rest_is_dead_ ? 0 : divergence_.b * forward_value());
   }
 
-  double target_logit(const Source& row, const Moments& m) {
-    const double x = load_one(row, task_.label);
+  // As the teacher has it, before the target is taken out.
+  double teacher_target() {
+    if (!background_.exists()) return load_one(task_.teacher, task_.label);
+    staged_t_ = -1;
+    background_.log_tile(task_.label / kTile, background_scale_, tile_t_);
+    return tile_t_[task_.label % kTile];
+  }
+
+  double target_logit(double x, const Moments& m) const {
     return x == -Real<double>::kInf ? x : (x - m.mean * divergence_.standardize) * m.inverse_std;
   }
 
@@ -272,12 +311,6 @@ class DenseRow : RowSweep<T> {
       slope_sum_ += reduce_add(slopes);
     }
     return total;
-  }
-
-  // Any origin does, as long as log_factor() is taken from the same one.
-  static Base2<T> origin_of(const Exponentials<T>& side, int64_t k) {
-    const double offset = side.offset[k];
-    return {side.bits, is_finite(offset) ? T(offset / double(side.bits)) : T(0)};
   }
 
   template <Kind kKind>
@@ -369,6 +402,8 @@ class DenseRow : RowSweep<T> {
 
   const Divergence& divergence_;
   const bool active_, tempered_;
+  const Background<T> background_;
+  double background_scale_ = 0;
   Moments moments_s_, moments_t_;
   int64_t staged_t_ = -1;
   bool dead_ = false, rest_is_dead_ = false;

@@ -25,6 +25,9 @@ struct Entries {
   int64_t count = 0;
   double tail = 0;                // log-mass; -inf: none
   bool subtract_entropy = false;  // forward KL rather than soft cross-entropy
+  bool background = false;        // the rest is spread like `shape`, not one more class
+  Source shape;                   // over the teacher's columns; data == nullptr: an index out of the table
+  double shape_entropy = 0;       // sum r log r of the shape's shared columns; read for forward KL
 };
 
 struct RowTask {
@@ -53,6 +56,8 @@ struct Kernels {
   RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
   RowResult (*sparse_float)(const RowTask&, void* workspace);
   RowResult (*sparse_double)(const RowTask&, void* workspace);
+  double (*shape_entropy_float)(const Source& shape, int64_t shared);
+  double (*shape_entropy_double)(const Source& shape, int64_t shared);
   void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
   int64_t (*workspace_bytes)(int64_t columns);
   void (*fence)();  // after a thread's streaming writes

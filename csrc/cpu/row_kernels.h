@@ -10,7 +10,9 @@ namespace KDFAST_ISA {
 #include "../rowmath.h"
 #include "load.h"
 #include "softmax.h"
+#include "entry_tiles.h"
 #include "row_sweep.h"
+#include "background.h"
 #include "dense_row.h"
 #include "sparse_row.h"
 // clang-format on
@@ -39,7 +41,7 @@ void scale_tiles(void* data, Dtype dtype, int64_t size, double factor) {
 // What RowSweep::carve() lays out, for the wider working type.
 int64_t workspace_bytes(int64_t columns) {
   const int64_t tiles = tile_count(columns);
-  return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + tiles + 64;
+  return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + EntryTiles::bytes(tiles) + tiles + 64;
 }
 
 void fence() {
@@ -58,10 +60,11 @@ void scale(void* data, Dtype dtype, int64_t size, double factor) {
 #define KDFAST_NAME_OF(isa) #isa
 #define KDFAST_NAME(isa) KDFAST_NAME_OF(isa)
 extern const Kernels KDFAST_TABLE = {
-    KDFAST_NAME(KDFAST_ISA),        KDFAST_ISA::dense_row<float>,
-    KDFAST_ISA::dense_row<double>,  KDFAST_ISA::sparse_row<float>,
-    KDFAST_ISA::sparse_row<double>, KDFAST_ISA::scale,
-    KDFAST_ISA::workspace_bytes,    KDFAST_ISA::fence,
+    KDFAST_NAME(KDFAST_ISA),           KDFAST_ISA::dense_row<float>,
+    KDFAST_ISA::dense_row<double>,     KDFAST_ISA::sparse_row<float>,
+    KDFAST_ISA::sparse_row<double>,    KDFAST_ISA::shape_entropy<float>,
+    KDFAST_ISA::shape_entropy<double>, KDFAST_ISA::scale,
+    KDFAST_ISA::workspace_bytes,       KDFAST_ISA::fence,
 };
 
 }  // namespace kdfast

@@ -354,6 +354,7 @@ class RowSweep {
 
   const RowTask& task_;
   Exponentials<T> s_, t_, one_;
+  EntryTiles entry_tiles_;
   AtOne at_one_ = AtOne::kUnused;
   double* cross_ = nullptr;  // (tiles,) see Cross
   bool* masked_ = nullptr;   // (tiles,) the student's tile may hold a -inf
@@ -384,7 +385,8 @@ class RowSweep {
       stats += 3 * tiles;
     }
     cross_ = stats;
-    masked_ = (bool*)(stats + tiles);
+    entry_tiles_.place(stats + tiles, tiles);
+    masked_ = (bool*)(stats + tiles) + EntryTiles::bytes(tiles);
     for (int64_t k = 0; k < tiles; ++k) masked_[k] = false;
   }
 };

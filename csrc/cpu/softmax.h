@@ -67,6 +67,13 @@ struct Base2 {
   double offset() const { return double(origin) * double(bits); }
 };
 
+// Any origin does, as long as log_factor() is taken from the same one.
+template <typename T>
+Base2<T> origin_of(const Exponentials<T>& side, int64_t k) {
+  const double offset = side.offset[k];
+  return {side.bits, is_finite(offset) ? T(offset / double(side.bits)) : T(0)};
+}
+
 template <typename T>
 struct TileSums {
   T student, teacher, square, cross;

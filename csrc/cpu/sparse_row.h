@@ -1,5 +1,6 @@
 // A student row against K (id, weight) entries and a tail: the student's softmax over the whole row, and a gather.
-// Included like vec.h.
+// A tail with a shape (forward KL and soft cross-entropy) is a second row, read along with the student's, of which the
+// gradient needs no logarithm and no exponential. Included like vec.h.
 //
 // The entries' columns are taken out before the exponentials, so that the tail's log-sum-exp is exact however small its
 // mass is; their own gradient is written from the row's statistics at the end.
@@ -7,15 +8,19 @@
 template <typename T>
 class SparseRow : RowSweep<T> {
   using Base = RowSweep<T>;
-  using Base::s_, Base::t_, Base::one_, Base::task_;
+  using V = Vec<T>;
+  using Base::s_, Base::t_, Base::one_, Base::task_, Base::tile_t_;
 
  public:
   SparseRow(const RowTask& task, void* workspace)
-      : Base(task, task.kd != 0, true, workspace), active_(task.kd != 0), entries_(task.entries) {
-    // The teacher's side of the workspace is free: the tail's factors, and the entries in tile order.
+      : Base(task, task.kd != 0, true, workspace),
+        active_(task.kd != 0),
+        entries_(task.entries),
+        tiles_(this->entry_tiles_),
+        background_(task, tiles_) {
+    // The teacher's side of the workspace is free.
     tail_factor_ = t_.factor;
-    order_ = (int32_t*)t_.e;
-    starts_ = (int32_t*)t_.offset;
+    background_mass_ = t_.sum;
   }
 
   RowResult run() {
@@ -34,26 +39,8 @@ class SparseRow : RowSweep<T> {
  private:
   bool is_bad() const { return this->bad_label() || (active_ && !(task_.tau_s > 0 && 1 / task_.tau_s > 0)); }
 
-  // Buckets the entries by tile; false where an id is out of the shared vocabulary.
-  bool sort_entries() {
-    const int64_t tiles = tile_count(this->columns());
-    if (entries_.count > this->columns()) return false;
-    for (int64_t k = 0; k <= tiles; ++k) starts_[k] = 0;
-    for (int64_t i = 0; i < entries_.count; ++i) {
-      if (entries_.id[i] < 0 || entries_.id[i] >= task_.shared) return false;
-      ++starts_[entries_.id[i] / kTile];
-    }
-    for (int64_t k = 0, before = 0; k <= tiles; ++k) {
-      const int32_t count = starts_[k];
-      starts_[k] = int32_t(before);
-      before += count;
-    }
-    for (int64_t i = 0; i < entries_.count; ++i) order_[starts_[entries_.id[i] / kTile]++] = int32_t(i);
-    // Filling moved every start to its tile's end, which is the next tile's start.
-    for (int64_t k = tiles; k > 0; --k) starts_[k] = starts_[k - 1];
-    starts_[0] = 0;
-    return true;
-  }
+  // False where the entries or the shape of the rest are out of range.
+  bool sort_entries() { return !background_.is_bad() && tiles_.sort(entries_, this->columns(), task_.shared); }
 
   double logit(int64_t entry) const { return load_one(task_.student, entries_.id[entry]); }
 
@@ -65,7 +52,7 @@ class SparseRow : RowSweep<T> {
     const int count = this->tile_size(k), kept = Base::clamp_tile(s_.columns - k * kTile);
     SweepMode mode;
     mode.square = this->at_one_ == AtOne::kSquared;
-    if (kept == count && !(active_ && starts_[k] < starts_[k + 1])) {
+    if (kept == count && !(active_ && tiles_.any_in(k))) {
       this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, x); });
     } else if (kept > 0) {
       // What sweep_tile() takes for a mask may only be entries.
@@ -75,14 +62,39 @@ class SparseRow : RowSweep<T> {
       this->masked_[k] = masked;
     }
     for (int i = kept; i < Base::padded(count); ++i) s_.e[k * kTile + i] = T(0);
+    if (active_ && background_.exists() && kept > 0) sweep_background(k, kept);
   }
 
   const T* without_entries(int64_t k, int kept) {
     T* x = this->student_tile_to_change(k);
     for (int i = kept; i < Base::padded(this->tile_size(k)); ++i) x[i] = -Real<T>::kInf;
     if (active_)
-      for (int32_t i = starts_[k]; i < starts_[k + 1]; ++i) x[entries_.id[order_[i]] - k * kTile] = -Real<T>::kInf;
+      for (const int32_t* entry = tiles_.begin(k); entry != tiles_.end(k); ++entry)
+        x[entries_.id[*entry] - k * kTile] = -Real<T>::kInf;
     return x;
+  }
+
+  // Tile k's sums over the background: its mass, and what its divergence needs of the logits.
+  void sweep_background(int64_t k, int kept) {
+    T* r = tile_t_;
+    background_.load_tile(k, r);
+    if (kept < kTile) return sum_background(k, Base::padded(kept), this->student_tile(k), r);
+    this->with_student(k, [&](auto* x) { sum_background(k, kept, x, r); });
+  }
+
+  template <typename From>
+  void sum_background(int64_t k, int count, const From* x, const T* r) {
+    const Base2<T> student = origin_of(s_, k);
+    const V zero(T(0));
+    V mass = zero, cross = zero;
+    for (int i = 0; i < count; i += V::kLanes) {
+      const V p = V::load(r + i), u = student(load_vector<T>(x + i));
+      mass = mass + p;
+      // A column that one side masks has an infinite logarithm there, and 0 of the other's mass or an infinite loss.
+      cross = cross + select(p > zero, p * u, zero);
+    }
+    background_mass_[k] = reduce_add(mass);
+    this->cross_[k] = reduce_add(cross);
   }
 
   void include_entries() {
@@ -102,6 +114,16 @@ class SparseRow : RowSweep<T> {
   double value() {
     dead_ = s_.z == 0;
     if (dead_) return 0;
+    const double heads = heads_value();
+    if (background_.exists()) return background_value(heads);
+    if (entries_.tail == -Real<double>::kInf) return heads;
+    if (tail_z_ == 0) return Real<double>::kInf;
+    tail_mass_ = ::exp(entries_.tail);
+    mass_ += tail_mass_;
+    return heads + tail_mass_ * ((entries_.subtract_entropy ? entries_.tail : 0) - (tail_lse_ - lse_s_));
+  }
+
+  double heads_value() {
     double total = 0;
     for (int64_t i = 0; i < entries_.count; ++i) {
       const double w = entries_.weight[i];
@@ -109,11 +131,31 @@ class SparseRow : RowSweep<T> {
       mass_ += w;
       total += w * ((entries_.subtract_entropy ? ::log(w) : 0) - s_.log_probability(logit(i)));
     }
-    if (entries_.tail == -Real<double>::kInf) return total;
-    if (tail_z_ == 0) return Real<double>::kInf;
-    tail_mass_ = ::exp(entries_.tail);
-    mass_ += tail_mass_;
-    return total + tail_mass_ * ((entries_.subtract_entropy ? entries_.tail : 0) - (tail_lse_ - lse_s_));
+    return total;
+  }
+
+  // Entries and background are a distribution up to a factor: the teacher may have columns that the student lacks.
+  double background_value(double heads) {
+    double mass = 0, cross = 0;
+    for (int64_t k = 0; k < tile_count(s_.columns); ++k) {
+      if (background_mass_[k] == 0) continue;
+      mass += background_mass_[k];
+      cross += this->cross_[k] * kLn2 + background_mass_[k] * s_.log_factor(k);
+    }
+    const double whole = mass + background_.mass_beyond(tile_t_), scale = background_.scale(whole);
+    if (!is_finite(whole) || s_.z != s_.z) return __builtin_nan("");
+    const bool keep = entries_.subtract_entropy;
+    if (scale != 0 && mass != 0) {
+      mass_ += scale * mass;
+      heads += scale * ((keep ? background_.entropy(mass, tile_t_) + ::log(scale) * mass : 0) - cross);
+    }
+    dead_ = mass_ == 0;
+    if (dead_) return 0;
+    const double total = heads / mass_ - (keep ? ::log(mass_) : 0);
+    entry_scale_ = 1 / mass_;
+    background_scale_ = scale / mass_;
+    mass_ = 1;
+    return total;
   }
 
   // ---- gradient ---------------------------------------------------------------------------------------------------
@@ -125,24 +167,30 @@ class SparseRow : RowSweep<T> {
       typename Base::Slopes slopes;
       const bool shared = kd && k < tile_count(s_.columns);
       if (shared) slopes.student = slope * (mass_ * s_.factor[k] - (tail_z_ != 0 ? tail_mass_ * tail_factor_[k] : 0));
-      if (shared && starts_[k] < starts_[k + 1]) {
+      if (shared && tiles_.any_in(k)) {
         slopes.h_tile = entry_tile(k, slope);
         slopes.h = 1;
+      } else if (shared && background_.exists()) {
+        background_.load_tile(k, tile_t_);
+        slopes.h_tile = tile_t_;
+        slopes.h = -slope * background_scale_;
       }
       this->write_gradient(k, slopes);
     }
   }
 
-  // A tile with nothing but the entries' gradient: their exponentials were taken out.
+  // A tile with nothing but the entries' gradient, whose exponentials were taken out, and the background's.
   const T* entry_tile(int64_t k, double slope) {
-    T* g = this->tile_t_;
-    for (int i = 0; i < kTile; ++i) g[i] = T(0);
+    T* g = tile_t_;
+    if (background_.exists()) background_.load_tile(k, g);
+    const T background = T(-slope * background_scale_);
+    for (int i = 0; i < kTile; ++i) g[i] = background_.exists() ? g[i] * background : T(0);
     // Where the exponentials also serve temperature 1, the entries are missing there too.
     const bool truth = this->at_one_ == AtOne::kShared || this->at_one_ == AtOne::kSquared;
-    for (int32_t i = starts_[k]; i < starts_[k + 1]; ++i) {
-      const int32_t entry = order_[i];
+    for (const int32_t* i = tiles_.begin(k); i != tiles_.end(k); ++i) {
+      const int32_t entry = *i;
       const double x = logit(entry);
-      double value = slope * (mass_ * ::exp(s_.log_probability(x)) - entries_.weight[entry]);
+      double value = slope * (mass_ * ::exp(s_.log_probability(x)) - entry_scale_ * entries_.weight[entry]);
       if (truth) value += this->truth_slope() * ::exp(this->at_one().log_probability(x));
       g[entries_.id[entry] - k * kTile] += T(value);
     }
@@ -150,25 +198,35 @@ class SparseRow : RowSweep<T> {
   }
 
   void describe(RowResult& result) {
-    if (!active_ || dead_) return;
+    if (!active_ || s_.z == 0) return;
     result.entropy = this->entropy();
     double best = -1;
     int64_t id = -1;
     for (int64_t i = 0; i < entries_.count; ++i) {
       const double log_q = s_.log_probability(logit(i)), q = ::exp(log_q);
       if (q > 0) result.entropy -= q * log_q;
-      if (entries_.weight[i] > best) {
-        best = entries_.weight[i];
+      if (entry_scale_ * entries_.weight[i] > best) {
+        best = entry_scale_ * entries_.weight[i];
         id = entries_.id[i];
       }
+    }
+    for (int64_t k = 0; background_.exists() && k < tile_count(s_.columns); ++k) {
+      background_.load_tile(k, tile_t_);
+      for (int i = 0; i < Base::clamp_tile(s_.columns - k * kTile); ++i)
+        if (background_scale_ * tile_t_[i] > best) {
+          best = background_scale_ * tile_t_[i];
+          id = k * kTile + i;
+        }
     }
     result.top1 = this->argmax(task_.student) == id;
   }
 
   const bool active_;
   const Entries& entries_;
-  double* tail_factor_;
-  int32_t *order_, *starts_;
+  EntryTiles& tiles_;
+  const Background<T> background_;
+  double *tail_factor_, *background_mass_;
+  double background_scale_ = 0, entry_scale_ = 1;
   bool dead_ = false;
   double tail_z_ = 0, tail_lse_ = 0, lse_s_ = 0, mass_ = 0, tail_mass_ = 0;
 };
