@@ -38,12 +38,23 @@ def test_missing_keys_are_named(tmp_path):
 
 
 def test_two_writers_of_one_name_do_not_overwrite(tmp_path):
-    first, second = writer(tmp_path), writer(tmp_path)
-    first.add("a", logits(1))
-    second.add("b", logits(1))
-    second.close()
+    with writer(tmp_path) as first:
+        first.add("a", logits(1))
+        with pytest.raises(kdfast.cache.CacheBusyError, match=r"shard-0.journal belongs to a writer .* its own name"):
+            writer(tmp_path)
+    with writer(tmp_path) as second:
+        assert "a" in second
+        second.add("b", logits(1))
+    assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.keys.make_key(key) for key in "ab"]
+
+
+def test_a_shard_of_another_machine_is_not_overwritten(tmp_path):
+    fill(tmp_path / "other", ["b"])
+    w = writer(tmp_path)
+    w.add("a", logits(1))
+    os.replace(tmp_path / "other" / "shard-0-00000.safetensors", tmp_path / "shard-0-00000.safetensors")
     with pytest.raises(kdfast.cache.CacheError, match=r"shard-0-00000.safetensors appeared.* its own name"):
-        first.close()
+        w.close()
     assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.keys.make_key("b")]
 
 
@@ -85,17 +96,27 @@ def fail_after(records, writer):
         teacher()
 
 
-def test_an_exception_keeps_what_was_sealed_and_nothing_else(tmp_path):
-    fail_after(9, writer(tmp_path, shard_bytes=400, block_rows=4))
-    assert all(re.fullmatch(r"shard-0-\d{5}\.safetensors", p.name) for p in tmp_path.iterdir())
-    cache = kdfast.cache.open(tmp_path)
-    cache.verify()
-    assert 0 < len(cache) < 9
-    assert [len(cache[i]) for i in range(len(cache))] == [9 - i for i in range(len(cache))]
+@pytest.mark.parametrize("shard_bytes", [400, 2**20])
+def test_an_exception_loses_nothing(tmp_path, shard_bytes):
+    options = {"shard_bytes": shard_bytes, "block_rows": 4}
+    fail_after(9, writer(tmp_path / "a", **options))
+    names = {re.sub(r"\d{5}", "N", p.name) for p in (tmp_path / "a").iterdir()}
+    assert "shard-0.journal" in names
+    assert names <= {"shard-0-N.safetensors", "shard-0-N.safetensors.part", "shard-0.journal"}
+    with writer(tmp_path / "a", **options) as w:
+        assert all(i in w for i in range(9))
+    with writer(tmp_path / "b", **options) as w:
+        for i in range(9):
+            w.add(i, logits(9 - i, seed=i))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_an_exception_before_the_first_shard_leaves_nothing(tmp_path):
-    fail_after(9, writer(tmp_path))
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_an_exception_before_the_first_record_leaves_nothing(tmp_path):
+    fail_after(0, writer(tmp_path))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(kdfast.cache.CacheError, match="holds no shard of a kdfast cache"):
         kdfast.cache.open(tmp_path)
@@ -152,7 +173,7 @@ def test_bad_writer_options_are_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failing_disk_is_named_and_leaves_no_part(tmp_path, monkeypatch, call):
+def test_a_failing_disk_is_named_and_tried_again(tmp_path, monkeypatch, call):
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -162,8 +183,9 @@ def test_a_failing_disk_is_named_and_leaves_no_part(tmp_path, monkeypatch, call)
         patch.setattr(os, call, fail)
         with pytest.raises(OSError, match=r"No space left on device: .*shard-0-00000.safetensors"):
             w.close()
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("*.safetensors"))
     w.close()  # once there is room again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "shard-0-00000.safetensors"]
     assert len(kdfast.cache.open(tmp_path)["a"]) == 1
 
 

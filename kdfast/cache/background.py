@@ -18,8 +18,8 @@ class Background:
     """Hands records to a builder in the order they come, in a thread of its own.
 
     It holds ``QUEUED_BLOCKS`` blocks of records at most; ``put`` waits for room. When the builder fails the thread
-    stops at that record, and the next ``put`` or ``drain`` raises what the builder raised, once. After that the thread
-    tries again: a disk that has room again loses nothing.
+    stops at that record, and the next ``put`` or ``drain`` raises what the builder raised. Each call after that tries
+    again first, and goes on where it stopped if that succeeds: a disk that has room again loses nothing.
     """
 
     def __init__(self, builder: ShardBuilder, block_rows: int) -> None:
@@ -36,6 +36,7 @@ class Background:
             self._thread.start()
         state = self._state
         with state.condition:
+            state.try_again()
             state.condition.wait_for(lambda: state.error is not None or self._has_room(record))
             state.raise_error()
             state.waiting.append(record)
@@ -44,9 +45,10 @@ class Background:
             state.condition.notify_all()
 
     def drain(self) -> None:
-        """Wait until the builder has every record. Raises what the thread met with; then call it again."""
+        """Wait until the builder has every record. Raises what the thread met with."""
         state = self._state
         with state.condition:
+            state.try_again()
             state.condition.wait_for(lambda: state.error is not None or state.idle)
             state.raise_error()
 
@@ -73,7 +75,7 @@ class _State:
         self.waiting: deque[Record] = deque()
         self.rows = self.values = 0  # of those waiting
         self.error: BaseException | None = None  # not yet raised
-        self._failed = False  # the builder has to try again before it gets another record
+        self._failed = self._retry = False  # the builder gets no record until a retry has succeeded
         self._busy = self._stopped = False
         self._builder = builder
 
@@ -81,10 +83,16 @@ class _State:
     def idle(self) -> bool:
         return not (self.waiting or self._busy or self._failed)
 
+    def try_again(self) -> None:
+        """Have the thread repeat what failed, if that has been raised already, and wait for the outcome."""
+        if self._failed and self.error is None:
+            self._retry = True
+            self.condition.notify_all()
+            self.condition.wait_for(lambda: self.error is not None or not self._failed)
+
     def raise_error(self) -> None:
         error, self.error = self.error, None
         if error is not None:
-            self.condition.notify_all()
             raise error
 
     def stop(self) -> None:
@@ -106,12 +114,10 @@ class _State:
     def _take(self) -> bool:
         """Wait for something to do, and give the builder its next record. False: it is over."""
         with self.condition:
-            self.condition.wait_for(
-                lambda: self._stopped or (self.error is None and (self.waiting or self._failed))  # type: ignore[arg-type]
-            )
+            self.condition.wait_for(lambda: self._stopped or self._retry or bool(self.waiting and not self._failed))
             if self._stopped:
                 return False
-            self._busy = True
+            self._busy, self._retry = True, False
             if not self._failed:
                 record = self.waiting.popleft()
                 self.rows -= len(record.labels)

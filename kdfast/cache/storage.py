@@ -146,7 +146,8 @@ class RemoteStorage(Storage):
         self._fs.invalidate_cache()  # other writers add files
         if not self._fs.exists(self._root):
             raise FileNotFoundError(2, "No such directory", self.url)
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False))
+        entries = self._fs.ls(self._root, detail=True)
+        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
 
     def exists(self, name: str) -> bool:
         self._fs.invalidate_cache()

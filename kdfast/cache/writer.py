@@ -205,13 +205,16 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        elif not self._closed and os.getpid() == self._process:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self._leave()
 
     def _leave(self) -> None:
-        """Write the blocks that are complete, and note the rest in the journal."""
+        """If it is not closed: write the blocks that are complete, and note the rest in the journal."""
+        if self._closed or os.getpid() != self._process:
+            return
         with suppress(BaseException):  # often the very error that is being handled
             self._background.drain()
         for record in self._background.stop():
