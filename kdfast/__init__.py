@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  (loads the libraries that the extension li
 
 from kdfast import _C, cache
 from kdfast._version import __version__
+from kdfast.cache.packed import PackedLabels
 from kdfast.divergences import Divergence, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.head import Head, OutputLayer
 from kdfast.labels import SoftLabels
@@ -15,6 +16,7 @@ __all__ = [
     "KDLoss",
     "LossParts",
     "OutputLayer",
+    "PackedLabels",
     "SoftLabels",
     "__version__",
     "alpha_beta",

@@ -347,3 +347,12 @@ def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergen
     if vocab_size > SMALL_VOCAB and temperatures == (1.0,) and wanted == "soft_ce":
         assert (name, options) == LARGE_VOCAB[:2]
         assert "soft_ce" in why
+
+
+def test_integer_keys_can_be_the_numbers_of_a_range(tmp_path):
+    x = torch.randn(6, VOCAB)
+    loader = [(x[:4], range(4)), (x[4:], range(4, 6))]
+    run(lambda x: x, loader, tmp_path, key=lambda batch: batch[1], teacher="t", keys="range")
+    cache = kdfast.cache.open(tmp_path)
+    assert cache.info.keys == "range"
+    assert (cache.gather([5, 0]).values - x[[5, 0]].log_softmax(1)).abs().max() < 0.05

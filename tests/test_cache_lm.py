@@ -12,7 +12,6 @@ import kdfast.cache
 from kdfast import kd_loss
 from kdfast.cache import CacheMismatchError, capture_lm, output_layer, windows
 from kdfast.cache.lm import next_tokens
-from kdfast.cache.targets import targets_crc
 
 WORDS = ["<s>", "<unk>", *["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"]]
 TEXTS = ["the cat sat on a mat and then it ran", "a mat", "", "it ran and then the cat sat on the mat a cat", "cat"]
@@ -83,7 +82,7 @@ def test_a_row_is_the_distribution_of_the_next_token(tmp_path, model, added):
     ]
     assert report == (2, 0, len(parts), sum(map(len, parts)))
     for (key, rows, targets), ids in zip(added, parts, strict=True):
-        assert key == kdfast.cache.keys.make_key(ids)
+        assert torch.equal(key, ids)
         torch.testing.assert_close(rows, logits(model, ids), rtol=1e-4, atol=1e-5)
         assert targets.tolist() == [*ids[1:].tolist(), -100]
         # Row i is what a student's shifted loss compares with token i + 1.
@@ -136,14 +135,24 @@ def test_another_tokenizer_or_model_is_refused(tmp_path, model, tokenizer):
         run(model, TEXTS, tmp_path, tokenizer, teacher="another")
 
 
-def test_a_retokenised_or_shifted_corpus_is_noticed(tmp_path, model, tokenizer, added):
+def mean_cross_entropy(model, parts):
+    losses = [
+        torch.nn.functional.cross_entropy(logits(model, ids)[:-1], ids[1:].long(), reduction="none") for ids in parts
+    ]
+    return torch.cat(losses).mean().item()
+
+
+def test_a_retokenised_or_shifted_corpus_is_noticed(tmp_path, model, tokenizer):
     run(model, TEXTS, tmp_path, tokenizer)
     cache = kdfast.cache.open(tmp_path)
     with pytest.raises(KeyError):
         cache.gather(windows(tokenizer, TEXTS, 5, add_special_tokens=False))
-    for _, _, targets in added:
-        shifted = targets.roll(1)
-        assert torch.equal(shifted, targets) or targets_crc(shifted) != targets_crc(targets)
+    parts = windows(tokenizer, TEXTS, 5)
+    cache.check_targets(parts, [next_tokens(ids) for ids in parts])
+    for wrong in ([ids.long() for ids in parts], [next_tokens(ids).roll(1) for ids in parts]):
+        with pytest.raises(CacheMismatchError, match="shifted, tokenised otherwise, or another"):
+            cache.check_targets(parts, wrong)
+    assert cache.info.cross_entropy == pytest.approx(mean_cross_entropy(model, parts), rel=1e-4)
 
 
 def test_a_capture_goes_on_where_it_was_stopped(tmp_path, model):

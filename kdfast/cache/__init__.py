@@ -17,21 +17,27 @@ from kdfast.cache.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key, replica_key
 from kdfast.cache.lm import capture_lm, output_layer, windows
+from kdfast.cache.loader import CacheDataset, ElasticSampler
+from kdfast.cache.packed import PackedLabels
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
 from kdfast.cache.salvage import salvage
+from kdfast.cache.spans import pack_spans
 from kdfast.cache.view import View
 from kdfast.cache.writer import Writer
 
 __all__ = [
     "CacheBusyError",
     "CacheCorruptError",
+    "CacheDataset",
     "CacheError",
     "CacheInfo",
     "CacheMismatchError",
     "CacheReader",
     "CaptureReport",
+    "ElasticSampler",
     "Key",
+    "PackedLabels",
     "RecordIndex",
     "View",
     "Writer",
@@ -41,6 +47,7 @@ __all__ = [
     "head_fingerprint",
     "open",
     "output_layer",
+    "pack_spans",
     "replica_key",
     "salvage",
     "windows",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.keys import Key, make_key
 from kdfast.cache.teacher import call, device_of, logits_of, move
 from kdfast.cache.view import View
 
@@ -22,7 +21,7 @@ NOT_THE_MODEL_S = ("key", "labels")  # of a mapping
 class Part:
     """One record of a batch."""
 
-    key: Key
+    key: Any  # as the batch has it
     logits: Tensor  # (rows, vocab)
     targets: Tensor | None  # (rows,)
     views: Sequence[View] | None
@@ -39,25 +38,25 @@ class Fields:
     mask: Callable[[Any], Any] | None = None
     views: Callable[[Any], Any] | None = None
 
-    def keys(self, batch: Any) -> list[Key]:
+    def keys(self, batch: Any) -> list[Any]:
         """One per record.
 
         Raises:
             ValueError: the batch has no key and no ids, and no function was given.
         """
         if self.key is not None:
-            return [make_key(key) for key in _each(self.key(batch))]
+            return _each(self.key(batch))
         if isinstance(batch, Mapping) and "key" in batch:
-            return [make_key(key) for key in _each(batch["key"])]
+            return _each(batch["key"])
         if isinstance(batch, Mapping) and "input_ids" in batch:
             real = batch.get("attention_mask")
-            return [make_key(ids if real is None else ids[real[i].bool()]) for i, ids in enumerate(batch["input_ids"])]
+            return [ids if real is None else ids[real[i].bool()] for i, ids in enumerate(batch["input_ids"])]
         raise ValueError(
             f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
             "gives one key per record"
         )
 
-    def parts(self, model: Any, batch: Any, keys: list[Key]) -> list[Part]:
+    def parts(self, model: Any, batch: Any, keys: list[Any]) -> list[Part]:
         """Run the teacher on the whole batch: its shape is part of the numbers.
 
         Raises:
@@ -95,7 +94,7 @@ class Fields:
         return real if given is None else [row.to(real.device) & real[i] for i, row in enumerate(given)]
 
 
-def _part(key: Key, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
+def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
     rows = logits[None] if logits.dim() == 1 else logits
     if rows.dim() != 2:
         raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}")
@@ -116,11 +115,11 @@ def _part(key: Key, logits: Tensor, mask: Tensor | None, targets: Any, views: An
     return Part(key, rows[kept.to(rows.device)], targets, views)
 
 
-def _each(keys: Any) -> Any:
+def _each(keys: Any) -> list[Any]:
     """Numbers of a 1-D tensor are keys one by one, as Python's integers are; rows of a 2-D one are ids."""
-    return keys.tolist() if isinstance(keys, Tensor) and keys.dim() == 1 else keys
+    return keys.tolist() if isinstance(keys, Tensor) and keys.dim() == 1 else list(keys)
 
 
-def _require(count: int, keys: list[Key], what: str) -> None:
+def _require(count: int, keys: list[Any], what: str) -> None:
     if count != len(keys):
         raise ValueError(f"the batch has {len(keys)} keys, but {what} has {count} records")

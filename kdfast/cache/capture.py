@@ -99,7 +99,7 @@ def capture(
         epochs: how many epochs the labels will serve.
         reuse: "refine" or "replicas".
         progress: show a bar with rows per second and the time left.
-        options: the codec's and the writer's: ``k``, ``draws``, ``writer``, ``shard_bytes``, ...
+        options: the codec's and the writer's: ``k``, ``draws``, ``writer``, ``keys``, ``shard_bytes``, ...
 
     Raises:
         ValueError: no fingerprint for a callable, no key, or parts of a batch that do not fit one another.
@@ -121,10 +121,10 @@ def capture(
         ran = skipped = 0
         for batch in loader:
             keys = fields.keys(batch)
-            if any(replica_key(key, r) not in writer for key in keys for r in range(replicas)):
+            if any(name not in writer for key in keys for name in _names(key, replicas)):
                 for part in fields.parts(model, batch, keys):
-                    for replica in range(replicas):  # the writer keeps what it has
-                        writer.add(replica_key(part.key, replica), part.logits, targets=part.targets, views=part.views)
+                    for name in _names(part.key, replicas):  # the writer keeps what it has
+                        writer.add(name, part.logits, targets=part.targets, views=part.views)
                 ran += 1
             else:
                 skipped += 1
@@ -149,6 +149,11 @@ _REFINED: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
     "sample": ("draws", lambda draws, epochs: draws * epochs),
     "threshold": ("tau", lambda tau, epochs: tau / epochs),
 }
+
+
+def _names(key: Any, replicas: int) -> list[Any]:
+    """What a record's replicas are stored under. The first one's name is the key itself, which a writer may number."""
+    return [key, *(replica_key(key, replica) for replica in range(1, replicas))]
 
 
 def _teacher_of(model: Any, teacher: str | None) -> str:

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DIGEST_BYTES", "Key", "describe", "make_key", "make_keys", "replica_key"]
+__all__ = [
+    "DIGEST_BYTES",
+    "Key",
+    "describe",
+    "make_key",
+    "make_keys",
+    "number_key",
+    "number_keys",
+    "number_of",
+    "replica_key",
+]
 
 DIGEST_BYTES = 16
 
@@ -72,6 +82,23 @@ def replica_key(key: Any, replica: int) -> Key:
         raise ValueError(f"a replica's number must lie in [0, 2**32), got {replica}")
     digest = make_key(key)
     return _digest(b"kdfast:replica", digest + replica.to_bytes(4, "little")) if replica else digest
+
+
+def number_key(number: int) -> Key:
+    """What stands for an integer while a cache of consecutive ones is written. It is never stored."""
+    return Key(number.to_bytes(DIGEST_BYTES, "big"))
+
+
+def number_of(key: Key) -> int:
+    """The reverse."""
+    return int.from_bytes(key, "big")
+
+
+def number_keys(first: int, count: int) -> NDArray[np.uint8]:
+    """(count, 16): those of ``first`` and the integers after it."""
+    keys = np.zeros((count, 2), ">u8")
+    keys[:, 1] = first + np.arange(count)
+    return keys.view(np.uint8)
 
 
 def describe(key: Any) -> str:
