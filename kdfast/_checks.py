@@ -8,12 +8,10 @@ import os
 import torch
 from torch import Tensor
 
-from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 
 __all__ = [
     "check_backward",
-    "check_codec",
     "check_labels",
     "check_logits",
     "check_numbers",
@@ -208,38 +206,3 @@ def _check_shapes(shape: Tensor, shapes: Tensor) -> None:
         )
     if not bool(((shapes >= 0) & (shapes < math.inf)).all()):
         raise ValueError(f"shapes must be finite and not negative, got {float(shapes.min())} to {float(shapes.max())}")
-
-
-# A distribution over the whole vocabulary serves what does not need the logits that it came from.
-_OF_DISTRIBUTIONS = (
-    "forward_kl",
-    "soft_ce",
-    "reverse_kl",
-    "symmetric_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "alpha_beta",
-    "dkd",
-)
-
-
-def check_codec(labels: SoftLabels, divergence: Divergence) -> None:
-    """Which divergences a record can serve."""
-    kinds = {"topk": ("forward_kl", "soft_ce"), "weights": ("soft_ce",), "prototype": _OF_DISTRIBUTIONS}
-    serves = kinds.get(labels.kind)
-    if serves is None:
-        return
-    if divergence.standardize or divergence.name not in serves:
-        wanted = f"{divergence.name}{', standardized' if divergence.standardize else ''}"
-        hint = (
-            "; unnormalised weights have forward KL's gradient under soft_ce, but not its value"
-            if labels.kind == "weights" and divergence.name == "forward_kl"
-            else ""
-        )
-        raise ValueError(f"{labels.kind} soft labels serve {_listed(serves)}, got divergence {wanted}{hint}")
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

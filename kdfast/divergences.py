@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, replace
 
 __all__ = [
+    "DIVERGENCES",
     "Divergence",
     "alpha_beta",
     "dkd",
@@ -47,6 +48,8 @@ _DEFAULTS: dict[str, tuple[float, float]] = {
     "dkd": (1.0, 8.0),
     "logit_mse": (0.0, 0.0),
 }
+
+DIVERGENCES: tuple[str, ...] = tuple(_DEFAULTS)
 
 
 @dataclass(frozen=True)

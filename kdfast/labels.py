@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kdfast.head import OutputLayer
+
 __all__ = ["SoftLabels"]
 
-KINDS = ("topk", "weights", "prototype", "dense")
+KINDS = ("topk", "weights", "prototype", "dense", "hidden")
 
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """A teacher's labels for ``rows`` rows. Build it with one of the four constructors.
+    """A teacher's labels for ``rows`` rows. Build it with one of the five constructors.
 
     ========== ============================================= =======================================================
     kind       a row holds                                   serves
@@ -29,6 +31,8 @@ class SoftLabels:
                rest, and the shape of the rest: a row of     a distribution over the whole vocabulary, at one
                a table that all rows share                   temperature
     dense      log-probabilities of the whole vocabulary     every divergence, every temperature
+    hidden     the teacher's last hidden state; the labels   every divergence, every temperature
+               share its output layer
     ========== ============================================= =======================================================
 
     Rows are ragged: row i owns entries ``offsets[i]:offsets[i + 1]``. Ids are unique within a row.
@@ -38,9 +42,8 @@ class SoftLabels:
 
     kind: str
     vocab_size: int
-    values: (
-        Tensor  # (nnz,) log-probs at T = 1 (topk), weights, or probabilities (prototype); dense: (rows, vocab) logits
-    )
+    # (nnz,) log-probs at T = 1 (topk), weights, or probabilities (prototype); (rows, vocab) logits (dense); (rows, d)
+    values: Tensor
     temperatures: tuple[float, ...] = (1.0,)
     ids: Tensor | None = None  # (nnz,) int32
     offsets: Tensor | None = None  # (rows + 1,) int64
@@ -49,6 +52,7 @@ class SoftLabels:
     width: int | None = None  # entries per row where every row has as many
     shape: Tensor | None = None  # prototype: (rows,) int64, each row's row of `shapes`
     shapes: Tensor | None = None  # prototype: (S, vocab) bfloat16 or float32, shared by whatever is made of the labels
+    head: OutputLayer | None = None  # hidden: what makes logits of the values, shared in the same way
 
     # ---- constructors -------------------------------------------------------------------------------------------
 
@@ -177,6 +181,36 @@ class SoftLabels:
         )
 
     @classmethod
+    def hidden(
+        cls,
+        hidden: Tensor,
+        head: OutputLayer | None = None,
+        *,
+        vocab_size: int | None = None,
+        present: Tensor | None = None,
+    ) -> SoftLabels:
+        """The teacher's last hidden states. A loss takes them once they have the teacher's output layer.
+
+        Args:
+            hidden: (rows, d), any float dtype.
+            head: the layer, on the device that the labels will be on when a loss takes them. ``to`` leaves it there.
+            vocab_size: needed without ``head``.
+        """
+        if hidden.dim() != 2 or not hidden.is_floating_point():
+            raise ValueError(
+                f"hidden states must be floating-point (rows, d), got {hidden.dtype} {tuple(hidden.shape)}"
+            )
+        if head is None and vocab_size is None:
+            raise ValueError("hidden soft labels need head or vocab_size")
+        if head is not None and (hidden.shape[1] != head.width or vocab_size not in (None, head.vocab_size)):
+            raise ValueError(
+                f"hidden soft labels of width {hidden.shape[1]} and vocab_size {vocab_size} do not fit a head of width "
+                f"{head.width} and vocab_size {head.vocab_size}"
+            )
+        size = head.vocab_size if head is not None else int(vocab_size or 0)
+        return cls("hidden", size, hidden, present=_check_present(present, hidden.shape[0]), head=head)
+
+    @classmethod
     def cat(cls, parts: Sequence[SoftLabels]) -> SoftLabels:
         """Concatenate along rows; kinds, vocabularies, temperatures and tables of shapes must agree."""
         if not parts:
@@ -187,11 +221,13 @@ class SoftLabels:
                 raise ValueError(f"cannot concatenate {first!r} with {part!r}: kind, vocabulary or temperatures differ")
             if not _same_table(part.shapes, first.shapes):
                 raise ValueError(f"cannot concatenate {first!r} with {part!r}: their tables of shapes differ")
+            if part.head is not first.head:
+                raise ValueError(f"cannot concatenate {first!r} with {part!r}: their heads are not the same object")
         present = None
         if any(part.present is not None for part in parts):
             present = torch.cat([part._present_mask() for part in parts])
         values = torch.cat([part.values for part in parts])
-        if first.kind == "dense":
+        if first.ids is None:
             return replace(first, values=values, present=present)
         counts = torch.cat([part._counts() for part in parts])
         tails = None if first.tails is None else torch.cat([part._tails() for part in parts], dim=1)
@@ -212,7 +248,7 @@ class SoftLabels:
     # ---- rows ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self.values.shape[0] if self.kind == "dense" else self._offsets().numel() - 1
+        return self.values.shape[0] if self.ids is None else self._offsets().numel() - 1
 
     @property
     def device(self) -> torch.device:
@@ -247,7 +283,7 @@ class SoftLabels:
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> SoftLabels:
         index = _row_index(rows, len(self), self.device)
         present = None if self.present is None else self.present[index]
-        if self.kind == "dense":
+        if self.ids is None:
             return replace(self, values=self.values[index], present=present)
         counts = self._counts()[index]
         offsets = _offsets(counts)
@@ -262,6 +298,29 @@ class SoftLabels:
 
     # ---- what a loss takes ----------------------------------------------------------------------------------------
 
+    def to_dense(self) -> SoftLabels:
+        """Hidden labels as dense ones: (rows, vocab) float32 logits. Dense labels are returned as they are.
+
+        Raises:
+            ValueError: labels of another kind, or without their output layer, or on another device than it.
+        """
+        if self.kind == "dense":
+            return self
+        if self.kind != "hidden":
+            raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
+        if self.head is None:
+            raise ValueError(
+                "hidden soft labels need the teacher's output layer: kdfast.cache.open(path, head=...) gives it to them"
+            )
+        return SoftLabels.dense(self.head.logits(self.values), present=self.present)
+
+    def find_temperature(self, temperature: float | Tensor) -> int | None:
+        """Which of ``temperatures`` it is: the row of ``tails``. None for another one, or a tensor."""
+        if isinstance(temperature, Tensor):
+            return None
+        # Compared one by one: torch.compile may hold either side as a symbol.
+        return next((i for i, t in enumerate(self.temperatures) if t == temperature), None)
+
     def at(self, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """(nnz,) weights and, for top-k and prototypes, (rows,) log tail mass at one of the labels' temperatures.
 
@@ -271,14 +330,13 @@ class SoftLabels:
         Raises:
             ValueError: a temperature that the labels do not carry, or a tensor of temperatures.
         """
-        # Compared one by one: torch.compile may hold either side as a symbol.
-        known = [i for i, t in enumerate(self.temperatures) if not isinstance(temperature, Tensor) and t == temperature]
-        if not known:
+        known = self.find_temperature(temperature)
+        if known is None:
             got = "a tensor" if isinstance(temperature, Tensor) else temperature
             raise ValueError(f"{self.kind} soft labels hold teacher_temperature {self.temperatures}, got {got}")
         if self.kind == "weights":
             return self.values, None
-        tail = self._tails()[known[0]]
+        tail = self._tails()[known]
         # A tail that rounding took above all of the mass leaves nothing to the entries.
         mass = -torch.expm1(tail.clamp(max=0.0))
         if self.kind == "prototype":
@@ -297,7 +355,7 @@ class SoftLabels:
         return (tempered - top[row] + (head - _finite(total.log()))[row]).exp(), tail
 
     def __repr__(self) -> str:
-        entries = "" if self.kind == "dense" else f", entries={self.values.numel()}"
+        entries = "" if self.ids is None else f", entries={self.values.numel()}"
         shapes = "" if self.shapes is None else f", shapes={len(self.shapes)}"
         return (
             f"SoftLabels({self.kind}, rows={len(self)}, vocab_size={self.vocab_size}{entries}{shapes}, "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import _checks, _ops
+from kdfast.cache.codecs.serves import require_served
 from kdfast.cache.packed import PackedLabels
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
@@ -96,8 +97,8 @@ def kd_loss(
     _checks.check_backward(backward, reduction, num_items, student)
     _checks.check_smoothing(label_smoothing)
     _checks.check_labels(labels, student, _needs_labels(div, ce_weight))
-    _check_divergence(div, student, teacher)
     tau_t = temperature if teacher_temperature is None else teacher_temperature
+    _check_divergence(div, student, teacher, tau_t)
     _checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
 
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
@@ -262,9 +263,9 @@ def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
     return "divergence dkd" if div.name == "dkd" else None
 
 
-def _check_divergence(div: Divergence, student: Tensor, teacher: Tensor | SoftLabels) -> None:
+def _check_divergence(div: Divergence, student: Tensor, teacher: Tensor | SoftLabels, tau_t: Number) -> None:
     if isinstance(teacher, SoftLabels):
-        _checks.check_codec(teacher, div)
+        require_served(teacher, div, tau_t)
     columns = min(student.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else teacher.vocab_size)
     if div.name == "dkd" and columns < 3:
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
@@ -273,8 +274,8 @@ def _check_divergence(div: Divergence, student: Tensor, teacher: Tensor | SoftLa
 def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> _ops.Teacher:
     if isinstance(teacher, Tensor):
         return _ops.DenseTeacher(rows.lay_out(teacher), div)
-    if teacher.kind == "dense":
-        return _ops.DenseTeacher(rows.lay_out(teacher.values).view(*rows.logits.shape[:2], -1), div)
+    if teacher.kind in ("dense", "hidden"):
+        return _ops.DenseTeacher(rows.lay_out(teacher.to_dense().values).view(*rows.logits.shape[:2], -1), div)
     weights, tail = teacher.at(tau_t)
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
     background = None if teacher.shapes is None else _ops.Background(teacher._shape(), teacher.shapes, div)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdfast.cache import codecs
+from kdfast.testing import loss_and_gradient
 
 TEMPERATURES = (0.5, 1.0, 2.0, 7.0)
 
@@ -186,7 +187,7 @@ def test_a_codec_is_rebuilt_from_its_config(name, options):
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        (("zip", 5, (1.0,), {}), ValueError, r"codec must be one of \['dense', 'topk'.*got 'zip'"),
+        (("zip", 5, (1.0,), {}), ValueError, r"codec must be one of \['dense', .*'topk'.*got 'zip'"),
         (("topk", 5, (1.0,), {"kk": 3}), TypeError, "codec 'topk'.*kk"),
         (("topk", 5, (1.0,), {"k": 0}), ValueError, "codec 'topk': k must be at least 1, got 0"),
         (("topk", 5, (1.0,), {"k": 2.5}), TypeError, "codec 'topk'.*float"),
@@ -211,3 +212,91 @@ def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'topk' is already registered: TopK"):
         codecs.register(Impostor)
     assert codecs.register(codecs.TopK) is codecs.TopK
+
+
+@settings(deadline=None, max_examples=60)
+@given(logits=masked_logits())
+def test_4_bits_are_within_their_step(logits):
+    codec = codecs.create("dense", logits.shape[1], (1.0,), {"bits": 4, "max_error": 100.0})
+    labels = roundtrip(codec, logits)
+    assert codec.row_bytes == 4 + (logits.shape[1] + 1) // 2
+    expected = logits.log_softmax(1)
+    assert torch.equal(labels.values.isfinite(), expected.isfinite())
+    for got, want in zip(labels.values, expected, strict=True):
+        finite = want.isfinite()
+        step = (want[finite].max() - want[finite].min()) * (1 - (13 / 14) ** 1.5)
+        error = (got[finite] - want[finite]).abs()
+        assert error.max() <= step + 1e-5
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_4_bits_use_all_codes_and_keep_the_mask():
+    logits = torch.cat([-(torch.arange(15.0) ** 1.5), torch.tensor([-math.inf, -0.4])])
+    codec = codecs.create("dense", 17, (1.0,), {"bits": 4, "max_error": 10.0})
+    block = codec.encode(codec.select(logits[None], b""))
+    assert block[4:] == bytes([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE, 0x00])
+    assert codec.encode(decode(codec, block, 1)) == block
+
+
+def test_4_bits_refuse_a_row_that_spans_too_much():
+    logits = torch.tensor([[0.0, -37.0], [0.0, -39.0]])
+    codec = codecs.create("dense", 2, (1.0,), {"bits": 4})
+    assert codec.max_error == 4.0
+    with pytest.raises(ValueError, match=r"row 1 spans 39 nats, so that 4 bits are off by up to 4\.1"):
+        codec.select(logits, b"")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dense_gradients_are_within_the_promised_error(bits, temperature):
+    generator = torch.Generator().manual_seed(5)
+    teacher, student = (torch.randn(16, 40, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    labels = roundtrip(codecs.create("dense", 40, (1.0,), {"bits": bits}), teacher)
+    log_probs = teacher.log_softmax(1)
+    relative = 1 / 254 if bits == 8 else 1 - (13 / 14) ** 1.5
+    step = (log_probs.amax(1) - log_probs.amin(1)) * relative
+    _, got = loss_and_gradient(student, labels, temperature=temperature, reduction="sum")
+    _, want = loss_and_gradient(student, teacher, temperature=temperature, reduction="sum")
+    # The gradient is T (q - p), and a log-probability off by at most step / T.
+    p = (teacher / temperature).softmax(1)
+    allowed = temperature * p * (2 * step / temperature).expm1()[:, None] + 1e-6
+    assert ((got - want).abs() <= allowed).all()
+
+
+def test_old_caches_have_a_config_without_bits():
+    assert codecs.create("dense", 5, (1.0,), {"max_error": 0.5}).config() == {"max_error": 0.5}
+    assert codecs.create("dense", 5, (1.0,), {"bits": 4}).config() == {"bits": 4, "max_error": 4.0}
+
+
+@pytest.mark.parametrize("vocab_size", [5, 65537])
+def test_hard_labels_are_the_first_argmax(vocab_size):
+    logits = torch.full((4, vocab_size), -math.inf)
+    logits[0, 2:4] = 1.0
+    logits[1, vocab_size - 1] = -5.0
+    logits[2, 1], logits[2, 0] = 3.0, 2.0
+    logits[3, 0] = 0.0
+    codec = codecs.create("hard", vocab_size, (1.0, 4.0), {})
+    labels = roundtrip(codec, logits)
+    assert labels.ids.tolist() == [2, vocab_size - 1, 1, 0]
+    assert codec.row_bytes == (2 if vocab_size < 65536 else 3)
+    student = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(0))
+    for temperature in (1.0, 4.0):
+        for divergence in ("forward_kl", "soft_ce"):
+            options = {"divergence": divergence, "temperature": temperature, "scale_by_t2": False}
+            loss, grad = loss_and_gradient(student, labels, **options)
+            exact = (student.double() / temperature).requires_grad_()
+            expected = torch.nn.functional.cross_entropy(exact, labels.ids.long())
+            expected.backward()
+            torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(grad.double(), exact.grad / temperature, rtol=1e-5, atol=1e-7)
+
+
+def test_bytes_that_4_bits_and_hard_labels_never_write():
+    with pytest.raises(ValueError, match="the half byte after a row's last code is not 0"):
+        decode(codecs.create("dense", 3, (1.0,), {"bits": 4}), bytes(5) + b"\x10", 1)
+    with pytest.raises(ValueError, match="no finite column"):
+        decode(codecs.create("dense", 3, (1.0,), {"bits": 4}), bytes(4) + b"\xff\x0f", 1)
+    with pytest.raises(ValueError, match="id 5 is outside the vocabulary of 5"):
+        decode(codecs.create("hard", 5, (1.0,), {}), b"\5\0", 1)
+    with pytest.raises(ValueError, match=r"bits must be one of \[4, 8\], got 16"):
+        codecs.create("dense", 3, (1.0,), {"bits": 16})

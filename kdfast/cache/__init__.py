@@ -11,9 +11,12 @@
 ``FORMAT.md`` gives the files byte by byte. ``kdfast.cache.codecs`` lists what a row can be stored as.
 """
 
+from kdfast.cache.capture import CaptureReport, capture
 from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.index import RecordIndex
-from kdfast.cache.keys import Key
+from kdfast.cache.keys import Key, replica_key
+from kdfast.cache.lm import capture_lm, output_layer, windows
 from kdfast.cache.loader import CacheDataset, ElasticSampler
 from kdfast.cache.packed import PackedLabels
 from kdfast.cache.reader import CacheInfo, CacheReader
@@ -31,13 +34,21 @@ __all__ = [
     "CacheInfo",
     "CacheMismatchError",
     "CacheReader",
+    "CaptureReport",
     "ElasticSampler",
     "Key",
     "PackedLabels",
     "RecordIndex",
     "View",
     "Writer",
+    "capture",
+    "capture_lm",
+    "fingerprint",
+    "head_fingerprint",
     "open",
+    "output_layer",
     "pack_spans",
+    "replica_key",
     "salvage",
+    "windows",
 ]

@@ -16,16 +16,16 @@ from kdfast.labels import SoftLabels
 __all__ = ["check_labels", "check_logits", "check_views", "select"]
 
 
-def check_logits(logits: Tensor, vocab_size: int, teacher_vocab_size: int) -> Tensor:
-    """``logits`` as (rows, vocab_size), every row fit to be a distribution."""
+def check_logits(logits: Tensor, codec: Codec, width: int) -> Tensor:
+    """The first columns of (rows, width) ``logits``, as many as ``codec`` takes; every row fit to be selected from."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating-point tensor, got {got}")
+        raise TypeError(f"{codec.input_name} must be a floating-point tensor, got {got}")
     rows = logits[None] if logits.dim() == 1 else logits
-    if rows.dim() != 2 or rows.shape[1] != teacher_vocab_size:
-        wanted = f"(rows, {teacher_vocab_size}) or ({teacher_vocab_size},)"
-        raise ValueError(f"logits must be {wanted}, got {tuple(logits.shape)}")
-    rows = rows.detach()[:, :vocab_size]
+    if rows.dim() != 2 or rows.shape[1] != width:
+        wanted = f"(rows, {width}) or ({width},)"
+        raise ValueError(f"{codec.input_name} must be {wanted}, got {tuple(logits.shape)}")
+    rows = rows.detach()[:, : codec.input_width]
     # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
     largest = rows.amax(1)
     for row in (~largest.isfinite()).nonzero().flatten().tolist()[:1]:
@@ -47,7 +47,7 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
     """A copy of ``labels``, found to be such as ``codec`` selects."""
     if not isinstance(labels, SoftLabels):
         raise TypeError(f"labels must be SoftLabels, got {type(labels).__name__}")
-    wanted = codec.select(torch.zeros(0, codec.vocab_size), bytes(16))
+    wanted = codec.select(torch.zeros(0, codec.input_width), bytes(16))
     for name in ("kind", "vocab_size", "temperatures"):
         ours, theirs = getattr(wanted, name), getattr(labels, name)
         if ours != theirs:

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DIGEST_BYTES", "Key", "describe", "make_key", "make_keys", "number_key", "number_keys", "number_of"]
+__all__ = [
+    "DIGEST_BYTES",
+    "Key",
+    "describe",
+    "make_key",
+    "make_keys",
+    "number_key",
+    "number_keys",
+    "number_of",
+    "replica_key",
+]
 
 DIGEST_BYTES = 16
 
@@ -59,6 +69,19 @@ def make_keys(keys: Iterable[Any]) -> list[Key]:
     if isinstance(keys, (Tensor, np.ndarray)) and keys.ndim == 2:
         return [_digest(b"kdfast:ids", row.tobytes()) for row in _canonical_ids(keys, 2)]
     return [make_key(key) for key in keys]
+
+
+def replica_key(key: Any, replica: int) -> Key:
+    """The key of one of several independent draws for a record. Number 0 is the record's own key.
+
+    Args:
+        key: as ``make_key`` takes it.
+        replica: 0 ... 2**32 - 1, such as the epoch's number modulo the number of replicas.
+    """
+    if not 0 <= replica < 2**32:
+        raise ValueError(f"a replica's number must lie in [0, 2**32), got {replica}")
+    digest = make_key(key)
+    return _digest(b"kdfast:replica", digest + replica.to_bytes(4, "little")) if replica else digest
 
 
 def number_key(number: int) -> Key:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.cache.codecs.auto import choose
 from kdfast.cache.decoder import Decoder
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
@@ -30,6 +31,7 @@ from kdfast.cache.spans import check_spans, split_spans
 from kdfast.cache.storage import open_storage
 from kdfast.cache.targets import targets_crc
 from kdfast.cache.view import View, unpack_views
+from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
 
 __all__ = ["CacheInfo", "CacheReader", "open_cache"]
@@ -55,8 +57,16 @@ class CacheInfo:
     cross_entropy: float | None  # the teacher's on the targets, in nats, mean over all; None if no shard has any
     shard_cross_entropy: tuple[float | None, ...]  # the same shard by shard: one that stands out was misaligned
 
+    @property
+    def why(self) -> str:
+        """Why ``codec="auto"`` takes this codec for such a teacher; empty where it takes another one."""
+        choice = choose(self.vocab_size, self.temperatures)
+        return choice.why if choice.name == self.codec else ""
 
-def open_cache(path: str | os.PathLike[str]) -> CacheReader:
+
+def open_cache(
+    path: str | os.PathLike[str], *, head: OutputLayer | tuple[Tensor, Tensor | None] | None = None
+) -> CacheReader:
     """Open a cache for reading.
 
     Headers, tables and keys are checked now; a payload block when it is first used. Files are mapped into memory:
@@ -64,11 +74,13 @@ def open_cache(path: str | os.PathLike[str]) -> CacheReader:
 
     Args:
         path: a directory, or a URL that fsspec knows, whose files are then downloaded once.
+        head: the teacher's output layer, or its (weight, bias), for a cache of hidden states: a loss needs it. It must
+            be, bit for bit, the one whose fingerprint the cache was written with; keep it on the training device.
 
     Raises:
         CacheCorruptError: a shard is corrupt or truncated; the message names it.
         CacheError: there is no shard, or one of another format version, or an asset is missing.
-        CacheMismatchError: the shards are not of one cache.
+        CacheMismatchError: the shards are not of one cache, or ``head`` is another one than theirs.
         OSError: the directory or a file cannot be read.
     """
     storage = open_storage(path)
@@ -78,7 +90,7 @@ def open_cache(path: str | os.PathLike[str]) -> CacheReader:
     for shard in shards:
         Decoder.of(shard, storage.fetch)
     index = storage.fetch(INDEX) if storage.exists(INDEX) else shards[0].path.with_name(INDEX)
-    reader = CacheReader(storage.url, shards, index)
+    reader = CacheReader(storage.url, shards, index, OutputLayer(*head) if isinstance(head, tuple) else head)
     len(reader)  # finds the keys now
     return reader
 
@@ -90,14 +102,23 @@ class CacheReader:
     while they are open (published shards never change).
     """
 
-    def __init__(self, path: str, shards: list[Shard], index_file: Path) -> None:
-        self._path, self._shards, self._index_file = path, shards, index_file
+    def __init__(self, path: str, shards: list[Shard], index_file: Path, head: OutputLayer | None = None) -> None:
+        self._path, self._shards, self._index_file, self._head = path, shards, index_file, head
         self._decoders = [Decoder.of(shard) for shard in shards]
+        if head is not None:
+            self._use_head(head)
         self._rows = Rows(shards, self._decoders)
         self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
 
+    def _use_head(self, head: OutputLayer) -> None:
+        for decoder in self._decoders:
+            try:
+                decoder.codec.use_head(head)
+            except ValueError as error:
+                raise CacheMismatchError(f"{self._path}: {error}") from error
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (self._path, self._shards, self._index_file)
+        return CacheReader, (self._path, self._shards, self._index_file, self._head)
 
     # ---- labels -----------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class Writer:
     Args:
         path: the cache's directory, made if need be, or a URL that fsspec knows.
         vocab_size: the width of the labels.
-        codec: ``"topk"`` or ``"dense"`` (see ``kdfast.cache.codecs``).
+        codec: ``"topk"``, ``"dense"``, ... (see ``kdfast.cache.codecs``), or ``"auto"``: what ``codecs.choose`` says.
         temperatures: the teacher temperatures that a loss will use.
         teacher: a fingerprint of the teacher. A cache takes rows of one teacher only.
         teacher_vocab_size: the width of the logits, of which the first ``vocab_size`` columns are the teacher's
@@ -98,8 +98,11 @@ class Writer:
         if shard_bytes < 1 or block_rows < 1:
             raise ValueError(f"shard_bytes and block_rows must be positive, got {shard_bytes} and {block_rows}")
         self._codec = codecs.create(codec, vocab_size, temperatures, options)
-        self._width = self._codec.vocab_size if teacher_vocab_size is None else teacher_vocab_size
-        if self._width < self._codec.vocab_size:
+        self._width = self._codec.input_width if teacher_vocab_size is None else teacher_vocab_size
+        self._takes_logits = self._codec.input_name == "logits"
+        if teacher_vocab_size is not None and not self._takes_logits:
+            raise ValueError(f"codec {self._codec.name!r} takes {self._codec.input_name}: it has no teacher_vocab_size")
+        if self._width < self._codec.input_width:
             raise ValueError(f"teacher_vocab_size must be at least vocab_size {vocab_size}, got {teacher_vocab_size}")
         self.records = self.rows = self.duplicates = 0
         self._closed = False
@@ -139,7 +142,7 @@ class Writer:
         Args:
             key: token ids (a 1-D integer tensor), or a name (str, bytes or int).
             logits: (rows, teacher_vocab_size), or (teacher_vocab_size,) for a single row; any float dtype and device.
-                -inf masks.
+                -inf masks. For the codec ``hidden`` hidden states, (rows, width).
             targets: (rows,) integer ids of what the rows predict, negative where there is nothing to predict. A
                 checksum is kept of them, by which a student's loader can tell that it reads the same data, and the
                 teacher's mean cross-entropy.
@@ -155,13 +158,14 @@ class Writer:
         self._require_open()
         digest = self._make_key(key)
         with _about(key):
-            rows = check_logits(logits, self._codec.vocab_size, self._width)
+            rows = check_logits(logits, self._codec, self._width)
             if self._is_duplicate(digest):
                 return
             marks = None
             if targets is not None:
                 ids = targets_of(targets, len(rows), self._codec.vocab_size)
-                marks = Targets(targets_crc(ids), *cross_entropy(rows, ids))
+                known = cross_entropy(rows, ids) if self._takes_logits else (0.0, 0)
+                marks = Targets(targets_crc(ids), *known)
             # Both kinds of keys give a codec that draws the same seeds.
             record = self._record(digest, select(self._codec, rows, make_key(key)), marks, views)
         self._put(record)

@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kdfast.cache.codecs.auto import Choice, choose
 from kdfast.cache.codecs.base import Codec, FixedWidthCodec
 from kdfast.cache.codecs.dense import Dense
+from kdfast.cache.codecs.hard import Hard
+from kdfast.cache.codecs.hidden import Hidden
 from kdfast.cache.codecs.prototype import Prototype
 from kdfast.cache.codecs.topk import TopK
 from kdfast.cache.codecs.weights import Sample, Threshold
 
 __all__ = [
+    "Choice",
     "Codec",
     "Dense",
     "FixedWidthCodec",
+    "Hard",
+    "Hidden",
     "Prototype",
     "Sample",
     "Threshold",
     "TopK",
+    "choose",
     "create",
+    "find",
     "register",
     "restore",
 ]
@@ -34,15 +42,26 @@ def register(codec: type[Codec]) -> type[Codec]:
     return codec
 
 
+def find(name: str) -> type[Codec]:
+    """The codec's class. Raises ``ValueError`` if there is none of this name."""
+    if name not in _registry:
+        raise ValueError(f"codec must be one of {sorted(_registry)}, got {name!r}")
+    return _registry[name]
+
+
 def create(name: str, vocab_size: int, temperatures: Sequence[float], options: Mapping[str, Any]) -> Codec:
-    """The codec ``name`` with its options.
+    """The codec ``name`` with its options. "auto" is the one that ``choose`` names, with the options that it lacks.
 
     Raises:
         ValueError: an unknown codec, or an option out of range.
         TypeError: an option that the codec does not have.
     """
+    if name == "auto":
+        name, chosen, _ = choose(vocab_size, temperatures)
+        options = {**chosen, **options}
+    made = find(name)
     try:
-        return _class(name)(vocab_size, temperatures, **options)
+        return made(vocab_size, temperatures, **options)
     except TypeError as error:
         raise TypeError(f"codec {name!r}: {error}") from error
     except ValueError as error:
@@ -62,14 +81,8 @@ def restore(
         ValueError, TypeError: as ``create`` does, and for an asset that is not what the configuration asks for.
         OSError: an asset cannot be read.
     """
-    return create(name, vocab_size, temperatures, _class(name).options(config, read_asset))
+    return create(name, vocab_size, temperatures, find(name).options(config, read_asset))
 
 
-def _class(name: str) -> type[Codec]:
-    if name not in _registry:
-        raise ValueError(f"codec must be one of {sorted(_registry)}, got {name!r}")
-    return _registry[name]
-
-
-for _codec in (Dense, Prototype, Sample, Threshold, TopK):
+for _codec in (Dense, Hard, Hidden, Prototype, Sample, Threshold, TopK):
     register(_codec)

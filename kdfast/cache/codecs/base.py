@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
 
 __all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "float64_chunks"]
@@ -40,6 +41,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    input_name: ClassVar[str] = "logits"  # what select takes, in words
     learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
     model: bytes = b""
 
@@ -50,6 +52,7 @@ class Codec(ABC):
         if not temperatures or not all(isfinite(t) and t > 0 for t in temperatures):
             raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
         self.temperatures = tuple(float(t) for t in temperatures)
+        self.input_width = self.vocab_size  # columns of what select takes
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -72,6 +75,10 @@ class Codec(ABC):
         """Encode and decode with ``model`` from now on. Raises ``ValueError`` unless ``learn`` has made it."""
         if model:
             raise ValueError(f"a model of {len(model)} bytes, but {self.name} has none")
+
+    def use_head(self, head: OutputLayer) -> None:
+        """Decode labels with the teacher's output layer from now on. Raises ``ValueError`` unless it is theirs."""
+        raise ValueError(f"its codec is {self.name}, which takes no head")
 
     @abstractmethod
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:

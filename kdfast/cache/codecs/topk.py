@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
+from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
 from kdfast.labels import SoftLabels
 
 __all__ = ["TopK"]
 
 VALUE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-WIDE_VOCAB = 65536  # a larger vocabulary takes 3-byte ids
 
 
 class TopK(FixedWidthCodec):
@@ -41,7 +41,7 @@ class TopK(FixedWidthCodec):
             raise ValueError(f"value_dtype must be one of {sorted(VALUE_DTYPES)}, got {value_dtype!r}")
         self.k = min(index(k), self.vocab_size)
         self.value_dtype = value_dtype
-        ids = ("<u2", (self.k,)) if self.vocab_size <= WIDE_VOCAB else ("u1", (self.k, 3))
+        ids = id_field(self.vocab_size, (self.k,))
         values = np.dtype(value_dtype).newbyteorder("<")
         tails = ("<f4", (len(self.temperatures),))
         self.row_dtype = np.dtype([("ids", *ids), ("values", values, (self.k,)), ("tails", *tails)])
@@ -78,7 +78,7 @@ class TopK(FixedWidthCodec):
         filled = np.arange(self.k) < np.diff(labels.offsets.numpy())[:, None]
         ids = np.zeros(filled.shape, "<u4")
         ids[filled] = labels.ids.numpy()
-        out["ids"] = ids if self.vocab_size <= WIDE_VOCAB else ids[..., None].view(np.uint8)[..., :3]
+        out["ids"] = pack_ids(ids, self.vocab_size)
         out["values"] = -np.inf  # marks the entries that a short row lacks
         out["values"][filled] = labels.values.numpy()
         out["tails"] = labels.tails.numpy().T
@@ -88,14 +88,12 @@ class TopK(FixedWidthCodec):
         values = packed["values"].astype(np.float32)
         if not ((values <= 0).all() and (packed["tails"] <= 0).all()):  # NaN included
             raise ValueError("a log-probability or a tail is not in [-inf, 0]")
-        ids, offsets = self._ids(packed), None
+        ids, offsets = unpack_ids(packed["ids"], self.vocab_size), None
         kept = values > -np.inf
         if not kept.all():  # else (rows, k) tells SoftLabels that no row is short, which a loss makes use of
             ids, values = ids[kept], values[kept]
             offsets = np.zeros(len(packed) + 1, np.int64)
             np.cumsum(kept.sum(1), out=offsets[1:])
-        if ids.size and int(ids.max()) >= self.vocab_size:
-            raise ValueError(f"id {int(ids.max())} is outside the vocabulary of {self.vocab_size}")
         return SoftLabels.topk(
             torch.from_numpy(ids),
             torch.from_numpy(values),
@@ -104,10 +102,6 @@ class TopK(FixedWidthCodec):
             temperatures=self.temperatures,
             offsets=None if offsets is None else torch.from_numpy(offsets),
         )
-
-    def _ids(self, packed: NDArray[Any]) -> NDArray[np.int32]:
-        ids: NDArray[np.int32] = packed["ids"].astype(np.int32)
-        return ids if self.vocab_size <= WIDE_VOCAB else ids[..., 0] | ids[..., 1] << 8 | ids[..., 2] << 16
 
 
 def _log_share(rest: Tensor, entries: Tensor) -> Tensor:

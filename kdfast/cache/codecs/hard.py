@@ -1,0 +1,51 @@
+"""``hard``: the most likely column alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
+from kdfast.labels import SoftLabels
+
+__all__ = ["Hard"]
+
+
+class Hard(FixedWidthCodec):
+    """The teacher's argmax, in 2 bytes (3 above 65536 columns). Of equal columns the first counts.
+
+    It decodes to one entry of probability 1 and an empty tail, which is a whole distribution: forward KL to it is
+    cross-entropy with the label, at every one of ``temperatures``.
+    """
+
+    name = "hard"
+
+    def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
+        super().__init__(vocab_size, temperatures)
+        self.row_dtype = np.dtype([("id", *id_field(self.vocab_size, ()))])
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+        return self._labels(logits.detach().argmax(1))
+
+    def encode(self, labels: SoftLabels) -> bytes:
+        assert labels.ids is not None
+        out = np.empty(len(labels), self.row_dtype)
+        out["id"] = pack_ids(labels.ids.numpy(), self.vocab_size)
+        return out.tobytes()
+
+    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+        return self._labels(torch.from_numpy(unpack_ids(packed["id"], self.vocab_size)))
+
+    def _labels(self, ids: Tensor) -> SoftLabels:
+        tails = torch.full((len(self.temperatures), len(ids)), -torch.inf, device=ids.device)
+        certain = torch.zeros((len(ids), 1), device=ids.device)
+        return SoftLabels.topk(ids[:, None], certain, tails, vocab_size=self.vocab_size, temperatures=self.temperatures)

@@ -1,0 +1,120 @@
+"""``hidden``: the teacher's last hidden states, for a student that trains beside the teacher's output layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.head import OutputLayer
+from kdfast.labels import SoftLabels
+
+__all__ = ["Hidden"]
+
+LEVELS = 127  # codes -127 ... 127
+TINY = torch.finfo(torch.bfloat16).tiny  # below it a bfloat16 loses digits
+INFINITE = 0x7F80  # exponent bits of a bfloat16 that is infinite or NaN
+
+
+class Hidden(FixedWidthCodec):
+    """Hidden states in 16 or 8 bits. With the teacher's output layer they are its logits: they serve every divergence
+    at every temperature.
+
+    A writer takes hidden states, (rows, width), where other codecs take logits. ``bits=16`` is bfloat16: exact for a
+    bfloat16 teacher, else within 2**-9 of each value. ``bits=8`` is a code per value, -127 ... 127, times the row's
+    step, a bfloat16 next to its largest magnitude over 127: a value is off by at most half a step, a logit by at most
+    half a step times the 1-norm of its row of the output layer (and the layer's scale). Rows below 1.5e-36 are 0.
+
+    Args:
+        width: of the hidden states.
+        head: the output layer's ``fingerprint``. A cache is opened with that layer and no other.
+        bits: 16 or 8.
+    """
+
+    name = "hidden"
+    input_name = "hidden states"
+
+    def __init__(
+        self, vocab_size: int, temperatures: Sequence[float], *, width: int, head: str, bits: int = 16
+    ) -> None:
+        super().__init__(vocab_size, temperatures)
+        if index(width) < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        if bits not in (8, 16):
+            raise ValueError(f"bits must be 8 or 16, got {bits!r}")
+        if not isinstance(head, str) or not re.fullmatch("[0-9a-f]{32}", head):
+            raise ValueError(f"head must be an output layer's fingerprint, 32 hexadecimal digits, got {head!r}")
+        self.input_width, self.head, self.bits = index(width), head, int(bits)
+        self._layer: OutputLayer | None = None
+        values = ("values", "<u2" if bits == 16 else "i1", (self.input_width,))
+        self.row_dtype = np.dtype([values] if bits == 16 else [("step", "<u2"), values])
+
+    def use_head(self, head: OutputLayer) -> None:
+        if head.fingerprint != self.head:
+            raise ValueError(
+                f"its hidden states are for the head {self.head}, but the head given is {head.fingerprint}"
+            )
+        self._layer = head
+
+    def config(self) -> dict[str, Any]:
+        return {"width": self.input_width, "head": self.head, "bits": self.bits}
+
+    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+        hidden = logits.detach().bfloat16() if self.bits == 16 else logits.detach().float()
+        for row in (~hidden.isfinite().all(1)).nonzero().flatten().tolist()[:1]:
+            raise ValueError(f"row {row} has a hidden state that is infinite, NaN or beyond bfloat16")
+        if self.bits == 8:
+            step = _step(hidden)[:, None]
+            hidden = _codes(hidden, step) * step
+        return SoftLabels.hidden(hidden, vocab_size=self.vocab_size)
+
+    def encode(self, labels: SoftLabels) -> bytes:
+        out = np.empty(len(labels), self.row_dtype)
+        if self.bits == 16:
+            out["values"] = _bits(labels.values.bfloat16())
+        else:
+            # The largest code of a row is 127, so that what select has rounded has the step it was rounded with.
+            step = _step(labels.values)
+            out["step"] = _bits(step.bfloat16())
+            out["values"] = _codes(labels.values, step[:, None]).to(torch.int8).numpy()
+        return out.tobytes()
+
+    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+        if self.bits == 16:
+            hidden = _floats(packed["values"])
+        else:
+            if (packed["step"] >= INFINITE).any():  # the sign bit included
+                raise ValueError("a row's step is negative, infinite or NaN")
+            if (packed["values"] == -LEVELS - 1).any():
+                raise ValueError(f"a value's code is {-LEVELS - 1}")
+            hidden = torch.from_numpy(packed["values"].astype(np.float32)) * _floats(packed["step"]).float()[:, None]
+        if not bool(hidden.isfinite().all()):
+            raise ValueError("a hidden state is infinite or NaN")
+        return SoftLabels.hidden(hidden, self._layer, vocab_size=self.vocab_size)
+
+
+def _step(hidden: Tensor) -> Tensor:
+    """(rows,) float32 that bfloat16 holds. Rounding it moves 127 steps by a quarter of one at most."""
+    step = (hidden.abs().amax(1) / LEVELS).bfloat16().float()
+    return torch.where(step < TINY, 0.0, step)
+
+
+def _codes(hidden: Tensor, step: Tensor) -> Tensor:
+    return (hidden / torch.where(step > 0, step, torch.inf)).round().clamp(-LEVELS, LEVELS)
+
+
+def _bits(x: Tensor) -> NDArray[np.int16]:
+    """The bit patterns of bfloat16 numbers, which NumPy lacks."""
+    bits: NDArray[np.int16] = x.contiguous().view(torch.int16).numpy()
+    return bits.view("<u2")
+
+
+def _floats(bits: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16)
