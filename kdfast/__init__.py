@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  (loads the libraries that the extension li
 
 from kdfast import _C, cache
 from kdfast._version import __version__
+from kdfast.cache.packed import PackedLabels
 from kdfast.divergences import Divergence, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.labels import SoftLabels
 from kdfast.losses import KDLoss, LossParts, kd_loss
@@ -12,6 +13,7 @@ __all__ = [
     "Divergence",
     "KDLoss",
     "LossParts",
+    "PackedLabels",
     "SoftLabels",
     "__version__",
     "alpha_beta",

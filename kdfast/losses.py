@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import _checks, _ops
+from kdfast.cache.packed import PackedLabels
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 
@@ -27,7 +28,7 @@ class LossParts(NamedTuple):
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor | SoftLabels,
+    teacher: Tensor | SoftLabels | PackedLabels,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -55,8 +56,9 @@ def kd_loss(
 
     Args:
         student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column.
-        teacher: (..., V_t) logits, or ``SoftLabels`` with one row per student row. V_s and V_t may differ: the
-            divergence is over the shared columns, both sides renormalised there; CE and z-loss see all of V_s.
+        teacher: (..., V_t) logits, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s and V_t
+            may differ: the divergence is over the shared columns, both sides renormalised there; CE and z-loss see all
+            of V_s.
         labels: (...,) int64 class indices, or (..., V_s) class probabilities. Needed by CE and ``dkd``.
         divergence: a name of ``kdfast.divergences``, or a ``Divergence`` where it has parameters.
         temperature: the student's, and the teacher's unless ``teacher_temperature`` is given. A number, or a tensor
@@ -86,6 +88,8 @@ def kd_loss(
         NaN.
     """
     student = _checks.check_logits("student", student)
+    if isinstance(teacher, PackedLabels):
+        teacher = teacher.unpack()
     div = Divergence.of(divergence)
     rows = _Rows(student, shift)
     _checks.check_teacher(student, teacher, rows.count)
@@ -131,7 +135,7 @@ class KDLoss(nn.Module):
         self.options = options
 
     def forward(
-        self, student: Tensor, teacher: Tensor | SoftLabels, labels: Tensor | None = None, **options: Any
+        self, student: Tensor, teacher: Tensor | SoftLabels | PackedLabels, labels: Tensor | None = None, **options: Any
     ) -> Any:
         return kd_loss(student, teacher, labels, **{**self.options, **options})
 

@@ -14,23 +14,30 @@
 from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key
+from kdfast.cache.loader import CacheDataset, ElasticSampler
+from kdfast.cache.packed import PackedLabels
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
 from kdfast.cache.salvage import salvage
+from kdfast.cache.spans import pack_spans
 from kdfast.cache.view import View
 from kdfast.cache.writer import Writer
 
 __all__ = [
     "CacheBusyError",
     "CacheCorruptError",
+    "CacheDataset",
     "CacheError",
     "CacheInfo",
     "CacheMismatchError",
     "CacheReader",
+    "ElasticSampler",
     "Key",
+    "PackedLabels",
     "RecordIndex",
     "View",
     "Writer",
     "open",
+    "pack_spans",
     "salvage",
 ]

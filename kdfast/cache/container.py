@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,15 +19,23 @@ from numpy.typing import NDArray
 from kdfast._C import crc32c
 from kdfast.cache.errors import CacheCorruptError, naming
 
-__all__ = ["Container", "pack", "parse_container", "read_container", "reserve"]
+__all__ = [
+    "Container",
+    "pack",
+    "pack_sealed",
+    "parse_container",
+    "read_container",
+    "reserve",
+]
 
 ALIGN = 8
 SEAL_BYTES = 8
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 LARGEST = 2**56  # of any dimension: no file is that long
-DTYPES = {"U8": "u1", "U32": "<u4", "I64": "<i8"}
+DTYPES = {"U8": "u1", "U32": "<u4", "I64": "<i8", "U64": "<u8"}
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 # Every tensor in file order: its dtype and its shape without the leading dimension.
-LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
+LAYOUT: Layout = {
     "payload": ("U8", ()),
     "padding": ("U8", ()),
     "block_index": ("I64", (4,)),
@@ -45,7 +53,7 @@ TABLES = [name for name in LAYOUT if name not in ("payload", "seal")]
 
 @dataclass(frozen=True)
 class Container:
-    """A shard's parts, checked, apart from the payload, which stays on disk."""
+    """A shard's parts, checked, apart from the payload, which stays on disk. A file may also have none."""
 
     metadata: dict[str, str]
     payload_start: int
@@ -53,6 +61,7 @@ class Container:
     tables: dict[str, NDArray[Any]]
     seal: bytes
     file_bytes: int
+    mapped: NDArray[np.uint8] | None = None  # the whole file, if it was mapped: the tables are views of it
 
 
 def pack(
@@ -79,12 +88,22 @@ def reserve(metadata: dict[str, str], optional: Iterable[str]) -> int:
     return len(_header(metadata, {name: (LARGEST, *LAYOUT[name][1]) for name in names}))
 
 
-def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], reserved: int = 0) -> bytes:
+def pack_sealed(metadata: dict[str, str], tables: Mapping[str, NDArray[Any]], layout: Layout) -> list[bytes]:
+    """A file of tables alone, in pieces, sealed as a shard is. ``layout`` ends with ``seal``, which is made here."""
+    data = {name: tables[name].astype(DTYPES[layout[name][0]]) for name in layout if name != "seal"}
+    header = _header(metadata, {**{name: table.shape for name, table in data.items()}, "seal": (2,)}, 0, layout)
+    body = b"".join(table.tobytes() for table in data.values())
+    return [header, body + _seal(header, body)]
+
+
+def _header(
+    metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], reserved: int = 0, layout: Layout = LAYOUT
+) -> bytes:
     """The length, then JSON, padded with spaces so that the data starts on a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
-        dtype = LAYOUT[name][0]
+        dtype = layout[name][0]
         begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -93,40 +112,51 @@ def _header(metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], reserv
     return len(text).to_bytes(8, "little") + text
 
 
-def _seal(header: bytes, body: bytes) -> bytes:
+def _seal(header: bytes, body: bytes | NDArray[np.uint8]) -> bytes:
     return np.array([crc32c(header), crc32c(body)], "<u4").tobytes()
 
 
-def read_container(path: Path) -> Container:
-    """Read and check everything but the payload.
+def read_container(path: Path, layout: Layout = LAYOUT) -> Container:
+    """Map a sealed file into memory, and check everything but the payload.
 
     Raises:
         CacheCorruptError: the file is truncated, or its header or tables are not what was written.
         OSError: the file cannot be read.
     """
-    with naming(path), path.open("rb") as file:
+    with naming(path):
         try:
-            return parse_container(file, path.stat().st_size)
+            data = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
+            return replace(_parse(lambda begin, end: data[begin:end], len(data), layout), mapped=data)
         except (ValueError, RecursionError) as error:
             raise CacheCorruptError(f"{path}: {error}") from error
 
 
 def parse_container(file: BinaryIO, file_bytes: int) -> Container:
     """The same from an open file of ``file_bytes``. Raises ``ValueError`` or ``RecursionError`` if it is corrupt."""
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
+
+    def read(begin: int, end: int) -> NDArray[np.uint8]:
+        file.seek(begin)
+        return np.frombuffer(file.read(end - begin), np.uint8)
+
+    return _parse(read, file_bytes, LAYOUT)
+
+
+def _parse(read: Callable[[int, int], NDArray[np.uint8]], file_bytes: int, layout: Layout) -> Container:
+    """``read`` gives the file's bytes from ``begin`` to ``end``, or fewer if it is shorter."""
+    length = int.from_bytes(read(0, 8).tobytes(), "little")
     if length > min(file_bytes - 8, MAX_HEADER):
         raise ValueError(f"truncated or corrupt: a header of {length} bytes in a file of {file_bytes}")
-    text = file.read(length)
-    metadata, tensors = _parse_header(text)
     start = 8 + length
-    payload_bytes, body_end = tensors["payload"].end, tensors["seal"].begin
-    if start + body_end + SEAL_BYTES != file_bytes:
-        raise ValueError(f"truncated or corrupt: {start + body_end + SEAL_BYTES} bytes announced, {file_bytes} found")
-    file.seek(start + payload_bytes)
-    body, seal = file.read(body_end - payload_bytes), file.read(SEAL_BYTES)
-    _check_seal(_seal(prefix + text, body), seal)
-    tables = {name: tensors[name].view(body, payload_bytes) for name in TABLES if name in tensors}
+    header = read(0, start).tobytes()
+    metadata, tensors = _parse_header(header[8:], layout)
+    end = start + tensors["seal"].begin + SEAL_BYTES
+    if end != file_bytes:
+        raise ValueError(f"truncated or corrupt: {end} bytes announced, {file_bytes} found")
+    payload_bytes = tensors["payload"].end if "payload" in tensors else 0
+    body, seal = read(start + payload_bytes, end - SEAL_BYTES), read(end - SEAL_BYTES, end).tobytes()
+    _check_seal(_seal(header, body), seal)
+    names = [name for name in layout if name in tensors and name not in ("payload", "seal")]
+    tables = {name: tensors[name].view(body, payload_bytes) for name in names}
     return Container(metadata, start, payload_bytes, tables, seal, file_bytes)
 
 
@@ -146,32 +176,34 @@ class _Tensor(NamedTuple):
     begin: int
     end: int
 
-    def view(self, body: bytes, body_begin: int) -> NDArray[Any]:
-        count = (self.end - self.begin) // np.dtype(DTYPES[self.dtype]).itemsize
-        return np.frombuffer(body, DTYPES[self.dtype], count, self.begin - body_begin).reshape(self.shape)
+    def view(self, body: NDArray[np.uint8], body_begin: int) -> NDArray[Any]:
+        return body[self.begin - body_begin : self.end - body_begin].view(DTYPES[self.dtype]).reshape(self.shape)
 
 
-def _parse_header(text: bytes) -> tuple[dict[str, str], dict[str, _Tensor]]:
-    """Metadata and tensors, in file order. Any bytes may come in; ``ValueError`` unless they are a shard's header."""
+def _parse_header(text: bytes, layout: Layout) -> tuple[dict[str, str], dict[str, _Tensor]]:
+    """Metadata and tensors, in file order. Any bytes may come in; ``ValueError`` unless they are such a header."""
     header = json.loads(text)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         raise ValueError("its header is not a JSON object with __metadata__")
     metadata = header.pop("__metadata__")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ holds values that are not strings")
-    tensors = dict(sorted(((name, _tensor(name, entry)) for name, entry in header.items()), key=lambda t: t[1].begin))
+    tensors = dict(
+        sorted(((name, _tensor(name, entry, layout)) for name, entry in header.items()), key=lambda t: t[1].begin)
+    )
     # A later version may add tables: they are sealed like the others and otherwise ignored.
-    missing = [name for name in LAYOUT if name not in tensors and name not in OPTIONAL]
+    missing = [name for name in layout if name not in tensors and name not in OPTIONAL]
     if missing:
         raise ValueError(f"its header lacks {missing}")
     names, begins = list(tensors), [tensor.begin for tensor in tensors.values()]
     ends = [tensor.end for tensor in tensors.values()]
-    if names[0] != "payload" or names[-1] != "seal" or begins != [0, *ends[:-1]]:
-        raise ValueError("its tensors do not follow one another from payload to seal")
+    first, *_, last = layout
+    if names[0] != first or names[-1] != last or begins != [0, *ends[:-1]]:
+        raise ValueError(f"its tensors do not follow one another from {first} to {last}")
     return metadata, tensors
 
 
-def _tensor(name: str, entry: Any) -> _Tensor:
+def _tensor(name: str, entry: Any, layout: Layout) -> _Tensor:
     try:
         tensor = _Tensor(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
     except (KeyError, TypeError) as error:
@@ -179,8 +211,8 @@ def _tensor(name: str, entry: Any) -> _Tensor:
     numbers = (*tensor.shape, tensor.begin, tensor.end)
     if not all(type(number) is int and number >= 0 for number in numbers) or tensor.end < tensor.begin:
         raise ValueError(f"its header entry {name!r} has impossible sizes: {entry!r:.80}")
-    if name in LAYOUT and not _fits(tensor, *LAYOUT[name]):
-        raise ValueError(f"its tensor {name!r} is {entry!r:.80}, not {LAYOUT[name]}")
+    if name in layout and not _fits(tensor, *layout[name]):
+        raise ValueError(f"its tensor {name!r} is {entry!r:.80}, not {layout[name]}")
     return tensor
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DIGEST_BYTES", "Key", "describe", "make_key", "make_keys"]
+__all__ = ["DIGEST_BYTES", "Key", "describe", "make_key", "make_keys", "number_key", "number_keys", "number_of"]
 
 DIGEST_BYTES = 16
 
@@ -59,6 +59,23 @@ def make_keys(keys: Iterable[Any]) -> list[Key]:
     if isinstance(keys, (Tensor, np.ndarray)) and keys.ndim == 2:
         return [_digest(b"kdfast:ids", row.tobytes()) for row in _canonical_ids(keys, 2)]
     return [make_key(key) for key in keys]
+
+
+def number_key(number: int) -> Key:
+    """What stands for an integer while a cache of consecutive ones is written. It is never stored."""
+    return Key(number.to_bytes(DIGEST_BYTES, "big"))
+
+
+def number_of(key: Key) -> int:
+    """The reverse."""
+    return int.from_bytes(key, "big")
+
+
+def number_keys(first: int, count: int) -> NDArray[np.uint8]:
+    """(count, 16): those of ``first`` and the integers after it."""
+    keys = np.zeros((count, 2), ">u8")
+    keys[:, 1] = first + np.arange(count)
+    return keys.view(np.uint8)
 
 
 def describe(key: Any) -> str:

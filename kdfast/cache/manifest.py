@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kdfast.cache.errors import CacheCorruptError
 from kdfast.cache.shard import Shard
-from kdfast.cache.storage import LocalStorage, Storage
+from kdfast.cache.storage import Storage
 
 __all__ = ["MANIFEST", "SHARD_NAME", "check_listed", "entry_of", "load_shards", "read_manifest", "shard_names"]
 
@@ -24,20 +23,19 @@ SHARD_NAME = re.compile(r"shard-([A-Za-z0-9_]+)-(\d{5,})\.safetensors")
 Entry = dict[str, str | int]
 
 
-def load_shards(directory: Path) -> list[Shard]:
-    """The directory's shards by writer and number, checked against each other and the manifest, if there is one.
+def load_shards(storage: Storage) -> list[Shard]:
+    """The cache's shards by writer and number, checked against each other and the manifest, if there is one.
 
     Raises:
         CacheCorruptError: a shard is corrupt, missing or replaced, or the manifest cannot be read.
         CacheMismatchError: two shards are not of one cache.
         OSError: a file or the directory cannot be read.
     """
-    storage = LocalStorage(directory)
     listed = read_manifest(storage)  # before the directory: another writer may be adding to both
     shards = [Shard(storage.fetch(name)) for name in shard_names(storage)]
     for shard in shards[1:]:
         shard.meta.require_equal(shards[0].meta, str(shard.path), str(shards[0].path))
-    found = {s.path.name: entry_of(s.path.name, len(s.keys), s.rows, s.file_bytes, s.seal) for s in shards}
+    found = {s.path.name: entry_of(s.path.name, s.records, s.rows, s.file_bytes, s.seal) for s in shards}
     check_listed(storage, listed, found)
     return shards
 

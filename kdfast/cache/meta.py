@@ -12,10 +12,11 @@ from kdfast.cache import codecs
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheError, CacheMismatchError
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "CacheMeta"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "HASH", "RANGE", "CacheMeta"]
 
 FORMAT = "kdfast-cache"
 FORMAT_VERSION = 1
+HASH, RANGE = "hash", "range"  # how a shard names its records: by their digests, or by consecutive integers
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class CacheMeta:
     vocab_size: int
     temperatures: tuple[float, ...]
     teacher: str
+    keys: str = HASH
 
     @classmethod
-    def of(cls, codec: Codec, teacher: str) -> CacheMeta:
-        return cls(codec.name, codec.config(), codec.vocab_size, codec.temperatures, teacher)
+    def of(cls, codec: Codec, teacher: str, keys: str = HASH) -> CacheMeta:
+        return cls(codec.name, codec.config(), codec.vocab_size, codec.temperatures, teacher, keys)
 
     def make_codec(self, read_asset: Callable[[str], bytes]) -> Codec:
         """The codec that wrote the cache, still without a model. ``read_asset(file name)`` gives an asset's bytes.
@@ -51,6 +53,7 @@ class CacheMeta:
             "vocab_size": str(self.vocab_size),
             "temperatures": _json(self.temperatures),
             "teacher": self.teacher,
+            "keys": self.keys,
             "kdfast": __version__,
         }
 
@@ -61,10 +64,14 @@ class CacheMeta:
             raise CacheError(f"is not a {FORMAT} file (its format is {strings.get('format')!r})")
         if strings.get("version") != str(FORMAT_VERSION):
             raise CacheError(f"has format version {strings.get('version')}, this kdfast reads {FORMAT_VERSION}")
+        keys = strings.get("keys", HASH)
+        if keys not in (HASH, RANGE):
+            raise CacheError(f"has keys {keys!r}, this kdfast reads {HASH!r} and {RANGE!r}")
         try:
             config, temperatures = json.loads(strings["codec_config"]), json.loads(strings["temperatures"])
             vocab_size = int(strings["vocab_size"])
-            return cls(strings["codec"], dict(config), vocab_size, tuple(map(float, temperatures)), strings["teacher"])
+            temperatures = tuple(map(float, temperatures))
+            return cls(strings["codec"], dict(config), vocab_size, temperatures, strings["teacher"], keys)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"metadata cannot be read: {error!r}") from error
 

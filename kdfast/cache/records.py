@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.cache.keys import DIGEST_BYTES, Key
+from kdfast.cache.keys import DIGEST_BYTES, Key, number_of
+from kdfast.cache.meta import RANGE
+from kdfast.cache.shard import ONE_ROW_EACH
 from kdfast.cache.targets import Targets
 from kdfast.cache.view import VIEW_BYTES
 from kdfast.labels import SoftLabels
@@ -103,13 +105,15 @@ class Tables:
         for columns in self._columns:
             yield from (Key(row.tobytes()) for row in columns.keys)
 
-    def arrays(self, model: bytes) -> dict[str, NDArray[Any]]:
-        """As the shard stores them."""
+    def arrays(self, model: bytes, keys: str) -> dict[str, NDArray[Any]]:
+        """As the shard stores them. Keys that are consecutive, and spans of one row each, are left out."""
         rows = self._column("rows", np.int64)
+        spans = np.stack([rows.cumsum() - rows, rows], 1)
+        digests = self._column("keys", np.uint8).reshape(-1, DIGEST_BYTES)
         tables: dict[str, NDArray[Any]] = {
             "block_index": np.array(self._blocks, np.int64).reshape(-1, 4),
-            "record_spans": np.stack([rows.cumsum() - rows, rows], 1),
-            "record_keys": self._column("keys", np.uint8).reshape(-1, DIGEST_BYTES),
+            "record_spans": spans[:0] if self._one_row_each() else spans,
+            "record_keys": digests[:0] if keys == RANGE else digests,
             "block_crc": np.array(self._crc, np.uint32),
         }
         if self.has("target_crc"):
@@ -120,15 +124,22 @@ class Tables:
             tables["codec_model"] = np.frombuffer(model, np.uint8)
         return tables
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self, keys: str) -> dict[str, str]:
         """What the records add to the shard's metadata."""
-        if not self.has("target_crc"):
-            return {}
-        return {"targets": json.dumps({"cross_entropy_sum": self._cross_entropy, "count": self._target_count})}
+        metadata = dict(ONE_ROW_EACH) if self._one_row_each() else {}
+        if keys == RANGE:
+            metadata["first_record"] = str(number_of(next(iter(self.keys()))))
+        if self.has("target_crc"):
+            targets = {"cross_entropy_sum": self._cross_entropy, "count": self._target_count}
+            metadata["targets"] = json.dumps(targets)
+        return metadata
 
     def has(self, name: str) -> bool:
         """Whether the records have this column; all of a shard agree."""
         return bool(self._columns) and getattr(self._columns[0], name) is not None
+
+    def _one_row_each(self) -> bool:
+        return all((columns.rows == 1).all() for columns in self._columns)
 
     def _column(self, name: str, dtype: type) -> NDArray[Any]:
         return np.concatenate([np.empty(0, dtype), *(getattr(part, name).reshape(-1) for part in self._columns)])

@@ -2,73 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdfast.cache.codecs.base import Codec, FixedWidthCodec
-from kdfast.cache.shard import Shard
-from kdfast.labels import SoftLabels
+from kdfast._C import copy_ranges
+from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.cache.decoder import Decoder
+from kdfast.cache.errors import CacheCorruptError, CacheError
+from kdfast.cache.packed import PackedLabels, join
+from kdfast.cache.shard import Shard, Units
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "groups", "ranges"]
 
 
 class Rows:
-    """The rows of some shards, numbered over all of them.
+    """The records and rows of some shards. A row is named by its shard's number and its own number in it.
 
     Raises:
-        CacheCorruptError: a shard's blocks do not have the lengths that ``codec`` gives them.
+        CacheCorruptError: a shard's blocks do not have the lengths that its codec gives them.
     """
 
-    def __init__(self, shards: list[Shard], codec: Codec) -> None:
-        self._shards, self._codec = shards, codec
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        if isinstance(codec, FixedWidthCodec):
-            for shard in shards:
-                shard.require_width(codec)
+    def __init__(self, shards: Sequence[Shard], decoders: Sequence[Decoder]) -> None:
+        self._shards, self._decoders = shards, decoders
+        self.starts = np.cumsum([0, *(shard.records for shard in shards)])  # each shard's first record
+        # Shards in an order that has those of one decoder beside each other, for units are packed by decoder.
+        number = {id(decoder): n for n, decoder in reversed(list(enumerate(decoders)))}
+        self._order = np.argsort([number[id(decoder)] for decoder in decoders], kind="stable")
+        self._rank = np.argsort(self._order)
+        for shard, decoder in zip(shards, decoders, strict=True):
+            if isinstance(decoder.codec, FixedWidthCodec):
+                shard.require_width(decoder.codec)
 
-    def labels(self, rows: NDArray[np.int64]) -> SoftLabels:
-        """The labels of ``rows``, in that order. Raises ``CacheCorruptError`` naming shard and block."""
-        if not len(rows):
-            return self._codec.decode(np.empty(0, np.uint8), np.empty((0, 3), np.int64), rows)
-        if isinstance(self._codec, FixedWidthCodec):
-            packed = self._packed(rows, self._codec.row_bytes).view(self._codec.row_dtype)
-            try:
-                return self._codec.unpack(packed)
-            except ValueError:
-                pass  # decoding block by block tells in which one the bad row is
-        return self._by_block(rows)
+    def spans(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(n,) the shard of each record, and (n, 2) its first row there and its number of rows; -1 and 0 for -1."""
+        owners = np.searchsorted(self.starts, records, side="right") - 1
+        spans = np.zeros((len(records), 2), np.int64)
+        for owner, places in groups(owners):
+            if owner >= 0:
+                spans[places] = self._shards[owner].spans(records[places] - self.starts[owner])
+        return owners, spans
 
-    def _packed(self, rows: NDArray[np.int64], row_bytes: int) -> NDArray[np.void]:
-        if len(self._shards) == 1:
-            return self._shards[0].packed(rows, row_bytes)
-        packed = np.empty(len(rows), f"V{row_bytes}")
-        for shard, positions, local in self._by_shard(rows):
-            packed[positions] = shard.packed(local, row_bytes)
-        return packed
+    def pack(
+        self, owners: NDArray[np.int64], rows: NDArray[np.int64], present: NDArray[np.bool_] | None
+    ) -> PackedLabels:
+        """The packed labels of ``rows`` of shards ``owners``, in that order; both are of no account where absent.
 
-    def _by_block(self, rows: NDArray[np.int64]) -> SoftLabels:
-        parts, places = [], []
-        for shard, positions, local in self._by_shard(rows):
-            for block, chosen in _groups(shard.blocks_of(local)):
-                parts.append(shard.decode(block, local[chosen], self._codec))
-                places.append(positions[chosen])
-        if len(parts) == 1:
-            return parts[0]
-        order = np.argsort(np.concatenate(places))
-        return SoftLabels.cat(parts)[torch.from_numpy(order)]
+        Raises:
+            CacheCorruptError: naming shard and block.
+            CacheError: all rows are absent, and the cache holds none that could stand in for them.
+        """
+        if present is None or present.all():
+            return self._pack(owners, rows)
+        place = present.cumsum() - 1  # of each present row among themselves
+        kept = self._pack(*((owners[present], rows[present]) if present.any() else self._stand_in()))
+        index = torch.from_numpy(np.where(present, place, 0))
+        return PackedLabels(kept.data, kept.units, kept.wanted[index], kept.decoders, torch.from_numpy(present))
 
-    def _by_shard(self, rows: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
-        """Shards, the positions in ``rows`` of what they hold, and the numbers of these rows within the shard."""
-        owners = np.searchsorted(self._starts, rows, side="right") - 1
-        for owner, positions in _groups(owners):
-            yield self._shards[owner], positions, rows[positions] - self._starts[owner]
+    def explain(self, owners: NDArray[np.int64], rows: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
+        """Decode block by block. Raises ``CacheCorruptError`` naming the shard and block that cannot be decoded."""
+        if present is not None:
+            owners, rows = owners[present], rows[present]
+        for owner, places in groups(owners):
+            shard, local = self._shards[owner], rows[places]
+            for block, chosen in groups(shard.blocks_of(local)):
+                shard.decode(block, local[chosen], self._decoders[owner].codec)
+
+    def _pack(self, owners: NDArray[np.int64], rows: NDArray[np.int64]) -> PackedLabels:
+        parts: list[tuple[int, Units]] = []
+        wanted = np.empty(len(rows), np.int64)
+        first = 0  # rows of the units so far
+        for rank, places in groups(self._rank[owners]):
+            owner = int(self._order[rank])
+            units = self._shards[owner].units(rows[places], self._decoders[owner].codec)
+            wanted[places] = units.wanted + first
+            first += int(units.counts.sum())
+            parts.append((owner, units))
+        data = self._copy(parts)
+        counts = np.concatenate([np.empty(0, np.int64), *(units.counts for _, units in parts)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(units.ranges[:, 1] for _, units in parts)])
+        places = np.stack([lengths.cumsum() - lengths, lengths, counts], 1)
+        decoders = join((self._decoders[owner], len(units.counts)) for owner, units in parts)
+        if len(decoders) == 1 and isinstance(decoders[0][0].codec, FixedWidthCodec):
+            places, decoders = np.array([[0, len(data), first]]), ((decoders[0][0], 1),)  # as one block
+        return PackedLabels(
+            torch.from_numpy(data),
+            torch.from_numpy(places),
+            torch.from_numpy(wanted),
+            decoders or ((self._decoders[0], 0),),
+        )
+
+    def _copy(self, parts: Sequence[tuple[int, Units]]) -> NDArray[np.uint8]:
+        payloads = [self._shards[owner].payload() for owner, _ in parts]
+        numbers = np.repeat(np.arange(len(parts)), [len(units.counts) for _, units in parts])
+        places = np.concatenate([np.empty((0, 2), np.int64), *(units.ranges for _, units in parts)])
+        try:
+            data: NDArray[np.uint8] = copy_ranges(payloads, numbers, places)
+        except ValueError as error:
+            names = ", ".join(self._shards[owner].path.name for owner, _ in parts)
+            raise CacheCorruptError(f"{self._shards[0].path.parent}: of {names}: {error}") from error
+        return data
+
+    def _stand_in(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A row that is there, for absent ones to repeat."""
+        for owner, shard in enumerate(self._shards):
+            if shard.rows:
+                return np.array([owner]), np.array([0])
+        raise CacheError(f"{self._shards[0].path.parent}: holds no row, so that none can be absent")
 
 
-def _groups(numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def groups(numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Each number that occurs, with its positions."""
     order = np.argsort(numbers, kind="stable")
-    for positions in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+    for positions in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else ():
         yield int(numbers[positions[0]]), positions
+
+
+def ranges(begin: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``sizes[i]`` numbers from ``begin[i]`` on, for each i, one after another."""
+    ends = sizes.cumsum()
+    # Number n of the result sits ``n - (ends - sizes)[i]`` past its range's begin.
+    numbers: NDArray[np.int64] = np.repeat(begin - (ends - sizes), sizes)
+    return numbers + np.arange(len(numbers))

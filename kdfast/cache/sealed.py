@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from kdfast.cache.container import MAX_HEADER, read_container
 from kdfast.cache.errors import CacheCorruptError, CacheError
+from kdfast.cache.keys import number_keys
 from kdfast.cache.manifest import MANIFEST, SHARD_NAME, check_listed, entry_of, read_manifest, shard_names
-from kdfast.cache.meta import FORMAT, FORMAT_VERSION, CacheMeta
+from kdfast.cache.meta import FORMAT, FORMAT_VERSION, HASH, RANGE, CacheMeta
+from kdfast.cache.shard import Outline
+from kdfast.cache.sorted_keys import write_index
 from kdfast.cache.storage import LocalStorage, Storage
 
 __all__ = ["Sealed", "scan", "write_manifest"]
@@ -37,6 +40,7 @@ class Sealed:
             try:
                 container = read_container(path)
                 self.meta = CacheMeta.from_strings(container.metadata)
+                outline = Outline.of(container)
             except CacheError as error:
                 message = str(error).removeprefix(f"{path}: ")
                 raise type(error)(f"{storage.describe(name)}: {message}") from error
@@ -44,6 +48,8 @@ class Sealed:
                 raise CacheCorruptError(f"{storage.describe(name)}: {error}") from error
         tables = container.tables
         self.keys: NDArray[np.uint8] = tables["record_keys"]
+        if self.meta.keys == RANGE:
+            self.keys = number_keys(outline.first_record, outline.records)
         self.rows = int(tables["block_index"][:, 3].sum())
         self.model = tables["codec_model"].tobytes() if "codec_model" in tables else b""
         self.seal = container.seal.hex()
@@ -70,14 +76,17 @@ def scan(storage: Storage) -> list[Sealed]:
 
 
 def write_manifest(storage: Storage) -> None:
-    """List the shards that are there now, other writers' included."""
+    """List the shards that are there now, other writers' included, and sort their keys for readers."""
     names: list[str] = []
     # Of two that write at the same time the last one would win, and it may have looked first: so look again.
     while shard_names(storage) != names:
-        entries = [_entry(shard) for shard in scan(storage)]
+        shards = scan(storage)
+        entries = [_entry(shard) for shard in shards]
         names = [str(entry["name"]) for entry in entries]
         document = {"format": FORMAT, "version": FORMAT_VERSION, "shards": entries}
         storage.publish(MANIFEST, [json.dumps(document, indent=1).encode()])
+        if shards and shards[0].meta.keys == HASH:
+            write_index(storage, shards)
 
 
 def _entry(shard: Sealed) -> dict[str, str | int]:

@@ -89,6 +89,12 @@ class Session:
             found.update(self._unfinished.tables.keys())
         return found | {record.key for record in self._parked}
 
+    @property
+    def last_key(self) -> Key | None:
+        """Of the shard that goes on, with the parked records that will be in it."""
+        keys = [] if self._unfinished is None else list(self._unfinished.tables.keys())
+        return self._parked[-1].key if self._parked else keys[-1] if keys else None
+
     def accompanied(self) -> dict[str, bool]:
         """Whether the records of the shard that goes on have ``targets`` and ``views``; empty if none goes on."""
         if self._unfinished is not None and self._unfinished.tables.records:

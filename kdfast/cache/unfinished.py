@@ -18,7 +18,9 @@ from kdfast._C import crc32c
 from kdfast.cache.container import OPTIONAL, pack, reserve
 from kdfast.cache.errors import CacheError, naming
 from kdfast.cache.journal import Journal, write_at
+from kdfast.cache.meta import HASH
 from kdfast.cache.records import Columns, Record, Tables
+from kdfast.cache.shard import ONE_ROW_EACH
 from kdfast.cache.storage import Storage
 from kdfast.labels import SoftLabels
 
@@ -27,7 +29,11 @@ __all__ = ["Unfinished", "shard_name"]
 # What an entry of the journal is about.
 SHARD, MODEL, BLOCK, PARKED = "SMBP"
 VERSION = 1
-LARGEST_MARK = {"targets": json.dumps({"cross_entropy_sum": -2.2250738585072014e-308, "count": 2**63})}
+LARGEST_MARK = {
+    "targets": json.dumps({"cross_entropy_sum": -2.2250738585072014e-308, "count": 2**63}),
+    "first_record": str(2**63),
+    **ONE_ROW_EACH,
+}
 
 
 def shard_name(writer: str, number: int) -> str:
@@ -131,8 +137,9 @@ class Unfinished:
         self._descriptor, self._reserved = descriptor, reserved
 
     def _ends(self) -> tuple[bytes, bytes]:
-        metadata = {**self.metadata, **self.tables.metadata()}
-        before, after = pack(metadata, self.tables.payload_bytes, self.tables.arrays(self.model), self._reserved)
+        keys = self.metadata.get("keys", HASH)
+        metadata, tables = {**self.metadata, **self.tables.metadata(keys)}, self.tables.arrays(self.model, keys)
+        before, after = pack(metadata, self.tables.payload_bytes, tables, self._reserved)
         assert len(before) == self._reserved, "the header outgrew its place"
         return before, after
 

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +18,12 @@ from kdfast.cache.background import Background
 from kdfast.cache.builder import BLOCK_ROWS, SHARD_BYTES
 from kdfast.cache.errors import CacheError
 from kdfast.cache.inputs import check_labels, check_logits, check_views, select
-from kdfast.cache.keys import Key, describe, make_key
-from kdfast.cache.meta import CacheMeta
+from kdfast.cache.keys import Key, describe, make_key, number_key, number_of
+from kdfast.cache.meta import HASH, RANGE, CacheMeta
 from kdfast.cache.records import Record
 from kdfast.cache.sealed import write_manifest
 from kdfast.cache.session import Session, work_folder
+from kdfast.cache.shard import MAX_FIRST
 from kdfast.cache.storage import open_storage
 from kdfast.cache.targets import Targets, cross_entropy, targets_crc, targets_of
 from kdfast.cache.view import View
@@ -58,6 +60,8 @@ class Writer:
         teacher: a fingerprint of the teacher. A cache takes rows of one teacher only.
         teacher_vocab_size: the width of the logits, of which the first ``vocab_size`` columns are the teacher's
             distribution (a teacher pads its output layer, or knows more tokens at its end). ``vocab_size`` if None.
+        keys: ``"hash"`` stores a digest of each key. ``"range"`` is for keys 0, 1, 2, ...: it stores none, and each
+            writer is given consecutive integers, from where it likes.
         writer: this writer's name in its files' names, such as the rank: letters, digits and ``_``.
         shard_bytes: a shard is sealed after the block that brings it to this size.
         block_rows: a block is closed after the record that brings it to this many rows (one without rows counts as 1).
@@ -80,6 +84,7 @@ class Writer:
         temperatures: Sequence[float] = (1.0,),
         teacher: str = "",
         teacher_vocab_size: int | None = None,
+        keys: str = HASH,
         writer: str = "0",
         shard_bytes: int = SHARD_BYTES,
         block_rows: int = BLOCK_ROWS,
@@ -88,6 +93,8 @@ class Writer:
     ) -> None:
         if not re.fullmatch("[A-Za-z0-9_]+", writer):
             raise ValueError(f"writer must consist of letters, digits and _, got {writer!r}")
+        if keys not in (HASH, RANGE):
+            raise ValueError(f"keys must be {HASH!r} or {RANGE!r}, got {keys!r}")
         if shard_bytes < 1 or block_rows < 1:
             raise ValueError(f"shard_bytes and block_rows must be positive, got {shard_bytes} and {block_rows}")
         self._codec = codecs.create(codec, vocab_size, temperatures, options)
@@ -99,9 +106,12 @@ class Writer:
         self._process = os.getpid()
         self._storage = open_storage(path)
         self._storage.create()
-        meta = CacheMeta.of(self._codec, teacher)
+        meta = CacheMeta.of(self._codec, teacher, keys)
+        self._make_key = make_key if keys == HASH else _number_key
         self._session = Session(self._storage, work_folder(self._storage, staging), writer, meta)
         self._seen = self._session.keys()
+        # With keys="range": the last record of the shard that goes on.
+        self._last = self._session.last_key if keys == RANGE else None
         try:
             self._builder = self._session.builder(self._codec, block_rows, shard_bytes)
         except BaseException:
@@ -112,7 +122,7 @@ class Writer:
 
     def __contains__(self, key: Any) -> bool:
         """Whether ``key`` has been written, now or before: its teacher pass can be skipped."""
-        return make_key(key) in self._seen
+        return self._make_key(key) in self._seen
 
     @property
     def durable_records(self) -> int:
@@ -143,7 +153,7 @@ class Writer:
                 call tries again.
         """
         self._require_open()
-        digest = make_key(key)
+        digest = self._make_key(key)
         with _about(key):
             rows = check_logits(logits, self._codec.vocab_size, self._width)
             if self._is_duplicate(digest):
@@ -152,7 +162,8 @@ class Writer:
             if targets is not None:
                 ids = targets_of(targets, len(rows), self._codec.vocab_size)
                 marks = Targets(targets_crc(ids), *cross_entropy(rows, ids))
-            record = self._record(digest, select(self._codec, rows, digest), marks, views)
+            # Both kinds of keys give a codec that draws the same seeds.
+            record = self._record(digest, select(self._codec, rows, make_key(key)), marks, views)
         self._put(record)
 
     def add_labels(
@@ -170,7 +181,7 @@ class Writer:
             OSError: as ``add``.
         """
         self._require_open()
-        digest = make_key(key)
+        digest = self._make_key(key)
         with _about(key):
             copy = check_labels(labels, self._codec)
             if self._is_duplicate(digest):
@@ -239,6 +250,8 @@ class Writer:
         return known
 
     def _record(self, digest: Key, labels: SoftLabels, marks: Targets | None, views: Sequence[View] | None) -> Record:
+        if self._last is not None and number_of(digest) != number_of(self._last) + 1:
+            raise ValueError(f"keys='range' takes consecutive integers: {number_of(self._last) + 1} comes next")
         record = Record(digest, labels, marks, None if views is None else check_views(views, len(labels)))
         for name in ("targets", "views"):
             there = getattr(record, name) is not None
@@ -250,8 +263,19 @@ class Writer:
         self._background.put(record)
         self._accompanied = {"targets": record.targets is not None, "views": record.views is not None}
         self._seen.add(record.key)
+        if self._make_key is _number_key:
+            self._last = record.key
         self.records += 1
         self.rows += len(record.labels)
+
+
+def _number_key(key: Any) -> Key:
+    """Raises ``TypeError`` or ``ValueError`` for what is no key of a cache with keys="range"."""
+    if not isinstance(key, Integral) or isinstance(key, bool):
+        raise TypeError(f"with keys='range' a key is an int, got {describe(key)}")
+    if not 0 <= int(key) < MAX_FIRST:
+        raise ValueError(f"with keys='range' a key lies in [0, 2**62), got {key}")
+    return number_key(int(key))
 
 
 @contextmanager
