@@ -15,7 +15,8 @@ def logits(rows, seed=0):
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def fill(path, keys, seed=0, **options):
+def fill(path, keys, seed=0, keys_="hash", **options):
+    options["keys"] = keys_
     with kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options}) as w:
         for i, key in enumerate(keys):
             w.add(key, logits(i % 3 + 1, seed=seed + i))
@@ -108,6 +109,18 @@ def test_an_interrupted_merge_is_readable_and_completed_by_another(tmp_path, mon
     report = merge([a], tmp_path / "all")
     assert (report.present, report.copied, report.records, report.duplicates) == (2, shards - 2, 9, 0)
     kdfast.cache.open(tmp_path / "all").verify()
+
+
+def test_integer_keys_stay_integers(tmp_path):
+    a, b = fill(tmp_path / "a", range(4), keys_="range"), fill(tmp_path / "b", range(2, 7), seed=50, keys_="range")
+    report = merge([a, b], tmp_path / "all")
+    cache = kdfast.cache.open(tmp_path / "all")
+    assert sorted(cache) == list(range(7))
+    assert (report.records, report.duplicates) == (7, 2)
+    for i in range(7):
+        assert torch.equal(cache[i].values, values(a if i < 4 else b, i))
+    with pytest.raises(kdfast.cache.CacheMismatchError, match="keys='hash'"):
+        merge([a, fill(tmp_path / "c", range(4))], tmp_path / "mixed")
 
 
 @pytest.mark.parametrize("change", [{"teacher": "u"}, {"k": 5}, {"temperatures": (1.0, 2.0)}])

@@ -90,6 +90,18 @@ def test_weights_do_not_become_topk(tmp_path, monkeypatch):
         recompress(tmp_path / "a", tmp_path / "b", codec="topk", k=4)
 
 
+def test_integer_keys_stay_integers(tmp_path):
+    for name, first in [("late", 3), ("early", 0)]:  # sealed out of order
+        with kdfast.cache.Writer(tmp_path / "a", vocab_size=50, codec="topk", k=4, keys="range", writer=name) as writer:
+            for i in range(first, first + 3):
+                writer.add(i, teacher(i + 1, i))
+    assert recompress(tmp_path / "a", tmp_path / "b", codec="topk", k=2).records == 6
+    a, b = (kdfast.cache.open(tmp_path / name) for name in "ab")
+    assert (list(b), b.info.keys) == (list(range(6)), "range")
+    for i in range(6):
+        assert torch.equal(b[i].ids.view(-1, 2), a[i].ids.view(-1, 4)[:, :2])
+
+
 def test_many_portions(tmp_path, monkeypatch):
     monkeypatch.setattr("kdfast.cache.walk.PORTION_VALUES", 30)
     fill(tmp_path / "a", k=8, block_rows=2, shard_bytes=300)

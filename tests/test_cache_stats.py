@@ -21,8 +21,9 @@ def logits(rows, seed=0):
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def fill(path, codec="topk", keys=range(5), **options):
+def fill(path, codec="topk", keys=range(5), keys_="hash", **options):
     """Records of 1, 2, 3, ... rows."""
+    options["keys"] = keys_
     with kdfast.cache.Writer(path, vocab_size=VOCAB, codec=codec, teacher="t", **options) as writer:
         for i, key in enumerate(keys):
             writer.add(key, logits(i + 1, seed=i))
@@ -35,7 +36,8 @@ def test_bytes_add_up_to_the_files(tmp_path):
     assert stats.info.shards > 1
     assert stats.rows == stats.info.rows == 15
     assert stats.bytes.payload == 15 * (4 * 2 + 4 * 2 + 4)
-    assert stats.bytes.manifest == (path / "manifest.json").stat().st_size
+    indices = [path / "manifest.json", path / "index.safetensors"]
+    assert stats.bytes.indices == sum(p.stat().st_size for p in indices)
     assert (stats.bytes.assets, stats.bytes.model) == (0, 0)
     assert stats.bytes.files == sum(p.stat().st_size for p in path.iterdir())
     assert stats.block_bytes.tolist() == [20.0] * len(stats.block_bytes)
@@ -89,8 +91,8 @@ def test_the_teachers_cross_entropy(tmp_path):
     with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec="topk", k=4) as writer:
         writer.add("a", rows, targets=torch.tensor([1, 2, -100]))
     expected = torch.nn.functional.cross_entropy(rows, torch.tensor([1, 2, -100])).item()
-    assert cache_stats(tmp_path).cross_entropy == pytest.approx(expected, rel=1e-6)
-    assert cache_stats(fill(tmp_path / "without", k=4)).cross_entropy is None
+    assert cache_stats(tmp_path).info.cross_entropy == pytest.approx(expected, rel=1e-6)
+    assert cache_stats(fill(tmp_path / "without", k=4)).info.cross_entropy is None
 
 
 @pytest.mark.parametrize("codec", ["topk", "dense"])
@@ -145,6 +147,13 @@ def test_exported_topk_labels_are_those_of_the_cache(tmp_path, monkeypatch, port
     assert all(kind.startswith("large_list<") for kind in lists)
     about = json.loads(table.schema.metadata[b"kdfast"])
     assert (about["kind"], about["teacher"], about["temperatures"]) == ("topk", "t", [1.0, 2.0])
+
+
+def test_integer_keys_are_exported_in_decimal(tmp_path):
+    path = fill(tmp_path / "cache", k=4, keys_="range")
+    export(path, tmp_path / "out.parquet")
+    assert [row["key"] for row in read(tmp_path / "out.parquet")[0].to_pylist()] == ["0", "1", "2", "3", "4"]
+    assert cache_stats(path).rows == 15
 
 
 def test_exported_dense_labels(tmp_path):

@@ -30,7 +30,7 @@ def export(
     Columns, the lists being ``large_list``, whose offsets have 64 bits:
 
     ========= ====================== ========================================================================
-    key       string                 the record's key in hexadecimal
+    key       string                 the record's key in hexadecimal; an integer in decimal
     rows      int64                  its rows
     counts    list of int32          the entries of each row (not for dense labels)
     ids       list of int32          the entries' ids, row after row (not for dense labels)
@@ -55,7 +55,7 @@ def export(
     records = 0
     with _appearing(Path(out)) as part:
         writer = None
-        for portion in walk(Path(path), cache):
+        for portion in walk(path, cache):
             table = _table(arrow, portion, cache.info)
             writer = writer or parquet.ParquetWriter(part, table.schema, compression="zstd")
             writer.write_table(table)  # a row group, as small as the portion
@@ -104,8 +104,8 @@ def _table(arrow: Any, portion: Portion, about: CacheInfo) -> Any:
     return arrow.table(columns).replace_schema_metadata({"kdfast": json.dumps(described)})
 
 
-def _row(key: Key, labels: SoftLabels) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": key.hex(), "rows": len(labels)}
+def _row(key: Key | int, labels: SoftLabels) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": key.hex() if isinstance(key, Key) else str(key), "rows": len(labels)}
     if labels.ids is not None and labels.offsets is not None:
         row["counts"] = labels.offsets.diff().int().numpy()
         row["ids"] = labels.ids.numpy()

@@ -10,6 +10,7 @@ from pathlib import Path
 from kdfast.cache.errors import CacheError, CacheMismatchError, naming
 from kdfast.cache.manifest import SHARD_NAME, load_shards
 from kdfast.cache.publish import publish
+from kdfast.cache.reader import open_cache
 from kdfast.cache.sealed import write_manifest
 from kdfast.cache.shard import Shard
 from kdfast.cache.storage import LocalStorage
@@ -61,7 +62,7 @@ def merge(
     loaded = {path: _load(path, target) for path in dict.fromkeys(map(Path, sources))}
     if not loaded:
         raise CacheError("merge needs at least one source")
-    held = load_shards(target) if target.exists() else []
+    held = load_shards(LocalStorage(target)) if target.exists() else []
     _require_one_kind([*loaded.values(), *([held] if held else [])])
     target.mkdir(parents=True, exist_ok=True)
     report = MergeReport()
@@ -80,7 +81,7 @@ def merge(
 def _load(path: Path, target: Path) -> list[Shard]:
     if target.exists() and path.exists() and path.samefile(target):
         raise CacheError(f"{path}: is both a source and the destination")
-    shards = load_shards(path)
+    shards = load_shards(LocalStorage(path))
     if not shards:
         raise CacheError(f"{path}: holds no shard of a kdfast cache")
     return shards
@@ -159,7 +160,5 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _count(target: Path, report: MergeReport) -> None:
-    shards = load_shards(target)
-    total = sum(len(shard.keys) for shard in shards)
-    report.records = len({bytes(key) for shard in shards for key in shard.keys})
-    report.duplicates = total - report.records
+    about = open_cache(target).info
+    report.records, report.duplicates = about.records, about.duplicates

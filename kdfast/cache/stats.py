@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from kdfast.cache.manifest import MANIFEST
+from kdfast.cache.manifest import MANIFEST, shard_names
 from kdfast.cache.reader import CacheInfo, open_cache
-from kdfast.cache.walk import shard_files, walk
+from kdfast.cache.sorted_keys import INDEX
+from kdfast.cache.storage import Storage, open_storage
+from kdfast.cache.walk import walk
 from kdfast.labels import SoftLabels
 
-__all__ = ["MASS_BINS", "CacheStats", "ShardBytes", "cache_stats"]
+__all__ = ["MASS_BINS", "CacheBytes", "CacheStats", "cache_stats"]
 
+UNFINISHED = (".part", ".journal")  # what a writer is at work on
 # Of the histogram of tail mass: ten to a decade, one below, and the last ends at 1.
 MASS_BINS = np.concatenate([[0.0], np.logspace(-6, 0, 61)])
 
 
 @dataclass
-class ShardBytes:
+class CacheBytes:
     """The files of a cache, in bytes."""
 
     payload: int = 0  # the labels themselves
     model: int = 0  # codec models, within the shards
     tables: int = 0  # the rest of the shards: headers, indices, keys, checksums
     assets: int = 0  # what the codec reads beside the shards
-    manifest: int = 0
+    indices: int = 0  # the manifest and the sorted keys, which can be made again
 
     @property
     def files(self) -> int:
-        return self.payload + self.model + self.tables + self.assets + self.manifest
+        return self.payload + self.model + self.tables + self.assets + self.indices
 
 
 @dataclass
@@ -48,14 +49,13 @@ class CacheStats:
     """
 
     info: CacheInfo
-    bytes: ShardBytes
+    bytes: CacheBytes
     block_bytes: NDArray[np.float64]
     kind: str = ""
     rows: int = 0
     entries: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     tail_mass: NDArray[np.int64] | None = None  # (temperatures, bins); None: the labels have no tail
     mean_tail_mass: NDArray[np.float64] | None = None  # (temperatures,)
-    cross_entropy: float | None = None  # the teacher's own, nats per target; None: no targets are stored
 
     @property
     def entries_per_row(self) -> float:
@@ -72,7 +72,7 @@ def cache_stats(path: str | os.PathLike[str], *, progress: Callable[[int], None]
     """Read a cache from end to end and count.
 
     Args:
-        path: the cache's directory.
+        path: a directory or URL.
         progress: called with the number of records read since it was called last.
 
     Raises:
@@ -80,9 +80,8 @@ def cache_stats(path: str | os.PathLike[str], *, progress: Callable[[int], None]
         CacheError: there is no shard.
     """
     cache = open_cache(path)
-    directory = Path(path)
-    stats = CacheStats(cache.info, *_layout(directory), cross_entropy=_cross_entropy(directory))
-    for portion in walk(directory, cache):
+    stats = CacheStats(cache.info, *_layout(open_storage(path)))
+    for portion in walk(path, cache):
         _count(stats, portion.labels)
         if progress is not None:
             progress(len(portion.keys))
@@ -91,13 +90,13 @@ def cache_stats(path: str | os.PathLike[str], *, progress: Callable[[int], None]
     return stats
 
 
-def _layout(directory: Path) -> tuple[ShardBytes, NDArray[np.float64]]:
+def _layout(storage: Storage) -> tuple[CacheBytes, NDArray[np.float64]]:
     """Bytes by what they are for, and the bytes per row of each block."""
-    total = ShardBytes()
+    total = CacheBytes()
     blocks = [np.zeros(0)]
-    shards = shard_files(directory)
-    for path in shards:
-        with safe_open(path, "np") as shard:
+    shards = shard_names(storage)
+    for name in shards:
+        with safe_open(storage.fetch(name), "np") as shard:
             index = shard.get_tensor("block_index")
             names = set(shard.keys())
             model = len(shard.get_tensor("codec_model")) if "codec_model" in names else 0
@@ -105,23 +104,13 @@ def _layout(directory: Path) -> tuple[ShardBytes, NDArray[np.float64]]:
         blocks.append(index[:, 1] / index[:, 3])
         total.payload += payload
         total.model += model
-        total.tables += path.stat().st_size - payload - model
-    for path in directory.iterdir():
-        if path.name == MANIFEST:
-            total.manifest = path.stat().st_size
-        elif path not in shards and path.is_file() and path.suffix != ".part":
-            total.assets += path.stat().st_size
+        total.tables += storage.size(name) - payload - model
+    for name in storage.list():
+        if name in (MANIFEST, INDEX):
+            total.indices += storage.size(name)
+        elif name not in shards and not name.endswith(UNFINISHED):
+            total.assets += storage.size(name)
     return total, np.concatenate(blocks)
-
-
-def _cross_entropy(directory: Path) -> float | None:
-    total, count = 0.0, 0
-    for path in shard_files(directory):
-        with safe_open(path, "np") as shard:
-            targets = json.loads((shard.metadata() or {}).get("targets", "{}"))
-        total += targets.get("cross_entropy_sum", 0.0)
-        count += targets.get("count", 0)
-    return total / count if count else None
 
 
 def _count(stats: CacheStats, labels: SoftLabels) -> None:

@@ -45,7 +45,7 @@ def _table(found: CacheStats) -> Table:
     if len(found.entries):
         fewest, most = (int(n) for n in found.entries.nonzero()[0][[0, -1]]) if found.rows else (0, 0)
         table.add_row("entries per row", f"{found.entries_per_row:.2f} ({fewest} to {most})")
-    for name in ("payload", "tables", "model", "assets", "manifest", "files"):
+    for name in ("payload", "tables", "model", "assets", "indices", "files"):
         size = getattr(used, name)
         title = {"model": "codec models", "files": "all files"}.get(name, name)
         table.add_row(title, f"{size:,} bytes, {size / stored:.2f} per row")
@@ -53,6 +53,6 @@ def _table(found: CacheStats) -> Table:
         for t, (temperature, mean) in enumerate(zip(about.temperatures, found.mean_tail_mass, strict=True)):
             shares = ", ".join(f"{100 * q:g} % below {found.tail_quantile(q, t):.2g}" for q in (0.1, 0.5, 0.9, 0.99))
             table.add_row(f"tail mass at T = {temperature:g}", f"mean {mean:.4f}; rows: {shares}")
-    if found.cross_entropy is not None:
-        table.add_row("teacher's cross-entropy", f"{found.cross_entropy:.4f} nats per target")
+    if about.cross_entropy is not None:
+        table.add_row("teacher's cross-entropy", f"{about.cross_entropy:.4f} nats per target")
     return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,12 +53,12 @@ def recompress(
     kept = about.temperatures if temperatures is None else tuple(float(t) for t in temperatures)
     if codec == about.codec:  # what is not asked for stays as it is
         options = {**about.config, **options}
-    portions = walk(Path(source), cache)
+    portions = walk(source, cache)
     first = next(portions, None)
     if first is not None:
         _check(source, first.labels, about, codec, kept, options)
     report = BiasReport(f"the {about.codec} cache {source}", heads=codec == "topk")
-    stored = {"codec": codec, "temperatures": kept, "teacher": about.teacher, **options}
+    stored = {"codec": codec, "temperatures": kept, "teacher": about.teacher, "keys": about.keys, **options}
     with Writer(destination, vocab_size=about.vocab_size, **stored) as writer:
         for portion in chain([] if first is None else [first], portions):
             for key, labels in portion.records():
@@ -94,7 +93,7 @@ def _check(
 
 def _store(
     writer: Writer,
-    key: Key,
+    key: Key | int,
     labels: SoftLabels,
     kept: tuple[float, ...],
     options: Mapping[str, Any],
