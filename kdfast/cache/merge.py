@@ -18,6 +18,7 @@ from kdfast.cache.storage import LocalStorage
 __all__ = ["MergeReport", "merge"]
 
 CHUNK = 8 * 2**20
+UNFINISHED = (".part", ".journal")  # what a writer is at work on, or has left when it was killed
 
 
 @dataclass
@@ -68,7 +69,7 @@ def merge(
     report = MergeReport()
     for path, shards in loaded.items():
         _bring_assets(path, shards[0], target, report)
-        report.unfinished += sorted(map(str, path.glob("*.part")))
+        report.unfinished += sorted(str(file) for file in path.iterdir() if file.suffix in UNFINISHED)
     for shard, name in _names(list(loaded.values()), held):
         _bring_shard(shard, None if name is None else target / name, link, report)
         if progress is not None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from kdfast.cache.manifest import MANIFEST, shard_names
+from kdfast.cache.merge import UNFINISHED
 from kdfast.cache.reader import CacheInfo, open_cache
 from kdfast.cache.sorted_keys import INDEX
 from kdfast.cache.storage import Storage, open_storage
@@ -19,7 +20,6 @@ from kdfast.labels import SoftLabels
 
 __all__ = ["MASS_BINS", "CacheBytes", "CacheStats", "cache_stats"]
 
-UNFINISHED = (".part", ".journal")  # what a writer is at work on
 # Of the histogram of tail mass: ten to a decade, one below, and the last ends at 1.
 MASS_BINS = np.concatenate([[0.0], np.logspace(-6, 0, 61)])
 

@@ -11,6 +11,8 @@ from kdfast.cache.convert.source import Record
 
 __all__ = ["BiasReport"]
 
+# By which share of the rows another alignment must fit better to be mentioned: less than that is chance.
+MARGIN = 0.1
 BINS = 10_000  # of the histogram of kept mass, over [0, 1]
 
 
@@ -80,7 +82,7 @@ class BiasReport:
     def misaligned(self) -> int | None:
         """The shift in tokens that fits better than the alignment used, if there is one."""
         best = max(self.shifted, key=lambda shift: self.shifted[shift])
-        return best if self.shifted[best] > self.hits else None
+        return best if self.shifted[best] - self.hits > MARGIN * self.targets else None
 
     def lines(self) -> list[str]:
         """The report, a sentence or two a line."""
