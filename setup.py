@@ -29,6 +29,7 @@ setup(
         "kdfast.bench",
         "kdfast.cache",
         "kdfast.cache.codecs",
+        "kdfast.cache.convert",
         "kdfast.cli",
         "kdfast.demo",
         "kdfast.kernels",

@@ -1,9 +1,7 @@
-"""``kdfast cache``: look into a cache of soft labels."""
+"""``kdfast cache``: look into caches of soft labels, and make one from another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 
 import kdfast.cache
-from kdfast.cache import CacheError, CacheInfo
+from kdfast.cache import CacheInfo
+from kdfast.cli.cache_convert import convert
+from kdfast.cli.cache_export import export
+from kdfast.cli.cache_merge import merge
+from kdfast.cli.cache_stats import stats
+from kdfast.cli.failing import failing
 
-__all__ = ["app", "failing"]
+__all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look into a cache of soft labels.")
+app = typer.Typer(no_args_is_help=True, help="Look into caches of soft labels, and make one from another.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's directory.", show_default=False)]
+
+
+for command in (stats, merge, convert, export):
+    app.command()(command)
 
 
 @app.command()
@@ -36,16 +43,6 @@ def verify(folder: Folder) -> None:
         cache = kdfast.cache.open(folder)
         cache.verify()
     Console().print(f"[green]ok[/]: {len(cache):,} records, every checksum matches")
-
-
-@contextmanager
-def failing() -> Iterator[None]:
-    """End the command with the error's text and exit code 1 where a cache or a file is at fault."""
-    try:
-        yield
-    except (CacheError, OSError) as error:
-        Console(stderr=True).print(f"[red]error[/]: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 def _table(about: CacheInfo) -> Table:

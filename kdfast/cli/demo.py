@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kdfast.cli.cache import failing
+from kdfast.cli.failing import failing
 
 if TYPE_CHECKING:
     from kdfast.demo.experiment import Result

@@ -1,0 +1,74 @@
+"""``DistillKit``: compressed teacher log-probabilities in Parquet, as arcee-ai's DistillKit captures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast.cache.convert.distillkit_layout import read_layout
+from kdfast.cache.convert.parquet import matrix, parquet_files, parquet_records, row_count
+from kdfast.cache.convert.source import Record, Source
+from kdfast.cache.errors import CacheError
+
+__all__ = ["DistillKit"]
+
+CONFIG = "compression_config.yaml"
+PORTION = 1024  # rows decoded at a time: bits are spread to a byte each
+
+
+class DistillKit(Source):
+    """A folder of Parquet files, or one, with the config that they were captured with.
+
+    A file's row is a sample. Its rows of labels are those of its tokens in order; vLLM gives none after the last
+    token, so that there is one fewer, unless the capture has added a padding token.
+
+    Args:
+        path: the file or folder.
+        config: the compression config, YAML or JSON. Default: ``compression_config.yaml`` in the folder.
+
+    Raises:
+        CacheError: the config or a file is not there, or is not what DistillKit writes.
+    """
+
+    what = "DistillKit"
+
+    def __init__(self, path: Path, config: Path | None = None) -> None:
+        self._files = parquet_files(path)
+        config = config or self._files[0].parent / CONFIG
+        if not config.exists():
+            raise CacheError(f"{config}: is not there: give the config that the capture was made with")
+        self._layout = read_layout(config)
+        self.k, self.value_dtype = self._layout.k, self._layout.value_dtype
+        self.size = sum(map(row_count, self._files))
+
+    def __iter__(self) -> Iterator[Record]:
+        names = ["input_ids", *self._layout.columns]
+        for path in self._files:
+            for number, row in enumerate(parquet_records(path, names)):
+                yield self._record(f"{path}: sample {number}", row)
+
+    def _record(self, name: str, row: dict[str, Any]) -> Record:
+        tokens = row["input_ids"].values.to_numpy(zero_copy_only=False).astype(np.int64)
+        layout = self._layout
+        columns = {column: matrix(row[column], layout.nbytes(column), f"{name}: {column}") for column in layout.columns}
+        lengths = {column: len(table) for column, table in columns.items()}
+        rows = lengths[layout.columns[0]]
+        if len(set(lengths.values())) != 1 or not len(tokens) - 1 <= rows <= len(tokens):
+            raise CacheError(f"{name}: has {len(tokens)} input_ids, but rows {lengths}: as many or one fewer expected")
+        ids, values = self._decode(columns, rows)
+        counts = np.full(rows, layout.k)
+        return Record(name, tokens, counts, ids.reshape(-1), values.reshape(-1))
+
+    def _decode(self, columns: dict[str, NDArray[Any]], rows: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        parts = [
+            {name: table[start : start + PORTION] for name, table in columns.items()}
+            for start in range(0, max(rows, 1), PORTION)
+        ]
+        return (
+            np.concatenate([self._layout.ids(part) for part in parts]),
+            np.concatenate([self._layout.log_probs(part) for part in parts]),
+        )

@@ -1,0 +1,211 @@
+"""DistillKit's two layouts of a row: what its compression config says, and how the bytes give log-probabilities.
+
+The facts are those of github.com/arcee-ai/DistillKit (``distillkit/compression`` at a61c2e7); the code is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast.cache.convert.bits import FLOAT_BYTES, id_bits, read_bits, read_floats, read_words
+from kdfast.cache.errors import CacheError
+from kdfast.cache.packages import need
+
+__all__ = ["Layout", "LegacyLayout", "QuantizedLayout", "read_layout"]
+
+
+@dataclass(frozen=True)
+class ResidualBin:
+    """A scale, then ``count`` numbers of ``bits`` bits: residuals of the next entries, in units of the scale."""
+
+    scale_dtype: str
+    bits: int
+    count: int
+
+    @property
+    def packed_bytes(self) -> int:
+        return (self.bits * self.count + 7) // 8
+
+    @property
+    def nbytes(self) -> int:
+        return FLOAT_BYTES[self.scale_dtype] + self.packed_bytes
+
+    def read(self, data: NDArray[np.uint8]) -> NDArray[np.float64]:
+        scale = read_floats(data[:, : FLOAT_BYTES[self.scale_dtype]], self.scale_dtype)
+        codes = read_bits(data[:, FLOAT_BYTES[self.scale_dtype] :], self.bits, self.count)
+        # One bit is a sign; more are a two's-complement range shifted to start at 0.
+        levels = 2 * codes - 1 if self.bits == 1 else codes - 2 ** (self.bits - 1)
+        return levels * scale
+
+
+@dataclass(frozen=True)
+class QuantizedLayout:
+    """``logprob_compressor``: columns ``compressed_logprobs`` and ``bytepacked_indices``, bytes.
+
+    Values: the first ``exact_k`` as they are, coefficients of ``terms`` of the rank t = 0, 1, ... among the others,
+    residual bins. ``delta`` says that they are differences to the entry before. Ids: most significant bit first.
+    """
+
+    vocab_size: int
+    k: int
+    exact_k: int
+    exact_dtype: str
+    terms: tuple[int | str, ...]
+    term_dtype: str
+    bins: tuple[ResidualBin, ...]
+    delta: bool
+    normalize_t: bool
+
+    columns = ("compressed_logprobs", "bytepacked_indices")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> QuantizedLayout:
+        bins = [
+            ResidualBin(_dtype(b["scale_dtype"]), int(b["element_bits"]), int(b["num_elements"]))
+            for b in config.get("residual_bins") or ()
+        ]
+        terms = tuple(_term(term) for term in config.get("polynomial_terms") or ())
+        return cls(
+            vocab_size=int(config["d"]),
+            k=int(config["k"]),
+            exact_k=int(config["exact_k"]),
+            exact_dtype=_dtype(config.get("exact_dtype", "float32")),
+            terms=terms,
+            term_dtype=_dtype(config.get("term_dtype", "float32")),
+            bins=tuple(bins),
+            delta=bool(config.get("delta_encoding", True)),
+            normalize_t=bool(config.get("normalize_t", False)),
+        )
+
+    @property
+    def value_dtype(self) -> str:
+        exact = self.exact_k == self.k and self.exact_dtype == "float16" and not self.delta
+        return "float16" if exact else "float32"
+
+    def nbytes(self, column: str) -> int:
+        """Bytes of one row of ``column``."""
+        if column == "bytepacked_indices":
+            return (self.k * id_bits(self.vocab_size) + 7) // 8
+        floats = self.exact_k * FLOAT_BYTES[self.exact_dtype] + len(self.terms) * FLOAT_BYTES[self.term_dtype]
+        return floats + sum(b.nbytes for b in self.bins)
+
+    def ids(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        return read_bits(columns["bytepacked_indices"], id_bits(self.vocab_size), self.k)
+
+    def log_probs(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+        data, approximated = columns["compressed_logprobs"], self.k - self.exact_k
+        at = self.exact_k * FLOAT_BYTES[self.exact_dtype]
+        exact = read_floats(data[:, :at], self.exact_dtype)
+        rest = np.zeros((len(data), approximated))
+        if self.terms:
+            end = at + len(self.terms) * FLOAT_BYTES[self.term_dtype]
+            rest += read_floats(data[:, at:end], self.term_dtype) @ self._basis(approximated)
+            at = end
+        entry = 0
+        for residuals in self.bins:
+            rest[:, entry : entry + residuals.count] += residuals.read(data[:, at : at + residuals.nbytes])
+            entry, at = entry + residuals.count, at + residuals.nbytes
+        values = np.concatenate([exact, rest], 1)
+        return values.cumsum(1) if self.delta else values
+
+    def _basis(self, count: int) -> NDArray[np.float64]:
+        """(terms, count): each term at each rank."""
+        t = np.linspace(0, 1, count) if self.normalize_t else np.arange(count, dtype=np.float64)
+        special = {"sqrt": np.sqrt, "exp": np.exp}
+        return np.stack([special[term](t) if isinstance(term, str) else t**term for term in self.terms])
+
+
+@dataclass(frozen=True)
+class LegacyLayout:
+    """``legacy_logit_compression``: columns ``packed_indices`` (u64), ``exact_values`` and ``coeffs`` (floats).
+
+    The approximated values are a polynomial of the rank a = 1, 2, ..., or of 1 / a. Ids: as many as fit in each
+    64-bit word, the first in its lowest bits.
+    """
+
+    vocab_size: int
+    k: int
+    exact_k: int
+    degree: int
+    inverted: bool
+    sqrt: bool
+
+    columns = ("packed_indices", "exact_values", "coeffs")
+    value_dtype = "float32"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LegacyLayout:
+        return cls(
+            vocab_size=int(config["vocab_size"]),
+            k=int(config["k"]),
+            exact_k=int(config["exact_k"]),
+            degree=int(config["polynomial_degree"]),
+            inverted=bool(config.get("invert_polynomial", True)),
+            sqrt=bool(config.get("with_sqrt_term", False)),
+        )
+
+    def nbytes(self, column: str) -> int:
+        """Numbers, not bytes, of one row of ``column``."""
+        per_word = 64 // id_bits(self.vocab_size)
+        terms = (self.degree + 1 + self.sqrt) if self.exact_k < self.k else 0
+        return {"packed_indices": -(-self.k // per_word), "exact_values": self.exact_k, "coeffs": terms}[column]
+
+    def ids(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        return read_words(columns["packed_indices"].astype(np.uint64), id_bits(self.vocab_size), self.k)
+
+    def log_probs(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+        exact = columns["exact_values"].astype(np.float64)
+        if self.exact_k == self.k:
+            return exact
+        a = np.arange(1, self.k - self.exact_k + 1, dtype=np.float64)
+        basis = [a ** (-i if self.inverted else i) for i in range(self.degree + 1)]
+        basis += [np.sqrt(a)] if self.sqrt else []
+        return np.concatenate([exact, columns["coeffs"].astype(np.float64) @ np.stack(basis)], 1)
+
+
+Layout = QuantizedLayout | LegacyLayout
+
+
+def read_layout(path: Path) -> Layout:
+    """The layout that a compression config (YAML or JSON) describes, or a training config's ``teacher`` section.
+
+    Raises:
+        CacheError: it describes none; the message names the file and what is wrong.
+    """
+    text = path.read_text()
+    try:
+        config = json.loads(text) if path.suffix == ".json" else need("yaml", "reading YAML").safe_load(text)
+    except ValueError as error:
+        raise CacheError(f"{path}: is not JSON: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "yaml":
+            raise
+        raise CacheError(f"{path}: is not YAML: {error}") from error
+    try:
+        config = config.get("teacher", config)
+        if "legacy_logit_compression" in config:
+            return LegacyLayout.of(config["legacy_logit_compression"])
+        if "polynomial_degree" in config:
+            return LegacyLayout.of(config)
+        return QuantizedLayout.of(config.get("logprob_compressor", config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{path}: is not a DistillKit compression config: {error!r}") from error
+
+
+def _dtype(name: str) -> str:
+    if name not in FLOAT_BYTES:
+        raise ValueError(f"dtype {name!r} is none of {sorted(FLOAT_BYTES)}")
+    return name
+
+
+def _term(term: int | str) -> int | str:
+    if term not in ("sqrt", "exp") and not (isinstance(term, int) and term >= 0):
+        raise ValueError(f"polynomial term {term!r} is neither a power, nor 'sqrt', nor 'exp'")
+    return term

@@ -1,0 +1,56 @@
+"""What an importer gives: records of top-k log-probabilities, as some other tool has stored them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Record", "Source"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample. Row i is the teacher's distribution after it has read ``token_ids[: i + 1]``.
+
+    Entries lie row after row: row i owns the next ``counts[i]`` of ``ids`` and ``log_probs``, in any order.
+    """
+
+    name: str  # where it was read, for messages
+    token_ids: NDArray[np.int64]  # (tokens,), at least as many as rows
+    counts: NDArray[np.int64]  # (rows,)
+    ids: NDArray[np.int64]  # (entries,)
+    log_probs: NDArray[np.float64]  # (entries,) at T = 1; -inf: not an entry
+
+    @property
+    def key(self) -> Any:
+        """What the record is stored under: all of the sample's ids, its last one included."""
+        return self.token_ids
+
+
+class Source(ABC):
+    """Records in some file format.
+
+    Attributes:
+        what: the format, in words.
+        k: the most entries that a row has.
+        value_dtype: the narrowest of float16 and float32 that holds the stored values exactly.
+        size: how many records there are, if that is known beforehand.
+    """
+
+    what: str
+    k: int
+    value_dtype: str = "float32"
+    size: int | None = None
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Record]:
+        """The records, in the order of the files.
+
+        Raises:
+            CacheError: a file is not of the format; the message names file and record.
+        """

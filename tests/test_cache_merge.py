@@ -1,0 +1,207 @@
+"""Merging caches: records arrive as they are, whatever is interrupted, and nothing else does."""
+
+import os
+
+import pytest
+import torch
+
+import kdfast.cache
+from kdfast.cache.merge import merge
+
+VOCAB = 11
+
+
+def logits(rows, seed=0):
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def fill(path, keys, seed=0, keys_="hash", **options):
+    options["keys"] = keys_
+    with kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options}) as w:
+        for i, key in enumerate(keys):
+            w.add(key, logits(i % 3 + 1, seed=seed + i))
+    return path
+
+
+def values(cache, key):
+    return kdfast.cache.open(cache)[key].values
+
+
+def names(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_all_records_arrive_in_the_order_of_the_sources(tmp_path):
+    a = fill(tmp_path / "a", range(8), shard_bytes=200, block_rows=2)
+    b = fill(tmp_path / "b", range(8, 12), seed=50, writer="rank1")
+    report = merge([b, a], tmp_path / "all")
+    cache = kdfast.cache.open(tmp_path / "all")
+    cache.verify()
+    order = [kdfast.cache.keys.make_key(i) for i in [*range(8, 12), *range(8)]]
+    assert list(cache) == order
+    for i in range(12):
+        assert torch.equal(cache[i].values, values(a if i < 8 else b, i))
+    shards = len(list(a.glob("shard-*"))) + 1
+    assert shards > 2
+    assert (report.copied, report.present, report.records, report.duplicates) == (shards, 0, 12, 0)
+    assert (tmp_path / "all" / "manifest.json").exists()
+
+
+def test_the_first_of_equal_keys_stays_and_the_others_are_counted(tmp_path):
+    a, b = fill(tmp_path / "a", ["x", "y"]), fill(tmp_path / "b", ["x", "z"], seed=50)
+    assert not torch.equal(values(a, "x"), values(b, "x"))
+    for sources, winner in [((a, b), a), ((b, a), b)]:
+        report = merge(sources, tmp_path / winner.name.upper())
+        assert (report.records, report.duplicates) == (3, 1)
+        assert torch.equal(values(tmp_path / winner.name.upper(), "x"), values(winner, "x"))
+
+
+def test_what_the_destination_holds_stays_first(tmp_path):
+    a, b = fill(tmp_path / "a", ["x", "y"]), fill(tmp_path / "b", ["x", "z"], seed=50)
+    before = values(a, "x")
+    report = merge([b], a)
+    assert (report.copied, report.records, report.duplicates) == (1, 3, 1)
+    assert torch.equal(values(a, "x"), before)
+
+
+def test_linked_shards_share_their_bytes(tmp_path):
+    a = fill(tmp_path / "a", ["x"])
+    merge([a], tmp_path / "copied")
+    merge([a], tmp_path / "linked", link=True)
+    (source,), (linked,), (copied,) = (p.glob("shard-*") for p in (a, tmp_path / "linked", tmp_path / "copied"))
+    assert linked.samefile(source)
+    assert not copied.samefile(source)
+    assert copied.read_bytes() == source.read_bytes()
+    assert torch.equal(values(tmp_path / "linked", "x"), values(a, "x"))
+
+
+def test_a_second_run_copies_nothing_and_a_later_one_only_what_is_new(tmp_path):
+    a, b = fill(tmp_path / "a", ["x"]), fill(tmp_path / "b", ["y"], seed=5)
+    merge([a], tmp_path / "all")
+    first = names(tmp_path / "all")
+    again = merge([a], tmp_path / "all")
+    assert (again.copied, again.present, again.duplicates, names(tmp_path / "all")) == (0, 1, 0, first)
+    later = merge([b], tmp_path / "all")
+    assert (later.copied, later.records) == (1, 2)
+    both = merge([a, b], tmp_path / "all")
+    assert (both.copied, both.present, both.duplicates) == (0, 2, 0)
+
+
+def test_an_interrupted_merge_is_readable_and_completed_by_another(tmp_path, monkeypatch):
+    a = fill(tmp_path / "a", range(9), shard_bytes=200, block_rows=2)
+    shards = len(list(a.glob("shard-*")))
+    assert shards > 2
+    done = []
+
+    def interrupt():
+        done.append(None)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge([a], tmp_path / "all", progress=interrupt)
+    assert 0 < len(kdfast.cache.open(tmp_path / "all")) < 9
+    with monkeypatch.context() as patch:  # ... nor does a full disk leave half a file
+        patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            merge([a], tmp_path / "all")
+    assert not [name for name in names(tmp_path / "all") if name.endswith(".part")]
+    report = merge([a], tmp_path / "all")
+    assert (report.present, report.copied, report.records, report.duplicates) == (2, shards - 2, 9, 0)
+    kdfast.cache.open(tmp_path / "all").verify()
+
+
+def test_integer_keys_stay_integers(tmp_path):
+    a, b = fill(tmp_path / "a", range(4), keys_="range"), fill(tmp_path / "b", range(2, 7), seed=50, keys_="range")
+    report = merge([a, b], tmp_path / "all")
+    cache = kdfast.cache.open(tmp_path / "all")
+    assert sorted(cache) == list(range(7))
+    assert (report.records, report.duplicates) == (7, 2)
+    for i in range(7):
+        assert torch.equal(cache[i].values, values(a if i < 4 else b, i))
+    with pytest.raises(kdfast.cache.CacheMismatchError, match="keys='hash'"):
+        merge([a, fill(tmp_path / "c", range(4))], tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("change", [{"teacher": "u"}, {"k": 5}, {"temperatures": (1.0, 2.0)}])
+def test_caches_of_two_kinds_are_refused_by_name(tmp_path, change):
+    a, b = fill(tmp_path / "a", ["x"]), fill(tmp_path / "b", ["y"], **change)
+    field = "config" if "k" in change else next(iter(change))
+    message = f"cannot be merged: .*{b}.* has {field}=.*, but .*{a}.* has {field}="
+    with pytest.raises(kdfast.cache.CacheMismatchError, match=message):
+        merge([a, b], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    with pytest.raises(kdfast.cache.CacheMismatchError, match="cannot be merged"):
+        merge([b], a)
+    assert len(kdfast.cache.open(a)) == 1
+
+
+def test_a_corrupt_shard_is_not_copied(tmp_path):
+    a = fill(tmp_path / "a", ["x"])
+    (shard,) = a.glob("shard-*")
+    content = bytearray(shard.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") + 5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(kdfast.cache.CacheCorruptError, match=r"shard-0-00000.*block 0: CRC"):
+        merge([a], tmp_path / "all")
+    assert not list((tmp_path / "all").glob("shard-*"))
+
+
+def test_a_source_that_is_not_finished_is_mentioned(tmp_path):
+    a = fill(tmp_path / "a", ["x"])
+
+    def killed():
+        with kdfast.cache.Writer(a, vocab_size=VOCAB, codec="topk", k=4, teacher="t", block_rows=1) as writer:
+            writer.add("y", logits(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        killed()
+    report = merge([a], tmp_path / "all")
+    assert report.records == 1
+    assert report.unfinished == sorted(map(str, [*a.glob("*.part"), *a.glob("*.journal")]))
+    assert report.unfinished
+    assert merge([fill(tmp_path / "b", ["x"])], tmp_path / "all").unfinished == []
+
+
+def test_bad_sources_are_named(tmp_path):
+    a = fill(tmp_path / "a", ["x"])
+    with pytest.raises(kdfast.cache.CacheError, match="is both a source and the destination"):
+        merge([a], tmp_path / "." / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(kdfast.cache.CacheError, match="empty: holds no shard"):
+        merge([a, tmp_path / "empty"], tmp_path / "all")
+    with pytest.raises(kdfast.cache.CacheError, match="at least one source"):
+        merge([], tmp_path / "all")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        merge([tmp_path / "nowhere"], tmp_path / "all")
+
+
+class WithTable(kdfast.cache.codecs.TopK):
+    """A codec that reads a file beside the shards."""
+
+    name = "with_table"
+
+    def __init__(self, vocab_size, temperatures, *, table="table-1.bin", content=None, **options):
+        super().__init__(vocab_size, temperatures, **options)
+        self.table, self.content = table, content
+
+    def config(self):
+        return {**super().config(), "table": self.table}
+
+    @classmethod
+    def options(cls, config, read_asset):
+        return {**config, "content": read_asset(config["table"])}
+
+
+def test_assets_come_along(tmp_path, monkeypatch):
+    monkeypatch.setitem(kdfast.cache.codecs._registry, "with_table", WithTable)
+    a = tmp_path / "a"
+    fill(a, ["x"], codec="with_table")
+    (a / "table-1.bin").write_bytes(b"content")
+    (a / "notes.txt").write_text("not of the cache")
+    report = merge([a], tmp_path / "all")
+    assert report.assets == 1
+    assert (tmp_path / "all" / "table-1.bin").read_bytes() == b"content"
+    assert not (tmp_path / "all" / "notes.txt").exists()
+    assert merge([a], tmp_path / "all").assets == 0
