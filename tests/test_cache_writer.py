@@ -229,7 +229,7 @@ def test_a_model_is_learned_once_from_the_first_rows(tmp_path, monkeypatch):
     with toy(tmp_path, learn_rows=10, block_rows=4) as w:
         w.add(99, logits(3))
     assert torch.equal(torch.cat([part.values for part in seen]), torch.cat([logits(3, seed=i) for i in range(4)]))
-    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards = sorted(tmp_path.glob("shard-*.safetensors"))
     assert len(shards) > 3
     assert {tensors(shard)[0]["codec_model"].tobytes() for shard in shards} == {b"m12"}
 
@@ -293,7 +293,7 @@ def test_blocks_are_on_disk_long_before_the_seal(tmp_path):
         assert w.durable_records == 10
         assert (tmp_path / f"{NAME}.part").stat().st_size > 10 * 2 * 20
         assert len(w._builder.pending) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", NAME]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.safetensors", "manifest.json", NAME]
     with writer(tmp_path) as w:
         assert w.durable_records == 11
 
@@ -481,7 +481,7 @@ def test_four_writers_need_no_coordinator(tmp_path):
     cache.verify()
     assert len(cache) == 120
     listed = json.loads((tmp_path / "manifest.json").read_bytes())["shards"]
-    assert [entry["name"] for entry in listed] == sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert [entry["name"] for entry in listed] == sorted(p.name for p in tmp_path.glob("shard-*.safetensors"))
 
 
 def test_a_forked_process_neither_writes_nor_holds_the_lock(tmp_path):
@@ -589,4 +589,4 @@ def test_storage_downloads_once_and_again_after_a_change(tmp_path, memory):
     changed[-1] ^= 1  # another seal, the same size
     storage.publish(NAME, [bytes(changed)])
     assert storage.fetch(NAME).read_bytes() == changed
-    assert storage.list() == ["manifest.json", NAME]
+    assert storage.list() == ["index.safetensors", "manifest.json", NAME]
