@@ -413,6 +413,24 @@ def test_a_full_disk_loses_nothing(tmp_path, calls):
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")
 
 
+def test_what_cannot_even_be_noted_is_warned_of(tmp_path):
+    def teacher(w):
+        with w:
+            w.add(0, logits(1))
+            raise ZeroDivisionError
+
+    w = writer(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, 1)
+        with (
+            pytest.raises(ZeroDivisionError),
+            pytest.warns(UserWarning, match="1 records could not be kept: .*No space"),
+        ):
+            teacher(w)
+    with writer(tmp_path) as w:
+        assert 0 not in w
+
+
 def test_a_directory_that_vanishes_is_named(tmp_path):
     w = writer(tmp_path / "gone", block_rows=1)
     w.add(0, logits(1))
@@ -451,7 +469,7 @@ def rank(path, name, start):
 
 def test_four_writers_need_no_coordinator(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cache_toys"])
+    context.set_forkserver_preload(["kdfast.cache"])
     start = context.Barrier(4)
     processes = [context.Process(target=rank, args=(tmp_path, str(name), start)) for name in range(4)]
     for process in processes:

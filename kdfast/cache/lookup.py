@@ -96,8 +96,10 @@ def _integers(keys: Any) -> NDArray[np.int64]:
     """``keys`` as int64; -1, which no record has, for anything that is no integer in range."""
     if isinstance(keys, Tensor):
         keys = keys.detach().cpu().numpy()
-    if isinstance(keys, range) or (isinstance(keys, np.ndarray) and keys.ndim == 1 and keys.dtype.kind in "iu"):
-        return np.asarray(keys).astype(np.int64)
+    if isinstance(keys, range):
+        return np.arange(keys.start, keys.stop, keys.step)
+    if isinstance(keys, np.ndarray) and keys.ndim == 1 and keys.dtype.kind in "iu":
+        return keys.astype(np.int64)
     return np.array([_integer(key) for key in keys], np.int64)
 
 

@@ -134,7 +134,7 @@ class Shard:
         blocks = self.blocks_of(rows)
         for number in np.unique(blocks[~self._checked[blocks]]).tolist():
             self.block(number)
-        if isinstance(codec, Addressable):
+        if isinstance(codec, Addressable) and codec.addressable:
             return Units(self._locate(blocks, rows, codec), np.ones_like(rows), np.arange(len(rows)))
         numbers, inverse = np.unique(blocks, return_inverse=True)
         entries = self._index.take(numbers, 0)
@@ -219,7 +219,7 @@ class Shard:
         """Every block ends where a record does."""
         seen = 0  # blocks whose ends have been looked for
         for _, chunk in _chunks(self._spans):
-            ends = chunk.sum(1)
+            ends = chunk[:, 0] + chunk[:, 1]
             # Block n ends where block n + 1 starts.
             last = int(ends[-1])
             done = int(last_at_most(self._index, 2, ends[-1:])[0]) if last < self.rows else len(self._index)

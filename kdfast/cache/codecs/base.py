@@ -113,7 +113,12 @@ class Codec(ABC):
 
 
 class Addressable(Codec):
-    """A codec whose rows can be read one by one, without the rest of their block."""
+    """A codec whose rows can be read one by one, without the rest of their block.
+
+    ``decode`` is then given rows as its units, as ``locate`` has found them, never a whole block.
+    """
+
+    addressable = True  # an instance whose options rule it out says False, and is read by blocks
 
     @abstractmethod
     def locate(
