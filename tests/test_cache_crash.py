@@ -114,13 +114,13 @@ def stopped(path, codec, records, call):
 @pytest.mark.parametrize("codec", CODECS)
 def test_stopped_at_every_system_call(tmp_path, codec):
     """Every state that the files can be in between two system calls, over two shards and the manifest."""
-    write(tmp_path / "whole", range(20), codec)
+    write(tmp_path / "whole", range(25), codec)
     whole = contents(tmp_path / "whole")
     assert len(whole) > 2
     reached = []
-    while (name := stopped(tmp_path / "part", codec, 20, len(reached))) is not None:
+    while (name := stopped(tmp_path / "part", codec, 25, len(reached))) is not None:
         reached.append(name)
-        write(tmp_path / "part", range(20), codec)
+        write(tmp_path / "part", range(25), codec)
         assert contents(tmp_path / "part") == whole, f"stopped at {len(reached)}: {name}"
         shutil.rmtree(tmp_path / "part")
     assert set(reached) == set(CALLS)
