@@ -135,7 +135,8 @@ class SoftLabels:
         """A few entries exactly, and the rest of the mass spread like one of a table's shapes.
 
         Row i is p_j = probs_j on its entries and c_i * shapes[shape_i, j] on every other column, where c_i makes the
-        other columns' mass what ``tails`` says. Where the shape has no mass outside the entries, they take all of it.
+        other columns' mass what ``tails`` says. Where the shape has no mass outside the entries, they take all of it. A
+        column that a shape has at 0 makes reverse KL infinite, unless the student masks it.
 
         Args:
             ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids; K may be 0.
@@ -149,6 +150,8 @@ class SoftLabels:
         rows = offsets.numel() - 1
         _check_temperatures((temperature,))
         _check_shapes(tails, shape, shapes, rows, int(vocab_size))
+        if not ids.device == shape.device == shapes.device:
+            raise ValueError(f"ids are on {ids.device}, shape on {shape.device}, shapes on {shapes.device}")
         return cls(
             "prototype",
             int(vocab_size),
