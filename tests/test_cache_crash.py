@@ -114,13 +114,13 @@ def stopped(path, codec, records, call):
 @pytest.mark.parametrize("codec", CODECS)
 def test_stopped_at_every_system_call(tmp_path, codec):
     """Every state that the files can be in between two system calls, over two shards and the manifest."""
-    write(tmp_path / "whole", range(20), codec)
+    write(tmp_path / "whole", range(25), codec)
     whole = contents(tmp_path / "whole")
     assert len(whole) > 2
     reached = []
-    while (name := stopped(tmp_path / "part", codec, 20, len(reached))) is not None:
+    while (name := stopped(tmp_path / "part", codec, 25, len(reached))) is not None:
         reached.append(name)
-        write(tmp_path / "part", range(20), codec)
+        write(tmp_path / "part", range(25), codec)
         assert contents(tmp_path / "part") == whole, f"stopped at {len(reached)}: {name}"
         shutil.rmtree(tmp_path / "part")
     assert set(reached) == set(CALLS)
@@ -133,7 +133,7 @@ def leave(writer, records):
     """An exception after some records of two rows; the sizes of part and journal after each."""
     sizes = []
     with writer:
-        for i in range(records):
+        for i in records:
             writer.add(i, logits(2, seed=i), targets=torch.tensor([i, -100]))
             writer._background.drain()
             folder = writer._storage.directory
@@ -146,7 +146,7 @@ def torn(tmp_path):
     """An unfinished shard of four blocks, and how long its files were after the third and the fourth."""
     writer = kdfast.cache.Writer(tmp_path, vocab_size=11, codec="topk", k=4, block_rows=4)
     with pytest.raises(ZeroDivisionError) as caught:
-        leave(writer, 8)
+        leave(writer, range(8))
     sizes = caught.value.args[0]
     assert [(tmp_path / name).stat().st_size for name in (PART, JOURNAL)] == sizes[7]
     return tmp_path, sizes[5], sizes[7]
@@ -230,6 +230,14 @@ def test_many_exceptions_lose_nothing(tmp_path, whole):
             with pytest.raises(ZeroDivisionError):
                 write(tmp_path / codec, range(last + 1), codec, announce=lambda i, last=last: 1 // (last - i))
         check_resumed(tmp_path / codec, codec, whole)
+
+
+def test_parked_records_that_went_into_a_block_are_not_parked_any_more(tmp_path):
+    for start, stop in ((0, 1), (1, 4)):  # six rows parked; then a block of eight
+        w = kdfast.cache.Writer(tmp_path, vocab_size=11, codec="topk", k=4, block_rows=8)
+        with pytest.raises(ZeroDivisionError):
+            leave(w, range(start, stop))
+    assert left_in(tmp_path) == [make_key(i) for i in range(4)]
 
 
 def test_another_cache_does_not_go_on_from_what_was_left(tmp_path):

@@ -19,6 +19,7 @@ from kdfast._C import crc32c
 from kdfast.cache.container import read_container
 from kdfast.cache.keys import make_key
 from kdfast.cache.shard import Shard
+from kdfast.cache.storage import LocalStorage, open_storage
 from kdfast.cache.view import View, pack_views, unpack_views
 
 NAME = "shard-0-00000.safetensors"
@@ -484,6 +485,21 @@ def test_four_writers_need_no_coordinator(tmp_path):
     assert [entry["name"] for entry in listed] == sorted(p.name for p in tmp_path.glob("shard-*.safetensors"))
 
 
+def test_the_last_manifest_lists_every_shard(tmp_path, monkeypatch):
+    """Another writer seals a shard and lists it just before this one writes a list without it."""
+    real, others = LocalStorage.publish, [1]
+
+    def publish(self, name, chunks):
+        if others:
+            write(tmp_path, range(5), writer=str(others.pop()))
+        real(self, name, chunks)
+
+    monkeypatch.setattr(LocalStorage, "publish", publish)
+    write(tmp_path, range(10, 15))
+    listed = json.loads((tmp_path / "manifest.json").read_bytes())["shards"]
+    assert [entry["name"] for entry in listed] == [NAME, NAME.replace("-0-", "-1-")]
+
+
 def test_a_forked_process_neither_writes_nor_holds_the_lock(tmp_path):
     w = writer(tmp_path)
     w.add(0, logits(1))
@@ -493,7 +509,7 @@ def test_a_forked_process_neither_writes_nor_holds_the_lock(tmp_path):
             w.add(1, logits(1))
         except kdfast.cache.CacheError:
             w.close()
-            os._exit(7)
+            os._exit(7 if w._session._journal._descriptor < 0 else 8)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     w.close()
@@ -577,8 +593,6 @@ def test_a_corrupt_remote_shard_is_named(tmp_path, memory):
 
 
 def test_storage_downloads_once_and_again_after_a_change(tmp_path, memory):
-    from kdfast.cache.storage import open_storage
-
     write(memory, range(5), staging=tmp_path)
     storage = open_storage(memory, local=tmp_path / "local")
     path = storage.fetch(NAME)
