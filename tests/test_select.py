@@ -216,7 +216,7 @@ def test_extreme_temperatures_are_argmax_and_uniform(temperature):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [0, 700, 999])
+@pytest.mark.parametrize("at", [0, 700, 999, slice(128, 256), slice(None)])
 def test_a_bad_row_has_no_entries_and_harms_no_other(bad, at):
     logits = torch.randn(3, 1000)
     whole = rows_of(select.threshold(logits, temperature=1.0, tau=0.05, seed=2))
@@ -231,6 +231,22 @@ def test_a_bad_row_has_no_entries_and_harms_no_other(bad, at):
 
 def test_a_row_without_a_finite_column_has_no_entries():
     assert select.threshold(torch.full((2, 300), -math.inf), temperature=1.0, tau=1.0, seed=0).counts.tolist() == [0, 0]
+
+
+def test_a_grid_finer_than_rounding_keeps_every_column():
+    logits = torch.randn(20, 1000, dtype=torch.float64) * 12
+    p = probabilities(logits)
+    for tau in (1e-17, 1e-30, 1e-300):
+        weights = dense(select.threshold(logits, temperature=1.0, tau=tau, seed=0), 20, 1000)
+        np.testing.assert_allclose(weights, p, rtol=1e-6, atol=2 * tau)
+
+
+def test_the_lowest_finite_logits_are_like_any_other():
+    logits = torch.full((20, 300), torch.finfo(torch.float32).min)
+    logits[:, :128] = -math.inf
+    out = select.sample(logits, temperature=1.0, draws=300, seed=2)
+    assert int(out.ids.min()) >= 128
+    assert (out.counts > 80).all()
 
 
 def test_no_rows():

@@ -49,22 +49,22 @@ struct RowResult {
   double loss = 0, kd = 0, ce = 0, entropy = 0, top1 = 0;
 };
 
+struct Entry {
+  int32_t id;
+  double value;  // a probability, or a number of draws
+};
+
 // What the unbiased samplers ask of a row of logits. Positions lie in [0, 1): where they fall along the row's
 // cumulative probability decides what is kept.
 struct SelectTask {
   Source logits;
   double temperature = 1;
-  double tau = 0;                   // threshold: entries above it are kept, the others on a grid of this spacing
-  const double* points = nullptr;   // threshold: the grid's offset; sample: `draws` positions, ascending
-  int64_t draws = 0;                // 0: threshold
-  const int32_t* order = nullptr;   // threshold: the columns in the order that the grid walks them; null: ascending
-  struct Entry* entries = nullptr;  // room for `capacity` of them
+  double tau = 0;                  // threshold: entries above it are kept, the others on a grid of this spacing
+  const double* points = nullptr;  // threshold: the grid's offset; sample: `draws` positions, ascending
+  int64_t draws = 0;               // 0: threshold
+  const int32_t* order = nullptr;  // threshold: the columns in the order that the grid walks them; null: ascending
+  Entry* entries = nullptr;        // room for `capacity` of them
   int64_t capacity = 0;
-};
-
-struct Entry {
-  int32_t id;
-  double value;  // a probability, or a number of draws
 };
 
 struct Selection {

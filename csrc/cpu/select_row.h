@@ -6,12 +6,14 @@
 struct GridPoints {
   double step, offset, value;  // `value` is what a column on the grid gets
   double next = offset * step;
-  int64_t passed = 0;
 
   double limit() const { return step; }
-  // Moves beyond `mass`, which lies beyond `next`.
+  // Moves to the first point that is not below `mass`. Counting up to it would take forever on a grid that is finer
+  // than the rounding of `mass`.
   double pass(double mass) {
-    while (next < mass) next = (double(++passed) + offset) * step;
+    const double passed = ::ceil(mass / step - offset);
+    next = (passed + offset) * step;
+    if (next < mass) next = (passed + 1 + offset) * step;
     return value;
   }
   // What rounding has left behind the row's last column: a row without an entry above tau always has one on the grid.
@@ -73,16 +75,16 @@ class SelectRow {
  private:
   // ---- the sweep --------------------------------------------------------------------------------------------------
 
-  // Sums of exponentials above an origin that any logit near the largest one may be; false where a NaN or +inf is.
+  // Sums of exponentials above an origin, which is some logit not far below the largest one so far. False where a NaN
+  // or +inf is. The first origin lies below every logit, so that a chunk of -inf has sum 0 like any other.
   bool sum_chunks() {
     for (int64_t k = 0; k < chunks_; ++k) {
       const From* x = chunk(k);
       T sum = sum_of(x);
-      if (!(sum < kLargestSum)) {
-        const T top = maximum<T>(x, kSelectChunk);
-        origin_ = top;
-        sum = top == -Real<T>::kInf ? T(0) : sum_of(x);
-        if (!(sum < kLargestSum)) return false;
+      if (!is_sound(sum)) {
+        origin_ = maximum<T>(x, kSelectChunk);
+        sum = sum_of(x);
+        if (!is_sound(sum)) return false;
       }
       mass_[k] = double(sum);
       origin_of_[k] = double(origin_);
@@ -97,7 +99,7 @@ class SelectRow {
     for (int64_t k = 0; k < chunks_; ++k) {
       if (origin_of_[k] != origin) {
         origin = origin_of_[k];
-        scale = mass_[k] == 0 ? 0 : ::exp2((origin - top_) * double(bits_));
+        scale = ::exp2((origin - top_) * double(bits_));
       }
       mass_[k] *= scale;
       z_ += mass_[k];
@@ -258,8 +260,9 @@ class SelectRow {
       emit(id, value);
   }
 
-  // Logits far above the origin would lose digits in their difference from it.
-  static constexpr T kLargestSum = T(0x1p16);
+  // Logits far above the origin lose digits in their difference from it; farther still, their powers may come out as
+  // an infinity of either sign or as NaN.
+  static bool is_sound(T sum) { return sum >= T(0) && sum < T(0x1p16); }
 
   const SelectTask& task_;
   const From* row_;
@@ -268,7 +271,7 @@ class SelectRow {
   double *mass_, *origin_of_;  // (chunks,) each
   double* share_;              // (chunks, kSelectChunk), only with an order
   double top_ = 0, z_ = 0, sum_ = 0;
-  T bits_, lowest_, origin_ = -Real<T>::kInf;
+  T bits_, lowest_, origin_ = -Real<T>::kMax;
   double groups_[kSelectChunk / kGroup];
   T e_[kSelectChunk];
   From padded_[kSelectChunk];
