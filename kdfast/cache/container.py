@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ __all__ = [
     "Container",
     "pack",
     "pack_sealed",
-    "parse_container",
     "read_container",
     "reserve",
 ]
@@ -61,7 +60,7 @@ class Container:
     tables: dict[str, NDArray[Any]]
     seal: bytes
     file_bytes: int
-    mapped: NDArray[np.uint8] | None = None  # the whole file, if it was mapped: the tables are views of it
+    mapped: NDArray[np.uint8]  # the whole file: the tables are views of it
 
 
 def pack(
@@ -126,38 +125,27 @@ def read_container(path: Path, layout: Layout = LAYOUT) -> Container:
     with naming(path):
         try:
             data = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
-            return replace(_parse(lambda begin, end: data[begin:end], len(data), layout), mapped=data)
+            return _parse(data, layout)
         except (ValueError, RecursionError) as error:
             raise CacheCorruptError(f"{path}: {error}") from error
 
 
-def parse_container(file: BinaryIO, file_bytes: int) -> Container:
-    """The same from an open file of ``file_bytes``. Raises ``ValueError`` or ``RecursionError`` if it is corrupt."""
-
-    def read(begin: int, end: int) -> NDArray[np.uint8]:
-        file.seek(begin)
-        return np.frombuffer(file.read(end - begin), np.uint8)
-
-    return _parse(read, file_bytes, LAYOUT)
-
-
-def _parse(read: Callable[[int, int], NDArray[np.uint8]], file_bytes: int, layout: Layout) -> Container:
-    """``read`` gives the file's bytes from ``begin`` to ``end``, or fewer if it is shorter."""
-    length = int.from_bytes(read(0, 8).tobytes(), "little")
-    if length > min(file_bytes - 8, MAX_HEADER):
-        raise ValueError(f"truncated or corrupt: a header of {length} bytes in a file of {file_bytes}")
+def _parse(data: NDArray[np.uint8], layout: Layout) -> Container:
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > min(len(data) - 8, MAX_HEADER):
+        raise ValueError(f"truncated or corrupt: a header of {length} bytes in a file of {len(data)}")
     start = 8 + length
-    header = read(0, start).tobytes()
+    header = data[:start].tobytes()
     metadata, tensors = _parse_header(header[8:], layout)
     end = start + tensors["seal"].begin + SEAL_BYTES
-    if end != file_bytes:
-        raise ValueError(f"truncated or corrupt: {end} bytes announced, {file_bytes} found")
+    if end != len(data):
+        raise ValueError(f"truncated or corrupt: {end} bytes announced, {len(data)} found")
     payload_bytes = tensors["payload"].end if "payload" in tensors else 0
-    body, seal = read(start + payload_bytes, end - SEAL_BYTES), read(end - SEAL_BYTES, end).tobytes()
+    body, seal = data[start + payload_bytes : end - SEAL_BYTES], data[end - SEAL_BYTES :].tobytes()
     _check_seal(_seal(header, body), seal)
     names = [name for name in layout if name in tensors and name not in ("payload", "seal")]
     tables = {name: tensors[name].view(body, payload_bytes) for name in names}
-    return Container(metadata, start, payload_bytes, tables, seal, file_bytes)
+    return Container(metadata, start, payload_bytes, tables, seal, len(data), data)
 
 
 def _check_seal(found: bytes, sealed: bytes) -> None:

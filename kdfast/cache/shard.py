@@ -172,7 +172,6 @@ class Shard:
             with naming(self.path):
                 if self.path.stat().st_size != self.file_bytes:
                     raise CacheCorruptError(f"{self.path}: has changed size since it was opened")
-            assert self._container.mapped is not None
             start = self._container.payload_start
             self._payload = self._container.mapped[start : start + self.payload_bytes]
         return self._payload
