@@ -96,6 +96,55 @@ def test_a_resumed_capture_leaves_the_files_of_an_uninterrupted_one(tmp_path, te
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
 
 
+class Again:
+    """The batches, any number of times; stops after so many in all."""
+
+    def __init__(self, limit=10**9):
+        self.left = limit
+
+    def __iter__(self):
+        return self._batches()
+
+    def _batches(self):
+        for batch in batches():
+            if not self.left:
+                raise Stopped
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("stop", [3, 18, 20, 23])  # the shapes are learned in three passes over six batches
+@pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 60, "block_rows": 4}])
+def test_a_resumed_capture_of_prototypes_goes_on_with_its_shapes(tmp_path, teacher, stop, sizes):
+    options = {"codec": "prototype", "k": 2, **sizes}
+    run(teacher, Again(), tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        run(teacher, Again(stop), tmp_path / "resumed", **options)
+    calls = teacher.calls
+    run(teacher, Again(), tmp_path / "resumed", **options)
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    if stop == 23:
+        assert teacher.calls - calls <= 6
+    cache = kdfast.cache.open(tmp_path / "whole")
+    assert {labels.kind for labels in map(cache.__getitem__, cache)} == {"prototype"}
+
+
+def test_prototypes_need_a_loader_that_starts_again(tmp_path, teacher):
+    with pytest.raises(ValueError, match="learning shapes takes several passes"):
+        run(teacher, batches(), tmp_path, codec="prototype")
+    with pytest.raises(ValueError, match="shapes must be a table or a positive number, got 0"):
+        run(teacher, Again(), tmp_path, codec="prototype", shapes=0)
+
+
+@pytest.mark.parametrize(("codec", "options"), [("sample", {"draws": 5}), ("threshold", {"tau": 0.2})])
+def test_a_resumed_capture_draws_the_same(tmp_path, teacher, codec, options):
+    run(teacher, batches(), tmp_path / "whole", codec=codec, shard_bytes=80, **options)
+    with pytest.raises(Stopped):
+        run(teacher, stopping(3), tmp_path / "resumed", codec=codec, shard_bytes=80, **options)
+    run(teacher, batches(), tmp_path / "resumed", codec=codec, shard_bytes=80, **options)
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+
+
 def test_batches_that_are_there_are_not_run(tmp_path, teacher):
     run(teacher, list(batches())[:4], tmp_path)
     teacher.calls = 0

@@ -16,12 +16,14 @@ from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, C
 from kdfast.cache.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.index import RecordIndex
 from kdfast.cache.keys import Key, replica_key
+from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.cache.lm import capture_lm, output_layer, windows
 from kdfast.cache.loader import CacheDataset, ElasticSampler
 from kdfast.cache.packed import PackedLabels
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
 from kdfast.cache.salvage import salvage
+from kdfast.cache.shapes import Shapes
 from kdfast.cache.spans import pack_spans
 from kdfast.cache.view import View
 from kdfast.cache.writer import Writer
@@ -39,12 +41,14 @@ __all__ = [
     "Key",
     "PackedLabels",
     "RecordIndex",
+    "Shapes",
     "View",
     "Writer",
     "capture",
     "capture_lm",
     "fingerprint",
     "head_fingerprint",
+    "learn_shapes",
     "open",
     "output_layer",
     "pack_spans",

@@ -13,6 +13,7 @@ from torch import nn
 
 from kdfast.cache import codecs
 from kdfast.cache.batches import Fields
+from kdfast.cache.capture_shapes import shapes_for
 from kdfast.cache.fingerprint import fingerprint
 from kdfast.cache.keys import replica_key
 from kdfast.cache.teacher import evaluating
@@ -99,7 +100,9 @@ def capture(
         epochs: how many epochs the labels will serve.
         reuse: "refine" or "replicas".
         progress: show a bar with rows per second and the time left.
-        options: the codec's and the writer's: ``k``, ``draws``, ``writer``, ``keys``, ``shard_bytes``, ...
+        options: the codec's and the writer's: ``k``, ``draws``, ``writer``, ``keys``, ``shard_bytes``, ... For
+            ``prototype``, ``shapes`` is a table or how many shapes to learn from the first rows (256): the loader is
+            then iterated more than once.
 
     Raises:
         ValueError: no fingerprint for a callable, no key, or parts of a batch that do not fit one another.
@@ -112,6 +115,12 @@ def capture(
     if codec == "auto":
         codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence)
         options = {**chosen, **options}
+    if codec == "prototype":
+        with evaluating(model):
+            shapes = shapes_for(
+                path, model, loader, fields, vocab_size=vocab_size, temperature=temperatures[0], options=options
+            )
+        options = {**options, "shapes": shapes}
     replicas = epochs if reuse == "replicas" and codec in _REFINED else 1
     if reuse == "refine":
         options = refined(codec, options, epochs)

@@ -13,6 +13,7 @@ __all__ = ["learn_shapes"]
 
 FEATURES = 64  # dimensions of the random projection that the first clusters are found in
 ROWS = 512  # at a time
+ROWS_PER_SHAPE = 32  # fewer tell little of a tail
 BACKGROUND = 1e-3  # how much of the mean over all shapes each shape takes in: no column stays without probability
 
 
@@ -33,18 +34,20 @@ def learn_shapes(
 
     Args:
         batches: called ``rounds + 2`` times, gives the same (rows, vocab) logits each time: some ten thousand rows.
-        count: how many shapes.
+        count: how many shapes, at most one for each 32 rows.
         entries: how many columns of each row a label will hold exactly; they take no part in the shapes.
         temperature: the teacher's.
         rounds: of assignment by forward KL.
 
     Raises:
-        ValueError: there are fewer rows than shapes.
+        ValueError: there is no row, or no shape is wanted.
     """
-    features = torch.cat([_features(p, seed) for p in _distributions(batches, temperature)])
-    if len(features) < count:
-        raise ValueError(f"{count} shapes want at least as many rows, got {len(features)}")
-    groups = _kmeans(features, count, seed)
+    features = [_features(p, seed) for p in _distributions(batches, temperature)]
+    rows = sum(map(len, features))
+    if count < 1 or not rows:
+        raise ValueError(f"{count} shapes of {rows} rows: both must be positive")
+    count = min(count, max(1, rows // ROWS_PER_SHAPE))
+    groups = _kmeans(torch.cat(features), count, seed)
     shapes = _means(batches, temperature, entries, count, groups)
     for _ in range(rounds):
         shapes = _means(batches, temperature, entries, count, shapes)
