@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cache_toys import contents, install, logits, record, write
+from children import write_and_tell
 
 import kdfast.cache
 from kdfast.cache.journal import Journal
@@ -23,14 +24,10 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["kdfast.cache"])
 
 
-def child(path, codec, pipe):
-    write(path, range(RECORDS), codec, announce=pipe.send)
-
-
 def kill_after(path, codec, last):
     """Run a writer in a process of its own, and SIGKILL it once it has added record ``last``."""
     receiver, sender = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=child, args=(path, codec, sender))
+    process = SERVER.Process(target=write_and_tell, args=(path, codec, RECORDS, sender))
     process.start()
     sender.close()
     while receiver.recv() < last:

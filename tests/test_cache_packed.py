@@ -7,6 +7,7 @@ from hashlib import blake2b
 import numpy as np
 import pytest
 import torch
+from children import unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -297,15 +298,11 @@ def test_packed_labels_are_sent_without_the_codec_s_tables(tmp_path):
     assert_same(pickle.loads(data).unpack(), want)  # found again through the shard
 
 
-def _unpack_elsewhere(data, queue):
-    queue.put(pickle.loads(data).unpack().values.numpy())
-
-
 def test_packed_labels_are_decoded_in_another_process(tmp_path):
     cache = write(tmp_path, SIZES, "topk")
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_unpack_elsewhere, args=(pickle.dumps(cache.pack([5, 1])), queue))
+    process = context.Process(target=unpack, args=(pickle.dumps(cache.pack([5, 1])), queue))
     process.start()
     values = queue.get(timeout=60)
     process.join()

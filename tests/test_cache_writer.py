@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cache_toys import VOCAB, Toy, contents, install, logits, record, write
+from children import write_as
 from safetensors import safe_open
 
 import kdfast.cache
@@ -463,16 +464,11 @@ def test_a_directory_without_permission_is_named(tmp_path, monkeypatch):
 # ---- several writers, and other places ------------------------------------------------------------------------------
 
 
-def rank(path, name, start):
-    start.wait()
-    write(path, range(int(name) * 100, int(name) * 100 + 30), writer=name)
-
-
 def test_four_writers_need_no_coordinator(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kdfast.cache"])
     start = context.Barrier(4)
-    processes = [context.Process(target=rank, args=(tmp_path, str(name), start)) for name in range(4)]
+    processes = [context.Process(target=write_as, args=(tmp_path, str(name), start)) for name in range(4)]
     for process in processes:
         process.start()
     for process in processes:
