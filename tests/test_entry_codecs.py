@@ -68,6 +68,7 @@ CODECS = st.sampled_from(
         ("threshold", {"tau": 1.0}),
         ("threshold", {"tau": 0.05}),
         ("threshold", {"tau": 0.003, "steps": 3}),
+        ("prototype", {"k": 0}),
         ("prototype", {"k": 1}),
         ("prototype", {"k": 3, "tail_step": 0.5, "share_step": 0.1}),
         ("prototype", {"k": 40}),
@@ -180,12 +181,12 @@ def test_learned_shapes_tell_groups_of_rows_apart():
 def test_more_shapes_and_entries_bring_labels_closer():
     logits = make_logits(600, scale=2.5, seed=7) + make_logits(1, scale=2.0, seed=8)
     distance = {}
-    for count, k in [(1, 1), (16, 1), (16, 8)]:
+    for count, k in [(1, 0), (1, 1), (16, 1), (16, 8)]:
         shapes = learn_shapes(lambda: [logits], count=count, entries=k)
         codec = codecs.create("prototype", VOCAB, (1.0,), {"k": k, "shapes": shapes, "share_step": 0.05})
         labels = codec.select(logits, b"")
         distance[count, k] = kdfast.kd_loss(logits, labels).item()
-    assert distance[1, 1] > distance[16, 1] > distance[16, 8] > 0
+    assert distance[1, 0] > distance[1, 1] > distance[16, 1] > distance[16, 8] > 0
 
 
 def test_shapes_come_back_from_their_file():
@@ -216,7 +217,7 @@ def test_shapes_come_back_from_their_file():
         ("threshold", {"tau": 0.0}, r"tau must lie in \[2\*\*-16, 1\], got 0"),
         ("threshold", {"tau": float("nan")}, "tau must lie in"),
         ("threshold", {"steps": 0}, r"steps must lie in \[1, 1024\], got 0"),
-        ("prototype", {"k": 0, "shapes": make_shapes()}, "k must be at least 1, got 0"),
+        ("prototype", {"k": -1, "shapes": make_shapes()}, "k must not be negative, got -1"),
         ("prototype", {"tail_step": 0, "shapes": make_shapes()}, r"steps must lie in \[0.001, 2\] nats, got 0"),
         ("prototype", {"shapes": make_shapes(5)}, "the shapes have 5 columns, the logits 300"),
     ],

@@ -23,24 +23,30 @@ class Arm:
     renormalise: bool = False
 
 
+def prototype(k: int, shapes: int) -> Arm:
+    return Arm("prototype", {"k": k, "tail_step": 0.5, "share_step": 0.5}, shapes=shapes)
+
+
 # In the order in which they are trained, so that a run that is cut short has the most telling ones.
 ARMS: dict[str, Arm] = {
     "dense": Arm(None),
     "none": Arm(None),
-    "prototype-3": Arm("prototype", {"k": 3, "tail_step": 0.5, "share_step": 0.5}, shapes=256),
+    "prototype-3": prototype(3, 256),
     "sample-50": Arm("sample", {"draws": 50}),
-    "prototype-1": Arm("prototype", {"k": 1, "tail_step": 0.5, "share_step": 0.5}, shapes=256),
+    "prototype-1": prototype(1, 256),
     "sample-23": Arm("sample", {"draws": 23}),
     "topk-4-tail": Arm("topk", {"k": 4}),
     "threshold-.05": Arm("threshold", {"tau": 0.05}),
-    "prototype-9": Arm("prototype", {"k": 9, "tail_step": 0.5, "share_step": 0.5}, shapes=256),
-    "prototype-3-of-1024": Arm("prototype", {"k": 3, "tail_step": 0.5, "share_step": 0.5}, shapes=1024),
+    "prototype-0": prototype(0, 256),
+    "prototype-9": prototype(9, 256),
+    "prototype-3-of-1024": prototype(3, 1024),
+    "prototype-1-of-1024": prototype(1, 1024),
     "topk-4": Arm("topk", {"k": 4}, renormalise=True),
     "sample-10": Arm("sample", {"draws": 10}),
     "threshold-.02": Arm("threshold", {"tau": 0.02}),
     "threshold-.1": Arm("threshold", {"tau": 0.1}),
     "topk-9-tail": Arm("topk", {"k": 9}),
-    "prototype-3-of-64": Arm("prototype", {"k": 3, "tail_step": 0.5, "share_step": 0.5}, shapes=64),
+    "prototype-3-of-64": prototype(3, 64),
     "sample-23-fresh": Arm("sample", {"draws": 23}, fresh=True),
     "threshold-.05-fresh": Arm("threshold", {"tau": 0.05}, fresh=True),
 }

@@ -72,15 +72,18 @@ def _codec(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Codec:
     if arm.codec in ("sample", "threshold"):
         options["seed"] = draw
     if arm.shapes:
-        options["shapes"] = _shapes(corpus, folder, arm.shapes)
+        options["shapes"] = _shapes(corpus, folder, arm.shapes, options["k"])
     return codecs.create(arm.codec, corpus.vocab_size, (1.0,), options)
 
 
-def _shapes(corpus: Corpus, folder: Path, count: int) -> Shapes:
-    path = folder / f"shapes-{count}.safetensors"
+def _shapes(corpus: Corpus, folder: Path, count: int, entries: int) -> Shapes:
+    """The table for labels with so many entries: these take no part in the shapes."""
+    path = folder / f"shapes-{count}-{entries}.safetensors"
     if not path.exists():
         windows = range(0, TRAIN_WINDOWS, BLOCK_WINDOWS)
-        shapes = learn_shapes(lambda: (corpus.logits(slice(i, i + BLOCK_WINDOWS)) for i in windows), count=count)
+        shapes = learn_shapes(
+            lambda: (corpus.logits(slice(i, i + BLOCK_WINDOWS)) for i in windows), count=count, entries=entries
+        )
         path.write_bytes(shapes.to_bytes())
     return Shapes.from_bytes(path.read_bytes())
 

@@ -31,7 +31,7 @@ class Prototype(EntryCodec):
 
     Args:
         shapes: the table, of ``kdfast.cache.learn_shapes``.
-        k: entries per row.
+        k: entries per row; 0: the shape alone.
         tail_step: resolution of the tail mass, in nats of its logit.
         share_step: resolution of the entries, likewise.
     """
@@ -53,8 +53,8 @@ class Prototype(EntryCodec):
         if not isinstance(shapes, Shapes):
             raise TypeError(f"shapes must be a kdfast.cache.Shapes, got {type(shapes).__name__}")
         super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
-        if index(k) < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        if index(k) < 0:
+            raise ValueError(f"k must not be negative, got {k}")
         if not (1e-3 <= tail_step <= 2 and 1e-3 <= share_step <= 2):
             raise ValueError(f"steps must lie in [0.001, 2] nats, got {tail_step} and {share_step}")
         self.k = self.max_entries = min(index(k), self.vocab_size)
@@ -117,10 +117,11 @@ class Prototype(EntryCodec):
         assert self.shapes is not None
         counts = columns[:, 0].astype(np.int64)
         offsets = np.concatenate([[0], counts.cumsum()])
+        log_tail = np.where(counts > 0, self._log_tail[columns[:, 2]], np.float32(0))
         return SoftLabels.prototype(
             torch.from_numpy(ids),
             torch.from_numpy(self._probs(self._head[columns[:, 2]], values, counts)),
-            torch.from_numpy(self._log_tail[columns[:, 2]]),
+            torch.from_numpy(log_tail),
             torch.from_numpy(columns[:, 1].astype(np.int64)),
             self.shapes.table,
             vocab_size=self.vocab_size,
