@@ -1,0 +1,133 @@
+"""The students as a table and a curve: python benchmarks/frontier/report.py
+
+Differences from dense KD are paired by seed. An arm is as good as dense KD if the upper end of its 95 % interval lies
+below the margin: 5 % of the gap between no KD and dense KD, a choice made before the first student was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MARGIN = 0.05
+# Two-sided 95 % points of Student's t by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm at one number of epochs."""
+
+    arm: str
+    kl: float
+    difference: float | None  # from dense KD, paired
+    interval: float | None  # half of the 95 % interval of that
+    seeds: int
+    bytes_per_token: float | None
+    entries_per_token: float | None
+    as_good: bool | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    folder = parser.parse_args().results
+    rows = [json.loads(line) for line in (folder / "frontier-students.jsonl").read_text().splitlines()]
+    by_epochs = {epochs: summarise([r for r in rows if r["epochs"] == epochs]) for epochs in epochs_of(rows)}
+    text = "\n\n".join(f"{epochs} epochs\n\n{table(results)}" for epochs, results in by_epochs.items())
+    commits = ", ".join(sorted({f"{row['commit']} (torch {row['torch']})" for row in rows}))
+    (folder / "frontier.md").write_text(f"{text}\n\n{len(rows)} students, commits {commits}\n")
+    plot(by_epochs, folder / "frontier.png")
+    print(text)
+
+
+def epochs_of(rows: list[dict]) -> list[int]:
+    return sorted({row["epochs"] for row in rows})
+
+
+def summarise(rows: list[dict]) -> list[Result]:
+    """By held-out KL, the best first."""
+    kl: dict[str, dict[int, float]] = defaultdict(dict)
+    last: dict[str, dict] = {}
+    for row in rows:
+        kl[row["arm"]][row["seed"]], last[row["arm"]] = row["kl"], row
+    gap = mean(kl["none"]) - mean(kl["dense"]) if kl["none"] and kl["dense"] else math.nan
+    results = [_result(arm, kl[arm], kl["dense"], gap, last[arm]) for arm in last]
+    return sorted(results, key=lambda result: result.kl)
+
+
+def _result(arm: str, kl: dict[int, float], dense: dict[int, float], gap: float, row: dict) -> Result:
+    paired = np.array([kl[seed] - dense[seed] for seed in kl if seed in dense])
+    difference = float(paired.mean()) if len(paired) else None
+    interval = None
+    if len(paired) > 1:
+        interval = T95[min(len(paired) - 1, max(T95))] * float(paired.std(ddof=1)) / math.sqrt(len(paired))
+    as_good = None if interval is None or arm == "dense" else bool(difference + interval < MARGIN * gap)
+    return Result(
+        arm,
+        mean(kl),
+        difference,
+        interval,
+        len(kl),
+        row.get("bytes_per_token"),
+        row.get("entries_per_token"),
+        as_good,
+    )
+
+
+def mean(kl: dict[int, float]) -> float:
+    return float(np.mean(list(kl.values())))
+
+
+def table(results: list[Result]) -> str:
+    lines = [
+        "| labels | entries/token | bytes/token | held-out KL | KL − dense KD, paired | as good as dense KD | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        entries = "" if r.entries_per_token is None else f"{r.entries_per_token:.1f}"
+        size = "" if r.bytes_per_token is None else f"{r.bytes_per_token:.1f}"
+        apart = "" if r.difference is None else f"{r.difference:+.3f}"
+        apart += "" if r.interval is None else f" ± {r.interval:.3f}"
+        verdict = "" if r.as_good is None else "yes" if r.as_good else "no"
+        lines.append(f"| {r.arm} | {entries} | {size} | {r.kl:.3f} | {apart} | {verdict} | {r.seeds} |")
+    return "\n".join(lines)
+
+
+FAMILIES = {"prototype": "tab:green", "sample": "tab:blue", "threshold": "tab:orange", "topk": "tab:red"}
+
+
+def plot(by_epochs: dict[int, list[Result]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(by_epochs), figsize=(5.5 * len(by_epochs), 4.5), squeeze=False)
+    for axis, (epochs, results) in zip(axes[0], by_epochs.items(), strict=True):
+        for name, style in (("dense", "-"), ("none", ":")):
+            for r in (r for r in results if r.arm == name):
+                axis.axhline(
+                    r.kl, color="black", linestyle=style, linewidth=1, label=f"{name} KD".replace("none", "no")
+                )
+        for family, colour in FAMILIES.items():
+            points = [r for r in results if r.arm.startswith(family) and r.bytes_per_token is not None]
+            axis.plot([r.bytes_per_token for r in points], [r.kl for r in points], "o", color=colour, label=family)
+            for r in points:
+                note = r.arm.removeprefix(family).strip("-")
+                axis.annotate(note, (r.bytes_per_token, r.kl), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", xlabel="bytes per token", ylabel="held-out KL, nats", title=f"{epochs} epochs")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
