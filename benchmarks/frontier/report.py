@@ -87,7 +87,7 @@ def mean(kl: dict[int, float]) -> float:
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| labels | entries/token | bytes/token | held-out KL | KL − dense KD, paired | as good as dense KD | seeds |",
+        "| labels | entries/token | bytes/token | held-out KL | KL - dense KD, paired | as good as dense KD | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
