@@ -2,9 +2,14 @@
 
 import functools
 import importlib
+import multiprocessing
+import random
+import signal
 
 import pytest
 import torch
+from cache_toys import contents
+from children import CAPTURE_BATCHES, CAPTURES, capture_and_tell, capture_until_killed
 from torch import nn
 
 import kdfast.cache
@@ -127,6 +132,59 @@ def test_a_resumed_capture_of_prototypes_goes_on_with_its_shapes(tmp_path, teach
         assert teacher.calls - calls <= 6
     cache = kdfast.cache.open(tmp_path / "whole")
     assert {labels.kind for labels in map(cache.__getitem__, cache)} == {"prototype"}
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["kdfast.cache"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    paths = {name: tmp_path_factory.mktemp(name) for name in CAPTURES}
+    for name, path in paths.items():
+        capture_and_tell(path, name, lambda count: None)
+    return {name: contents(path) for name, path in paths.items()}
+
+
+def kill_at_batch(path, name, batch):
+    """Run a capture in a process of its own, and SIGKILL it at its batch ``batch``. It may have ended by itself."""
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=capture_until_killed, args=(path, name, sender))
+    process.start()
+    sender.close()
+    try:
+        while receiver.recv() < batch:
+            pass
+    except EOFError:
+        return
+    process.kill()
+    process.join()
+    assert process.exitcode in (-signal.SIGKILL, 0)
+
+
+def check_killed(path, name, batches_of_kills, uninterrupted):
+    for batch in batches_of_kills:
+        kill_at_batch(path, name, batch)
+    capture_and_tell(path, name, lambda count: None)
+    assert contents(path) == uninterrupted[name]
+    assert sum(file.startswith("shard-") for file in uninterrupted[name]) > 1
+
+
+KILLS = [("topk", [7]), ("sample", [12]), ("threshold", [29]), ("prototype", [50, 110]), ("sample", [2, 25])]
+
+
+@pytest.mark.parametrize(("name", "kills"), KILLS)
+def test_a_killed_capture_goes_on_byte_for_byte(tmp_path, uninterrupted, name, kills):
+    check_killed(tmp_path, name, kills, uninterrupted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(50))
+def test_captures_killed_at_many_points(tmp_path, uninterrupted, seed):
+    draw = random.Random(seed)
+    name = [*CAPTURES][seed % len(CAPTURES)]
+    last = CAPTURE_BATCHES * (4 if name == "prototype" else 1)  # its shapes are learned in three passes
+    check_killed(tmp_path, name, [draw.randint(1, last) for _ in range(draw.choice([1, 1, 2]))], uninterrupted)
 
 
 def test_prototypes_need_a_loader_that_starts_again(tmp_path, teacher):
