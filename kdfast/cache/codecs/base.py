@@ -92,6 +92,11 @@ class Codec(ABC):
             ValueError: a row that cannot be stored within the codec's promised error, by its number.
         """
 
+    def check(self, labels: SoftLabels) -> None:
+        """Raise ``ValueError`` unless ``labels``, which ``select`` may not have made, can be stored as they are."""
+        if not self.learn_rows:
+            self.encode(labels)
+
     @abstractmethod
     def encode(self, labels: SoftLabels) -> bytes:
         """The bytes of a block. ``labels`` are selected records, concatenated, on the CPU."""
