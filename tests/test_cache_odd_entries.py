@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from repack import repack
 
 import kdfast.cache
 from kdfast import SoftLabels
+from kdfast.cache.container import read_container
 from kdfast.cache.shapes import Shapes
 
 VOCAB = 50
@@ -106,3 +108,18 @@ def parts(labels):
     order = np.lexsort((labels.ids.numpy(), rows))
     rest = [getattr(labels, name) for name in ("offsets", "tails", "shape")]
     return [labels.ids[order], labels.values[order], *(part for part in rest if part is not None)]
+
+
+@CODINGS
+@CODECS
+def test_blocks_that_claim_more_rows_than_bytes_can_hold_are_refused(tmp_path, codec, options, coding):
+    """Else a file of some bytes makes its reader ask for memory without end."""
+    with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec=codec, coding=coding, **options) as writer:
+        writer.add("a", make_logits())
+    (shard,) = tmp_path.glob("shard-*.safetensors")
+    index = read_container(shard).tables["block_index"]
+    rows = 10**8
+    changed = np.array([[*index[0, :3], rows]])
+    repack(shard, block_index=changed, record_spans=np.array([[0, rows]]))
+    with pytest.raises(kdfast.cache.CacheCorruptError, match=f"block 0: .* bytes cannot hold {rows} rows"):
+        kdfast.cache.open(tmp_path)

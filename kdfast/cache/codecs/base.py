@@ -44,6 +44,7 @@ class Codec(ABC):
     input_name: ClassVar[str] = "logits"  # what select takes, in words
     learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
     model: bytes = b""
+    rows_per_byte: int | None = None  # no block has more, where that is known: a reader checks it before it makes room
 
     def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
         self.vocab_size = index(vocab_size)

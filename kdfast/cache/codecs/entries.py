@@ -55,6 +55,8 @@ class EntryCodec(Addressable):
             raise ValueError(f"the shapes have {shapes.vocab_size} columns, the logits {self.vocab_size}")
         self.coding, self.shapes = coding, shapes
         self.addressable = coding != "blocks"
+        # A row has at least a byte of an index, or a symbol of at most 4095 in 4096: that is 1 / 22,700 byte.
+        self.rows_per_byte = 1 if self.addressable else 2**15
         self._bounded: RowBounds | None = None
         self.learn_rows = 0 if coding == "plain" or (coding == "rows" and shapes is not None) else LEARN_ROWS
 
