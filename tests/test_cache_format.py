@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from repack import repack
 from safetensors import safe_open
 
 import kdfast.cache
 from kdfast import _C
-from kdfast.cache.container import pack, read_container
+from kdfast.cache.container import read_container
 
 NAME = "shard-0-00000.safetensors"
 
@@ -113,16 +114,6 @@ def test_same_input_same_bytes(tmp_path, codec):
     assert sorted(p.name for p in first.iterdir()) == ["index.safetensors", "manifest.json", NAME]
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
-
-
-def repack(path, metadata=None, payload=None, **tables):
-    """The shard with other contents and right checksums: what an attacker, not an accident, would make."""
-    container = read_container(path)
-    start = container.payload_start
-    payload = path.read_bytes()[start : start + container.payload_bytes] if payload is None else payload
-    old = {name: table for name, table in container.tables.items() if name != "padding"}
-    before, after = pack({**container.metadata, **(metadata or {})}, len(payload), {**old, **tables})
-    path.write_bytes(before + payload + after)
 
 
 BIG = 2**62

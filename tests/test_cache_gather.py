@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repack import repack
 
 import kdfast.cache
 from kdfast import _C
 from kdfast.cache import codecs
 from kdfast.cache.codecs import TopK
-from kdfast.cache.container import pack, read_container
 from kdfast.cache.keys import make_key, make_keys
 from kdfast.labels import SoftLabels
 
@@ -195,16 +195,6 @@ def test_a_matrix_that_is_no_ids_is_refused():
 
 
 # ---- damage -----------------------------------------------------------------------------------------------------
-
-
-def repack(path, **changes):
-    """The shard with other contents and right checksums."""
-    container = read_container(path)
-    start = container.payload_start
-    payload = changes.pop("payload", path.read_bytes()[start : start + container.payload_bytes])
-    tables = {name: table for name, table in container.tables.items() if name != "padding"} | changes
-    before, after = pack(container.metadata, len(payload), tables)
-    path.write_bytes(before + payload + after)
 
 
 def test_a_bad_row_among_many_is_named_by_its_block(tmp_path):

@@ -6,12 +6,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from repack import repack
 from safetensors.numpy import load_file
 
 import kdfast.cache
 from kdfast import _C
 from kdfast.cache.codecs import TopK
-from kdfast.cache.container import pack, read_container
+from kdfast.cache.container import pack
 from kdfast.cache.keys import Key, make_key
 from kdfast.cache.meta import CacheMeta
 from kdfast.cache.shard import Shard
@@ -203,16 +204,6 @@ def test_stored_and_consecutive_keys_do_not_mix(tmp_path):
     fill(tmp_path, "a")
     with pytest.raises(kdfast.cache.CacheMismatchError, match=r"keys='range', but .* has keys='hash'"):
         writer(tmp_path, writer="1", keys="range")
-
-
-def repack(path, metadata=None, **tables):
-    """The shard with other contents and right checksums."""
-    container = read_container(path)
-    start, old = container.payload_start, {k: t.copy() for k, t in container.tables.items() if k != "padding"}
-    payload = path.read_bytes()[start : start + container.payload_bytes]
-    before, after = pack({**container.metadata, **(metadata or {})}, len(payload), {**old, **tables})
-    path.write_bytes(before + payload + after)
-    (path.parent / "manifest.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

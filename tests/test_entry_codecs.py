@@ -178,6 +178,24 @@ def test_learned_shapes_tell_groups_of_rows_apart():
         learn_shapes(lambda: [logits[:0]], count=5)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_shapes_are_not_learned_of_rows_that_are_no_logits(value):
+    logits = make_logits(100)
+    logits[3] = -torch.inf if value is None else torch.where(torch.arange(VOCAB) == 7, value, logits[3])
+    with pytest.raises(ValueError, match=r"rows that hold NaN or \+inf, or no finite value"):
+        learn_shapes(lambda: [logits], count=2)
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        learn_shapes(lambda: [make_logits(100)], count=2, temperature=0.0)
+
+
+def test_a_shape_is_0_only_where_its_tail_is():
+    tails = torch.tensor([[0.5, 0.5, 1e-30, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    table = Shapes.of(tails, torch.full_like(tails, 0.25)).table
+    assert (table > 0).tolist() == [[True, True, True, False], [True] * 4]
+    assert table[0, 2] < 1e-9
+    assert torch.equal(table[1], torch.full((4,), 0.25, dtype=torch.bfloat16))
+
+
 def test_more_shapes_and_entries_bring_labels_closer():
     logits = make_logits(600, scale=2.5, seed=7) + make_logits(1, scale=2.0, seed=8)
     distance = {}

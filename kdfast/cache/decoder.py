@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdfast.cache.codecs.base import Codec
@@ -86,10 +87,14 @@ def _make(shard: Shard, fetch: Callable[[str], Path]) -> Codec:
         raise
     except (TypeError, ValueError) as error:
         raise CacheError(f"{shard.path.parent}: cannot be decoded: {error}") from error
-    if codec.learn_rows and shard.rows and not shard.model:
-        raise CacheCorruptError(f"{shard.path}: codec {codec.name!r} needs a model, and the shard holds none")
+    model = shard.model
+    if codec.learn_rows and not model:
+        if shard.rows:
+            raise CacheCorruptError(f"{shard.path}: codec {codec.name!r} needs a model, and the shard holds none")
+        # Records without rows have taught its writer nothing: any model will do.
+        model = codec.learn(codec.select(torch.zeros(0, codec.input_width), bytes(16)))
     try:
-        codec.use_model(shard.model)
+        codec.use_model(model)
     except ValueError as error:
         raise CacheCorruptError(f"{shard.path}: its codec_model cannot be used: {error}") from error
     return codec

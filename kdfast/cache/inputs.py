@@ -55,8 +55,8 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
     if labels.present is not None and not bool(labels.present.all()):
         raise ValueError("labels must have all rows present: a cache holds no absent ones")
     copy = _copy(labels.to("cpu"))
-    if len(copy) and not codec.learn_rows:
-        codec.encode(copy)  # here it can be refused by name, in the background it would stop everything
+    if len(copy):
+        codec.check(copy)  # here it can be refused by name, in the background it would stop everything
     return copy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from math import inf
 
 import torch
 from torch import Tensor
@@ -40,8 +41,11 @@ def learn_shapes(
         rounds: of assignment by forward KL.
 
     Raises:
-        ValueError: there is no row, or no shape is wanted.
+        ValueError: there is no row, or no shape is wanted; or a row holds NaN or +inf or no finite value, or the
+            temperature is not positive and finite.
     """
+    if not 0 < temperature < inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     features = [_features(p, seed) for p in _distributions(batches, temperature)]
     rows = sum(map(len, features))
     if count < 1 or not rows:
@@ -56,6 +60,9 @@ def learn_shapes(
 
 def _distributions(batches: Callable[[], Iterable[Tensor]], temperature: float) -> Iterator[Tensor]:
     for batch in batches():
+        # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
+        if not bool(batch.amax(1).isfinite().all()):
+            raise ValueError("shapes cannot be learned of rows that hold NaN or +inf, or no finite value")
         for logits in torch.split(batch, ROWS):
             yield (logits.float() / temperature).softmax(1)
 

@@ -22,7 +22,7 @@ class Rows:
     """The records and rows of some shards. A row is named by its shard's number and its own number in it.
 
     Raises:
-        CacheCorruptError: a shard's blocks do not have the lengths that its codec gives them.
+        CacheCorruptError: a shard's blocks do not have the lengths that its codec gives them, or too many rows.
     """
 
     def __init__(self, shards: Sequence[Shard], decoders: Sequence[Decoder]) -> None:
@@ -35,6 +35,8 @@ class Rows:
         for shard, decoder in zip(shards, decoders, strict=True):
             if isinstance(decoder.codec, FixedWidthCodec):
                 shard.require_width(decoder.codec)
+            elif decoder.codec.rows_per_byte is not None:
+                shard.require_room(decoder.codec.rows_per_byte)
 
     def spans(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) the shard of each record, and (n, 2) its first row there and its number of rows; -1 and 0 for -1."""

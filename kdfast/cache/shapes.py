@@ -43,8 +43,12 @@ class Shapes:
     @classmethod
     def of(cls, tails: Tensor, means: Tensor) -> Shapes:
         """From (S, V) tail distributions, and (S, V) mean distributions that say which ids are likeliest."""
-        log2 = tails.double().log2()
-        codes = (-STEPS_PER_OCTAVE * (log2 - log2.amax(1, keepdim=True))).round().clamp(0, ZERO)
+        # Rows that their entries cover whole leave nothing to a tail: it is as good as uniform.
+        tails = tails.double().masked_fill(tails.sum(1, keepdim=True) == 0, 1.0)
+        log2 = tails.log2()
+        codes = (-STEPS_PER_OCTAVE * (log2 - log2.amax(1, keepdim=True))).round().clamp(0, ZERO - 1)
+        # However small a probability is, it stays one: at 0 it would make reverse KL infinite.
+        codes = codes.masked_fill(tails == 0, ZERO)
         favourites = means.topk(min(FAVOURITES, means.shape[1]), dim=1).indices
         return cls(codes.to(torch.uint8).cpu().numpy(), favourites.cpu().numpy().astype(np.uint32))
 

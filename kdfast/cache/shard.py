@@ -118,6 +118,15 @@ class Shard:
                     f"found {length[at]} bytes"
                 )
 
+    def require_room(self, rows_per_byte: int) -> None:
+        """Raise ``CacheCorruptError`` for a block that claims more rows than its bytes can hold."""
+        for start, chunk in _chunks(self._index):
+            length, rows = chunk[:, 1], chunk[:, 3]
+            for at in np.flatnonzero(-(-rows // rows_per_byte) > length)[:1]:
+                raise CacheCorruptError(
+                    f"{self.path}: block {start + at}: {length[at]} bytes cannot hold {rows[at]} rows"
+                )
+
     def spans(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n, 2): the first row and the number of rows of each of ``records``."""
         if self._one_row_each:

@@ -44,6 +44,7 @@ class Codec(ABC):
     input_name: ClassVar[str] = "logits"  # what select takes, in words
     learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
     model: bytes = b""
+    rows_per_byte: int | None = None  # no block has more, where that is known: a reader checks it before it makes room
 
     def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
         self.vocab_size = index(vocab_size)
@@ -91,6 +92,11 @@ class Codec(ABC):
         Raises:
             ValueError: a row that cannot be stored within the codec's promised error, by its number.
         """
+
+    def check(self, labels: SoftLabels) -> None:
+        """Raise ``ValueError`` unless ``labels``, which ``select`` may not have made, can be stored as they are."""
+        if not self.learn_rows:
+            self.encode(labels)
 
     @abstractmethod
     def encode(self, labels: SoftLabels) -> bytes:

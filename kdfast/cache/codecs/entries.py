@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdfast._C import RowBounds, RowLayout, count_symbols, locate_rows
 from kdfast.cache.codecs.base import Addressable
+from kdfast.cache.codecs.exact import require_exact
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
 from kdfast.cache.shapes import Shapes
 from kdfast.labels import SoftLabels
@@ -54,6 +55,8 @@ class EntryCodec(Addressable):
             raise ValueError(f"the shapes have {shapes.vocab_size} columns, the logits {self.vocab_size}")
         self.coding, self.shapes = coding, shapes
         self.addressable = coding != "blocks"
+        # A row has at least a byte of an index, or a symbol of at most 4095 in 4096: that is 1 / 22,700 byte.
+        self.rows_per_byte = 1 if self.addressable else 2**15
         self._bounded: RowBounds | None = None
         self.learn_rows = 0 if coding == "plain" or (coding == "rows" and shapes is not None) else LEARN_ROWS
 
@@ -117,9 +120,16 @@ class EntryCodec(Addressable):
         self._bounded = None
 
     @cached_property
+    def orders(self) -> IdOrder:
+        """Those of the shapes, or without shapes that of the ids themselves: what can be had without a model."""
+        if self.shapes is not None:
+            return self._shape_order
+        return _ascending(self.vocab_size)
+
+    @cached_property
     def order(self) -> IdOrder:
         if self.coding == "plain":
-            return IdOrder.of(np.arange(self.vocab_size, dtype=np.int32)[None])
+            return _ascending(self.vocab_size)
         return self._order_of(None if self.shapes is not None else self._statistics.classes)
 
     def _order_of(self, classes: NDArray[np.uint8] | None) -> IdOrder:
@@ -132,6 +142,9 @@ class EntryCodec(Addressable):
     def _shape_order(self) -> IdOrder:
         assert self.shapes is not None
         return IdOrder.of(self.shapes.order)
+
+    def check(self, labels: SoftLabels) -> None:
+        require_exact(self, labels)
 
     # ---- bytes ---------------------------------------------------------------------------------------------------
 
@@ -164,6 +177,10 @@ class EntryCodec(Addressable):
         if self._bounded is None:
             self._bounded = RowBounds(self.max_entries, self.column_limits, self.value_limit, self.order.ids)
         return self._bounded
+
+
+def _ascending(vocab_size: int) -> IdOrder:
+    return IdOrder.of(np.arange(vocab_size, dtype=np.int32)[None])
 
 
 def by_rank(

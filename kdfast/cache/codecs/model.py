@@ -43,7 +43,7 @@ class IdOrder:
 def id_classes(ids: NDArray[np.int32], weights: NDArray[np.float32], vocab_size: int) -> NDArray[np.uint8]:
     """(V,): how many half octaves of weight each id lies below the heaviest one; ``UNSEEN`` if it has none."""
     mass = np.bincount(ids, weights, vocab_size)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where there is no weight at all
         below = np.floor(CLASSES_PER_OCTAVE * np.log2(mass.max(initial=0.0) / mass))
     return np.where(mass > 0, below.clip(0, UNSEEN - 1), UNSEEN).astype(np.uint8)
 
