@@ -63,6 +63,7 @@ class EntryCodec(Addressable):
     max_entries: int
     value_limit: int  # values lie in [0, value_limit)
     total: int = 0  # what a row's values, each plus 1, add up to; 0: that varies
+    levels: NDArray[np.float32] | None = None  # (value_limit,): what values stand for; None: themselves
 
     @property
     @abstractmethod
@@ -74,8 +75,8 @@ class EntryCodec(Addressable):
         """Labels as the integers they are coded as."""
 
     @abstractmethod
-    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
-        """The reverse, with ids in place of ranks; all within their limits."""
+    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[Any]) -> SoftLabels:
+        """The reverse, with ids in place of ranks, and levels, if there are any, of values; all within their limits."""
 
     # ---- options -------------------------------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class EntryCodec(Addressable):
     @property
     def _bounds(self) -> RowBounds:
         if self._bounded is None:
-            self._bounded = RowBounds(self.max_entries, self.column_limits, self.value_limit, self.order.ids)
+            limits = (self.max_entries, self.column_limits, self.value_limit)
+            self._bounded = RowBounds(*limits, self.order.ids, self.levels)
         return self._bounded
 
 

@@ -68,12 +68,12 @@ class WeightCodec(EntryCodec):
             self._transposed = np.ascontiguousarray(self.shapes.codes.T)
         return self._transposed
 
-    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
+    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[Any]) -> SoftLabels:
         offsets = np.zeros(len(columns) + 1, np.int64)
         np.cumsum(columns[:, 0], out=offsets[1:])
         return SoftLabels.weights(
             torch.from_numpy(ids),
-            torch.from_numpy(self.levels.take(values)),
+            torch.from_numpy(values),
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
             offsets=torch.from_numpy(offsets),
