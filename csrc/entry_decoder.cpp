@@ -127,7 +127,7 @@ class RawBits {
   uint32_t below(uint32_t range) {
     const uint32_t n = floor_log2(range), shorts = short_codes(range), window = peek();
     const uint32_t low = window & ((1u << n) - 1), one_more = low >= shorts;
-    at_ += n + one_more;
+    at_ += n + one_more;  // no branch here either: whether a code is short is hard to predict
     return low + ((0u - (one_more & window >> n)) & ((1u << n) - shorts));
   }
 
@@ -187,7 +187,8 @@ class Group {
   struct Row {
     const Model::Context* context;  // of the next rank
     uint32_t rest, left;            // the class of what is left, and that: entries to come, or of the total
-    uint32_t lowest, symbol;        // the lowest rank that may follow, and its symbol
+    uint32_t lowest;                // the lowest rank that may follow
+    uint32_t symbol;                // of the rank that follows, between advance_ranks and step
     uint32_t count;
   };
   struct Entry {

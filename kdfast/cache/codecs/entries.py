@@ -172,7 +172,6 @@ def by_rank(
     rows = np.repeat(np.arange(len(counts)), counts)
     which = 0 if orders is None or len(order.ranks) == 1 else np.repeat(orders, counts)
     ranks: NDArray[np.int32] = order.ranks[which, ids]
-    sort = np.argsort(
-        rows << 24 | ranks, kind="stable"
-    )  # ranks are below 2**24; np.lexsort takes several times as long
+    # One key, as ranks are below 2**24: np.lexsort takes several times as long.
+    sort = np.argsort(rows << 24 | ranks, kind="stable")
     return sort, ranks[sort]
