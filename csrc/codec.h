@@ -10,7 +10,7 @@
 #ifdef __CUDACC__
 #define KDFAST_BOTH __host__ __device__ inline
 #else
-#define KDFAST_BOTH inline
+#define KDFAST_BOTH constexpr
 #endif
 
 namespace kdfast::codec {

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "entry_block.h"
@@ -19,6 +21,7 @@ namespace {
 using Ints = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 using Longs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using Frequencies = py::array_t<uint16_t, py::array::c_style | py::array::forcecast>;
 
 void require_below(const int32_t* numbers, int64_t count, uint32_t limit, const char* what) {
@@ -55,10 +58,11 @@ py::bytes as_bytes(const std::vector<uint8_t>& data) {
   return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
 }
 
-Ints take(std::vector<int32_t>&& data, std::vector<py::ssize_t> shape) {
-  auto* owner = new std::vector<int32_t>(std::move(data));
-  return Ints(std::move(shape), owner->data(),
-              py::capsule(owner, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); }));
+// As an array of int32, or of another type of 4 bytes.
+py::array take(Numbers&& data, std::vector<py::ssize_t> shape, const py::dtype& type = py::dtype::of<int32_t>()) {
+  auto* owner = new Numbers(std::move(data));
+  return py::array(type, std::move(shape), owner->data(),
+                   py::capsule(owner, [](void* p) { delete static_cast<Numbers*>(p); }));
 }
 
 struct Units {
@@ -84,37 +88,59 @@ struct Bounds {
   int32_t max_entries;
   std::vector<int32_t> column_limits;
   int32_t value_limit;
-  Ints order;  // (orders, vocab): ids by rank; column 1 tells a row's order where there are several
+  Ints order;     // (orders, vocab): ids by rank; column 1 tells a row's order where there are several
+  Floats levels;  // (value_limit,): what values stand for; empty: themselves
 
   int32_t vocab() const { return int32_t(order.shape(1)); }
 };
 
-Bounds make_bounds(int32_t max_entries, std::vector<int32_t> column_limits, int32_t value_limit, Ints order) {
+Bounds make_bounds(int32_t max_entries, std::vector<int32_t> column_limits, int32_t value_limit, Ints order,
+                   std::optional<Floats> levels) {
   if (order.ndim() != 2 || column_limits.empty() || (order.shape(0) > 1 && column_limits.size() < 2))
     throw std::invalid_argument("order must be (orders, vocab), and a column tells which where there are several");
-  return {max_entries, std::move(column_limits), value_limit, std::move(order)};
+  if (levels && (levels->ndim() != 1 || levels->size() != value_limit))
+    throw std::invalid_argument("levels must be (value_limit,)");
+  return {max_entries, std::move(column_limits), value_limit, std::move(order), levels.value_or(Floats(0))};
 }
 
-// Ranks become ids; every number is checked against its limit.
-void finish_rows(Rows& rows, const Bounds& bounds) {
+void check_limits(const Rows& rows, const Bounds& bounds) {
+  const size_t columns = bounds.column_limits.size();
+  for (size_t base = 0; base < rows.columns.size(); base += columns)
+    for (size_t c = 0; c < columns; ++c)
+      if (rows.columns[base + c] >= bounds.column_limits[c]) throw std::invalid_argument("a column exceeds its limit");
+  int32_t largest = 0;
+  for (const int32_t value : rows.values) largest = std::max(largest, value);
+  if (largest >= bounds.value_limit) throw std::invalid_argument("an entry's value exceeds its limit");
+}
+
+void ranks_to_ids(Rows& rows, const Bounds& bounds) {
   const size_t columns = bounds.column_limits.size();
   const int64_t vocab = bounds.order.shape(1), orders = bounds.order.shape(0);
   size_t entry = 0;
   for (size_t base = 0; base < rows.columns.size(); base += columns) {
-    for (size_t c = 0; c < columns; ++c)
-      if (rows.columns[base + c] >= bounds.column_limits[c]) throw std::invalid_argument("a column exceeds its limit");
     const int64_t which = orders > 1 ? rows.columns[base + 1] : 0;
     if (which >= orders) throw std::invalid_argument("a row names an order that does not exist");
     const int32_t* ids = bounds.order.data() + which * vocab;
     for (const size_t end = entry + size_t(rows.columns[base]); entry < end; ++entry)
       rows.ranks[entry] = ids[rows.ranks[entry]];
   }
-  int32_t largest = 0;
-  for (const int32_t value : rows.values) largest = std::max(largest, value);
-  if (largest >= bounds.value_limit) throw std::invalid_argument("an entry's value exceeds its limit");
 }
 
-// Runs decode(bytes, length, readable, rows, out) over units; (columns, ids, values).
+// In place: the levels' bits.
+void values_to_levels(Rows& rows, const Floats& levels) {
+  static_assert(sizeof(float) == sizeof(int32_t));
+  const float* const table = levels.data();
+  for (int32_t& value : rows.values) std::memcpy(&value, table + value, sizeof value);
+}
+
+// Few entries take less than a byte. Memory that is reserved but never written costs nothing.
+size_t likely_entries(const Units& units) {
+  int64_t bytes = 0;
+  for (py::ssize_t i = 0; i < units.count; ++i) bytes += units.table[3 * i + 1];
+  return size_t(std::min(bytes, units.size));
+}
+
+// Runs decode(bytes, length, readable, rows, out) over units; (columns, ids, values or levels).
 template <typename Decode>
 py::tuple decode_units(const Bytes& data, const Longs& table, const Bounds& bounds, Decode&& decode) {
   const Units units = check_units(data, table);
@@ -122,15 +148,21 @@ py::tuple decode_units(const Bytes& data, const Longs& table, const Bounds& boun
   Rows out;
   {
     py::gil_scoped_release release;
+    const size_t likely = likely_entries(units);
+    out.ranks.reserve(likely);
+    out.values.reserve(likely);
     for (py::ssize_t i = 0; i < units.count; ++i) {
       const int64_t* unit = units.table + 3 * i;
       decode(units.data + unit[0], size_t(unit[1]), size_t(units.size - unit[0]), unit[2], out);
     }
-    finish_rows(out, bounds);
+    check_limits(out, bounds);
+    ranks_to_ids(out, bounds);
+    if (bounds.levels.size()) values_to_levels(out, bounds.levels);
   }
   const auto rows = py::ssize_t(out.columns.size() / columns), entries = py::ssize_t(out.ranks.size());
-  return py::make_tuple(take(std::move(out.columns), {rows, py::ssize_t(columns)}),
-                        take(std::move(out.ranks), {entries}), take(std::move(out.values), {entries}));
+  return py::make_tuple(
+      take(std::move(out.columns), {rows, py::ssize_t(columns)}), take(std::move(out.ranks), {entries}),
+      take(std::move(out.values), {entries}, bounds.levels.size() ? py::dtype::of<float>() : py::dtype::of<int32_t>()));
 }
 
 Model make_model(uint32_t columns, uint32_t total, const Frequencies& frequencies) {
@@ -222,7 +254,7 @@ void bind(py::module_& m) {
       .def("decode", &decode_rows, py::arg("data"), py::arg("units"), py::arg("bounds"));
   py::class_<Bounds>(m, "RowBounds", "What decoded rows must lie within, and the orders of their ids.")
       .def(py::init(&make_bounds), py::arg("max_entries"), py::arg("column_limits"), py::arg("value_limit"),
-           py::arg("order"));
+           py::arg("order"), py::arg("levels") = py::none());
   m.def("count_symbols", &count, "How often each symbol occurs in each context.");
   m.def("locate_rows", &locate_rows, "Where rows of row blocks lie.");
 }

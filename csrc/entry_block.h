@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "codec.h"
@@ -29,11 +32,30 @@ class Model {
   std::vector<Context> contexts_;
 };
 
+// Leaves the numbers that a vector grows by as they are, for what is then written anyway.
+template <typename T>
+struct Unset : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = Unset<U>;
+  };
+  template <typename U>
+  void construct(U* at) noexcept {
+    ::new (static_cast<void*>(at)) U;
+  }
+  template <typename U, typename... Args>
+  void construct(U* at, Args&&... args) {
+    ::new (static_cast<void*>(at)) U(std::forward<Args>(args)...);
+  }
+};
+
+using Numbers = std::vector<int32_t, Unset<int32_t>>;
+
 // Rows in memory: columns row by row, column 0 being the number of entries; entries row by row, ranks ascending.
 struct Rows {
-  std::vector<int32_t> columns;
-  std::vector<int32_t> ranks;
-  std::vector<int32_t> values;
+  Numbers columns;
+  Numbers ranks;
+  Numbers values;
 };
 
 struct RowsView {

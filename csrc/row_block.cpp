@@ -34,24 +34,27 @@ class RowWriter {
   uint32_t filled_ = 0;
 };
 
+// Reads past the row's end are of bytes that may be looked at, or of zeros; `finish` tells.
 class RowReader {
  public:
   RowReader(const uint8_t* data, size_t length, size_t readable)
       : data_(data), bits_(8 * uint64_t(length)), readable_(readable) {}
-  uint32_t take(uint32_t bits) {
-    if (at_ + bits > bits_) bad("is cut short");
-    const size_t byte = at_ >> 3;
+
+  // The next 57 bits at least.
+  uint64_t peek() const {
+    const uint64_t byte = at_ >> 3;
     uint64_t window = 0;
     if (byte + 8 <= readable_) {
       std::memcpy(&window, data_ + byte, 8);
-    } else {
+    } else if (byte < readable_) {
       std::memcpy(&window, data_ + byte, readable_ - byte);
     }
-    const uint32_t value = uint32_t(window >> (at_ & 7)) & uint32_t((uint64_t(1) << bits) - 1);
-    at_ += bits;
-    return value;
+    return window >> (at_ & 7);
   }
+  void skip(uint32_t bits) { at_ += bits; }
+
   void finish() const {
+    if (at_ > bits_) bad("is cut short");
     if (bits_ - at_ >= 8) bad("has a row with bytes left over");
   }
 
@@ -61,6 +64,8 @@ class RowReader {
   size_t readable_;
 };
 
+uint32_t low(uint64_t window, uint32_t bits) { return uint32_t(window) & ((1u << bits) - 1); }
+
 void put_rank(RowWriter& out, uint32_t rank, const RowLayout& layout) {
   if (!layout.classes) return out.put(rank, layout.rank_bits);
   uint32_t kind = 0;
@@ -69,10 +74,14 @@ void put_rank(RowWriter& out, uint32_t rank, const RowLayout& layout) {
   out.put(rank - kClassStart[kind], kind < 3 ? kClassBits[kind] : layout.rank_bits);
 }
 
-uint32_t take_rank(RowReader& in, const RowLayout& layout) {
-  if (!layout.classes) return in.take(layout.rank_bits);
-  const uint32_t kind = in.take(2);
-  return kClassStart[kind] + in.take(kind < 3 ? kClassBits[kind] : layout.rank_bits);
+struct Field {
+  uint32_t number, bits;
+};
+
+Field rank_field(uint64_t window, const RowLayout& layout) {
+  if (!layout.classes) return {low(window, layout.rank_bits), layout.rank_bits};
+  const uint32_t kind = low(window, 2), bits = kind < 3 ? kClassBits[kind] : layout.rank_bits;
+  return {kClassStart[kind] + low(window >> 2, bits), 2 + bits};
 }
 
 void store(uint8_t* out, uint32_t value, size_t bytes) { std::memcpy(out, &value, bytes); }
@@ -124,21 +133,29 @@ void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLa
                 int32_t max_rank, Rows& out) {
   RowReader in(data, length, readable);
   const size_t base = out.columns.size();
-  for (uint32_t bits : layout.column_bits) out.columns.push_back(int32_t(in.take(bits)));
+  for (uint32_t bits : layout.column_bits) {
+    out.columns.push_back(int32_t(low(in.peek(), bits)));
+    in.skip(bits);
+  }
   const int32_t count = out.columns[base];
   if (count > max_entries) bad("has a row with too many entries");
-  size_t at = out.ranks.size();
+  const size_t at = out.ranks.size();
   out.ranks.resize(at + size_t(count));
   out.values.resize(at + size_t(count));
-  int64_t before = -1;
-  for (const size_t end = at + size_t(count); at < end; ++at) {
-    const int64_t rank = take_rank(in, layout);
-    if (rank <= before || rank >= max_rank) bad("has ranks that do not ascend, or lie outside the vocabulary");
-    before = rank;
-    out.ranks[at] = int32_t(rank);
-    out.values[at] = int32_t(in.take(layout.value_bits));
+  int32_t *ranks = out.ranks.data() + at, *values = out.values.data() + at;
+  bool good = true;
+  uint32_t lowest = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    const uint64_t window = in.peek();  // holds both fields: they take at most 2 + 24 + 18 bits
+    const Field rank = rank_field(window, layout);
+    ranks[i] = int32_t(rank.number);
+    values[i] = int32_t(low(window >> rank.bits, layout.value_bits));
+    in.skip(rank.bits + layout.value_bits);
+    good &= rank.number >= lowest && rank.number < uint32_t(max_rank);
+    lowest = rank.number + 1;
   }
   in.finish();
+  if (!good) bad("has ranks that do not ascend, or lie outside the vocabulary");
 }
 
 }  // namespace kdfast::codec

@@ -202,6 +202,23 @@ def test_limits_hold_while_decoding():
     case.assert_is(*case.model().decode(*unit(block, case.rows), RowBounds(*good)))
 
 
+def test_levels_stand_for_values():
+    case = Case(4, rows=50, columns=1, most=6, largest=9)
+    levels = np.random.default_rng(0).random(int(case.values.max()) + 1, np.float32)
+    order = np.random.default_rng(1).permutation(case.vocab).astype(np.int32)[None]
+    limits = (6, [7], len(levels))
+    block = case.model().encode(case.columns, case.ranks, case.values)
+    _, ids, values = case.model().decode(*unit(block, case.rows), RowBounds(*limits, order, levels))
+    assert values.dtype == np.float32
+    assert np.array_equal(values, levels[case.values])
+    assert np.array_equal(ids, order[0, case.ranks])
+    with pytest.raises(ValueError, match=r"levels must be \(value_limit,\)"):
+        RowBounds(*limits, order, levels[:-1])
+    fewer = RowBounds(6, [7], len(levels) - 1, order, levels[:-1])
+    with pytest.raises(ValueError, match="value exceeds"):
+        case.model().decode(*unit(block, case.rows), fewer)
+
+
 @pytest.mark.parametrize("vocab", [1, 300, 70_000])
 def test_statistics_come_back_and_other_bytes_do_not(vocab):
     case = Case(5, columns=1)

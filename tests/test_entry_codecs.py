@@ -162,6 +162,16 @@ def test_the_shape_chosen_is_the_one_whose_label_is_closest():
     assert (chosen - divergence.min(1).values).max() < 1e-4
 
 
+def test_a_row_of_weights_is_coded_in_the_shape_that_finds_its_ids_the_likeliest():
+    shapes = make_shapes(count=6)
+    codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 9, "shapes": shapes})
+    labels = codec.select(make_logits(60), b"")
+    chosen = codec.to_rows(labels, codec.order).columns[:, 1]
+    rows = np.split(labels.ids.numpy(), labels.offsets.numpy()[1:-1])
+    assert chosen.tolist() == [int(shapes.codes[:, row].sum(1, dtype=np.int64).argmin()) for row in rows]
+    assert len(set(chosen.tolist())) > 1
+
+
 def test_learned_shapes_tell_groups_of_rows_apart():
     centres = make_logits(5, scale=4.0, seed=3)
     member = torch.arange(400) % 5

@@ -55,10 +55,11 @@ class WeightCodec(EntryCodec):
     def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(rows,): the shape that finds a row's ids the likeliest: it needs the fewest bits."""
         assert self.shapes is not None
-        codes = self._codes_by_id[ids].astype(np.int32)
-        totals = np.zeros((len(counts), len(self.shapes)), np.int64)
-        filled = counts > 0
-        totals[filled] = np.add.reduceat(codes, (counts.cumsum() - counts)[filled], axis=0) if len(ids) else 0
+        totals = np.zeros((len(counts), len(self.shapes)), np.int32)
+        first = counts.cumsum() - counts
+        for t in range(int(counts.max(initial=0))):  # the t-th ids of all rows: far faster than np.add.reduceat
+            rows = np.flatnonzero(counts > t)
+            totals[rows] += self._codes_by_id[ids[first[rows] + t]]
         return totals.argmin(1)
 
     @property
@@ -68,12 +69,12 @@ class WeightCodec(EntryCodec):
             self._transposed = np.ascontiguousarray(self.shapes.codes.T)
         return self._transposed
 
-    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
+    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[Any]) -> SoftLabels:
         offsets = np.zeros(len(columns) + 1, np.int64)
         np.cumsum(columns[:, 0], out=offsets[1:])
         return SoftLabels.weights(
             torch.from_numpy(ids),
-            torch.from_numpy(self.levels.take(values)),
+            torch.from_numpy(values),
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
             offsets=torch.from_numpy(offsets),
