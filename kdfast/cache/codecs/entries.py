@@ -106,6 +106,9 @@ class EntryCodec(Addressable):
         return pack_statistics(Statistics.of(counts, self.columns, classes))
 
     def use_model(self, model: bytes) -> None:
+        if not self.learn_rows:  # rows coded without statistics
+            super().use_model(model)
+            return
         vocab_size = None if self.shapes is not None else self.vocab_size
         self._statistics = unpack_statistics(model, self.columns, vocab_size)
         self._model = self._statistics.entry_model(self.columns, self.total)
