@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from kdfast.cache.stats import cache_stats
 __all__ = ["ARMS", "Arm", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
 
 DRAWS = 8  # that noise is told from bias by
+SYMBOLS = {"draws": "N", "tau": "τ", "k": "k"}
 SPEED_WINDOWS = 32  # decoded at once for the rate
 
 
@@ -39,7 +40,16 @@ class Arm:
     @property
     def parameter(self) -> str:
         """What the arms of one series differ in."""
-        return f"{next(iter(self.options.values())):g}".removeprefix("0")
+        return f"{self._first[1]:g}".removeprefix("0")
+
+    @property
+    def label(self) -> str:
+        """The same with its name, for a picture."""
+        return f"{SYMBOLS[self._first[0]]} = {self.parameter}"
+
+    @property
+    def _first(self) -> tuple[str, Any]:
+        return next(iter(self.options.items()))
 
     @property
     def series(self) -> str:
@@ -98,14 +108,14 @@ class Row:
     noise: float  # see Quality
     bias: float
     bias_error: float
+    missed: float
     kl: float | None
-    kl_of: str  # what distribution the KL is of; why there is none
+    kl_of: str  # "the label"; "tail spread evenly"; "draws", which have none
     tail: str
     ours: bool = False
     file_bytes: float | None = None  # of all files but the fixed ones; rivals' are not known
     fixed_bytes: int | None = None  # codec models and tables of shapes
     speed: Speed | None = None
-    note: dict[str, Any] = field(default_factory=dict)
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -149,7 +159,7 @@ def _write(
     corpus: Corpus, shapes: Shapes | None, arms: list[Arm], folder: Path, advance: Callable[[str], None]
 ) -> None:
     """The caches of ``arms``, in one pass over the teacher."""
-    extra = {} if shapes is None else {"shapes": shapes}
+    extra: dict[str, Any] = {} if shapes is None else {"shapes": shapes}
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
@@ -231,8 +241,6 @@ def _rival(name: str, logits: Tensor) -> Row:
 
     found = quality(logits, labels, DRAWS if drawn else 1)
     tail, kl_of = _tail(name, next(iter(stored.values())))
-    if found.kl is None and kl_of != "draws":
-        kl_of = "infinite: cut" if tail == "cut" else "infinite: rounded to a sum above 1"
     return Row(
         name=name,
         series="rivals",

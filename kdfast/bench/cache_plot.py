@@ -20,7 +20,7 @@ PLACES = [
 ] + [(sx * reach, sy * reach) for reach in (8, 16, 26, 38) for sx in (1, -1) for sy in (1, -1)]
 
 
-def plot_cache(rows: list[Row], path: Path) -> None:
+def plot_cache(rows: list[Row], path: Path, title: str) -> None:
     """A panel each for noise and KL, as far as rows have one.
 
     Raises:
@@ -32,17 +32,23 @@ def plot_cache(rows: list[Row], path: Path) -> None:
     figure = figure_module.Figure(figsize=(15, 7), layout="constrained")
     agg.FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     noise, kl = figure.subplots(1, 2)
-    for axes, title, value in (
-        (noise, "gradient noise E|label - p|²", lambda row: row.noise),
-        (kl, "KL(p || label), nats (topk, megatron: tail spread evenly)", lambda row: row.kl),
-    ):
+    for axes, value in ((noise, _noise), (kl, _kl)):
         _panel(axes, [row for row in rows if value(row)], value)
-        axes.set_ylabel(title)
-    figure.suptitle("Labels per token, SmolLM2-135M, V = 49,152: down and left is better")
+    noise.set_ylabel("gradient noise E|label - p|²")
+    kl.set_ylabel("KL(p || label), nats (topk, megatron: tail spread evenly; those that cut columns: infinite)")
+    figure.suptitle(f"{title}: down and left is better")
     figure.canvas.draw()  # settles the layout, without which labels have no extent
-    for axes, value in ((noise, lambda row: row.noise), (kl, lambda row: row.kl)):
+    for axes, value in ((noise, _noise), (kl, _kl)):
         _label(axes, [row for row in rows if value(row)], value)
     figure.savefig(path, dpi=130, format="png")
+
+
+def _noise(row: Row) -> float:
+    return row.noise
+
+
+def _kl(row: Row) -> float | None:
+    return row.kl
 
 
 def _panel(axes: Any, rows: list[Row], value: Callable[[Row], Any]) -> None:
@@ -82,7 +88,7 @@ def _label(axes: Any, rows: list[Row], value: Callable[[Row], Any]) -> None:
     pixels = axes.transData.transform([(row.payload_bytes, value(row)) for row in rows])
     taken = [axes.get_legend().get_window_extent(renderer)]
     for row, at in zip(rows, pixels, strict=True):
-        text = ARMS[row.name].parameter if row.name in ARMS else row.name
+        text = ARMS[row.name].label if row.name in ARMS else row.name
         for place in PLACES:
             label = axes.annotate(
                 text,

@@ -26,15 +26,16 @@ COLUMNS = (
 )
 
 LEGEND = """\
-Per token, except `fixed B`: codec model and table of shapes, once per cache (above as many tokens as it has bytes, it
-is less than 1 B/token). `files B`: all files but these; what a shard has once is in it, and spread over these few
-tokens. `noise`: E|label - p|^2. `bias`: |E label - p|^2, for draws from 8 of them, ± one standard error; without draws
-it is the noise. `KL`: of the teacher's distribution from the label; * where only the tail's mass is stored, and is
-spread evenly over the other columns; "inf" where columns are cut, or float16 rounds the
-entries of a row to a sum above 1; "-" for draws, which are no estimate of p but of its
-gradient. `tail`: the resolution of what is not among the likeliest columns. `write / lse`: select and encode over one
-torch.logsumexp of the same fp32 logits; `decode`: from packed bytes to SoftLabels; both on one thread. Rivals: bytes of
-their labels by their published layouts, without containers; `rskd` from the distinct ids it draws here."""
+Per token, except `fixed B`: codec model and table of shapes, once per cache (above as many tokens as it has bytes,
+it is less than 1 B/token). `files B`: all files but these; what a shard has once is in it, and spread over these
+few tokens. `noise`: E|label - p|^2. `bias`: |E label - p|^2, for draws from 8 of them, ± one standard error;
+without draws it is the noise. `KL`: of the teacher's distribution from the label; * where only the tail's mass is
+stored, and is spread evenly over the other columns; "inf" where columns are cut, with the teacher's probability of
+these (below 1e-4, where precision alone takes it, such columns are left out instead); "-" for draws, which are no
+estimate of p but of its gradient. `tail`: the resolution of what is not among the likeliest columns. `write / lse`:
+select and encode over one torch.logsumexp of the same fp32 logits; `decode`: from packed bytes to SoftLabels; both
+on one thread. Rivals: bytes of their labels by their published layouts, without containers; `rskd` from the
+distinct ids it draws here."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -57,7 +58,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def _kl(row: Row) -> str:
     if row.kl is None:
-        return "-" if row.kl_of == "draws" else "inf"
+        return "-" if row.kl_of == "draws" else f"inf ({row.missed:.1%} cut)"
     return f"{row.kl:.4f}{'' if row.kl_of == 'the label' else ' *'}"
 
 

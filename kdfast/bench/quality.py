@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,8 @@ from kdfast.labels import SoftLabels
 __all__ = ["Quality", "Source", "distributions", "quality"]
 
 CHUNK = 64  # rows whose whole distributions are in memory
+# What precision takes away (8 bits of a shape, a tail that float16 entries leave no room for) is below, cuts are above.
+MISSED = 1e-4
 
 # (rows, draw) -> (rows, vocab) float64: what training sees of these rows. Draw 0 is what the cache holds, the others
 # are what it would hold with another seed.
@@ -27,7 +28,8 @@ class Quality:
     noise: float  # E |label - p|^2: of the gradient in the logits, in one step
     bias: float  # |E label - p|^2: what of it stays, however many draws are averaged; without draws all of it
     bias_error: float  # one standard error of ``bias``, 0 without draws
-    kl: float | None  # KL(p || label); None if it is infinite, as some column of the teacher's has no probability
+    missed: float  # the teacher's probability of columns to which the label gives none
+    kl: float | None  # KL(p || label) over all other columns; None, for infinite, if more than ``MISSED`` is missed
 
 
 def quality(logits: Tensor, source: Source, draws: int) -> Quality:
@@ -36,21 +38,24 @@ def quality(logits: Tensor, source: Source, draws: int) -> Quality:
     Args:
         draws: how many draws to tell noise from bias by; 1 for labels that are not drawn.
     """
-    noise, bias, kl = [], [], []
+    noise, bias, missed, kl = [], [], [], []
     for start in range(0, len(logits), CHUNK):
         rows = slice(start, min(start + CHUNK, len(logits)))
         p = logits[rows].double().softmax(1)
         first = source(rows, 0)
-        kl.append((torch.xlogy(p, p) - torch.xlogy(p, first.clamp(min=0.0))).sum(1))
+        there = first > 0
+        missed.append(p.masked_fill(there, 0.0).sum(1))
+        kl.append(torch.where(there, torch.xlogy(p, p) - torch.xlogy(p, first), 0.0).sum(1))
         errors = first - p
         noise.append(errors.square().sum(1))
         bias.append(_bias(p, source, rows, errors, draws) if draws > 1 else noise[-1])
-    b, mean_kl = torch.cat(bias), float(torch.cat(kl).mean())
+    b, left_out = torch.cat(bias), float(torch.cat(missed).mean())
     return Quality(
         noise=float(torch.cat(noise).mean()),
         bias=float(b.mean()),
         bias_error=float(b.std()) / len(b) ** 0.5 if draws > 1 else 0.0,
-        kl=mean_kl if math.isfinite(mean_kl) else None,
+        missed=left_out,
+        kl=float(torch.cat(kl).mean()) if left_out < MISSED else None,
     )
 
 

@@ -96,12 +96,13 @@ def _run() -> dict[str, Tensor]:
     folder = Path(spec.submodule_search_locations[0])
     (file,) = folder.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.bfloat16)
+    model.eval()  # type: ignore[no-untyped-call]
     ids = torch.tensor(tokenizer("\n".join(pydoc_data.topics.topics.values())).input_ids)
     windows = (len(ids) - 1) // LENGTH
     inputs = ids[: windows * LENGTH].view(windows, LENGTH)
     with torch.no_grad():
-        hidden = torch.cat([model.model(part).last_hidden_state for part in inputs.split(BATCH)])
+        hidden = torch.cat([model.model(part).last_hidden_state for part in torch.split(inputs, BATCH)])
     targets = ids[1 : windows * LENGTH + 1].view(windows, LENGTH)
     return {
         "ids": inputs.contiguous(),

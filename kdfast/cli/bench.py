@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kdfast.bench.cache import Arm, Row
     from kdfast.bench.random_access import RandomAccess
 
+TABLE_WIDTH = 150  # of the cache's table, which nobody could read if it were folded
+
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
 
@@ -75,7 +77,7 @@ def cache(
     from kdfast.bench.cache_report import COLUMNS, LEGEND, cells, describe_access, save_cache
 
     arms = [ARMS[_known(name, ARMS)] for name in arm or ARMS]
-    console = Console()
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     with failing():
         rows, stored = _cache_rows(teacher, tokens, evaluated, arms, repeats)
         access = _random_access(records) if records else None
@@ -87,9 +89,13 @@ def cache(
         if access is not None:
             console.print(describe_access(access))
         if out is not None:
-            about = {"teacher": "SmolLM2-135M", "tokens": stored, "evaluated": min(evaluated, stored)}
+            about: dict[str, str | int] = {
+                "teacher": "SmolLM2-135M",
+                "tokens": stored,
+                "evaluated": min(evaluated, stored),
+            }
             path = save_cache(rows, access, about | ({"remark": remark} if remark else {}), out)
-            plot_cache(rows, path.with_suffix(".png"))
+            plot_cache(rows, path.with_suffix(".png"), f"Labels of {about['teacher']}, {stored:,} tokens")
             console.print(f"Written to {path}", soft_wrap=True)
 
 
