@@ -82,6 +82,7 @@ def cache(
         rows, stored = _cache_rows(teacher, tokens, evaluated, arms, repeats)
         access = _random_access(records) if records else None
         table = Table(*COLUMNS)
+        table.columns[0].no_wrap = True
         for row in rows:
             table.add_row(*cells(row))
         console.print(table)
