@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,18 +229,18 @@ def measure_rivals(corpus: Corpus, sampled: Tensor, advance: Callable[[str], Non
 def _rival(name: str, logits: Tensor) -> Row:
     layout, (count, vocab_size) = LAYOUTS[name], logits.shape
     drawn = name in ("rskd", "sampledkd")
-    stored = {row: layout.label(p, layout.entries, _seeded(row, 0)) for row, p in _probs(logits, slice(0, count))}
-    entries = sum(len(label.ids) for label in stored.values()) / count
+
+    def made(rows: slice, draw: int) -> Iterator[Label]:
+        # One after another: small tensors kept between large ones would cut up the memory.
+        for row in range(rows.start, rows.stop):
+            yield layout.label(logits[row].double().softmax(0), layout.entries, _seeded(row, draw))
 
     def labels(rows: slice, draw: int) -> Tensor:
-        made = [
-            layout.label(p, layout.entries, _seeded(row, draw)) if draw else stored[row]
-            for row, p in _probs(logits, rows)
-        ]
-        return torch.stack([replace(label, spread=True).dense(vocab_size) for label in made])
+        return torch.stack([replace(label, spread=True).dense(vocab_size) for label in made(rows, draw)])
 
+    entries = sum(len(label.ids) for label in made(slice(0, count), 0)) / count
     found = quality(logits, labels, DRAWS if drawn else 1)
-    tail, kl_of = _tail(name, next(iter(stored.values())))
+    tail, kl_of = _tail(name, next(made(slice(0, 1), 0)))
     return Row(
         name=name,
         series="rivals",
@@ -259,11 +259,6 @@ def _tail(name: str, label: Label) -> tuple[str, str]:
     if label.spread:
         return "its mass", "the label"
     return ("its mass" if label.rest else "cut"), "tail spread evenly"
-
-
-def _probs(logits: Tensor, rows: slice) -> Iterable[tuple[int, Tensor]]:
-    for row in range(rows.start, rows.stop):
-        yield row, logits[row].double().softmax(0)
 
 
 def _seeded(row: int, draw: int) -> Generator:
