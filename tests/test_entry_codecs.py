@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdfast
+import kdfast.cache
 from kdfast import SoftLabels
 from kdfast.cache import codecs
+from kdfast.cache.keys import make_key
 from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.cache.shapes import Shapes
 
@@ -97,6 +99,19 @@ def test_bytes_lose_nothing_of_what_was_selected(codec, coding, with_shapes, voc
     assert_same(through_bytes(codec, labels), labels)
     picked = [rows - 1, 0, rows // 2, 0]
     assert_same(through_bytes(codec, labels, picked), labels[picked])
+
+
+@pytest.mark.parametrize("coding", ["blocks", "rows", "plain"])
+@pytest.mark.parametrize("name", ["sample", "threshold", "prototype"])
+@pytest.mark.parametrize("with_shapes", [True, False])
+def test_every_coding_goes_through_files(tmp_path, name, coding, with_shapes):
+    shapes = {"shapes": make_shapes(VOCAB)} if with_shapes or name == "prototype" else {}
+    logits = make_logits(9)
+    with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec=name, coding=coding, **shapes) as writer:
+        writer.add("a", logits)
+    found = kdfast.cache.open(tmp_path)["a"]
+    codec = codecs.create(name, VOCAB, (1.0,), {"coding": coding, **shapes})
+    assert_same(found, codec.select(logits, make_key("a")))
 
 
 @pytest.mark.parametrize("name", ["sample", "threshold"])

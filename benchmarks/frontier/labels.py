@@ -10,15 +10,14 @@ from arms import ARMS, Arm
 from teacher import LENGTH, Corpus
 
 from kdfast import SoftLabels
+from kdfast.bench.teacher import LEARN_WINDOWS, load_shapes
 from kdfast.cache import codecs
 from kdfast.cache.codecs.base import Codec
-from kdfast.cache.learn_shapes import learn_shapes
-from kdfast.cache.shapes import Shapes
 
 __all__ = ["Labels", "make_labels"]
 
 BLOCK_WINDOWS = 8  # 2048 rows to a block
-TRAIN_WINDOWS = 160  # 40,960 tokens
+TRAIN_WINDOWS = LEARN_WINDOWS
 
 
 class Labels:
@@ -72,20 +71,8 @@ def _codec(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Codec:
     if arm.codec in ("sample", "threshold"):
         options["seed"] = draw
     if arm.shapes:
-        options["shapes"] = _shapes(corpus, folder, arm.shapes, options["k"])
+        options["shapes"] = load_shapes(corpus, folder, arm.shapes, options["k"])
     return codecs.create(arm.codec, corpus.vocab_size, (1.0,), options)
-
-
-def _shapes(corpus: Corpus, folder: Path, count: int, entries: int) -> Shapes:
-    """The table for labels with so many entries: these take no part in the shapes."""
-    path = folder / f"shapes-{count}-{entries}.safetensors"
-    if not path.exists():
-        windows = range(0, TRAIN_WINDOWS, BLOCK_WINDOWS)
-        shapes = learn_shapes(
-            lambda: (corpus.logits(slice(i, i + BLOCK_WINDOWS)) for i in windows), count=count, entries=entries
-        )
-        path.write_bytes(shapes.to_bytes())
-    return Shapes.from_bytes(path.read_bytes())
 
 
 def _through_bytes(codec: Codec, windows: list[SoftLabels], renormalise: bool) -> Labels:

@@ -6,17 +6,17 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import kdfast._C as _C
 from kdfast import __version__
-from kdfast.bench.loss import Measurement
 
-__all__ = ["COLUMNS", "cells", "environment", "markdown", "save"]
+__all__ = ["environment", "markdown", "save"]
 
 
 def environment() -> dict[str, str | int]:
@@ -52,37 +52,18 @@ def _processor() -> str:
     )
 
 
-def save(results: list[Measurement], folder: Path) -> Path:
-    """Writes ``loss-cpu-<date>.json`` and the same as a Markdown table beside it."""
+def save(name: str, folder: Path, document: dict[str, Any], text: str) -> Path:
+    """Writes ``<name>-cpu-<date>.json``, ``document`` with the environment, and ``text`` as Markdown beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
-    path = folder / f"loss-cpu-{str(where['date'])[:10]}.json"
-    rows = [{**asdict(result), "ratios": result.ratios} for result in results]
-    path.write_text(json.dumps({"environment": where, "results": rows}, indent=1) + "\n")
+    path = folder / f"{name}-cpu-{str(where['date'])[:10]}.json"
+    path.write_text(json.dumps({"environment": where, **document}, indent=1, allow_nan=False) + "\n")
     heading = ", ".join(f"{key} {value}" for key, value in where.items())
-    path.with_suffix(".md").write_text(f"{markdown(results)}\n\n{heading}\n")
+    path.with_suffix(".md").write_text(f"{text}\n\n{heading}\n")
     return path
 
 
-COLUMNS = ("case", "dtype", "rows x V", "ours ms", "eager", "torch.compile", "share of copy", "grad error ours / eager")
-
-
-def cells(r: Measurement) -> tuple[str, ...]:
-    """A measurement under ``COLUMNS``; every ratio is from one run with interleaved repeats."""
-    return (
-        r.case,
-        r.dtype,
-        f"{r.rows} x {r.columns}",
-        f"{r.ms['ours']:.1f}",
-        f"{r.ratios['eager']:.1f}x",
-        f"{r.ratios['compile']:.1f}x",
-        f"{r.share_of_copy:.0%}",
-        f"{r.gradient_error['ours']:.1e} / {r.gradient_error['eager']:.1e}",
-    )
-
-
-def markdown(results: list[Measurement]) -> str:
-    """One line per measurement."""
-    rule = "|---" * len(COLUMNS) + "|"
-    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, *map(cells, results))]
-    return "\n".join([lines[0], rule, *lines[1:]])
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])

@@ -1,20 +1,32 @@
-"""``kdfast bench``: throughput against eager PyTorch and torch.compile."""
+"""``kdfast bench``: the loss against eager PyTorch and torch.compile, the cache against other systems' labels."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-app = typer.Typer(help="Throughput benchmarks.", no_args_is_help=True)
+from kdfast.cli.failing import failing
+from kdfast.cli.progress import bar
+
+if TYPE_CHECKING:
+    from kdfast.bench.cache import Arm, Row
+    from kdfast.bench.random_access import RandomAccess
+
+TABLE_WIDTH = 150  # of the cache's table, which nobody could read if it were folded
+
+app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
 
 @app.callback()
 def _bench() -> None:
-    """Throughput benchmarks."""
+    """Benchmarks."""
 
 
 @app.command()
@@ -27,7 +39,7 @@ def loss(
 ) -> None:
     """CE + divergence, forward + backward: ours, eager PyTorch and torch.compile in one run."""
     from kdfast.bench.loss import CASES, DTYPES, SHAPES, measure
-    from kdfast.bench.report import COLUMNS, cells, save
+    from kdfast.bench.loss_report import COLUMNS, cells, save_loss
 
     shapes = [_parse_shape(text) for text in shape] if shape else SHAPES
     plan = [
@@ -40,7 +52,81 @@ def loss(
         table.add_row(*cells(result))
     console.print(table)
     if out is not None:
-        console.print(f"Written to {save(results, out)}")
+        console.print(f"Written to {save_loss(results, out)}")
+
+
+@app.command()
+def cache(
+    teacher: Annotated[
+        Path,
+        typer.Option(help="The teacher's states, made if need be; shapes-256-3.safetensors and others lie beside it."),
+    ] = Path("output/bench/teacher.safetensors"),
+    tokens: Annotated[int, typer.Option(min=256, help="Positions to store.")] = 30_720,
+    evaluated: Annotated[int, typer.Option(min=2, help="Of these, how many are compared with the teacher.")] = 1024,
+    arm: Annotated[list[str] | None, typer.Option(help="Our ways to store, such as sample-50; default: all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 7,
+    records: Annotated[
+        int, typer.Option("--random-access", min=0, help="Single-row records to write and gather; 0: leave it out.")
+    ] = 1_000_000,
+    remark: Annotated[str, typer.Option(help="Noted in the results, such as what else the machine did.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and PNG results.")] = None,
+) -> None:
+    """Bytes per token against gradient noise, bias and KL: our codecs through real files, and rivals' layouts."""
+    from kdfast.bench.cache import ARMS
+    from kdfast.bench.cache_plot import plot_cache
+    from kdfast.bench.cache_report import COLUMNS, LEGEND, cells, describe_access, save_cache
+
+    arms = [ARMS[_known(name, ARMS)] for name in arm or ARMS]
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    with failing():
+        rows, stored = _cache_rows(teacher, tokens, evaluated, arms, repeats)
+        access = _random_access(records) if records else None
+        table = Table(*COLUMNS)
+        table.columns[0].no_wrap = True
+        for row in rows:
+            table.add_row(*cells(row))
+        console.print(table)
+        console.print(LEGEND.replace("\n", " "))
+        if access is not None:
+            console.print(describe_access(access))
+        if out is not None:
+            about: dict[str, str | int] = {
+                "teacher": "SmolLM2-135M",
+                "tokens": stored,
+                "evaluated": min(evaluated, stored),
+            }
+            path = save_cache(rows, access, about | ({"remark": remark} if remark else {}), out)
+            plot_cache(rows, path.with_suffix(".png"), f"Labels of {about['teacher']}, {stored:,} tokens")
+            console.print(f"Written to {path}", soft_wrap=True)
+
+
+def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], repeats: int) -> tuple[list[Row], int]:
+    """The rows, and how many positions were stored: windows that the shapes were not learned from."""
+    from kdfast.bench.cache import measure_ours, measure_rivals, sampled_rows
+    from kdfast.bench.layouts import LAYOUTS
+    from kdfast.bench.teacher import LEARN_WINDOWS, LENGTH, load_shapes, load_teacher
+
+    whole = load_teacher(teacher)
+    counts = sorted({a.shapes for a in arms if a.shapes})
+    tables = {count: load_shapes(whole, teacher.parent, count) for count in counts}
+    corpus = whole.part(LEARN_WINDOWS, -(-tokens // LENGTH))
+    sampled = sampled_rows(corpus, evaluated)
+    passes = len({a.shapes for a in arms})
+    with (
+        TemporaryDirectory(prefix="kdfast-bench-") as folder,
+        bar("Caches", passes * len(corpus) + len(arms) + len(LAYOUTS)) as step,
+    ):
+        ours = measure_ours(
+            corpus, tables, arms, Path(folder), sampled=sampled, repeats=repeats, advance=lambda doing: step(1)
+        )
+        return [*ours, *measure_rivals(corpus, sampled, lambda doing: step(1))], corpus.ids.numel()
+
+
+def _random_access(records: int) -> RandomAccess:
+    from kdfast.bench.random_access import random_access
+
+    with TemporaryDirectory(prefix="kdfast-bench-") as folder, bar("Records", records) as step:
+        return random_access(Path(folder), records, step)
 
 
 def _parse_shape(text: str) -> tuple[int, int]:

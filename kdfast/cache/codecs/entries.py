@@ -110,7 +110,7 @@ class EntryCodec(Addressable):
         return pack_statistics(Statistics.of(counts, self.columns, classes))
 
     def use_model(self, model: bytes) -> None:
-        if not self.learn_rows:
+        if not self.learn_rows:  # rows coded without statistics
             super().use_model(model)
             return
         vocab_size = None if self.shapes is not None else self.vocab_size
