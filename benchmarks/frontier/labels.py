@@ -2,94 +2,107 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from arms import ARMS, Arm
-from teacher import LENGTH, Corpus
+from residual import Residual, residual_of
+from teacher import LENGTH, TRAIN_WINDOWS, Corpus
+from torch import Tensor
 
 from kdfast import SoftLabels
-from kdfast.bench.teacher import LEARN_WINDOWS, load_shapes
+from kdfast.bench.teacher import load_shapes
 from kdfast.cache import codecs
 from kdfast.cache.codecs.base import Codec
 
 __all__ = ["Labels", "make_labels"]
 
 BLOCK_WINDOWS = 8  # 2048 rows to a block
-TRAIN_WINDOWS = LEARN_WINDOWS
 
 
 class Labels:
     """One arm's labels of every training window, and what they take."""
 
-    def __init__(self, windows: list[SoftLabels], payload: int, model: int, entries: int) -> None:
-        self.windows = windows
+    def __init__(self, windows: list[SoftLabels], payload: float, model: int, residual: list[Residual]) -> None:
+        self.windows, self.residual = windows, residual
         rows = sum(map(len, windows))
+        entries = sum(labels.values.numel() for labels in (*windows, *(part.draws for part in residual)))
         self.bytes_per_token, self.entries_per_token = payload / rows, entries / rows
         self.model_bytes = model
 
-    def at(self, windows: list[int]) -> SoftLabels:
-        return SoftLabels.cat([self.windows[i] for i in windows])
+    def at(self, windows: list[int]) -> SoftLabels | tuple[SoftLabels, Residual]:
+        labels = SoftLabels.cat([self.windows[i] for i in windows])
+        return (labels, Residual.cat([self.residual[i] for i in windows])) if self.residual else labels
 
 
-def make_labels(corpus: Corpus, folder: Path, arms: list[str], draw: int) -> dict[str, Labels]:
-    """Labels of all ``arms``, in one pass over the teacher's logits; ``draw`` seeds the ones that are drawn."""
-    made, missing = {}, []
-    for name in arms:
-        path = _path(folder, name, draw)
-        if path.exists():
-            made[name] = torch.load(path, weights_only=False)
-        else:
-            missing.append(name)
-    for name, labels in _pass(corpus, folder, missing, draw).items():
-        torch.save(labels, _path(folder, name, draw))
-        made[name] = labels
+def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
+    """One arm's labels; ``draw`` seeds them where they are drawn."""
+    arm = ARMS[name]
+    drawn = arm.codec in ("sample", "threshold") or arm.residual
+    path = folder / f"labels-{name}-{draw if drawn else 'all'}.pt"
+    if not path.exists():
+        labels = _labels(corpus, folder, arm, draw)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        torch.save(labels, part)
+        part.rename(path)
+    made: Labels = torch.load(path, weights_only=False)
     return made
 
 
-def _path(folder: Path, name: str, draw: int) -> Path:
-    drawn = ARMS[name].codec in ("sample", "threshold")
-    return folder / f"labels-{name}-{draw if drawn else 'all'}.pt"
-
-
-def _pass(corpus: Corpus, folder: Path, arms: list[str], draw: int) -> dict[str, Labels]:
-    if not arms:
-        return {}
-    made = {name: _codec(corpus, folder, ARMS[name], draw) for name in arms}
-    parts: dict[str, list[SoftLabels]] = {name: [] for name in arms}
-    for window in range(TRAIN_WINDOWS):
-        logits = corpus.logits(slice(window, window + 1))
-        for name, codec in made.items():
-            parts[name].append(codec.select(logits, window.to_bytes(16, "little")))
-    return {name: _through_bytes(made[name], parts[name], ARMS[name].renormalise) for name in arms}
-
-
-def _codec(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Codec:
+def _labels(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Labels:
     assert arm.codec is not None
     options = dict(arm.options)
     if arm.codec in ("sample", "threshold"):
         options["seed"] = draw
     if arm.shapes:
         options["shapes"] = load_shapes(corpus, folder, arm.shapes, options["k"])
-    return codecs.create(arm.codec, corpus.vocab_size, (1.0,), options)
+    stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits)
+    windows, payload, model, residual = stored.windows, float(stored.payload), stored.model, []
+    if arm.residual:
+        draws = {"draws": arm.residual, "seed": draw, "shapes": options["shapes"]}
+        codec = codecs.create("sample", corpus.vocab_size, (1.0,), draws)
+        residual, drawn = _residual(corpus, codec, windows)
+        payload += drawn.payload + sum(part.extra_bytes for part in residual)
+        model += drawn.model
+    if arm.renormalise:
+        windows = [_without_tail(labels) for labels in windows]
+    return Labels(windows, payload, model, residual)
 
 
-def _through_bytes(codec: Codec, windows: list[SoftLabels], renormalise: bool) -> Labels:
-    """Encode and decode, block by block: a student sees what the cache would give it."""
-    if codec.learn_rows:
-        codec.use_model(codec.learn(SoftLabels.cat(windows)[: codec.learn_rows]))
-    decoded, payload = [], 0
-    for i in range(0, len(windows), BLOCK_WINDOWS):
-        part = windows[i : i + BLOCK_WINDOWS]
-        data = np.frombuffer(codec.encode(SoftLabels.cat(part)), np.uint8)
-        payload += len(data)
-        rows = len(part) * LENGTH
-        labels = codec.decode(data, np.array([[0, len(data), rows]]), np.arange(rows))
-        decoded += [labels[j * LENGTH : (j + 1) * LENGTH] for j in range(len(part))]
-    entries = sum(labels.values.numel() for labels in decoded)
-    decoded = [_without_tail(labels) if renormalise else labels for labels in decoded]
-    return Labels(decoded, payload, len(codec.model), entries)
+class Stored:
+    """Each training window's labels, encoded and decoded block by block: a student sees what a cache would give it."""
+
+    def __init__(self, codec: Codec, logits: Callable[[slice], Tensor]) -> None:
+        selected = [codec.select(logits(slice(i, i + 1)), i.to_bytes(16, "little")) for i in range(TRAIN_WINDOWS)]
+        if codec.learn_rows:
+            codec.use_model(codec.learn(SoftLabels.cat(selected)[: codec.learn_rows]))
+        self.windows: list[SoftLabels] = []
+        self.payload, self.model = 0, len(codec.model)
+        for i in range(0, len(selected), BLOCK_WINDOWS):
+            part = selected[i : i + BLOCK_WINDOWS]
+            data = np.frombuffer(codec.encode(SoftLabels.cat(part)), np.uint8)
+            self.payload += len(data)
+            rows = len(part) * LENGTH
+            labels = codec.decode(data, np.array([[0, len(data), rows]]), np.arange(rows))
+            self.windows += [labels[j * LENGTH : (j + 1) * LENGTH] for j in range(len(part))]
+
+
+def _residual(corpus: Corpus, codec: Codec, windows: list[SoftLabels]) -> tuple[list[Residual], Stored]:
+    def missed(window: int) -> Tensor:
+        return residual_of(corpus.logits(slice(window, window + 1)).softmax(1), windows[window])
+
+    drawn = Stored(codec, lambda part: missed(part.start).abs().log())
+    parts = []
+    for window, draws in enumerate(drawn.windows):
+        assert draws.ids is not None
+        assert draws.offsets is not None
+        residual = missed(window)
+        signs = residual[torch.repeat_interleave(draws.offsets.diff()), draws.ids.long()].sign()
+        parts.append(Residual(draws, signs, residual.abs().sum(1).half().float()))
+    return parts, drawn
 
 
 def _without_tail(labels: SoftLabels) -> SoftLabels:

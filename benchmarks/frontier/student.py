@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from labels import TRAIN_WINDOWS
-from teacher import LENGTH, Corpus
+from residual import Residual, signed_cross_entropy
+from teacher import LENGTH, TRAIN_WINDOWS, Corpus
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,8 +18,9 @@ __all__ = ["Teacher", "evaluate", "train"]
 BATCH = 2  # windows
 WARM_UP = 60  # steps
 LEARNING_RATE = 2e-3
-# What a batch of windows is compared with in an epoch: labels, logits, or None for the next tokens alone.
-Teacher = Callable[[list[int], int], kdfast.SoftLabels | Tensor | None]
+# What a batch of windows is compared with: labels, or with a residual, or logits, or None for the next tokens alone.
+Target = kdfast.SoftLabels | tuple[kdfast.SoftLabels, Residual] | Tensor | None
+Teacher = Callable[[list[int], int], Target]  # of the windows and the epoch
 
 
 def make_student(vocab_size: int) -> nn.Module:
@@ -67,9 +68,11 @@ def train(corpus: Corpus, teacher: Teacher, epochs: int, seed: int) -> nn.Module
     return student
 
 
-def _loss(logits: Tensor, teacher: kdfast.SoftLabels | Tensor | None, targets: Tensor) -> Tensor:
+def _loss(logits: Tensor, teacher: Target, targets: Tensor) -> Tensor:
     if teacher is None:
         return F.cross_entropy(logits.float(), targets.reshape(-1))
+    if isinstance(teacher, tuple):
+        return signed_cross_entropy(logits, *teacher)
     divergence = "soft_ce" if getattr(teacher, "kind", "") == "weights" else "forward_kl"
     return kdfast.kd_loss(logits, teacher, divergence=divergence)
 
