@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
         ", Tensor? order=None) -> (Tensor ids, Tensor probs, Tensor counts, Tensor lse)");
   m.def("select_sample(" KDFAST_SELECT ", int draws, " KDFAST_STREAM
         ") -> (Tensor ids, Tensor counts_of_id, Tensor counts, Tensor lse)");
+  m.def("select_top(" KDFAST_SELECT ", int k) -> (Tensor ids, Tensor probs, Tensor rest, Tensor lse)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }
 

@@ -61,8 +61,8 @@ def test_opcheck_of_scale(factor):
 def test_every_op_is_checked_here():
     ops = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdfast::")}
     rows = {a + b for a, b in itertools.product(("dense_rows", "sparse_rows"), ("", "_grad", "_inplace"))}
-    samplers = {"select_threshold", "select_sample"}  # without a gradient: test_select checks them
-    assert ops == rows | samplers | {"scale_"}
+    selectors = {"select_threshold", "select_sample", "select_top"}  # without a gradient: test_select checks them
+    assert ops == rows | selectors | {"scale_"}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -12,6 +12,7 @@ from kdfast import SoftLabels
 from kdfast.cache import codecs
 from kdfast.cache.keys import make_key
 from kdfast.cache.learn_shapes import learn_shapes
+from kdfast.cache.select import threshold, top
 from kdfast.cache.shapes import Shapes
 
 VOCAB = 300
@@ -175,6 +176,23 @@ def test_the_shape_chosen_is_the_one_whose_label_is_closest():
     divergence = torch.stack(divergence, 1)
     chosen = divergence.gather(1, shapes.assign(probs, ids)[:, None])[:, 0]
     assert (chosen - divergence.min(1).values).max() < 1e-4
+
+
+def test_a_sample_finds_a_shape_that_is_nearly_as_close():
+    shapes = make_shapes(vocab=2000, count=16)
+    logits = (make_logits(16, 2000, seed=9) + make_logits(16, 2000, seed=1, scale=2.0)).repeat(20, 1)
+    likeliest = top(logits, temperature=1.0, k=3)
+    drawn = threshold(logits, temperature=1.0, tau=1 / 2048, seed=0)
+    probs = logits.softmax(1)
+    best = shapes.assign(probs, likeliest.ids.long())
+    found = shapes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
+    rest = probs.scatter(1, likeliest.ids.long(), 0.0)
+    held = shapes.table.T[likeliest.ids.long()].float().sum(1)
+    score = rest @ shapes.log_table - rest.sum(1, keepdim=True) * torch.log1p(-held)
+    lost = (score.gather(1, best[:, None]) - score.gather(1, found[:, None]))[:, 0]
+    assert lost.min() > -1e-5
+    assert lost.mean() < 1e-3 < (score.amax(1) - score.mean(1)).mean() / 100
+    assert len(best.unique()) > 8
 
 
 def test_a_row_of_weights_is_coded_in_the_shape_that_finds_its_ids_the_likeliest():

@@ -23,6 +23,6 @@ def test_forced_isa_matches_the_oracle(isa):
     if isa == _C.cpu_isa():
         return  # the other tests run these kernels
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [str(HERE / f"test_{name}.py") for name in ("dense", "sparse", "background", "select")]
+    command += [str(HERE / f"test_{name}.py") for name in ("dense", "sparse", "background", "select", "select_top")]
     result = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]

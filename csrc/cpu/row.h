@@ -54,8 +54,8 @@ struct Entry {
   double value;  // a probability, or a number of draws
 };
 
-// What the unbiased samplers ask of a row of logits. Positions lie in [0, 1): where they fall along the row's
-// cumulative probability decides what is kept.
+// Which columns of a row of logits to keep. The unbiased samplers ask by positions in [0, 1): where they fall along the
+// row's cumulative probability decides.
 struct SelectTask {
   Source logits;
   double temperature = 1;
@@ -63,13 +63,15 @@ struct SelectTask {
   const double* points = nullptr;  // threshold: the grid's offset; sample: `draws` positions, ascending
   int64_t draws = 0;               // 0: threshold
   const int32_t* order = nullptr;  // threshold: the columns in the order that the grid walks them; null: ascending
+  bool likeliest = false;          // the `capacity` likeliest columns instead
   Entry* entries = nullptr;        // room for `capacity` of them
   int64_t capacity = 0;
 };
 
 struct Selection {
   int64_t count = 0;
-  double lse = 0;  // of logits / temperature; NaN where the row holds a NaN or +inf, or nothing but -inf
+  double lse = 0;   // of logits / temperature; NaN where the row holds a NaN or +inf, or nothing but -inf
+  double rest = 0;  // likeliest: the probability of all other columns
 };
 
 // Columns whose exponentials are summed together, and scanned again only where a point falls among them.

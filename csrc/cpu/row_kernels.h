@@ -15,7 +15,9 @@ namespace KDFAST_ISA {
 #include "background.h"
 #include "dense_row.h"
 #include "sparse_row.h"
+#include "chunked_row.h"
 #include "select_row.h"
+#include "top_row.h"
 // clang-format on
 
 template <typename T>
@@ -39,7 +41,8 @@ struct WorkingType<double> {
 
 template <typename From>
 Selection select_typed(const From*, const SelectTask& task, void* workspace) {
-  return SelectRow<typename WorkingType<From>::Type, From>(task, workspace).run();
+  using T = typename WorkingType<From>::Type;
+  return task.likeliest ? TopRow<T, From>(task, workspace).run() : SelectRow<T, From>(task, workspace).run();
 }
 
 Selection select_row(const SelectTask& task, void* workspace) {

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "rows.h"
+#include "select.h"
 
 namespace kdfast {
 namespace {
@@ -78,7 +78,7 @@ class PieceRunner {
     task_.order = arguments.order;
     task_.entries = entries_.data();
     task_.capacity = int64_t(entries_.size());
-    const int64_t doubles = (columns / kSelectChunk + 1) * (2 + (arguments.order ? kSelectChunk : 0));
+    const int64_t doubles = chunk_count(columns) * (2 + (arguments.order ? kSelectChunk : 0));
     workspace_ = thread_workspace(int64_t(sizeof(double)) * doubles);
   }
 
@@ -110,8 +110,7 @@ SelectOutputs run(const SelectArguments& arguments) {
   const Tensor& logits = arguments.logits;
   const Rows rows(logits);
   const int64_t count = logits.size(0) * logits.size(1), columns = logits.size(2);
-  STD_TORCH_CHECK(columns >= 1 && columns <= INT32_MAX, "expected a vocabulary that 32-bit ids can name");
-  STD_TORCH_CHECK(arguments.temperature > 0, "expected a positive temperature");
+  check_selection(columns, arguments.temperature);
   SelectOutputs out = {torch::stable::new_empty(logits, {count}, ScalarType::Int),
                        torch::stable::new_empty(logits, {count}, ScalarType::Float)};
   auto* counts = static_cast<int32_t*>(out.counts.data_ptr());

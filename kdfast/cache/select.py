@@ -1,6 +1,7 @@
-"""The unbiased samplers: a few columns of each row, whose weights have the row's softmax as their expectation.
+"""The unbiased samplers: a few columns of each row, whose weights have the row's softmax as their expectation. And
+``top``: the likeliest columns.
 
-On a CPU both work straight from the logits, without sorting a row, in a fraction of the time of a log-sum-exp of
+On a CPU all work straight from the logits, without sorting a row, in a fraction of the time of a log-sum-exp of
 PyTorch. Other devices run a plain PyTorch version of the same law, whose entries differ where sums round differently.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from kdfast import _checks
 from kdfast import _ops as _ops  # loads the native ops
 
-__all__ = ["ColumnOrder", "Drawn", "Thresholded", "record_seed", "sample", "threshold", "uniforms"]
+__all__ = ["ColumnOrder", "Drawn", "Thresholded", "Top", "record_seed", "sample", "threshold", "top", "uniforms"]
 
 
 class Thresholded(NamedTuple):
@@ -37,6 +38,15 @@ class Drawn(NamedTuple):
     ids: Tensor  # (nnz,) int32, ascending within a row
     draws: Tensor  # (nnz,) int32: how often each was drawn; they sum to the row's draws
     counts: Tensor  # (rows,) int32: entries of each row
+    lse: Tensor  # (rows,) float32: log-sum-exp of logits / temperature
+
+
+class Top(NamedTuple):
+    """The likeliest columns of each row."""
+
+    ids: Tensor  # (rows, k) int32, the likeliest first; of equal ones, on a CPU, the smaller id; 0 for the missing
+    probs: Tensor  # (rows, k) float64; 0 where a row has fewer columns of any probability
+    rest: Tensor  # (rows,) float64: the probability of all other columns
     lse: Tensor  # (rows,) float32: log-sum-exp of logits / temperature
 
 
@@ -121,6 +131,24 @@ def sample(logits: Tensor, *, temperature: float, draws: int, seed: int, first_r
         _rows(logits), float(temperature), index(draws), _int64("seed", seed), _row(first_row)
     )
     return Drawn(*out)
+
+
+def top(logits: Tensor, *, temperature: float, k: int) -> Top:
+    """The k likeliest columns: ``(logits / temperature).softmax(1).topk(k)``, and what they leave.
+
+    Args:
+        logits: (rows, vocabulary), any float dtype. Without NaN and +inf; each row with a finite column.
+        temperature: the softmax's.
+        k: from 0 to the vocabulary's size.
+
+    Raises:
+        TypeError: logits that are no float tensor.
+        ValueError: an argument outside its range.
+    """
+    _check_logits(logits, temperature)
+    if not 0 <= index(k) <= logits.shape[1]:
+        raise ValueError(f"k must lie in [0, {logits.shape[1]}], got {k}")
+    return Top(*torch.ops.kdfast.select_top(_rows(logits), float(temperature), index(k)))
 
 
 def record_seed(seed: int, key: bytes) -> int:
@@ -227,6 +255,22 @@ def _sample(
     return _entries(drawn > 0, drawn, lse)
 
 
+def _top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p, lse = _probabilities(logits, temperature)
+    probs, ids = p.topk(k, dim=1)
+    return ids.masked_fill(probs == 0, 0).int(), probs, p.scatter(1, ids, 0.0).sum(1), lse
+
+
+def _fake_top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0] * logits.shape[1]
+    return (
+        logits.new_empty((rows, k), dtype=torch.int32),
+        logits.new_empty((rows, k), dtype=torch.float64),
+        logits.new_empty(rows, dtype=torch.float64),
+        logits.new_empty(rows, dtype=torch.float32),
+    )
+
+
 def _fake(logits: Tensor, values: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entries = torch.library.get_ctx().new_dynamic_size()
     rows = logits.shape[0] * logits.shape[1]
@@ -244,3 +288,5 @@ for _name, _fallback, _values in (
 ):
     torch.library.impl(f"kdfast::{_name}", "default", _fallback)
     torch.library.register_fake(f"kdfast::{_name}", lambda logits, *_, values=_values: _fake(logits, values))
+torch.library.impl("kdfast::select_top", "default", _top)
+torch.library.register_fake("kdfast::select_top", _fake_top)

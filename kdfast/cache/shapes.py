@@ -10,6 +10,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from kdfast.cache.select import Thresholded
 
 __all__ = ["Shapes"]
 
@@ -110,8 +113,24 @@ class Shapes:
             probs: (rows, vocab) probabilities.
             ids: (rows, K) entries, which the label holds exactly: the shape stands for the other columns.
         """
-        table, logs = self.table.to(probs.device), self.log_table.to(probs.device)
         rest = probs.float().scatter(1, ids, 0.0)
-        held = table.T[ids].float().sum(1)  # (rows, S): what the shape has on the entries, and loses there
-        score = rest @ logs - rest.sum(1, keepdim=True) * torch.log1p(-held.clamp(max=1 - 1e-6))
-        return score.argmax(1)
+        return self._best(rest @ self.log_table.to(probs.device), rest.sum(1), ids)
+
+    def assign_drawn(self, drawn: Thresholded, ids: Tensor, rest: Tensor) -> Tensor:
+        """The same from an unbiased sample, at a fraction of the cost: all that a row's score needs is an expectation.
+
+        Args:
+            drawn: of the whole rows.
+            ids: (rows, K) entries.
+            rest: (rows,) the probability of all other columns.
+        """
+        row = torch.repeat_interleave(drawn.counts.long())
+        weights = drawn.probs.masked_fill((drawn.ids[:, None] == ids[row]).any(1), 0.0)
+        begin = drawn.counts.cumsum(0, dtype=torch.int32) - drawn.counts
+        score = embedding_bag(drawn.ids, self.log_table, begin, mode="sum", per_sample_weights=weights)
+        return self._best(score, rest.float(), ids)
+
+    def _best(self, score: Tensor, rest: Tensor, ids: Tensor) -> Tensor:
+        # What a shape has on the entries it loses there, and its other columns are scaled up for it: (rows, S).
+        held = self.table.to(score.device).T[ids].float().sum(1)
+        return (score - rest[:, None] * torch.log1p(-held.clamp(max=1 - 1e-6))).argmax(1)

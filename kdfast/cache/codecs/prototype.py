@@ -13,12 +13,14 @@ from torch import Tensor
 
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.select import Top, threshold, top
 from kdfast.cache.shapes import Shapes
 from kdfast.labels import SoftLabels
 
 __all__ = ["Prototype"]
 
 CHUNK = 512  # rows at a time
+ASSIGN_TAU = 1 / 2048  # a sample so fine finds a shape whose KL is 1e-4 nats above the best one's
 REACH = 12.0  # logits of shares and tails are cut to [-REACH, REACH] nats
 
 
@@ -75,23 +77,32 @@ class Prototype(EntryCodec):
         return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
-        return SoftLabels.cat([self._select(chunk) for chunk in torch.split(logits.detach(), CHUNK)])
+        chunks = torch.split(logits.detach(), CHUNK)
+        return SoftLabels.cat([self._select(chunk, CHUNK * i) for i, chunk in enumerate(chunks)])
 
-    def _select(self, logits: Tensor) -> SoftLabels:
-        assert self.shapes is not None
-        probs = (logits.float() / self.temperatures[0]).softmax(1)
-        top, ids = probs.topk(self.k, dim=1)
-        shape = self.shapes.assign(probs, ids).cpu().numpy()
-        tail = probs.scatter(1, ids, 0.0).sum(1, dtype=torch.float64).cpu().numpy()
-        kept = (top > 0).cpu().numpy()  # a masked column is no entry
+    def _select(self, logits: Tensor, first_row: int) -> SoftLabels:
+        likeliest = top(logits, temperature=self.temperatures[0], k=self.k)
+        shape = self._assign(logits, first_row, likeliest).cpu().numpy()
+        probs = likeliest.probs.cpu().numpy()
+        kept = probs > 0  # a masked column is no entry
         counts = kept.sum(1)
-        flat, mass = ids.cpu().numpy()[kept].astype(np.int32), top.double().cpu().numpy()[kept]
+        flat, mass = likeliest.ids.cpu().numpy()[kept], probs[kept]
         sort, _ = by_rank(flat, counts, self.order, shape)
         # So much below the others an entry would be rounded away, and the product of many such shares underflow.
         floor = np.repeat(_sums(mass, counts), counts) * np.exp(-REACH)
         values = _nearest(self._shares, _logits_of_shares(np.maximum(mass, floor)[sort], counts), _last(counts))
-        columns = np.stack([counts, shape, self._tail_code(tail, mass, counts)], 1).astype(np.int32)
+        tail = self._tail_code(likeliest.rest.cpu().numpy(), mass, counts)
+        columns = np.stack([counts, shape, tail], 1).astype(np.int32)
         return self.to_labels(columns, flat[sort], values)
+
+    def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
+        """(rows,): each row's shape."""
+        assert self.shapes is not None
+        temperature = self.temperatures[0]
+        if logits.device.type == "cpu":
+            drawn = threshold(logits, temperature=temperature, tau=ASSIGN_TAU, seed=0, first_row=first_row)
+            return self.shapes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
+        return self.shapes.assign((logits.float() / temperature).softmax(1), likeliest.ids.long())
 
     def _tail_code(self, tail: NDArray[np.float64], mass: NDArray[np.float64], counts: NDArray[np.int64]) -> Any:
         head = _sums(mass, counts)

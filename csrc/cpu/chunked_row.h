@@ -1,0 +1,134 @@
+// A row in chunks of columns: one full sweep leaves every chunk's sum of exponentials, so that those who look for few
+// columns look again only at chunks that may hold one. Included like vec.h.
+
+template <typename T, typename From>
+class ChunkedRow {
+  using V = Vec<T>;
+
+ public:
+  ChunkedRow(const SelectTask& task, void* workspace)
+      : task_(task), row_((const From*)task.logits.data), columns_(task.logits.size) {
+    chunks_ = (columns_ + kSelectChunk - 1) / kSelectChunk;
+    mass_ = (double*)workspace;
+    origin_of_ = mass_ + chunks_;
+    // Within what a product with it can bear; temperatures beyond are as good as 0 and infinite.
+    const double bits = kLog2E / task.temperature;
+    bits_ = T(bits < 1e-35 ? 1e-35 : bits > 1e35 ? 1e35 : bits);
+    lowest_ = T(-2 * Real<T>::kBias) / bits_;
+  }
+
+ protected:
+  static constexpr int kDoublesPerChunk = 2;  // of the workspace
+  static constexpr int kGroup = 16;           // columns added up together when a chunk is looked at
+
+  // False where the row holds a NaN or +inf, or nothing but -inf.
+  bool sweep() { return sum_chunks() && scale_chunks(); }
+
+  double lse() const { return top_ / task_.temperature + ::log(z_); }
+  double mass_of(double logit) const { return ::exp2((logit - top_) * double(bits_)); }  // of z_
+
+  // Chunk k; the last one padded with -inf.
+  const From* chunk(int64_t k) {
+    const int64_t begin = k * kSelectChunk;
+    if (begin + kSelectChunk <= columns_) return row_ + begin;
+    for (int i = 0; i < kSelectChunk; ++i)
+      if (begin + i < columns_)
+        padded_[i] = row_[begin + i];
+      else
+        from_real(-Real<double>::kInf, padded_ + i);
+    return padded_;
+  }
+
+  // The chunk's exponentials, their sums by group and in all, in double: no column's share may drown in another's.
+  void exponentiate(int64_t k) {
+    origin_ = T(origin_of_[k]);
+    const From* x = chunk(k);
+    for (int i = 0; i < kSelectChunk; i += V::kLanes) power(load_vector<T>(x + i)).store(e_ + i);
+    sum_ = 0;
+    for (int g = 0; g < kSelectChunk / kGroup; ++g) {
+      Vec<double> sum(0.0);
+      for (int i = 0; i < kGroup; i += Vec<double>::kLanes) sum = sum + widened(e_ + g * kGroup + i);
+      groups_[g] = reduce_add(sum);
+      sum_ += groups_[g];
+    }
+  }
+
+  const SelectTask& task_;
+  const From* row_;
+  const int64_t columns_;
+  int64_t chunks_;
+  double *mass_, *origin_of_;  // (chunks,) each
+  double z_ = 0, sum_ = 0;     // of the row; of the chunk that was looked at
+  double groups_[kSelectChunk / kGroup];
+  T e_[kSelectChunk];
+
+ private:
+  // Sums of exponentials above an origin, which is some logit not far below the largest one so far. False where a NaN
+  // or +inf is. The first origin lies below every logit, so that a chunk of -inf has sum 0 like any other.
+  bool sum_chunks() {
+    for (int64_t k = 0; k < chunks_; ++k) {
+      const From* x = chunk(k);
+      T sum = sum_of(x);
+      if (!is_sound(sum)) {
+        origin_ = maximum<T>(x, kSelectChunk);
+        sum = sum_of(x);
+        if (!is_sound(sum)) return false;
+      }
+      mass_[k] = double(sum);
+      origin_of_[k] = double(origin_);
+    }
+    top_ = double(origin_);
+    return true;
+  }
+
+  // All sums above the last origin, which is the highest; false where no column is finite.
+  bool scale_chunks() {
+    double origin = top_, scale = 1;
+    for (int64_t k = 0; k < chunks_; ++k) {
+      if (origin_of_[k] != origin) {
+        origin = origin_of_[k];
+        scale = ::exp2((origin - top_) * double(bits_));
+      }
+      mass_[k] *= scale;
+      z_ += mass_[k];
+    }
+    return z_ > 0;
+  }
+
+  T sum_of(const From* x) const {
+    V sum(T(0));
+    for (int i = 0; i < kSelectChunk; i += V::kLanes) sum = sum + power(load_vector<T>(x + i));
+    return reduce_add(sum);
+  }
+
+  // 0 at -inf, NaN at NaN.
+  KD_INLINE V power(V x) const {
+    const V bits(bits_);
+#if KDFAST_VEC_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+      // Short of the lowest exponent there is: -inf would make a NaN.
+      const V d = max(V(lowest_), x - V(origin_)), round(Real<T>::kRound);
+      const V n = (d * bits + round) - round;
+      const V y = horner(Real<T>::kExp2Short, d * bits - n);
+      return V((typename V::Value)_mm512_scalef_ps((__m512)y.v, (__m512)n.v));
+    }
+#endif
+    return exp2((x - V(origin_)) * bits);
+  }
+
+  static KD_INLINE Vec<double> widened(const double* from) { return Vec<double>::load(from); }
+  static KD_INLINE Vec<double> widened(const float* from) {
+    typedef float Floats __attribute__((vector_size(KDFAST_VEC_BYTES / 2)));
+    Floats floats;
+    __builtin_memcpy(&floats, from, sizeof floats);
+    return __builtin_convertvector(floats, Vec<double>::Value);
+  }
+
+  // Logits far above the origin lose digits in their difference from it; farther still, their powers may come out as
+  // an infinity of either sign or as NaN.
+  static bool is_sound(T sum) { return sum >= T(0) && sum < T(0x1p16); }
+
+  double top_ = 0;
+  T bits_, lowest_, origin_ = -Real<T>::kMax;
+  From padded_[kSelectChunk];
+};
