@@ -443,17 +443,34 @@ def test_auto_takes_topk_at_other_temperatures(tmp_path):
 @pytest.mark.parametrize("vocab_size", [10, SMALL_VOCAB, SMALL_VOCAB + 1, 2**20])
 @pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 4.0)])
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
-def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence):
-    name, options, why = codecs.choose(vocab_size, temperatures, divergence)
+@pytest.mark.parametrize("shapes", [False, True])
+def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, shapes):
+    name, options, why = codecs.choose(vocab_size, temperatures, divergence, shapes=shapes)
     serves = SERVES[CODEC_KINDS[name]].divergences
     # Draws have forward KL's gradient as soft_ce; the reason says so.
     wanted = {"forward_kl": "soft_ce", None: "soft_ce"}.get(divergence, divergence)
     assert wanted in serves
     assert name == "dense" if vocab_size <= SMALL_VOCAB else name != "dense"
     assert why
-    if vocab_size > SMALL_VOCAB and temperatures == (1.0,) and wanted == "soft_ce":
+    assert name != "prototype" or (shapes and len(temperatures) == 1)
+    if vocab_size <= SMALL_VOCAB:
+        return
+    if shapes and len(temperatures) == 1:
+        assert name == ("hidden" if divergence == "logit_mse" else "prototype")
+    elif temperatures == (1.0,) and wanted == "soft_ce":
         assert (name, options) == LARGE_VOCAB[:2]
         assert "soft_ce" in why
+
+
+def test_auto_learns_shapes_only_of_a_loader_that_can_be_iterated_again(tmp_path):
+    size, batch = SMALL_VOCAB + 1, {"input_ids": torch.arange(6).view(2, 3)}
+
+    def teacher(input_ids):
+        return torch.randn(2, 3, size, generator=torch.Generator().manual_seed(int(input_ids.sum())))
+
+    for name, loader in [("sample", iter([batch])), ("prototype", [batch])]:
+        run(teacher, loader, tmp_path / name, codec="auto", vocab_size=size, teacher="t")
+        assert kdfast.cache.open(tmp_path / name).info.codec == name
 
 
 def test_integer_keys_can_be_the_numbers_of_a_range(tmp_path):

@@ -200,9 +200,18 @@ def test_hidden_states_serve_the_model_s_own_logits(tmp_path, model, bits):
 
 def test_auto_takes_hidden_states_where_the_divergence_needs_them(tmp_path, model, monkeypatch):
     monkeypatch.setattr(importlib.import_module("kdfast.cache.codecs.auto"), "SMALL_VOCAB", 4)
-    run(model, IDS, tmp_path, codec="auto", divergence="reverse_kl")
+    run(model, IDS, tmp_path, codec="auto", divergence="logit_mse")
     info = kdfast.cache.open(tmp_path).info
     assert (info.codec, info.config["head"]) == ("hidden", output_layer(model).fingerprint)
+
+
+def test_auto_takes_prototypes_of_a_large_vocabulary(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("kdfast.cache.codecs.auto"), "SMALL_VOCAB", 4)
+    run(model, IDS, tmp_path, codec="auto", divergence="reverse_kl", temperatures=(2.0,))
+    info = kdfast.cache.open(tmp_path).info
+    assert (info.codec, info.temperatures) == ("prototype", (2.0,))
+    assert "best student per byte" in info.why
+    assert info.asset_bytes == sum(path.stat().st_size for path in tmp_path.glob("shapes-*.safetensors")) > 0
 
 
 def test_a_model_that_does_more_than_its_output_layer_is_refused(tmp_path, model):

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdfast.cache import codecs
 from kdfast.cache.batches import Fields
-from kdfast.cache.capture_shapes import shapes_for
+from kdfast.cache.capture_shapes import can_learn, shapes_for
 from kdfast.cache.fingerprint import fingerprint
 from kdfast.cache.keys import replica_key
 from kdfast.cache.teacher import evaluating
@@ -113,14 +113,15 @@ def capture(
         raise ValueError(f'epochs must be positive and reuse "refine" or "replicas", got {epochs} and {reuse!r}')
     fields = Fields(inputs, outputs, key, targets, mask, views)
     if codec == "auto":
-        codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence)
+        shapes = "shapes" in options or can_learn(loader)
+        codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, shapes=shapes)
         options = {**chosen, **options}
     if codec == "prototype":
         with evaluating(model):
-            shapes = shapes_for(
+            table = shapes_for(
                 path, model, loader, fields, vocab_size=vocab_size, temperature=temperatures[0], options=options
             )
-        options = {**options, "shapes": shapes}
+        options = {**options, "shapes": table}
     replicas = epochs if reuse == "replicas" and codec in _REFINED else 1
     if reuse == "refine":
         options = refined(codec, options, epochs)

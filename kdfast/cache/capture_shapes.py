@@ -12,11 +12,16 @@ from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.cache.shapes import Shapes
 from kdfast.cache.storage import open_storage
 
-__all__ = ["SHAPES", "shapes_for"]
+__all__ = ["SHAPES", "can_learn", "shapes_for"]
 
 SHAPES = 256
 LEARN_ROWS = 65536
 ENTRIES = 3  # the codec's own default
+
+
+def can_learn(loader: Iterable[Any]) -> bool:
+    """Whether ``loader`` gives its batches again: learning takes several passes over the first ones."""
+    return not isinstance(loader, Iterator)
 
 
 def shapes_for(
@@ -46,7 +51,7 @@ def shapes_for(
     found = _stored(path)
     if found is not None:
         return found
-    if iter(loader) is loader:
+    if not can_learn(loader):
         raise ValueError("learning shapes takes several passes over the loader's first batches, and this one has one")
     return learn_shapes(
         lambda: _first_rows(model, loader, fields, vocab_size),

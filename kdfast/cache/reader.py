@@ -52,7 +52,9 @@ class CacheInfo:
     duplicates: int
     rows: int
     payload_bytes: int
-    file_bytes: int
+    file_bytes: int  # of the shards
+    asset_bytes: int  # of what lies beside them and does not grow with them: a table of shapes
+    index_bytes: int  # of index.safetensors, which can be made again
     index: str  # what a key is looked up in: index.safetensors, or memory (and why), or none for keys="range"
     cross_entropy: float | None  # the teacher's on the targets, in nats, mean over all; None if no shard has any
     shard_cross_entropy: tuple[float | None, ...]  # the same shard by shard: one that stands out was misaligned
@@ -60,7 +62,7 @@ class CacheInfo:
     @property
     def why(self) -> str:
         """Why ``codec="auto"`` takes this codec for such a teacher; empty where it takes another one."""
-        choice = choose(self.vocab_size, self.temperatures)
+        choice = choose(self.vocab_size, self.temperatures, shapes=self.asset_bytes > 0)
         return choice.why if choice.name == self.codec else ""
 
 
@@ -267,6 +269,8 @@ class CacheReader:
             rows=sum(shard.rows for shard in self._shards),
             payload_bytes=self.nbytes,
             file_bytes=sum(shard.file_bytes for shard in self._shards),
+            asset_bytes=sum(map(len, self._decoders[0].codec.assets().values())),
+            index_bytes=self._index_file.stat().st_size if self._index_file.exists() else 0,
             index=self._lookup.note,
             cross_entropy=_mean(total),
             shard_cross_entropy=tuple(map(_mean, marks)),

@@ -50,15 +50,20 @@ def _table(about: CacheInfo) -> Table:
     rows = {
         "teacher": about.teacher or "(not named)",
         "codec": f"{about.codec} {about.config}",
+        "because": about.why,
         "vocabulary": f"{about.vocab_size:,}",
         "temperatures": ", ".join(f"{t:g}" for t in about.temperatures),
         "records": f"{about.records:,} ({about.duplicates:,} duplicates besides)",
         "rows": f"{about.rows:,}",
         "shards": f"{about.shards:,}",
         "labels": f"{about.payload_bytes:,} bytes, {about.payload_bytes / per_row:.1f} per row",
-        "files": f"{about.file_bytes:,} bytes, {about.file_bytes / per_row:.1f} per row",
+        "shards' files": f"{about.file_bytes:,} bytes, {about.file_bytes / per_row:.1f} per row",
+        "table of shapes": f"{about.asset_bytes:,} bytes" if about.asset_bytes else "",
+        "index": f"{about.index_bytes:,} bytes; {about.index}",
+        "teacher's cross-entropy": "" if about.cross_entropy is None else f"{about.cross_entropy:.4f} nats",
     }
     table = Table(show_header=False)
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        if value:
+            table.add_row(name, escape(value))
     return table

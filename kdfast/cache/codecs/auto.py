@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from kdfast.cache.codecs.serves import SERVES
 from kdfast.divergences import Divergence
 
-__all__ = ["LARGE_VOCAB", "SMALL_VOCAB", "Choice", "choose"]
+__all__ = ["LARGE_VOCAB", "SMALL_VOCAB", "WITH_SHAPES", "Choice", "choose"]
 
 
 class Choice(NamedTuple):
@@ -21,12 +21,18 @@ class Choice(NamedTuple):
 
 SMALL_VOCAB = 4096  # up to here whole rows are at most 4 KB
 
-# The one default that measurements decide: the best student per byte at temperature 1 without a table of tail shapes.
+# The two defaults that measurements decide: the best student per byte in benchmarks/results/frontier.md.
+WITH_SHAPES = Choice(
+    "prototype",
+    {},
+    "a large vocabulary: the likeliest ids, and for the rest one of a table of typical shapes, train the best student "
+    "per byte, with any divergence but logit_mse; the table takes some MB, whatever the cache's size",
+)
 LARGE_VOCAB = Choice(
     "sample",
     {"draws": 50},
-    "a large vocabulary at temperature 1: draws from the teacher are unbiased in a few bytes per entry; their gradient "
-    "is forward KL's, taken as divergence soft_ce",
+    "a large vocabulary at temperature 1, and no table of shapes: draws from the teacher are unbiased in a few bytes "
+    "per entry; their gradient is forward KL's, taken as divergence soft_ce",
 )
 
 _WHOLE_ROWS = "a small vocabulary: whole rows serve every divergence and temperature, and cost no more than a few draws"
@@ -35,13 +41,18 @@ _TAILS = (
     "exact mass of the rest at each temperature"
 )
 _STATES = (
-    "a large vocabulary and a divergence that needs whole rows: the last hidden state gives them back, at any "
-    "temperature, with the teacher's output layer (a codec with tail shapes, prototype, is smaller where its table "
-    "and one temperature will do)"
+    "a large vocabulary and a divergence or temperatures that need whole rows: the last hidden state gives them back "
+    "with the teacher's output layer"
 )
 
 
-def choose(vocab_size: int, temperatures: Sequence[float], divergence: str | Divergence | None = None) -> Choice:
+def choose(
+    vocab_size: int,
+    temperatures: Sequence[float],
+    divergence: str | Divergence | None = None,
+    *,
+    shapes: bool = False,
+) -> Choice:
     """What ``codec="auto"`` stands for.
 
     Args:
@@ -49,12 +60,19 @@ def choose(vocab_size: int, temperatures: Sequence[float], divergence: str | Div
         temperatures: those that the student will be trained at.
         divergence: the student's loss; None stands for forward KL. ``hidden`` comes without its options, ``width`` and
             ``head``, which only the model has (``capture_lm`` gives them).
+        shapes: whether there is a table of shapes, or one can be learned: ``capture`` can, a ``Writer`` cannot.
     """
     if vocab_size <= SMALL_VOCAB:
         return Choice("dense", {}, _WHOLE_ROWS)
     wanted = Divergence.of(divergence or "forward_kl")
-    if wanted.standardize or wanted.name not in SERVES["topk"].divergences:
+    if shapes and len(temperatures) == 1 and _serves("prototype", wanted):
+        return WITH_SHAPES
+    if not _serves("topk", wanted):
         return Choice("hidden", {}, _STATES)
     if any(t != 1.0 for t in temperatures):
         return Choice("topk", {"k": 16}, _TAILS)
     return LARGE_VOCAB
+
+
+def _serves(kind: str, wanted: Divergence) -> bool:
+    return wanted.name in SERVES[kind].divergences and not wanted.standardize
