@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +102,7 @@ def table(results: list[Result]) -> str:
 
 
 FAMILIES = {"prototype": "tab:green", "sample": "tab:blue", "threshold": "tab:orange", "topk": "tab:red"}
+SHOWN = 0.3  # of the gap between no KD and dense KD: arms above are marked at the upper edge
 
 
 def plot(by_epochs: dict[int, list[Result]], path: Path) -> None:
@@ -109,24 +111,42 @@ def plot(by_epochs: dict[int, list[Result]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(by_epochs), figsize=(5.5 * len(by_epochs), 4.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(by_epochs), figsize=(6.5 * len(by_epochs), 5), squeeze=False)
     for axis, (epochs, results) in zip(axes[0], by_epochs.items(), strict=True):
-        for name, style in (("dense", "-"), ("none", ":")):
-            for r in (r for r in results if r.arm == name):
-                axis.axhline(
-                    r.kl, color="black", linestyle=style, linewidth=1, label=f"{name} KD".replace("none", "no")
-                )
-        for family, colour in FAMILIES.items():
-            points = [r for r in results if r.arm.startswith(family) and r.bytes_per_token is not None]
-            axis.plot([r.bytes_per_token for r in points], [r.kl for r in points], "o", color=colour, label=family)
-            for r in points:
-                note = r.arm.removeprefix(family).strip("-")
-                axis.annotate(note, (r.bytes_per_token, r.kl), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axis.set(xscale="log", xlabel="bytes per token", ylabel="held-out KL, nats", title=f"{epochs} epochs")
-        axis.legend(fontsize=7)
+        _panel(axis, results)
+        axis.set(title=f"{epochs} epoch{'s' if epochs > 1 else ''}", xlabel="bytes per token, table of shapes apart")
+    axes[0, 0].set_ylabel("held-out KL(teacher, student) above dense KD's, nats")
+    axes[0, 0].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _panel(axis: Any, results: list[Result]) -> None:
+    kl = {r.arm: r.kl for r in results}
+    gap = kl.get("none", math.nan) - kl.get("dense", math.nan)
+    axis.axhline(0, color="black", linewidth=1, label="dense KD")
+    axis.axhline(MARGIN * gap, color="black", linewidth=1, linestyle=":", label=f"margin: {MARGIN:.0%} of the gap")
+    outside = 0
+    for family, colour in FAMILIES.items():
+        label = family
+        for r in results:
+            if not r.arm.startswith(family) or r.bytes_per_token is None or r.difference is None:
+                continue
+            beyond = r.difference > SHOWN * gap
+            outside += beyond
+            y = (1 - 0.04 * outside) * SHOWN * gap if beyond else r.difference
+            marker = "^" if beyond else "o" if not r.arm.endswith("-fresh") else "D"
+            error = None if beyond else r.interval
+            axis.errorbar(r.bytes_per_token, y, error, fmt=marker, color=colour, label=label, capsize=2, markersize=5)
+            note = r.arm.removeprefix(family).strip("-") + (f" (+{r.difference:.2f})" if beyond else "")
+            axis.annotate(note, (r.bytes_per_token, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            label = None
+    axis.set_xscale("log")
+    axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axis.minorticks_off()
+    axis.set_xlim(0.9, 50)
+    axis.set_ylim(-0.1 * gap, SHOWN * gap)
 
 
 if __name__ == "__main__":
