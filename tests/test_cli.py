@@ -77,7 +77,14 @@ class TestCache:
     def test_info(self, cache):
         result = invoke("cache", "info", cache)
         assert result.exit_code == 0
-        for expected in ("a [bold] teacher", "dense", "a small vocabulary", "3 (0 duplicates", "14.0 per row", "index.safe"):
+        for expected in (
+            "a [bold] teacher",
+            "dense",
+            "a small vocabulary",
+            "3 (0 duplicates",
+            "14.0 per row",
+            "index.safe",
+        ):
             assert expected in result.output
 
     def test_verify(self, cache):

@@ -148,7 +148,8 @@ def test_draws_are_a_function_of_seed_key_and_row():
 def test_a_prototype_is_close_to_the_row_in_every_part():
     logits = make_logits(200, scale=2.5)
     probs = logits.double().softmax(1)
-    codec = codecs.create("prototype", VOCAB, (1.0,), {"k": 4, "shapes": make_shapes(), "share_step": 0.25})
+    options = {"k": 4, "shapes": make_shapes(), "tail_step": 0.25, "share_step": 0.25}
+    codec = codecs.create("prototype", VOCAB, (1.0,), options)
     labels = codec.select(logits, b"")
     top, ids = probs.topk(4)
     assert torch.equal(labels.ids.view(-1, 4).sort(1).values, ids.int().sort(1).values)

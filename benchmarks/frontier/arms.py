@@ -25,7 +25,7 @@ class Arm:
 
 
 def prototype(k: int, shapes: int, residual: int = 0) -> Arm:
-    return Arm("prototype", {"k": k, "tail_step": 0.5, "share_step": 0.5}, shapes=shapes, residual=residual)
+    return Arm("prototype", {"k": k}, shapes=shapes, residual=residual)
 
 
 # In the order in which they are trained, so that a run that is cut short has the most telling ones.

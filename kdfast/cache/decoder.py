@@ -10,7 +10,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdfast.cache.codecs.base import Codec
@@ -92,7 +91,7 @@ def _make(shard: Shard, fetch: Callable[[str], Path]) -> Codec:
         if shard.rows:
             raise CacheCorruptError(f"{shard.path}: codec {codec.name!r} needs a model, and the shard holds none")
         # Records without rows have taught its writer nothing: any model will do.
-        model = codec.learn(codec.select(torch.zeros(0, codec.input_width), bytes(16)))
+        model = codec.learn(codec.empty)
     try:
         codec.use_model(model)
     except ValueError as error:

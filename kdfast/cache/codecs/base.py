@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from math import isfinite
 from operator import index
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -92,6 +94,11 @@ class Codec(ABC):
         Raises:
             ValueError: a row that cannot be stored within the codec's promised error, by its number.
         """
+
+    @cached_property
+    def empty(self) -> SoftLabels:
+        """Labels of no row, otherwise such as ``select`` gives."""
+        return self.select(torch.zeros(0, self.input_width), bytes(16))
 
     def check(self, labels: SoftLabels) -> None:
         """Raise ``ValueError`` unless ``labels``, which ``select`` may not have made, can be stored as they are."""

@@ -48,8 +48,8 @@ class Prototype(EntryCodec):
         *,
         shapes: Shapes,
         k: int = 3,
-        tail_step: float = 0.25,
-        share_step: float = 0.25,
+        tail_step: float = 0.5,
+        share_step: float = 0.5,
         coding: str = "blocks",
     ) -> None:
         if not isinstance(shapes, Shapes):
