@@ -20,6 +20,10 @@ def logits(rows, seed=0):
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def writer(path, **options):
+    return kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options})
+
+
 class Toy(Codec):
     """Rows less a mean that it learns, and an asset, in blocks of any length."""
 

@@ -7,22 +7,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from cache_toys import VOCAB, logits, writer
 from torch.utils.data import DataLoader
 
 import kdfast.cache
 from kdfast.cache import codecs
 from kdfast.cache.codecs import Codec
 from kdfast.labels import SoftLabels
-
-VOCAB = 11
-
-
-def logits(rows, seed=0):
-    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def writer(path, **options):
-    return kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options})
 
 
 def fill(path, keys, **options):

@@ -7,18 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from cache_toys import VOCAB, logits, writer
 
 import kdfast.cache
-
-VOCAB = 11
-
-
-def logits(rows, seed=0):
-    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def writer(path, **options):
-    return kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options})
 
 
 def fill(path, keys, **options):

@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from cache_toys import VOCAB, Toy, contents, install, logits, record, write
+from cache_toys import VOCAB, Toy, contents, install, logits, record, write, writer
 from children import write_as
 from safetensors import safe_open
 
@@ -24,10 +24,6 @@ from kdfast.cache.storage import LocalStorage, open_storage
 from kdfast.cache.view import View, pack_views, unpack_views
 
 NAME = "shard-0-00000.safetensors"
-
-
-def writer(path, **options):
-    return kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options})
 
 
 def toy(path, **options):
