@@ -53,7 +53,7 @@ def test_targets_leave_a_checksum_and_the_teachers_loss(tmp_path):
         torch.cat(rows).bfloat16().double(), targets.flatten().clamp(min=-1), ignore_index=-1, reduction="sum"
     )
     assert canary["count"] == 5
-    assert canary["cross_entropy_sum"] == pytest.approx(float(losses), rel=1e-12)
+    assert canary["cross_entropy_sum"] == pytest.approx(float(losses), rel=1e-6)  # of float32 log-sum-exps
 
 
 def test_a_target_that_the_teacher_rules_out_leaves_the_loss_finite(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdfast._C import crc32c
 from kdfast.cache.codecs.base import float64_chunks
+from kdfast.cache.select import top
 
 __all__ = ["Targets", "cross_entropy", "targets_crc", "targets_of"]
 
@@ -62,12 +63,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[float, int]:
     kept = (targets >= 0).nonzero().flatten()
     if not len(kept):
         return 0.0, 0
-    ids = targets[kept].to(logits.device)
-    losses, start = [], 0
-    for z in float64_chunks(logits[kept.to(logits.device)]):
-        at = z.gather(1, ids[start : start + len(z), None])[:, 0]
-        losses.append(z.logsumexp(1) - at)
-        start += len(z)
-    loss = torch.cat(losses).cpu()
+    rows = kept.to(logits.device)
+    at = logits[rows, targets[kept].to(logits.device)].double()
+    loss = (_logsumexp(logits)[rows].double() - at).cpu()
     loss = loss[loss.isfinite()]
     return float(loss.sum()), len(loss)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """(rows,), on a CPU in a fraction of PyTorch's time."""
+    if logits.device.type == "cpu":
+        return top(logits, temperature=1.0, k=0).lse
+    return torch.cat([chunk.logsumexp(1) for chunk in float64_chunks(logits)])
