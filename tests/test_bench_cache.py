@@ -25,9 +25,9 @@ NAMES = [
     "threshold-.05",
     "topk-16",
     "sample-50, 256 shapes",
-    "prototype-3, 256 shapes",
-    "prototype-3, 256 shapes, rows",
-    "prototype-3, 1024 shapes",
+    "prototype-1, 256 shapes",
+    "prototype-1, 256 shapes, rows",
+    "prototype-1, 1024 shapes",
 ]
 
 
@@ -74,14 +74,14 @@ def test_noise_of_draws_falls_as_one_over_their_number(corpus, measured):
 def test_the_same_labels_whatever_their_bytes(measured):
     rows = measured[1]
     assert rows["sample-50"].noise == rows["sample-50, 256 shapes"].noise
-    assert rows["prototype-3, 256 shapes"].kl == rows["prototype-3, 256 shapes, rows"].kl
+    assert rows["prototype-1, 256 shapes"].kl == rows["prototype-1, 256 shapes, rows"].kl
     assert rows["sample-50"].payload_bytes != rows["sample-50, 256 shapes"].payload_bytes
 
 
 def test_kl_is_of_distributions(measured):
     rows = measured[1]
     assert rows["sample-50"].kl is None
-    assert 0 < rows["prototype-3, 256 shapes"].kl < 5
+    assert 0 < rows["prototype-1, 256 shapes"].kl < 5
     assert rows["topk-16"].kl_of == "tail spread evenly"
     assert cells(rows["topk-16"])[COLUMNS.index("KL")].endswith("*")
 
@@ -170,14 +170,14 @@ class TestCommand:
         return testing.CliRunner().invoke(app, ["bench", "cache", *map(str, arguments)])
 
     def test_from_a_teacher_to_a_table_and_files(self, teacher, tmp_path):
-        arms = "--arm", "sample-10", "--arm", "prototype-3, 256 shapes"
+        arms = "--arm", "sample-10", "--arm", "prototype-1, 256 shapes"
         few = "--tokens", 600, "--evaluated", 60, "--repeats", 1, "--random-access", 300
         result = self.invoke(
             "--teacher", teacher, *arms, *few, "--out", tmp_path / "out", "--remark", "a loaded machine"
         )
         assert result.exit_code == 0, result.output
-        assert (tmp_path / "shapes-256-3.safetensors").exists()
-        for expected in ("sample-10", "prototype-3, 256 shapes", *LAYOUTS, "300 single-row records", "opened in"):
+        assert (tmp_path / "shapes-256-1.safetensors").exists()
+        for expected in ("sample-10", "prototype-1, 256 shapes", *LAYOUTS, "300 single-row records", "opened in"):
             assert expected in result.output
         (path,) = (tmp_path / "out").glob("cache-cpu-*.json")
         document = json.loads(path.read_text())

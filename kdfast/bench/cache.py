@@ -79,7 +79,7 @@ class Arm:
 def _arms() -> list[Arm]:
     draws = [Arm("sample", {"draws": n}) for n in (50, 23, 10)]
     draws += [Arm("threshold", {"tau": tau}) for tau in (0.1, 0.05, 0.02)]
-    prototypes = [Arm("prototype", {"k": k}, 256) for k in (1, 3, 9)]
+    prototypes = [Arm("prototype", {"k": k}, 256) for k in (0, 1, 3, 9)]
     return [
         *draws,
         Arm("sample", {"draws": 23, "coding": "rows"}),
@@ -87,9 +87,9 @@ def _arms() -> list[Arm]:
         *(replace(arm, shapes=256) for arm in draws),
         Arm("sample", {"draws": 23, "coding": "rows"}, 256),
         *prototypes,
-        Arm("prototype", {"k": 3, "coding": "rows"}, 256),
+        Arm("prototype", {"k": 1, "coding": "rows"}, 256),
         Arm("sample", {"draws": 50}, 1024),
-        Arm("prototype", {"k": 3}, 1024),
+        Arm("prototype", {"k": 1}, 1024),
     ]
 
 

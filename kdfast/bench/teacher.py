@@ -76,7 +76,7 @@ def load_teacher(file: Path) -> Corpus:
     return Corpus(**tensors, train=len(tensors["ids"]) - round(HELD_OUT * len(tensors["ids"])))
 
 
-def load_shapes(corpus: Corpus, folder: Path, count: int, entries: int = 3) -> Shapes:
+def load_shapes(corpus: Corpus, folder: Path, count: int, entries: int = 1) -> Shapes:
     """For labels with so many ``entries``: ``shapes-<count>-<entries>.safetensors`` of ``folder``.
 
     Without that file they are learned from the first windows, which takes minutes.

@@ -59,7 +59,7 @@ def loss(
 def cache(
     teacher: Annotated[
         Path,
-        typer.Option(help="The teacher's states, made if need be; shapes-256-3.safetensors and others lie beside it."),
+        typer.Option(help="The teacher's states, made if need be; shapes-256-1.safetensors and others lie beside it."),
     ] = Path("output/bench/teacher.safetensors"),
     tokens: Annotated[int, typer.Option(min=256, help="Positions to store.")] = 30_720,
     evaluated: Annotated[int, typer.Option(min=2, help="Of these, how many are compared with the teacher.")] = 1024,
