@@ -40,7 +40,7 @@ class Arm:
     @property
     def parameter(self) -> str:
         """What the arms of one series differ in."""
-        return f"{self._first[1]:g}".removeprefix("0")
+        return f"{self._first[1]:g}".removeprefix("0") or "0"
 
     @property
     def label(self) -> str:
