@@ -17,6 +17,15 @@ from typing import Any
 import numpy as np
 
 MARGIN = 0.05
+HEADING = """# Bytes per token against the student they train
+
+Teacher: SmolLM2-135M (49,152 columns) on the standard library's help topics. Student: a Llama of 6.9 M parameters on
+40,960 of these tokens, for as many epochs as the headings say; held-out KL(teacher, student) on 16,896 others, in nats.
+Bytes are those of the labels; a table of 256 shapes takes 12.6 MB more (64: 3.2 MB, 1024: 50.6 MB), whatever the
+cache's size, and the files' headers and keys 0.3 B per token. `dense`: the teacher's whole distributions. `topk` is
+not entropy-coded. `fresh`: drawn anew for every epoch. Differences from dense KD are paired by seed, with 95 %
+intervals. As good as dense KD: the interval ends below 5 % of the gap between no KD and dense KD, a margin that was
+declared before the first student was trained."""
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -41,11 +50,16 @@ def main() -> None:
     folder = parser.parse_args().results
     rows = [json.loads(line) for line in (folder / "frontier-students.jsonl").read_text().splitlines()]
     by_epochs = {epochs: summarise([r for r in rows if r["epochs"] == epochs]) for epochs in epochs_of(rows)}
-    text = "\n\n".join(f"{epochs} epochs\n\n{table(results)}" for epochs, results in by_epochs.items())
-    commits = ", ".join(sorted({f"{row['commit']} (torch {row['torch']})" for row in rows}))
-    (folder / "frontier.md").write_text(f"{text}\n\n{len(rows)} students, commits {commits}\n")
+    text = "\n\n".join(f"## {named(epochs)}\n\n{table(results)}" for epochs, results in by_epochs.items())
+    where = [", ".join(sorted({str(row[name]) for row in rows})) for name in ("commit", "torch", "processor")]
+    about = f"{len(rows)} students; commits {where[0]}; torch {where[1]}; {where[2]}"
+    (folder / "frontier.md").write_text(f"{HEADING}\n\n{text}\n\n{about}\n")
     plot(by_epochs, folder / "frontier.png")
     print(text)
+
+
+def named(epochs: int) -> str:
+    return f"{epochs} epoch{'s' if epochs > 1 else ''}"
 
 
 def epochs_of(rows: list[dict]) -> list[int]:
@@ -114,7 +128,7 @@ def plot(by_epochs: dict[int, list[Result]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(by_epochs), figsize=(6.5 * len(by_epochs), 5), squeeze=False)
     for axis, (epochs, results) in zip(axes[0], by_epochs.items(), strict=True):
         _panel(axis, results)
-        axis.set(title=f"{epochs} epoch{'s' if epochs > 1 else ''}", xlabel="bytes per token, table of shapes apart")
+        axis.set(title=named(epochs), xlabel="bytes per token, table of shapes apart")
     axes[0, 0].set_ylabel("held-out KL(teacher, student) above dense KD's, nats")
     axes[0, 0].legend(fontsize=8, loc="upper left")
     figure.tight_layout()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from arms import ARMS
 from labels import Labels, make_labels
 from student import Teacher, evaluate, train
 from teacher import HELD_OUT_WINDOWS, Corpus, load
+
+from kdfast.bench.report import environment
 
 
 def main() -> None:
@@ -48,8 +49,8 @@ def _student(corpus: Corpus, folder: Path, name: str, seed: int, epochs: int) ->
         row["bytes_per_token"] = labels.bytes_per_token
         row["entries_per_token"] = labels.entries_per_token
         row["model_bytes"] = labels.model_bytes
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return row | {"seconds": round(seconds), "commit": commit, "torch": torch.__version__}
+    about = environment()
+    return row | {"seconds": round(seconds), **{name: about[name] for name in ("date", "commit", "torch", "processor")}}
 
 
 def _teacher(corpus: Corpus, folder: Path, name: str, seed: int, epochs: int) -> tuple[Teacher, Labels | None]:
