@@ -152,10 +152,12 @@ def _panel(axis: Any, results: list[Result]) -> None:
             y = (1 - 0.04 * outside) * SHOWN * gap if beyond else r.difference
             marker = "^" if beyond else "o" if not r.arm.endswith("-fresh") else "D"
             error = None if beyond else r.interval
-            axis.errorbar(r.bytes_per_token, y, error, fmt=marker, color=colour, label=label, capsize=2, markersize=5)
+            shown = label if marker != "D" else None
+            axis.errorbar(r.bytes_per_token, y, error, fmt=marker, color=colour, label=shown, capsize=2, markersize=5)
+            label = label if shown is None else None
+            dy = -9 if "-of-" in r.arm or marker == "D" else 4
             note = r.arm.removeprefix(family).strip("-") + (f" (+{r.difference:.2f})" if beyond else "")
-            axis.annotate(note, (r.bytes_per_token, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
-            label = None
+            axis.annotate(note, (r.bytes_per_token, y), xytext=(5, dy), textcoords="offset points", fontsize=7)
     axis.set_xscale("log")
     axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axis.minorticks_off()
