@@ -20,7 +20,7 @@ from kdfast.labels import SoftLabels
 __all__ = ["Prototype"]
 
 CHUNK = 512  # rows at a time
-ASSIGN_TAU = 1 / 2048  # a sample so fine finds a shape whose KL is 1e-4 nats above the best one's
+ASSIGN_TAU = 1 / 512  # a sample so fine finds shapes whose labels' KL is 5e-4 nats above the best ones'
 REACH = 12.0  # logits of shares and tails are cut to [-REACH, REACH] nats
 
 
