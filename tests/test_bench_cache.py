@@ -185,7 +185,7 @@ class TestCommand:
         access = document["random_access"]
         assert access["records"] == 300
         assert access["file_bytes"] > 300 * 15
-        assert min(access["records_per_s"].values()) > 0
+        assert min(access["first_records_per_s"], *access["records_per_s"].values()) > 0
         assert path.with_suffix(".png").exists()
 
     def test_an_unknown_arm_is_named(self):

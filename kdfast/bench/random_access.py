@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import kdfast.cache
+from kdfast.cache.builder import BLOCK_ROWS
 from kdfast.labels import SoftLabels
 
 __all__ = ["RandomAccess", "random_access"]
@@ -34,7 +35,8 @@ class RandomAccess:
     file_bytes: int
     write_seconds: float
     open_seconds: float
-    records_per_s: dict[int, float]  # by batch size: the median gather; labels decoded, one thread
+    first_records_per_s: float  # before any block has been read: the first use of a block checks all of it
+    records_per_s: dict[int, float]  # after that, by batch size: the median gather; labels decoded, one thread
     anonymous_bytes: int | None  # how much the reading process has grown by, mapped files apart; None: not on Linux
 
 
@@ -52,9 +54,9 @@ def random_access(folder: Path, records: int, advance: Callable[[int], None] = l
     seconds = time.perf_counter() - start
     # A process that has just written would serve new memory from what it has freed: growth would not show.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
-        opened, rates, grown = child.submit(_read, folder, records).result()
+        opened, first, rates, grown = child.submit(_read, folder, records).result()
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return RandomAccess(records, size, seconds, opened, rates, grown)
+    return RandomAccess(records, size, seconds, opened, first, rates, grown)
 
 
 def _rows(count: int) -> list[SoftLabels]:
@@ -69,16 +71,19 @@ def _rows(count: int) -> list[SoftLabels]:
     return rows
 
 
-def _read(folder: Path, records: int) -> tuple[float, dict[int, float], int | None]:
+def _read(folder: Path, records: int) -> tuple[float, float, dict[int, float], int | None]:
     torch.set_num_threads(1)
     before = _anonymous()
     start = time.perf_counter()
     cache = kdfast.cache.open(folder)
     opened = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
+    first = _rate(cache, records, BATCHES[0], generator)
+    for keys in torch.split(torch.arange(0, records, BLOCK_ROWS // 2), BATCHES[-1]):  # something of every block
+        cache.gather(cache.index(keys))
     rates = {batch: _rate(cache, records, batch, generator) for batch in BATCHES}
     after = _anonymous()
-    return opened, rates, None if before is None or after is None else after - before
+    return opened, first, rates, None if before is None or after is None else after - before
 
 
 def _rate(cache: kdfast.cache.CacheReader, records: int, batch: int, generator: torch.Generator) -> float:
