@@ -1,0 +1,34 @@
+"""Every form of every Triton kernel compiles for every architecture, without spilling a register."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = ("scale",)
+
+
+@cache
+def reports(kernel):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, Path(__file__).with_name("triton_aot.py"), kernel]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_register_is_spilled(kernel):
+    assert reports(kernel)
+    assert [found for found in reports(kernel) if found["spilled"]] == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_aligned_rows_are_loaded_128_bits_at_a_time(kernel):
+    assert [found for found in reports(kernel) if "odd" not in found["variant"] and found["load_bits"] < 128] == []
