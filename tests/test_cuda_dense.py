@@ -1,4 +1,4 @@
-"""The one-read CUDA kernel's arithmetic, its threads run one after another on the CPU: against the oracle in float64."""
+"""The one-read CUDA kernel's arithmetic against the oracle in float64: its threads run in turn on the CPU."""
 
 import ctypes
 import math
