@@ -33,7 +33,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class Task(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("coef", "label")),
         ("smoothing", ctypes.c_float),
         ("kind", ctypes.c_int),

@@ -11,7 +11,8 @@ namespace {
 
 struct DenseTask {
   RowsView student, teacher, grad;  // grad.data == nullptr: not wanted
-  int64_t rows, columns;
+  int64_t rows;
+  int columns;
   const float* coef;     // (5, rows)
   const int64_t* label;  // (rows,); nullptr: none
   float smoothing;
@@ -74,11 +75,10 @@ class Loader {
     const int block = int(cg::this_cluster().block_rank());
     const T* student = task.student.row<T>(row);
     const int phase = int(reinterpret_cast<uintptr_t>(student) % sizeof(Pack<T>) / sizeof(T));
-    const int64_t packs = (task.columns + phase + kLanes - 1) / kLanes;
-    const int64_t before = int64_t(block) * task.packs;
+    const int packs = (task.columns + phase + kLanes - 1) / kLanes, before = block * task.packs;
     slice.student = memory;
     slice.teacher = memory + task.packs;
-    slice.packs = int(::max(int64_t(0), ::min(packs - before, int64_t(task.packs))));
+    slice.packs = ::max(0, ::min(packs - before, task.packs));
     slice.first = before * kLanes - phase;
     slice.columns = task.columns;
     first_ = slice.packs && !slice.is_whole(0) ? 1 : 0;
@@ -104,7 +104,7 @@ class Loader {
 
   // Whole packs by the copy engine where the row is aligned as the student's; everything else column by column.
   __device__ void load(Pack<T>* memory, const T* row) {
-    const T* whole = row + slice.first + int64_t(first_) * kLanes;
+    const T* whole = row + slice.column(first_);
     const bool bulk = last_ > first_ && reinterpret_cast<uintptr_t>(whole) % sizeof(Pack<T>) == 0;
     if (bulk && threadIdx.x == 0) {
       const uint32_t bytes = uint32_t(last_ - first_) * sizeof(Pack<T>);
@@ -114,8 +114,8 @@ class Loader {
     for (int pack = threadIdx.x; pack < slice.packs; pack += kThreads) {
       if (bulk && pack >= first_ && pack < last_) continue;
       for (int i = 0; i < kLanes; ++i) {
-        const int64_t column = slice.column(pack) + i;
-        if (column >= 0 && column < slice.columns) memory[pack].lane[i] = row[column];
+        const int column = slice.column(pack) + i;
+        if (slice.has(column)) memory[pack].lane[i] = row[column];
       }
     }
   }
@@ -129,8 +129,8 @@ class Loader {
 // The logit of the row's label: read before any block of the cluster may write over it.
 template <typename T>
 __device__ float label_logit(const DenseTask& task, const RowCoefficients& coef, int64_t row) {
-  const bool exists = coef.has_label && coef.label >= 0 && coef.label < task.columns;
-  return exists ? to_float(task.student.row<T>(row)[coef.label]) : 0.0f;
+  const int column = coef.label_column(task.columns);
+  return column >= 0 ? to_float(task.student.row<T>(row)[column]) : 0.0f;
 }
 
 struct Add {
@@ -172,9 +172,8 @@ __global__ void __launch_bounds__(kThreads, 3) dense_row(const __grid_constant__
   const float label = label_logit<T>(task, coef, row);
   const Scales scales = scales_of(coef, kKind);
   const AtOne mode = at_one(coef);
-  const Wants wants = {teacher, teacher && is_forward(kKind)};
   loader.wait();
-  Sums sums = sweep(slice, threadIdx.x, kThreads, scales, wants, mode);
+  Sums sums = sweep<is_forward(kKind)>(slice, threadIdx.x, kThreads, scales, teacher, mode);
   cluster.barrier_wait();
   const auto merge_sums = [&](const Sums& a, const Sums& b) { return merge(a, b, scales, mode); };
   sums = reduce_cluster(sums, all_sums, Sums(), merge_sums);
@@ -194,8 +193,8 @@ __global__ void __launch_bounds__(kThreads, 3) dense_row(const __grid_constant__
   if (out.gradient.failed)
     fill_gradient(slice, threadIdx.x, kThreads, out.loss, to);
   else
-    write_gradient<kKind>(slice, threadIdx.x, kThreads, out.gradient, normaliser, task.divergence, teacher, coef.label,
-                          mode, to);
+    write_gradient<kKind>(slice, threadIdx.x, kThreads, out.gradient, normaliser, task.divergence, teacher,
+                          coef.label_column(task.columns), mode, to);
 }
 
 template <Kind kKind, typename T>
@@ -240,7 +239,7 @@ Tensor dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, std::opti
   STD_TORCH_CHECK(cluster > 0 && teacher.size(2) >= columns, "rows of another width are for another kernel");
   STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), "student and teacher must have one dtype");
   const Tensor loss = torch::stable::new_empty(coef, {rows}, coef.scalar_type());
-  DenseTask task = {RowsView(student), RowsView(teacher), grad ? RowsView(*grad) : RowsView(), rows, columns};
+  DenseTask task = {RowsView(student), RowsView(teacher), grad ? RowsView(*grad) : RowsView(), rows, int(columns)};
   task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
   task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
   task.smoothing = float(smoothing);

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../divergence.h"
-#include "scalar.h"
+#include "pack.h"
 
 namespace kdfast::cuda {
 
@@ -18,6 +18,8 @@ struct RowCoefficients {
   int64_t label = -1;
   bool has_label = false;
 
+  // The label's column, or one that no row has.
+  KD_BOTH int label_column(int columns) const { return label >= 0 && label < columns ? int(label) : -1; }
   KD_BOTH bool counts() const { return kd != 0 || ce != 0 || z != 0; }
   KD_BOTH bool wants_ce() const { return ce != 0 && (has_label || smoothing == 1); }
   KD_BOTH bool wants_lse() const { return wants_ce() || z != 0; }
@@ -38,11 +40,12 @@ template <typename T>
 struct Slice {
   const Pack<T>*student, *teacher;
   int packs;
-  int64_t first;  // the column of the first pack's first lane; negative in padding
-  int64_t columns;
+  int first;  // the column of the first pack's first lane; negative in padding
+  int columns;
 
-  KD_BOTH int64_t column(int pack) const { return first + int64_t(pack) * Pack<T>::kLanes; }
-  KD_BOTH bool is_whole(int pack) const { return column(pack) >= 0 && column(pack) + Pack<T>::kLanes <= columns; }
+  KD_BOTH int column(int pack) const { return first + pack * Pack<T>::kLanes; }
+  KD_BOTH bool has(int column) const { return column >= 0 && column < columns; }
+  KD_BOTH bool is_whole(int pack) const { return has(column(pack)) && has(column(pack) + Pack<T>::kLanes - 1); }
 };
 
 // log2(e) / temperature: logits become exponents of 2. And how often the cross sum holds the teacher's own exponents:
@@ -97,30 +100,28 @@ KD_BOTH void raise_teacher(Sums& sums, float top, Scales c) {
   sums.top_t = top;
 }
 
-// What a sweep adds up.
-struct Wants {
-  bool teacher;  // both sides, rather than the student alone
-  bool cross;    // forward KL and soft cross-entropy
+// What a sweep adds up: both sides rather than the student alone; for forward KL and soft cross-entropy the cross sum.
+template <AtOne kAt, bool kHasTeacher, bool kHasCross>
+struct Sweep {
+  static constexpr AtOne kAtOne = kAt;
+  static constexpr bool kTeacher = kHasTeacher, kCross = kHasCross;
 };
 
-template <AtOne kAtOne, typename T>
-KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teacher, Scales c, Wants wants) {
+template <typename S, typename T>
+KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teacher, Scales c) {
   constexpr int kLanes = Pack<T>::kLanes;
   float x[kLanes], y[kLanes];
-  float top_s = -kInf, top_t = -kInf;
+  unpack(student, x);
+  float top = x[0];
 #pragma unroll
-  for (int i = 0; i < kLanes; ++i) {
-    x[i] = to_float(student.lane[i]);
-    top_s = ::fmaxf(top_s, x[i]);
-  }
-  if (top_s > sums.top_s) raise_student<kAtOne>(sums, top_s, c);
-  if (wants.teacher) {
+  for (int i = 1; i < kLanes; ++i) top = ::fmaxf(top, x[i]);
+  if (top > sums.top_s) raise_student<S::kAtOne>(sums, top, c);
+  if constexpr (S::kTeacher) {
+    unpack(teacher, y);
+    top = y[0];
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      y[i] = to_float(teacher.lane[i]);
-      top_t = ::fmaxf(top_t, y[i]);
-    }
-    if (top_t > sums.top_t) raise_teacher(sums, top_t, c);
+    for (int i = 1; i < kLanes; ++i) top = ::fmaxf(top, y[i]);
+    if (top > sums.top_t) raise_teacher(sums, top, c);
   }
   const float origin_s = origin_of(sums.top_s, c.s), origin_t = origin_of(sums.top_t, c.t);
   const float origin_one = origin_of(sums.top_s, kLog2e);
@@ -128,67 +129,69 @@ KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teach
   for (int i = 0; i < kLanes; ++i) {
     const float u = ::fmaf(x[i], c.s, -origin_s), e = exp2(u);
     sums.s += e;
-    if constexpr (kAtOne == AtOne::kSquared) sums.one = ::fmaf(e, e, sums.one);
-    if constexpr (kAtOne == AtOne::kSeparate) sums.one += exp2(::fmaf(x[i], kLog2e, -origin_one));
-    if (!wants.teacher) continue;
-    const float v = ::fmaf(y[i], c.t, -origin_t), p = exp2(v);
-    sums.t += p;
-    if (wants.cross) sums.cross = ::fmaf(p, ::fmaf(c.entropy, v, -u), sums.cross);
+    if constexpr (S::kAtOne == AtOne::kSquared) sums.one = ::fmaf(e, e, sums.one);
+    if constexpr (S::kAtOne == AtOne::kSeparate) sums.one += exp2(::fmaf(x[i], kLog2e, -origin_one));
+    if constexpr (S::kTeacher) {
+      const float v = ::fmaf(y[i], c.t, -origin_t), p = exp2(v);
+      sums.t += p;
+      if constexpr (S::kCross) sums.cross = ::fmaf(p, ::fmaf(c.entropy, v, -u), sums.cross);
+    }
   }
 }
 
 // One column of any kind. Masked on one side it takes no part in that side's sums; a masked student's gap is infinite
 // however small the teacher's probability there.
-template <AtOne kAtOne>
-KD_BOTH void sweep_column(Sums& sums, float x, float y, Scales c, Wants wants) {
-  if (x > sums.top_s) raise_student<kAtOne>(sums, x, c);
-  if (wants.teacher && y > sums.top_t) raise_teacher(sums, y, c);
+template <typename S>
+KD_BOTH void sweep_column(Sums& sums, float x, float y, Scales c) {
+  if (x > sums.top_s) raise_student<S::kAtOne>(sums, x, c);
+  if (S::kTeacher && y > sums.top_t) raise_teacher(sums, y, c);
   const float u = ::fmaf(x, c.s, -origin_of(sums.top_s, c.s)), v = ::fmaf(y, c.t, -origin_of(sums.top_t, c.t));
   if (x != -kInf) {
     const float e = exp2(u);
     sums.s += e;
-    if constexpr (kAtOne == AtOne::kSquared) sums.one += e * e;
-    if constexpr (kAtOne == AtOne::kSeparate) sums.one += exp2(::fmaf(x, kLog2e, -origin_of(sums.top_s, kLog2e)));
+    if (S::kAtOne == AtOne::kSquared) sums.one += e * e;
+    if (S::kAtOne == AtOne::kSeparate) sums.one += exp2(::fmaf(x, kLog2e, -origin_of(sums.top_s, kLog2e)));
   }
-  if (!wants.teacher || y == -kInf) return;
+  if (!S::kTeacher || y == -kInf) return;
   const float p = exp2(v);
   sums.t += p;
-  if (wants.cross && x == -kInf) sums.cross = kInf;
-  if (wants.cross && p > 0) sums.cross += p * ::fmaf(c.entropy, v, -u);
+  if (S::kCross && x == -kInf) sums.cross = kInf;
+  if (S::kCross && p > 0) sums.cross += p * ::fmaf(c.entropy, v, -u);
 }
 
-template <AtOne kAtOne, typename T>
-KD_BOTH void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales c, Wants wants) {
+template <typename S, typename T>
+KD_BOTH void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales c) {
+#pragma unroll 1
   for (int i = 0; i < Pack<T>::kLanes; ++i) {
-    const int64_t column = slice.column(pack) + i;
-    if (column < 0 || column >= slice.columns) continue;
-    const float y = wants.teacher ? to_float(slice.teacher[pack].lane[i]) : -kInf;
-    sweep_column<kAtOne>(sums, to_float(slice.student[pack].lane[i]), y, c, wants);
+    if (!slice.has(slice.column(pack) + i)) continue;
+    const float y = S::kTeacher ? to_float(slice.teacher[pack].lane[i]) : -kInf;
+    sweep_column<S>(sums, to_float(slice.student[pack].lane[i]), y, c);
   }
 }
 
 // A thread's packs. Masked columns, NaN and overflow show in the sums: then everything is done again with care.
-template <AtOne kAtOne, typename T>
-KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, Wants wants) {
+template <typename S, typename T>
+KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
   Sums sums;
   for (int pack = thread; pack < slice.packs; pack += threads) {
     if (slice.is_whole(pack))
-      sweep_pack<kAtOne>(sums, slice.student[pack], wants.teacher ? slice.teacher[pack] : slice.student[pack], c,
-                         wants);
+      sweep_pack<S>(sums, slice.student[pack], slice.teacher[pack], c);
     else
-      sweep_carefully<kAtOne>(sums, slice, pack, c, wants);
+      sweep_carefully<S>(sums, slice, pack, c);
   }
   if (sums.are_finite()) return sums;
   sums = Sums();
-  for (int pack = thread; pack < slice.packs; pack += threads) sweep_carefully<kAtOne>(sums, slice, pack, c, wants);
+#pragma unroll 1
+  for (int pack = thread; pack < slice.packs; pack += threads) sweep_carefully<S>(sums, slice, pack, c);
   return sums;
 }
 
-template <typename T>
-KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, Wants wants, AtOne mode) {
-  if (mode == AtOne::kSquared) return sweep<AtOne::kSquared>(slice, thread, threads, c, wants);
-  if (mode == AtOne::kSeparate) return sweep<AtOne::kSeparate>(slice, thread, threads, c, wants);
-  return sweep<AtOne::kShared>(slice, thread, threads, c, wants);
+template <bool kCross, typename T>
+KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, bool teacher, AtOne mode) {
+  if (!teacher) return sweep<Sweep<AtOne::kShared, false, false>>(slice, thread, threads, c);
+  if (mode == AtOne::kSquared) return sweep<Sweep<AtOne::kSquared, true, kCross>>(slice, thread, threads, c);
+  if (mode == AtOne::kSeparate) return sweep<Sweep<AtOne::kSeparate, true, kCross>>(slice, thread, threads, c);
+  return sweep<Sweep<AtOne::kShared, true, kCross>>(slice, thread, threads, c);
 }
 
 // The sums over both sets of columns.
@@ -219,9 +222,8 @@ KD_BOTH Smoothing smoothing_of(const Slice<T>& slice, int thread, int threads) {
   Smoothing sum;
   for (int pack = thread; pack < slice.packs; pack += threads)
     for (int i = 0; i < Pack<T>::kLanes; ++i) {
-      const int64_t column = slice.column(pack) + i;
       const float x = to_float(slice.student[pack].lane[i]);
-      if (column < 0 || column >= slice.columns || x == -kInf) continue;
+      if (!slice.has(slice.column(pack) + i) || x == -kInf) continue;
       sum.logits += x;
       sum.count += 1;
     }
@@ -284,8 +286,7 @@ KD_BOTH Values values_of(const Slice<T>& slice, int thread, int threads, const N
     const bool whole = slice.is_whole(pack);
 #pragma unroll
     for (int i = 0; i < Pack<T>::kLanes; ++i) {
-      const int64_t column = slice.column(pack) + i;
-      if (!whole && (column < 0 || column >= slice.columns)) continue;
+      if (!whole && !slice.has(slice.column(pack) + i)) continue;
       const float x = to_float(slice.student[pack].lane[i]), y = to_float(slice.teacher[pack].lane[i]);
       const Values element = element_of<kKind>(column_of(x, y, n), divergence);
       sum.value += element.value;
@@ -309,7 +310,7 @@ struct RowOutcome {
   Gradient gradient;
 };
 
-KD_BOTH bool is_bad(const RowCoefficients& row, int64_t columns) {
+KD_BOTH bool is_bad(const RowCoefficients& row, int columns) {
   const bool bad_tau = !(row.tau_s > 0 && row.tau_s < kInf && row.tau_t > 0 && row.tau_t < kInf);
   const bool bad_label = row.has_label && row.smoothing < 1 && (row.label < 0 || row.label >= columns);
   return (row.kd != 0 && bad_tau) || (row.ce != 0 && bad_label);
@@ -329,8 +330,8 @@ KD_BOTH float cross_entropy(const RowCoefficients& row, float lse, float label_l
 }
 
 // Loss and gradient from everything that was summed. `values` are those of divergences that are not forward.
-KD_BOTH RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int64_t columns,
-                              const Sums& sums, const Normaliser& n, const Values& values, const Smoothing& smoothing,
+KD_BOTH RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int columns, const Sums& sums,
+                              const Normaliser& n, const Values& values, const Smoothing& smoothing,
                               float label_logit) {
   RowOutcome out;
   Gradient& g = out.gradient;
@@ -364,18 +365,16 @@ KD_BOTH RowOutcome outcome_of(const RowCoefficients& row, const Divergence& dive
   return out;
 }
 
-template <Kind kKind, AtOne kAtOne>
-KD_BOTH float gradient_of(float x, float y, const Gradient& g, const Normaliser& n, const Divergence& divergence,
-                          bool teacher) {
+template <Kind kKind, AtOne kAtOne, bool kTeacher>
+KD_BOTH float gradient_of(float x, float y, const Gradient& g, const Normaliser& n, const Divergence& divergence) {
   const float e = exp2(::fmaf(x, n.c.s, -n.origin_s));
   float value = ::fmaf(kAtOne == AtOne::kSquared ? ::fmaf(g.c, e, g.a) : g.a, e, -g.share);
   if constexpr (kAtOne == AtOne::kSeparate) value = ::fmaf(g.c, exp2(::fmaf(x, kLog2e, -n.origin_one)), value);
-  if constexpr (is_forward(kKind)) {
-    if (teacher) value = ::fmaf(g.b, exp2(::fmaf(y, n.c.t, -n.origin_t)), value);
-  } else {
-    if (g.b != 0) value = ::fmaf(g.b, element_of<kKind>(column_of(x, y, n), divergence).h, value);
-  }
-  return x == -kInf ? 0.0f : value;
+  if constexpr (!kTeacher) return value;
+  if constexpr (is_forward(kKind))
+    return ::fmaf(g.b, exp2(::fmaf(y, n.c.t, -n.origin_t)), value);
+  else
+    return g.b != 0 ? ::fmaf(g.b, element_of<kKind>(column_of(x, y, n), divergence).h, value) : value;
 }
 
 // Where a row's gradient goes: in whole packs where it is aligned as the student's row is.
@@ -387,49 +386,56 @@ struct GradientRow {
 
 template <typename T>
 KD_BOTH void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, const Pack<T>& value) {
-  const int64_t column = slice.column(pack);
+  const int column = slice.column(pack);
   if (to.aligned && slice.is_whole(pack)) {
     *reinterpret_cast<Pack<T>*>(to.row + column) = value;
     return;
   }
+#pragma unroll 1
   for (int i = 0; i < Pack<T>::kLanes; ++i)
-    if (column + i >= 0 && column + i < slice.columns) to.row[column + i] = value.lane[i];
+    if (slice.has(column + i)) to.row[column + i] = value.lane[i];
 }
 
-template <Kind kKind, AtOne kAtOne, typename T>
+template <Kind kKind, AtOne kAtOne, bool kTeacher, typename T>
 KD_BOTH void write_gradient(const Slice<T>& slice, int thread, int threads, const Gradient& g, const Normaliser& n,
-                            const Divergence& divergence, bool teacher, int64_t label, const GradientRow<T>& to) {
+                            const Divergence& divergence, int label, const GradientRow<T>& to) {
+  constexpr int kLanes = Pack<T>::kLanes;
   for (int pack = thread; pack < slice.packs; pack += threads) {
-    Pack<T> out;
-    const Pack<T> student = slice.student[pack], other = teacher ? slice.teacher[pack] : student;
+    float x[kLanes], y[kLanes], value[kLanes];
+    const Pack<T> student = slice.student[pack];
+    unpack(student, x);
+    if constexpr (kTeacher) unpack(slice.teacher[pack], y);
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kLanes; ++i) {
-      const float x = to_float(student.lane[i]), y = to_float(other.lane[i]);
-      float value = gradient_of<kKind, kAtOne>(x, y, g, n, divergence, teacher);
-      if (slice.column(pack) + i == label && x != -kInf) value -= g.label;
-      out.lane[i] = from_float<T>(value);
+    for (int i = 0; i < kLanes; ++i) value[i] = gradient_of<kKind, kAtOne, kTeacher>(x[i], y[i], g, n, divergence);
+    const int at = label - slice.column(pack);
+    if (at >= 0 && at < kLanes) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) value[i] -= i == at ? g.label : 0.0f;
     }
-    store(to, slice, pack, out);
+    store(to, slice, pack, pack_unmasked(value, student));
   }
 }
 
 template <Kind kKind, typename T>
 KD_BOTH void write_gradient(const Slice<T>& slice, int thread, int threads, const Gradient& g, const Normaliser& n,
-                            const Divergence& divergence, bool teacher, int64_t label, AtOne mode,
+                            const Divergence& divergence, bool teacher, int label, AtOne mode,
                             const GradientRow<T>& to) {
-  if (mode == AtOne::kSquared)
-    write_gradient<kKind, AtOne::kSquared>(slice, thread, threads, g, n, divergence, teacher, label, to);
+  if (!teacher)
+    write_gradient<kKind, AtOne::kShared, false>(slice, thread, threads, g, n, divergence, label, to);
+  else if (mode == AtOne::kSquared)
+    write_gradient<kKind, AtOne::kSquared, true>(slice, thread, threads, g, n, divergence, label, to);
   else if (mode == AtOne::kSeparate)
-    write_gradient<kKind, AtOne::kSeparate>(slice, thread, threads, g, n, divergence, teacher, label, to);
+    write_gradient<kKind, AtOne::kSeparate, true>(slice, thread, threads, g, n, divergence, label, to);
   else
-    write_gradient<kKind, AtOne::kShared>(slice, thread, threads, g, n, divergence, teacher, label, to);
+    write_gradient<kKind, AtOne::kShared, true>(slice, thread, threads, g, n, divergence, label, to);
 }
 
 // The same number throughout: rows that do not count, and failed ones.
 template <typename T>
 KD_BOTH void fill_gradient(const Slice<T>& slice, int thread, int threads, float value, const GradientRow<T>& to) {
   Pack<T> out;
-  for (T& lane : out.lane) lane = from_float<T>(value);
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kLanes; ++i) out.lane[i] = from_float<T>(value);
   for (int pack = thread; pack < slice.packs; pack += threads) store(to, slice, pack, out);
 }
 

@@ -1,11 +1,7 @@
 // One column at a time, in float: what rowmath.h and the row kernels take for granted. Host and device.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
-#include <cstdint>
 
 #define KD_BOTH __host__ __device__ __forceinline__
 
@@ -39,32 +35,6 @@ KD_BOTH float min(float x, float y) { return ::fminf(x, y); }
 KD_BOTH float abs(float x) { return ::fabsf(x); }
 KD_BOTH float exp(float x) { return exp2(x * kLog2e); }
 KD_BOTH float log1p(float x) { return ::log1pf(x); }
-
-KD_BOTH float to_float(float x) { return x; }
-KD_BOTH float to_float(__half x) { return __half2float(x); }
-KD_BOTH float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-KD_BOTH T from_float(float x);
-template <>
-KD_BOTH float from_float(float x) {
-  return x;
-}
-template <>
-KD_BOTH __half from_float(float x) {
-  return __float2half_rn(x);
-}
-template <>
-KD_BOTH __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-// 16 bytes of a row: what a thread loads, works on and stores at a time.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kLanes = 16 / sizeof(T);
-  T lane[kLanes];
-};
 
 #include "../rowmath.h"
 

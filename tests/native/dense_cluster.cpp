@@ -14,7 +14,8 @@ constexpr int kThreads = 8;
 struct Task {
   const void *student, *teacher;
   void* grad;
-  int64_t rows, columns;
+  int64_t rows;
+  int columns;
   const float* coef;
   const int64_t* label;
   float smoothing;
@@ -39,19 +40,19 @@ struct Blocks {
   std::vector<Pack<T>> student, teacher;
   std::vector<Slice<T>> slices;
 
-  Blocks(const T* x, const T* y, int64_t columns, int cluster) {
+  Blocks(const T* x, const T* y, int columns, int cluster) {
     constexpr int kLanes = Pack<T>::kLanes;
     const int phase = int(reinterpret_cast<uintptr_t>(x) % sizeof(Pack<T>) / sizeof(T));
-    const int64_t packs = (columns + phase + kLanes - 1) / kLanes, each = (packs + cluster - 1) / cluster;
+    const int packs = (columns + phase + kLanes - 1) / kLanes, each = (packs + cluster - 1) / cluster;
     student.resize(packs), teacher.resize(packs);
-    for (int64_t i = 0; i < packs * kLanes; ++i) {
+    for (int i = 0; i < packs * kLanes; ++i) {
       const bool inside = i >= phase && i < phase + columns;
       student[i / kLanes].lane[i % kLanes] = inside ? x[i - phase] : from_float<T>(1e30f);
       teacher[i / kLanes].lane[i % kLanes] = inside ? y[i - phase] : from_float<T>(1e30f);
     }
-    for (int64_t before = 0; before < packs; before += each)
+    for (int before = 0; before < packs; before += each)
       slices.push_back(
-          {&student[before], &teacher[before], int(std::min(each, packs - before)), before * kLanes - phase, columns});
+          {&student[before], &teacher[before], std::min(each, packs - before), before * kLanes - phase, columns});
   }
 
   template <typename Value, typename Part, typename Merge>
@@ -83,9 +84,11 @@ void run_row(const Task& task, int64_t row) {
   const bool teacher = coef.kd != 0;
   const Scales scales = scales_of(coef, kKind);
   const AtOne mode = at_one(coef);
-  const Wants wants = {teacher, teacher && is_forward(kKind)};
   const Sums sums = blocks.reduce(
-      Sums(), [&](const Slice<T>& s, int thread) { return sweep(s, thread, kThreads, scales, wants, mode); },
+      Sums(),
+      [&](const Slice<T>& s, int thread) {
+        return sweep<is_forward(kKind)>(s, thread, kThreads, scales, teacher, mode);
+      },
       [&](const Sums& l, const Sums& r) { return merge(l, r, scales, mode); });
   const Normaliser normaliser = normaliser_of(sums, scales, mode);
   Values values = {0, 0};
@@ -99,13 +102,13 @@ void run_row(const Task& task, int64_t row) {
   const Smoothing smoothing = blocks.reduce(
       Smoothing(), [&](const Slice<T>& s, int thread) { return smoothing_of(s, thread, kThreads); },
       [](const Smoothing& l, const Smoothing& r) { return Smoothing{l.logits + r.logits, l.count + r.count}; });
-  const bool exists = coef.has_label && coef.label >= 0 && coef.label < task.columns;
-  const float label_logit = exists ? to_float(x[coef.label]) : 0;
+  const int label = coef.label_column(task.columns);
+  const float label_logit = label >= 0 ? to_float(x[label]) : 0;
   const RowOutcome out = outcome_of(coef, divergence, task.columns, sums, normaliser, values, smoothing, label_logit);
   task.loss[row] = out.loss;
   if (out.gradient.failed) return fill(out.loss);
   each_thread([&](const Slice<T>& slice, int thread) {
-    write_gradient<kKind>(slice, thread, kThreads, out.gradient, normaliser, divergence, teacher, coef.label, mode, to);
+    write_gradient<kKind>(slice, thread, kThreads, out.gradient, normaliser, divergence, teacher, label, mode, to);
   });
 }
 
