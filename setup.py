@@ -1,24 +1,43 @@
 """The native extension and the package mapping; everything else is in pyproject.toml."""
 
+import os
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 # One binary for every torch from 2.10 on: only the stable ABI is used.
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020A000000000000"
+CXX = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
+# What has thread-block clusters and the memory for them. Others run the Triton kernels.
+NVCC = [
+    *CXX,
+    "-DUSE_CUDA",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_100,code=sm_100",
+]
+
+
+def builds_cuda():
+    """Whether torch was built for CUDA and a compiler is there, a GPU or not. KDFAST_CUDA=0 or 1 decides otherwise."""
+    wanted = os.environ.get("KDFAST_CUDA")
+    return CUDA_HOME is not None and torch.version.cuda is not None if wanted is None else wanted == "1"
 
 
 def extension():
     import pybind11
 
-    sources = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-    return CppExtension(
+    cuda = builds_cuda()
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
+    sources = sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
+    return (CUDAExtension if cuda else CppExtension)(
         "kdfast._C",
         sources,
         include_dirs=[pybind11.get_include()],
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", STABLE_ABI],
+        extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"], "nvcc": NVCC},
     )
 
 

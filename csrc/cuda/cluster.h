@@ -5,6 +5,11 @@
 
 #include <cstdint>
 
+#include "plan.h"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define KDFAST_HAS_CLUSTERS
+
 namespace kdfast::cuda {
 
 namespace cg = cooperative_groups;
@@ -47,4 +52,42 @@ __device__ inline void copy_bulk(void* shared, const void* global, uint32_t byte
                : "memory");
 }
 
+// What the blocks of a cluster tell each other, one place for each of them, and a block's warps among themselves.
+template <typename T>
+struct Exchange {
+  T of_warp[kThreads / 32];
+  T of_block[kMaxCluster];
+};
+
+template <typename T, typename Merge>
+__device__ T reduce_warp(T value, int lanes, Merge merge) {
+  constexpr int kWords = sizeof(T) / 4;
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    T other;
+    for (int i = 0; i < kWords; ++i)
+      reinterpret_cast<float*>(&other)[i] =
+          __shfl_xor_sync(0xffffffff, reinterpret_cast<const float*>(&value)[i], distance);
+    value = merge(value, other);
+  }
+  return value;
+}
+
+// Every thread's value merged, the same in all threads of the cluster.
+template <typename T, typename Merge>
+__device__ T reduce_cluster(T value, Exchange<T>& exchange, T none, Merge merge) {
+  cg::cluster_group cluster = cg::this_cluster();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = int(cluster.num_blocks());
+  value = reduce_warp(value, 32, merge);
+  if (lane == 0) exchange.of_warp[warp] = value;
+  __syncthreads();
+  if (warp == 0) {
+    value = reduce_warp(exchange.of_warp[lane % (kThreads / 32)], kThreads / 32, merge);
+    if (lane < blocks) cluster.map_shared_rank(exchange.of_block, lane)[cluster.block_rank()] = value;
+  }
+  cluster.sync();
+  return reduce_warp(lane % kMaxCluster < blocks ? exchange.of_block[lane % kMaxCluster] : none, kMaxCluster, merge);
+}
+
 }  // namespace kdfast::cuda
+
+#endif

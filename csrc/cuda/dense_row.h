@@ -391,7 +391,7 @@ KD_BOTH void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, co
     *reinterpret_cast<Pack<T>*>(to.row + column) = value;
     return;
   }
-#pragma unroll 1
+#pragma unroll  // a lane that is chosen at run time would put the pack into local memory
   for (int i = 0; i < Pack<T>::kLanes; ++i)
     if (slice.has(column + i)) to.row[column + i] = value.lane[i];
 }

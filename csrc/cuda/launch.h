@@ -13,28 +13,18 @@
 #include <optional>
 
 #include "plan.h"
+#include "rows_view.h"
 
 namespace kdfast::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An (outer, inner, columns) tensor as outer * inner rows of unit stride.
-struct RowsView {
-  char* data = nullptr;
-  int64_t inner = 1, stride_outer = 0, stride_inner = 0;  // in elements
-
-  RowsView() = default;
-  explicit RowsView(const Tensor& x)
-      : data(static_cast<char*>(x.data_ptr())), inner(x.size(1)), stride_outer(x.stride(0)), stride_inner(x.stride(1)) {
-    STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
-  }
-
-  template <typename T>
-  __device__ T* row(int64_t i) const {
-    return reinterpret_cast<T*>(data) + (i / inner * stride_outer + i % inner * stride_inner);
-  }
-};
+// An (outer, inner, columns) tensor as rows.
+inline RowsView rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
+  return {static_cast<char*>(x.data_ptr()), x.size(1), x.stride(0), x.stride(1)};
+}
 
 // The data of a contiguous vector of `count` elements, which the kernels index as they like.
 template <typename T>
