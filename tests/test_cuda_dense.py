@@ -2,12 +2,10 @@
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from native_rows import DTYPES, NVCC, RowTask, load
 
 from kdfast import _C
 from kdfast._ops import _numbers
@@ -15,7 +13,6 @@ from kdfast.divergences import Divergence, alpha_beta, jsd, skew_forward_kl, ske
 from kdfast.reference import Labels
 from kdfast.testing import assert_close_to_eager, oracle_gradient
 
-NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing, whose headers the kernels need")
 
 DIVERGENCES = [
@@ -27,47 +24,30 @@ DIVERGENCES = [
     alpha_beta(0.5, -0.5),
     alpha_beta(0.0, 0.0),
 ]
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Task(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad")),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("coef", "label")),
-        ("smoothing", ctypes.c_float),
+        ("row", RowTask),
+        ("teacher", ctypes.c_void_p),
         ("kind", ctypes.c_int),
         *((name, ctypes.c_double) for name in ("a", "b", "scale")),
-        ("cluster", ctypes.c_int),
-        ("loss", ctypes.c_void_p),
     ]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    source = Path(__file__).with_name("native") / "dense_cluster.cpp"
-    binary = tmp_path_factory.mktemp("native") / "dense_cluster.so"
-    inline = "-D__forceinline__=inline"  # a GPU compiler's word
-    command = [NVCC, "-std=c++17", "-O1", "-shared", "-Xcompiler=-fPIC", inline, source, "-o", binary]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(binary))
+def kernel(tmp_path_factory):
+    return load("dense_cluster", tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(params=[1, 4], ids="cluster-{}".format)
-def run(library, request):
+def run(kernel, request):
     """Loss and gradient of contiguous rows."""
 
     def run(student, teacher, coef, labels, divergence):
-        rows, columns = student.shape
-        loss, grad = torch.full((rows,), math.nan), torch.full_like(student, math.nan)
-        label = None if labels.target is None else labels.target.data_ptr()
-        pointers = student.data_ptr(), teacher.data_ptr(), grad.data_ptr()
-        numbers = _numbers(divergence)
-        task = Task(
-            *pointers, rows, columns, coef.data_ptr(), label, labels.smoothing, *numbers, request.param, loss.data_ptr()
-        )
-        library.dense_cluster(ctypes.byref(task), DTYPES[student.dtype])
+        loss, grad = torch.full((len(student),), math.nan), torch.full_like(student, math.nan)
+        row = RowTask.of(student, grad, coef, labels, request.param, loss)
+        kernel(ctypes.byref(Task(row, teacher.data_ptr(), *_numbers(divergence))), DTYPES[student.dtype])
         return loss, grad
 
     return run

@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kThreads, 3) dense_rows(const __grid_constant_
 
 template <Kind kKind, typename T>
 void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
-  launch_clusters(dense_rows<kKind, T>, task, task.rows, cluster, 2 * task.packs * int(sizeof(Pack<T>)), stream);
+  launch_clusters(dense_rows<kKind, T>, task, task.row.rows, cluster, 2 * task.row.packs * int(sizeof(Pack<T>)),
+                  stream);
 }
 
 template <typename T>
@@ -48,36 +49,14 @@ void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
 // Without gradient where `grad` is empty. The rows' bytes must suit cluster_size().
 Tensor dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, std::optional<Tensor> label, double smoothing,
                           int64_t kind, double a, double b, double scale, std::optional<Tensor> grad) {
-  const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
-  const int64_t bytes = int64_t(student.element_size());
-  const int cluster = cluster_size(2 * columns * bytes);
-  STD_TORCH_CHECK(cluster > 0 && teacher.size(2) >= columns, "rows of another width are for another kernel");
+  STD_TORCH_CHECK(teacher.size(2) >= student.size(2), "a teacher of fewer columns is for another kernel");
   STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), "student and teacher must have one dtype");
-  const Tensor loss = torch::stable::new_empty(coef, {rows}, coef.scalar_type());
-  DenseTask task = {rows_of(student), rows_of(teacher), grad ? rows_of(*grad) : RowsView(), rows, int(columns)};
-  task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
-  task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
-  task.smoothing = float(smoothing);
-  task.divergence = {static_cast<Kind>(kind), a, b, scale, false};
-  task.loss = static_cast<float*>(loss.data_ptr());
-  // One pack more than the row has, for one that begins within a pack.
-  const int64_t lanes = int64_t(sizeof(uint4)) / bytes, packs = (columns + lanes - 1) / lanes + 1;
-  task.packs = int((packs + cluster - 1) / cluster);
-  if (!rows) return loss;
-  const OnDevice device(student);
-  switch (student.scalar_type()) {
-    case ScalarType::Float:
-      launch<float>(task, cluster, device.stream);
-      break;
-    case ScalarType::Half:
-      launch<__half>(task, cluster, device.stream);
-      break;
-    case ScalarType::BFloat16:
-      launch<__nv_bfloat16>(task, cluster, device.stream);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
-  }
+  const Tensor loss = torch::stable::new_empty(coef, {coef.size(1)}, coef.scalar_type());
+  int cluster;
+  const DenseTask task = {row_task(student, coef, label, smoothing, grad, loss, 2, &cluster),
+                          rows_of(teacher),
+                          {static_cast<Kind>(kind), a, b, scale, false}};
+  on_device(student, [&](auto zero, cudaStream_t stream) { launch<decltype(zero)>(task, cluster, stream); });
   return loss;
 }
 

@@ -13,7 +13,7 @@
 #include <optional>
 
 #include "plan.h"
-#include "rows_view.h"
+#include "row_kernel.h"
 
 namespace kdfast::cuda {
 
@@ -36,19 +36,43 @@ const T* vector_data(const Tensor& x, ScalarType dtype, int64_t count) {
 
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
-// Makes a tensor's device the current one, as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    void* current;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-  cudaStream_t stream;
+// The common part of an op's task, with the size of its clusters, which hold so many rows per row of the student's.
+inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::optional<Tensor>& label, double smoothing,
+                        const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int* cluster) {
+  const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
+  const int64_t bytes = int64_t(student.element_size()), lanes = int64_t(sizeof(uint4)) / bytes;
+  *cluster = cluster_size(rows_held * columns * bytes);
+  STD_TORCH_CHECK(*cluster > 0, "rows of this width are for another kernel");
+  RowTask task = {rows_of(student), grad ? rows_of(*grad) : RowsView(), rows, int(columns)};
+  task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
+  task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
+  task.smoothing = float(smoothing);
+  task.loss = static_cast<float*>(loss.data_ptr());
+  // One pack more than the row has, for one that begins within a pack.
+  const int64_t packs = (columns + lanes - 1) / lanes + 1;
+  task.packs = int((packs + *cluster - 1) / *cluster);
+  return task;
+}
 
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-};
+// Calls run(zero of the tensor's type, stream) with the tensor's device as the current one, unless it has no rows.
+template <typename Run>
+void on_device(const Tensor& x, Run run) {
+  if (x.size(0) * x.size(1) == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* current;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+  const auto stream = static_cast<cudaStream_t>(current);
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return run(0.0f, stream);
+    case ScalarType::Half:
+      return run(__half(), stream);
+    case ScalarType::BFloat16:
+      return run(__nv_bfloat16(), stream);
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+}
 
 // One cluster of `size` blocks for each row, each block with so many bytes of shared memory beside its own.
 template <typename Task>

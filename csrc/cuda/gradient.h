@@ -1,0 +1,127 @@
+// A row's loss from its sums, and the way its gradient is written. Host and device.
+#pragma once
+
+#include "sums.h"
+
+namespace kdfast::cuda {
+
+// What turns logits into probabilities, factor * 2^(x c - origin), and their logarithms.
+struct Normaliser {
+  Scales c;
+  float origin_s, origin_t, origin_one;
+  float factor_s, factor_t, factor_one;  // 0 where a side is masked throughout
+  float log_s, log_t;                    // of the sums
+};
+
+KD_BOTH Normaliser normaliser_of(const Sums& sums, Scales c, AtOne mode) {
+  Normaliser n = {c, 0, 0, 0, 0, 0, 0, ::logf(sums.s), ::logf(sums.t)};
+  if (sums.top_s > -kInf) {
+    n.origin_s = origin_of(sums.top_s, c.s);
+    n.origin_one = origin_of(sums.top_s, kLog2e);
+    n.factor_s = 1 / sums.s;
+    n.factor_one = mode == AtOne::kShared ? n.factor_s : 1 / sums.one;
+  }
+  if (sums.top_t > -kInf) {
+    n.origin_t = origin_of(sums.top_t, c.t);
+    n.factor_t = 1 / sums.t;
+  }
+  return n;
+}
+
+// grad = a e_s + b e_t (or b h) + c e_s^2 (or c e_1) - share, with e exponentials relative to their origins; less
+// `label` in the label's column, and 0 in masked ones.
+struct Gradient {
+  float a = 0, b = 0, c = 0, share = 0, label = 0;
+  bool failed = false;  // NaN throughout
+};
+
+struct RowOutcome {
+  float loss = 0;
+  Gradient gradient;
+};
+
+// Cross-entropy of the label's logit, smoothed.
+KD_BOTH float cross_entropy(const RowCoefficients& row, float lse, float label_logit, const Smoothing& smoothing) {
+  const float hard = row.smoothing < 1 ? lse - label_logit : 0.0f;
+  if (row.smoothing == 0) return hard;
+  const float smooth = lse - smoothing.logits / smoothing.count;
+  return row.smoothing == 1 ? smooth : (1 - row.smoothing) * hard + row.smoothing * smooth;
+}
+
+// Adds cross-entropy and z-loss to the outcome. Returns what an exponential at temperature 1 weighs in the gradient.
+KD_BOTH float add_truth(const RowCoefficients& row, float lse, const Smoothing& smoothing, float label_logit,
+                        RowOutcome& out) {
+  float slope = 0;
+  if (row.wants_ce()) {
+    out.loss += row.ce * cross_entropy(row, lse, label_logit, smoothing);
+    slope = row.ce;
+    out.gradient.share = row.smoothing != 0 ? row.ce * row.smoothing / smoothing.count : 0.0f;
+    out.gradient.label = row.ce * (1 - row.smoothing);
+  }
+  if (row.z != 0) {
+    out.loss += row.z * lse * lse;
+    slope += 2 * row.z * lse;
+  }
+  return slope;
+}
+
+// The gradient in a column, of its logit: what both softmaxes of the student make of it.
+template <AtOne kAtOne>
+KD_BOTH float student_gradient(float x, const Gradient& g, const Normaliser& n) {
+  const float e = exp2(::fmaf(x, n.c.s, -n.origin_s));
+  const float value = ::fmaf(kAtOne == AtOne::kSquared ? ::fmaf(g.c, e, g.a) : g.a, e, -g.share);
+  if constexpr (kAtOne != AtOne::kSeparate) return value;
+  return ::fmaf(g.c, exp2(::fmaf(x, kLog2e, -n.origin_one)), value);
+}
+
+// Where a row's gradient goes: in whole packs where it is aligned as the student's row is.
+template <typename T>
+struct GradientRow {
+  T* row;
+  bool aligned;
+};
+
+template <typename T>
+KD_BOTH void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, const Pack<T>& value) {
+  const int column = slice.column(pack);
+  if (to.aligned && slice.is_whole(pack)) {
+    *reinterpret_cast<Pack<T>*>(to.row + column) = value;
+    return;
+  }
+#pragma unroll  // a lane that is chosen at run time would put the pack into local memory
+  for (int i = 0; i < Pack<T>::kLanes; ++i)
+    if (slice.has(column + i)) to.row[column + i] = value.lane[i];
+}
+
+// Writes of(x, y), of both sides' logits, in a thread's packs; `less` is taken off in the label's column, and masked
+// columns get 0.
+template <bool kTeacher, typename T, typename Of>
+KD_BOTH void write_columns(const Slice<T>& slice, int thread, int threads, int label, float less,
+                           const GradientRow<T>& to, Of of) {
+  constexpr int kLanes = Pack<T>::kLanes;
+  for (int pack = thread; pack < slice.packs; pack += threads) {
+    float x[kLanes], y[kLanes], value[kLanes];
+    const Pack<T> student = slice.student[pack];
+    unpack(student, x);
+    if constexpr (kTeacher) unpack(slice.teacher[pack], y);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) value[i] = of(x[i], kTeacher ? y[i] : 0.0f);
+    const int at = label - slice.column(pack);
+    if (at >= 0 && at < kLanes) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) value[i] -= i == at ? less : 0.0f;
+    }
+    store(to, slice, pack, pack_unmasked(value, student));
+  }
+}
+
+// The same number throughout: rows that do not count, and failed ones.
+template <typename T>
+KD_BOTH void fill_gradient(const Slice<T>& slice, int thread, int threads, float value, const GradientRow<T>& to) {
+  Pack<T> out;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kLanes; ++i) out.lane[i] = from_float<T>(value);
+  for (int pack = thread; pack < slice.packs; pack += threads) store(to, slice, pack, out);
+}
+
+}  // namespace kdfast::cuda

@@ -1,0 +1,144 @@
+// What the one-read kernels share: a row's numbers, its way into shared memory, and the ways it ends.
+#pragma once
+
+#include "cluster.h"
+#include "gradient.h"
+#include "rows_view.h"
+
+namespace kdfast::cuda {
+
+// What every one-read op takes beside its teacher.
+struct RowTask {
+  RowsView student, grad;  // grad.data == nullptr: not wanted
+  int64_t rows;
+  int columns;
+  const float* coef;     // (5, rows)
+  const int64_t* label;  // (rows,); nullptr: none
+  float smoothing;
+  float* loss;  // (rows,)
+  int packs;    // of each block but the last
+};
+
+#ifdef KDFAST_HAS_CLUSTERS
+
+__device__ inline RowCoefficients coefficients_of(const RowTask& task, int64_t row) {
+  const float* coef = task.coef + row;
+  RowCoefficients c = {coef[0], coef[task.rows], coef[2 * task.rows], coef[3 * task.rows], coef[4 * task.rows]};
+  c.smoothing = task.smoothing;
+  c.has_label = task.label != nullptr;
+  if (c.has_label) c.label = task.label[row];
+  return c;
+}
+
+__device__ inline uintptr_t phase_of(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % sizeof(uint4);
+}
+
+// A column's logit, read before any block of the cluster may write over it; 0 for a column that no row has.
+template <typename T>
+__device__ float logit_of(const RowTask& task, int64_t row, int column) {
+  return column >= 0 ? to_float(task.student.row<T>(row)[column]) : 0.0f;
+}
+
+template <typename T>
+__device__ GradientRow<T> gradient_row(const RowTask& task, int64_t row) {
+  T* const grad = task.grad.row<T>(row);
+  return {grad, phase_of(grad) == phase_of(task.student.row<T>(row))};
+}
+
+template <typename T>
+__device__ Smoothing smoothing_of_row(const Slice<T>& slice, const RowCoefficients& row,
+                                      Exchange<Smoothing>& exchange) {
+  if (row.ce == 0 || row.smoothing == 0) return {};
+  const auto add = [](const Smoothing& a, const Smoothing& b) {
+    return Smoothing{a.logits + b.logits, a.count + b.count};
+  };
+  return reduce_cluster(smoothing_of(slice, threadIdx.x, kThreads), exchange, Smoothing(), add);
+}
+
+__device__ inline bool is_first_thread() { return cg::this_cluster().block_rank() == 0 && threadIdx.x == 0; }
+
+template <typename T>
+__device__ void finish_uncounted(const RowTask& task, int64_t row, const Slice<T>& slice) {
+  if (is_first_thread()) task.loss[row] = 0;
+  if (task.grad.data) fill_gradient(slice, threadIdx.x, kThreads, 0.0f, gradient_row<T>(task, row));
+}
+
+// Whether a gradient remains to be written.
+template <typename T>
+__device__ bool finish_loss(const RowTask& task, int64_t row, const Slice<T>& slice, const RowOutcome& out) {
+  if (is_first_thread()) task.loss[row] = out.loss;
+  if (task.grad.data && out.gradient.failed)
+    fill_gradient(slice, threadIdx.x, kThreads, out.loss, gradient_row<T>(task, row));
+  return task.grad.data && !out.gradient.failed;
+}
+
+// A row's part in shared memory, on its way there.
+template <typename T>
+class Loader {
+ public:
+  __device__ Loader(const RowTask& task, int64_t row, Pack<T>* memory, Arrivals* arrivals)
+      : student_(task.student.row<T>(row)),
+        student_packs_(memory),
+        teacher_packs_(memory + task.packs),
+        arrivals_(arrivals) {
+    if (threadIdx.x == 0) arrivals->init(1);
+    __syncthreads();
+    const int block = int(cg::this_cluster().block_rank());
+    const int phase = int(phase_of(student_) / sizeof(T));
+    const int packs = (task.columns + phase + kLanes - 1) / kLanes, before = block * task.packs;
+    slice.student = student_packs_;
+    slice.teacher = teacher_packs_;
+    slice.packs = ::max(0, ::min(packs - before, task.packs));
+    slice.first = before * kLanes - phase;
+    slice.columns = task.columns;
+    first_ = slice.packs && !slice.is_whole(0) ? 1 : 0;
+    last_ = slice.packs > first_ && !slice.is_whole(slice.packs - 1) ? slice.packs - 1 : slice.packs;
+  }
+
+  // Without a teacher's row nothing is put in its place.
+  __device__ void start(const T* teacher) {
+    load(student_packs_, student_);
+    if (teacher) load(teacher_packs_, teacher);
+    if (threadIdx.x == 0) arrivals_->expect(bytes_);
+  }
+
+  // All of the block's threads call it, before they read.
+  __device__ void wait() const {
+    arrivals_->wait();
+    __syncthreads();
+  }
+
+  Slice<T> slice;
+
+ private:
+  static constexpr int kLanes = Pack<T>::kLanes;
+
+  // Whole packs by the copy engine where the row is aligned as the student's; everything else column by column.
+  __device__ void load(Pack<T>* memory, const T* row) {
+    const T* whole = row + slice.column(first_);
+    const bool bulk = last_ > first_ && phase_of(whole) == 0;
+    if (bulk && threadIdx.x == 0) {
+      const uint32_t bytes = uint32_t(last_ - first_) * sizeof(Pack<T>);
+      copy_bulk(memory + first_, whole, bytes, *arrivals_);
+      bytes_ += bytes;
+    }
+    for (int pack = threadIdx.x; pack < slice.packs; pack += kThreads) {
+      if (bulk && pack >= first_ && pack < last_) continue;
+      for (int i = 0; i < kLanes; ++i) {
+        const int column = slice.column(pack) + i;
+        if (slice.has(column)) memory[pack].lane[i] = row[column];
+      }
+    }
+  }
+
+  const T* student_;
+  Pack<T>*student_packs_, *teacher_packs_;
+  Arrivals* arrivals_;
+  int first_, last_;  // the packs without padding
+  uint32_t bytes_ = 0;
+};
+
+#endif
+
+}  // namespace kdfast::cuda

@@ -1,0 +1,81 @@
+// A thread-block cluster's way through a sparse row: its logits into shared memory, entries out, sums, gradient out.
+#pragma once
+
+#include "row_kernel.h"
+#include "sparse_row.h"
+
+namespace kdfast::cuda {
+
+struct SparseTask {
+  RowTask row;
+  const int32_t* ids;      // (nnz,)
+  const float* weights;    // (nnz,)
+  const int64_t* offsets;  // (rows + 1,)
+  const float* tail;       // (rows,); nullptr: none
+  float* logits;           // (nnz,), room for the student's
+  bool subtract_entropy;
+};
+
+#ifdef KDFAST_HAS_CLUSTERS
+
+__device__ inline EntriesView entries_of(const SparseTask& task, int64_t row) {
+  const int64_t begin = task.offsets[row], count = task.offsets[row + 1] - begin;
+  return {task.ids + begin, task.weights + begin, task.logits + begin, count, task.tail ? task.tail[row] : -kInf};
+}
+
+template <AtOne kAtOne, typename T>
+__device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales) {
+  SparseSums sums;
+  take_entries<kAtOne>(sums, slice, student, entries, threadIdx.x, kThreads, scales);
+  __syncthreads();
+  sweep_outside<kAtOne>(sums, slice, threadIdx.x, kThreads, scales);
+  return sums;
+}
+
+template <typename T>
+__device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales,
+                              AtOne mode) {
+  if (mode == AtOne::kSquared) return sums_of<AtOne::kSquared>(slice, student, entries, scales);
+  if (mode == AtOne::kSeparate) return sums_of<AtOne::kSeparate>(slice, student, entries, scales);
+  return sums_of<AtOne::kShared>(slice, student, entries, scales);
+}
+
+template <typename T>
+__device__ void sparse_row(const SparseTask& task) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ Exchange<SparseSums> all_sums;
+  __shared__ Exchange<Smoothing> all_smoothing;
+  __shared__ Arrivals arrivals;
+  cg::cluster_group cluster = cg::this_cluster();
+  const int64_t row = blockIdx.x / cluster.num_blocks();
+  const RowCoefficients coef = coefficients_of(task.row, row);
+  auto* const student = reinterpret_cast<Pack<T>*>(memory);
+  Loader<T> loader(task.row, row, student, &arrivals);
+  const Slice<T>& slice = loader.slice;
+  if (!coef.counts()) return finish_uncounted(task.row, row, slice);
+  loader.start(nullptr);
+  cluster.barrier_arrive();  // before a block's memory is written to, it must have started
+  EntriesView entries = entries_of(task, row);
+  if (coef.kd == 0) entries.count = 0;
+  const int label = coef.label_column(slice.columns);
+  const float label_logit = logit_of<T>(task.row, row, label);
+  const Scales scales = scales_of(coef, Kind::kSoftCe);
+  const AtOne mode = at_one(coef);
+  loader.wait();
+  cluster.barrier_wait();
+  const Smoothing smoothing = smoothing_of_row(slice, coef, all_smoothing);  // of all columns, entries too
+  SparseSums sums = sums_of(slice, student, entries, scales, mode);
+  const auto merge_sums = [&](const SparseSums& a, const SparseSums& b) { return merge(a, b, scales, mode); };
+  sums = reduce_cluster(sums, all_sums, SparseSums(), merge_sums);
+  const SparseOutcome out =
+      outcome_of(coef, slice.columns, sums, entries, scales, task.subtract_entropy, smoothing, label_logit);
+  if (!finish_loss<T>(task.row, row, slice, out.row)) return;
+  const GradientRow<T> to = gradient_row<T>(task.row, row);
+  write_outside(slice, threadIdx.x, kThreads, out, label, mode, to);
+  __syncthreads();  // entries go over what their columns have got
+  write_entries(slice, entries, threadIdx.x, kThreads, out, label, mode, to);
+}
+
+#endif
+
+}  // namespace kdfast::cuda
