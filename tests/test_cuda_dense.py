@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from native_rows import DTYPES, NVCC, RowTask, load
+from native_rows import DTYPES, NVCC, WHERE, RowTask, load
 
 from kdfast import _C
 from kdfast._ops import _numbers
@@ -40,17 +40,26 @@ def kernel(tmp_path_factory):
     return load("dense_cluster", tmp_path_factory.mktemp("native"))
 
 
-@pytest.fixture(params=[1, 4], ids="cluster-{}".format)
+@pytest.fixture(params=WHERE, ids="{0[0]}-{0[1]}".format)
 def run(kernel, request):
     """Loss and gradient of contiguous rows."""
+    device, cluster = request.param
 
-    def run(student, teacher, coef, labels, divergence):
+    def on_cpu(student, teacher, coef, labels, divergence):
         loss, grad = torch.full((len(student),), math.nan), torch.full_like(student, math.nan)
-        row = RowTask.of(student, grad, coef, labels, request.param, loss)
+        row = RowTask.of(student, grad, coef, labels, cluster, loss)
         kernel(ctypes.byref(Task(row, teacher.data_ptr(), *_numbers(divergence))), DTYPES[student.dtype])
         return loss, grad
 
-    return run
+    def on_gpu(student, teacher, coef, labels, divergence):
+        grad = torch.full_like(student, math.nan, device=device)
+        tensors = (x.to(device) for x in (student[None], teacher[None], coef))
+        target = None if labels.target is None else labels.target.to(device)
+        numbers = target, labels.smoothing, *_numbers(divergence)
+        loss = torch.ops.kdfast.dense_rows_cluster(*tensors, *numbers, grad[None], cluster)
+        return loss.cpu(), grad.cpu()
+
+    return on_gpu if device == "cuda" else on_cpu
 
 
 def coefficients(rows, tau_s=1.0, tau_t=1.5):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from native_rows import DTYPES, NVCC, RowTask, load
+from native_rows import DTYPES, NVCC, WHERE, RowTask, load
 from test_sparse import coefficients, make_teacher, oracle
 
 from kdfast.reference import Labels
@@ -27,13 +27,14 @@ def kernel(tmp_path_factory):
     return load("sparse_cluster", tmp_path_factory.mktemp("native"))
 
 
-@pytest.fixture(params=[1, 4], ids="cluster-{}".format)
+@pytest.fixture(params=WHERE, ids="{0[0]}-{0[1]}".format)
 def run(kernel, request):
     """Loss and gradient of contiguous rows."""
+    device, cluster = request.param
 
-    def run(student, teacher, coef, labels):
+    def on_cpu(student, teacher, coef, labels):
         loss, grad = torch.full((len(student),), math.nan), torch.full_like(student, math.nan)
-        row = RowTask.of(student, grad, coef, labels, request.param, loss)
+        row = RowTask.of(student, grad, coef, labels, cluster, loss)
         tail = None if teacher.tail is None else teacher.tail.float().contiguous()
         logits = torch.empty(len(teacher.ids))
         entries = teacher.ids.data_ptr(), teacher.weights.data_ptr(), teacher.offsets.data_ptr()
@@ -41,7 +42,17 @@ def run(kernel, request):
         kernel(ctypes.byref(Task(row, *pointers, teacher.subtract_entropy)), DTYPES[student.dtype])
         return loss, grad
 
-    return run
+    def on_gpu(student, teacher, coef, labels):
+        grad = torch.full_like(student, math.nan, device=device)
+        entries = (x.to(device) for x in (student[None], teacher.ids, teacher.weights, teacher.offsets))
+        tail = None if teacher.tail is None else teacher.tail.float().to(device)
+        target = None if labels.target is None else labels.target.to(device)
+        loss = torch.ops.kdfast.sparse_rows_cluster(
+            *entries, tail, coef.to(device), target, labels.smoothing, teacher.subtract_entropy, grad[None], cluster
+        )
+        return loss.cpu(), grad.cpu()
+
+    return on_gpu if device == "cuda" else on_cpu
 
 
 def check(run, student, teacher, coef, labels):

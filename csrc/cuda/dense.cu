@@ -46,13 +46,13 @@ void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
 
 }  // namespace
 
-// Without gradient where `grad` is empty. The rows' bytes must suit cluster_size().
+// Without gradient where `grad` is empty. A cluster of 0 blocks is one of the size that suits the rows.
 Tensor dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, std::optional<Tensor> label, double smoothing,
-                          int64_t kind, double a, double b, double scale, std::optional<Tensor> grad) {
+                          int64_t kind, double a, double b, double scale, std::optional<Tensor> grad, int64_t size) {
   STD_TORCH_CHECK(teacher.size(2) >= student.size(2), "a teacher of fewer columns is for another kernel");
   STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), "student and teacher must have one dtype");
   const Tensor loss = torch::stable::new_empty(coef, {coef.size(1)}, coef.scalar_type());
-  int cluster;
+  int cluster = int(size);
   const DenseTask task = {row_task(student, coef, label, smoothing, grad, loss, 2, &cluster),
                           rows_of(teacher),
                           {static_cast<Kind>(kind), a, b, scale, false}};
@@ -63,7 +63,7 @@ Tensor dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, std::opti
 STABLE_TORCH_LIBRARY_FRAGMENT(kdfast, m) {
   m.def(
       "dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, Tensor? label, float smoothing, int kind, "
-      "float a, float b, float scale, Tensor(a!)? grad) -> Tensor");
+      "float a, float b, float scale, Tensor(a!)? grad, int cluster=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) { m.impl("dense_rows_cluster", TORCH_BOX(&dense_rows_cluster)); }

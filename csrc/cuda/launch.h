@@ -36,13 +36,15 @@ const T* vector_data(const Tensor& x, ScalarType dtype, int64_t count) {
 
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
-// The common part of an op's task, with the size of its clusters, which hold so many rows per row of the student's.
+// The common part of an op's task. Clusters hold `rows_held` rows for each of the student's; their size is chosen where
+// it is 0.
 inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::optional<Tensor>& label, double smoothing,
                         const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int* cluster) {
   const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
   const int64_t bytes = int64_t(student.element_size()), lanes = int64_t(sizeof(uint4)) / bytes;
-  *cluster = cluster_size(rows_held * columns * bytes);
-  STD_TORCH_CHECK(*cluster > 0, "rows of this width are for another kernel");
+  if (*cluster == 0) *cluster = cluster_size(rows_held * columns * bytes);
+  STD_TORCH_CHECK(*cluster > 0 && rows_held * columns * bytes <= *cluster * kLargestSliceBytes,
+                  "rows of this width are for another kernel");
   RowTask task = {rows_of(student), grad ? rows_of(*grad) : RowsView(), rows, int(columns)};
   task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
   task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;

@@ -14,14 +14,14 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_rows(const __grid_constant
 
 }  // namespace
 
-// Without gradient where `grad` is empty. The rows' bytes must suit cluster_size().
+// Without gradient where `grad` is empty. A cluster of 0 blocks is one of the size that suits the rows.
 Tensor sparse_rows_cluster(Tensor student, Tensor ids, Tensor weights, Tensor offsets, std::optional<Tensor> tail,
                            Tensor coef, std::optional<Tensor> label, double smoothing, bool subtract_entropy,
-                           std::optional<Tensor> grad) {
+                           std::optional<Tensor> grad, int64_t size) {
   const int64_t rows = coef.size(1), entries = ids.numel();
   const Tensor loss = torch::stable::new_empty(coef, {rows}, coef.scalar_type());
   const Tensor logits = torch::stable::new_empty(coef, {entries}, coef.scalar_type());
-  int cluster;
+  int cluster = int(size);
   const SparseTask task = {row_task(student, coef, label, smoothing, grad, loss, 1, &cluster),
                            vector_data<int32_t>(ids, ScalarType::Int, entries),
                            vector_data<float>(weights, ScalarType::Float, entries),
@@ -39,7 +39,7 @@ Tensor sparse_rows_cluster(Tensor student, Tensor ids, Tensor weights, Tensor of
 STABLE_TORCH_LIBRARY_FRAGMENT(kdfast, m) {
   m.def(
       "sparse_rows_cluster(Tensor student, Tensor ids, Tensor weights, Tensor offsets, Tensor? tail, Tensor coef, "
-      "Tensor? label, float smoothing, bool subtract_entropy, Tensor(a!)? grad) -> Tensor");
+      "Tensor? label, float smoothing, bool subtract_entropy, Tensor(a!)? grad, int cluster=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) { m.impl("sparse_rows_cluster", TORCH_BOX(&sparse_rows_cluster)); }
