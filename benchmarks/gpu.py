@@ -1,0 +1,122 @@
+"""On a machine with a CUDA GPU: builds the extension, checks every kernel, and times them, in under nine minutes.
+
+python benchmarks/gpu.py --out output/gpu [--skip build tests sanitizer] [--case kl-tau2 ...]
+
+Results are written after every case, and the table is printed last, so that a run that is cut short has told what it
+knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What runs on the GPU: the launchers' own tests, and the CPU ops' with everything on the GPU.
+TESTS = "tests/test_cuda_dense.py tests/test_cuda_sparse.py tests/test_triton_*.py"
+SANITIZED = """
+import torch
+from kdfast import kd_loss
+for columns in (1001, 40001):
+    student = torch.randn(3, columns, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    kd_loss(student, torch.randn_like(student), torch.arange(3, device="cuda"), ce_weight=1.0).backward()
+    torch.cuda.synchronize()
+print("ran")
+"""
+
+
+def main() -> None:
+    options = _options()
+    checks = {}
+    steps = {"build": _build, "tests": _tests, "sanitizer": _sanitizer}
+    for name, step in steps.items():
+        if name not in options.skip:
+            start = time.time()
+            checks[name] = f"{step(options.out)} ({time.time() - start:.0f} s)"
+            print(f"{name}: {checks[name]}", flush=True)
+    _times(options, checks)
+
+
+def _run(command: list[str | Path], log: Path, limit: int, **environment: str) -> tuple[int, str]:
+    """Exit status, and the last line said; the whole of it is in ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        try:
+            status = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                env={**os.environ, **environment},
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return status, lines[-1] if lines else ""
+
+
+def _build(out: Path) -> str:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    status, last = _run(command, out / "build.log", 240, KDFAST_CUDA="1")
+    if status:
+        raise SystemExit(f"the build failed with {status}: {last}; see {out / 'build.log'}")
+    return "passed"
+
+
+def _tests(out: Path) -> str:
+    files = [path for pattern in TESTS.split() for path in sorted(ROOT.glob(pattern))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    status, last = _run(command, out / "tests.log", 240)
+    return f"exit {status}: {last}"
+
+
+def _sanitizer(out: Path) -> str:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "compute-sanitizer is missing"
+    said = []
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, sys.executable, "-c", SANITIZED]
+        status, last = _run(command, out / f"{check}.log", 60)
+        said.append(f"{check} exit {status}: {last}")
+    return "; ".join(said)
+
+
+def _times(options: argparse.Namespace, checks: dict[str, str]) -> None:
+    sys.path.insert(0, str(ROOT))
+    from kdfast.bench.gpu_cases import CASES, measure
+    from kdfast.bench.gpu_report import ceilings, save_gpu
+
+    machine, results = ceilings(), []
+    path = None
+    for case in CASES:
+        if options.case and case.name not in options.case:
+            continue
+        if time.time() - options.start > options.limit:
+            checks["cut"] = f"cases from {case.name} {case.rows} x {case.columns} on were left out: no time"
+            break
+        results.append(measure(case))
+        path = save_gpu(results, machine, checks, options.out)
+    if path is not None:
+        print(path.with_suffix(".md").read_text())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "gpu")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["build", "tests", "sanitizer"])
+    parser.add_argument("--case", nargs="*", default=[])
+    parser.add_argument("--limit", type=float, default=500, help="seconds after which no further case is begun")
+    parser.set_defaults(start=time.time())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The GPU benchmark's results as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.bench.gpu_cases import Result
+from kdfast.bench.report import environment, markdown
+
+__all__ = ["COLUMNS", "ceilings", "cells", "save_gpu"]
+
+COLUMNS = (
+    "case",
+    "dtype",
+    "rows x V",
+    "ours ms",
+    "GB/s",
+    "of copy",
+    "eager",
+    "torch.compile",
+    "Liger",
+    "MiB: ours / eager",
+)
+
+
+def ceilings() -> dict[str, Any]:
+    """The machine, and how fast it copies and multiplies."""
+    from kdfast.bench.gpu_timing import copy_bandwidth, matmul_rate
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "copy_gb_s": copy_bandwidth(),
+        "bf16_tflop_s": matmul_rate(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def cells(result: Result, copy_gb_s: float) -> tuple[str, ...]:
+    """A result under ``COLUMNS``: how many times as long the others took, in the same run."""
+    ours = result.ms.get("ours")
+
+    def ratio(name: str) -> str:
+        return f"{result.ms[name] / ours:.1f}x" if ours and name in result.ms else "failed" * (name in result.failed)
+
+    return (
+        result.name,
+        result.dtype,
+        f"{result.rows} x {result.columns}",
+        f"{ours:.3f}" if ours else "failed",
+        f"{result.gb_s:,.0f}",
+        f"{result.gb_s / copy_gb_s:.0%}",
+        ratio("eager"),
+        ratio("compile"),
+        ratio("liger"),
+        " / ".join(f"{result.peak_mib[name]:,.0f}" for name in ("ours", "eager") if name in result.peak_mib),
+    )
+
+
+def save_gpu(results: list[Result], machine: dict[str, Any], checks: dict[str, str], folder: Path) -> Path:
+    """Writes ``gpu-<date>.json`` and the same as Markdown beside it. Call it after every case: a run may be cut."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = environment() | machine
+    path = folder / f"gpu-{str(where['date'])[:10]}.json"
+    document = {"environment": where, "checks": checks, "results": [asdict(result) for result in results]}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    lines = [
+        markdown(COLUMNS, (cells(result, machine["copy_gb_s"]) for result in results)),
+        "`GB/s`: the fewest bytes that a case must move over our time; `of copy`: of the copy bandwidth in that run.",
+        *(
+            f"{result.name}, {result.dtype}: gradient error against float64 " + errors(result)
+            for result in results
+            if result.gradient_error
+        ),
+        *(f"{name}: {text}" for name, text in checks.items()),
+        ", ".join(f"{key} {value}" for key, value in where.items()),
+    ]
+    path.with_suffix(".md").write_text("\n\n".join(lines) + "\n")
+    return path
+
+
+def errors(result: Result) -> str:
+    """In words."""
+    return ", ".join(f"{name} {value:.1e}" for name, value in result.gradient_error.items())
