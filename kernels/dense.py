@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.coefficients import coefficients, label_of, store_parts, total
+from kdfast.kernels.dkd import log_odds, two_classes
 from kdfast.kernels.launch import (
     KINDS,
     check_rows,
@@ -18,12 +19,13 @@ from kdfast.kernels.launch import (
     load_of,
     numbers_of,
     parts_of,
+    programs_for,
     strides,
     tile_for,
 )
 from kdfast.kernels.moments import moments
 from kdfast.kernels.parts import best_of, entropy
-from kdfast.kernels.rowmath import INF, LN2, LOG2E, Parameters, log_sigmoid
+from kdfast.kernels.rowmath import INF, LOG2E, Parameters
 from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics
 from kdfast.kernels.sweeps import (
     Ground,
@@ -36,7 +38,7 @@ from kdfast.kernels.sweeps import (
     settle,
 )
 from kdfast.kernels.tiles import Row, row_offset
-from kdfast.kernels.truth import Softmax, merge, softmax_beyond, truth_of
+from kdfast.kernels.truth import Softmax, slopes_of, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "dense_rows", "dense_rows_grad", "dense_rows_inplace"]
@@ -75,32 +77,6 @@ def _link(s):
 
 
 @triton.jit
-def _sigmoid_gap(a, b):
-    """sigmoid(a) - sigmoid(b), on the side where neither is close to 1."""
-    sign = tl.where(a > 0.0, -1.0, 1.0)
-    return sign * (1.0 / (1.0 + tl.exp(-sign * a)) - 1.0 / (1.0 + tl.exp(-sign * b)))
-
-
-@triton.jit
-def _binary_kl(odds_p, odds_q):
-    log_p = log_sigmoid(odds_p)
-    return tl.where(log_p == -INF, 0.0, tl.exp(log_p) * (log_p - log_sigmoid(odds_q)))
-
-
-@triton.jit
-def _dkd(s, link, scale, x_label, y_label, by, rest):
-    """(value, gap of the target's probabilities, whether the rest counts, whether a side is dead)."""
-    rest_dead = (s.z_s == 0.0) | (s.z_t == 0.0)
-    dead = ((s.z_s == 0.0) & (x_label == -INF)) | ((s.z_t == 0.0) & (y_label == -INF))
-    u, v = (x_label - origin_of(s.top_s)) * scale.student, (y_label - origin_of(s.top_t)) * scale.teacher
-    odds_s = tl.where(s.z_s == 0.0, INF, u * LN2 - tl.log(tl.where(s.z_s == 0.0, 1.0, s.z_s)))
-    odds_t = tl.where(s.z_t == 0.0, INF, v * LN2 - tl.log(tl.where(s.z_t == 0.0, 1.0, s.z_t)))
-    target = _binary_kl(odds_t, odds_s) + _binary_kl(-odds_t, -odds_s)
-    value = by.a * target + tl.where(rest_dead, 0.0, by.b * rest)
-    return value, _sigmoid_gap(odds_s, odds_t), rest_dead, dead
-
-
-@triton.jit
 def _divergence(
     at,
     s,
@@ -121,9 +97,12 @@ def _divergence(
     kd, zero = c.kd * factor / c.tau_s, c.kd * 0.0
     student, teacher, target, mean, both = kd * link.q, kd * link.p, zero, zero, zero
     if KIND == "dkd":
-        value, gap, rest_dead, dead = _dkd(s, link, scale, x_label, y_label, by, first_value(s, link, KIND, FAMILY))
-        target, rest = kd * by.a * gap, tl.where(rest_dead, 0.0, kd * by.b)
+        u, v = (x_label - origin_of(s.top_s)) * scale.student, (y_label - origin_of(s.top_t)) * scale.teacher
+        value, gap = two_classes(log_odds(u, s.z_s), log_odds(v, s.z_t))
+        value = by.a * value + tl.where(dead, 0.0, by.b * first_value(s, link, KIND, FAMILY))
+        target, rest = kd * by.a * gap, tl.where(dead, 0.0, kd * by.b)
         student, teacher = (rest - target) * link.q, rest * link.p
+        dead = ((s.z_s == 0.0) & (x_label == -INF)) | ((s.z_t == 0.0) & (y_label == -INF))
     elif FAMILY == "mse":
         valid = tl.maximum(s.both, 1.0)
         value, kd, dead = s.cross_t / valid, 2.0 * c.kd / valid, s.both == 0.0
@@ -140,43 +119,6 @@ def _divergence(
     student, teacher, target = tl.where(off, 0.0, student), tl.where(off, 0.0, teacher), tl.where(off, 0.0, target)
     weights = Weights(tl.where(off, 0.0, kd), student, teacher, mean, both, target, zero, zero)
     return value, link, weights
-
-
-@triton.jit
-def _truth(
-    at,
-    s,
-    labelled,
-    c,
-    x_label,
-    has_label,
-    shared,
-    columns,
-    smoothing,
-    KIND: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """(the softmax at temperature 1 over the student's whole row, Truth)."""
-    whole = Row(at.student, at.teacher, at.probs, at.marks, tl.where(c.counts, columns, 0), at.bound_t, at.target)
-    one, labelled = softmax_beyond(Softmax(s.top_s, s.z_one), labelled, whole, shared, SMOOTH, BLOCK, WIDTH)
-    origin = origin_of(one.top)
-    if KIND == "dkd":
-        one = merge(one, Softmax(tl.where(at.target < shared, x_label, -INF), 1.0), LOG2E)
-    PROBS: tl.constexpr = at.probs is not None
-    return one, truth_of(one, labelled, origin, x_label, has_label, c.ce, c.z, smoothing, SMOOTH, PROBS)
-
-
-@triton.jit
-def _ground(one, truth, x_label, KIND: tl.constexpr):
-    """(factor that takes exponentials at the whole row's origin to their slope, at_column)."""
-    slope = tl.where(one.z == 0.0, 0.0, truth.slope / tl.where(one.z == 0.0, 1.0, one.z))
-    at_column = -truth.label
-    if KIND == "dkd":
-        # Taken out of the sweeps, the target has its softmax here.
-        at_column += slope * tl.exp2((x_label - origin_of(one.top)) * LOG2E)
-    return slope, at_column
 
 
 @triton.jit
@@ -239,9 +181,13 @@ def _dense(
         z = _z_scores(at, STANDARDIZE, BLOCK, WIDTH)
         scale = _scale(c, z, FAMILY, STANDARDIZE)
         s, labelled = statistics(at, scale, z, KIND, FAMILY, "logits", SMOOTH, BLOCK, WIDTH)
-        one, truth = _truth(
-            at, s, labelled, c, x_label, has_label, shared, columns, smoothing, KIND, SMOOTH, BLOCK, WIDTH
-        )
+        # dkd's target, which the sweeps leave out.
+        target_logit = x_label
+        if KIND == "dkd":
+            target_logit = tl.where(target < shared, x_label, -INF)
+        whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, target)
+        apart = Softmax(target_logit if KIND == "dkd" else -INF, 1.0)
+        one, truth = truth_of(whole, s, labelled, apart, c, x_label, has_label, shared, smoothing, SMOOTH, BLOCK, WIDTH)
         y_label = -INF
         if KIND == "dkd":
             y_label = tl.load(y_row + target, mask=has_label & (target < bound_t), other=-INF).to(tl.float32)
@@ -266,10 +212,9 @@ def _dense(
             at = Row(x_row, y_row, p_row, None, bound, bound_kd, target)
             if STANDARDIZE:
                 weights = settle(at, link, weights, scale, z, by, KIND, FAMILY, CASE, BLOCK, WIDTH)
-            slope, at_column = _ground(one, truth, x_label, KIND)
+            slope, at_column = slopes_of(one, truth, x_label, KIND == "dkd")
             poison = tl.where(result != result, float("nan"), 0.0)
-            whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, target)
-            ground = Ground(slope, truth.share, truth.label, target, at_column, poison)
+            ground = Ground(slope, truth.share, truth.label, target, -truth.label, poison)
             gradient_beyond(g_row, shared, columns, whole, one.top, ground, LABELS, BLOCK, WIDTH)
             # The shared columns' exponentials have an origin of their own.
             down = tl.exp2((origin_of(link.top_s) - origin_of(one.top)) * LOG2E)
@@ -310,7 +255,7 @@ def _arguments(
     standardize: bool,
     want_parts: bool,
 ) -> tuple[dict[str, Any], int]:
-    """(the kernel's, its number of warps among them, and programs per multiprocessor)."""
+    """(the kernel's, its number of warps among them, and its programs)."""
     check_rows(student=student, teacher=teacher, label_probs=label_probs)
     outer, inner, columns = student.shape
     rows = outer * inner
@@ -341,7 +286,7 @@ def _arguments(
         "WIDTH": width,
         "num_warps": shape.warps,
     }
-    return given, shape.programs
+    return given, programs_for(rows, student.device, shape.programs)
 
 
 def _launch(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:

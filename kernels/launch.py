@@ -11,7 +11,19 @@ from torch import Tensor
 
 import kdfast._C as _C
 
-__all__ = ["Shape", "check_rows", "constants_of", "launch", "load_of", "numbers_of", "parts_of", "strides", "tile_for"]
+__all__ = [
+    "KINDS",
+    "Shape",
+    "check_rows",
+    "constants_of",
+    "launch",
+    "load_of",
+    "numbers_of",
+    "parts_of",
+    "programs_for",
+    "strides",
+    "tile_for",
+]
 
 KINDS: tuple[str, ...] = _C.divergences()
 _FAMILIES = {
@@ -64,20 +76,19 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _programs(rows: int, device: torch.device, per_multiprocessor: int) -> int:
+def programs_for(rows: int, device: torch.device, per_multiprocessor: int) -> int:
+    """Programs of a launch: each takes every n-th row."""
     if device.type != "cuda":
         return min(rows, INTERPRETED_PROGRAMS)
     index = torch.cuda.current_device() if device.index is None else device.index
     return min(rows, _multiprocessors(index) * per_multiprocessor)
 
 
-def launch(kernel: Any, arguments: dict[str, Any], per_multiprocessor: int) -> None:
-    """Runs a row kernel by keyword; each of its programs takes every n-th row."""
-    rows, device = arguments["rows"], arguments["student"].device
-    if rows == 0:
-        return
-    with torch.cuda.device_of(arguments["student"]):
-        kernel[(_programs(rows, device, per_multiprocessor),)](**arguments)
+def launch(kernel: Any, arguments: dict[str, Any], programs: int) -> None:
+    """Runs a row kernel by keyword."""
+    if programs:
+        with torch.cuda.device_of(arguments["student"]):
+            kernel[(programs,)](**arguments)
 
 
 def parts_of(arguments: dict[str, Any]) -> Tensor:

@@ -9,9 +9,9 @@ import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LN2
 from kdfast.kernels.statistics import origin_of
-from kdfast.kernels.tiles import columns_of_tile
+from kdfast.kernels.tiles import columns_of_tile, load_tile
 
-__all__ = ["Best", "best_of", "better", "entropy"]
+__all__ = ["Best", "best_of", "best_outside", "entropy"]
 
 
 class Best(NamedTuple):
@@ -47,7 +47,7 @@ def _raise(dot, z, top, raised, bits):
 
 
 @triton.jit
-def better(best, value, column):
+def _better(best, value, column):
     """The larger of two candidates, the smaller column where they are equal."""
     wins = (value > best.value) | ((value == best.value) & (column < best.column))
     return Best(tl.where(wins, value, best.value), tl.where(wins, column, best.column))
@@ -62,6 +62,24 @@ def best_of(row, bound, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
         x = tl.load(row + column, mask=column < bound, other=-INF).to(tl.float32)
         value = tl.max(x, 1)
         first = tl.min(tl.where(x == value[:, None], column, 2147483647), 1)
-        best = better(best, value, first)
+        best = _better(best, value, first)
+    return _over_groups(best)
+
+
+@triton.jit
+def best_outside(at, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The first largest of a row's shape outside its entries."""
+    best = Best(tl.full([BLOCK // WIDTH], -INF, tl.float32), tl.zeros([BLOCK // WIDTH], tl.int32))
+    for start in range(0, at.bound, BLOCK):
+        tile = load_tile(at, start, "forward_kl", "shape", BLOCK, WIDTH)
+        y = tl.where(tile.taken | (tile.y == 0.0), -INF, tile.y)
+        value = tl.max(y, 1)
+        column = start + columns_of_tile(BLOCK, WIDTH)
+        best = _better(best, value, tl.min(tl.where(y == value[:, None], column, 2147483647), 1))
+    return _over_groups(best)
+
+
+@triton.jit
+def _over_groups(best):
     value = tl.max(best.value, 0)
     return Best(value, tl.min(tl.where(best.value == value, best.column, 2147483647), 0))

@@ -11,7 +11,7 @@ from kdfast.kernels.rowmath import INF, LOG2E
 from kdfast.kernels.statistics import Labelled, origin_of
 from kdfast.kernels.tiles import columns_of_tile, load_labels
 
-__all__ = ["Softmax", "Truth", "merge", "softmax_beyond", "truth_of"]
+__all__ = ["Softmax", "Truth", "merge", "slopes_of", "truth_of"]
 
 
 class Softmax(NamedTuple):
@@ -61,7 +61,7 @@ def _add_beyond(softmax, labelled, at, start, SMOOTH: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def softmax_beyond(softmax, labelled, at, first, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _softmax_beyond(softmax, labelled, at, first, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Adds the columns from `first` on, which only the student has: they count for the ground truth alone."""
     for start in range(first, at.bound, BLOCK):
         softmax, labelled = _add_beyond(softmax, labelled, at, start, SMOOTH, BLOCK, WIDTH)
@@ -69,7 +69,7 @@ def softmax_beyond(softmax, labelled, at, first, SMOOTH: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def truth_of(
+def _finished(
     softmax, labelled, origin, x_label, has_label, ce, z, smoothing, SMOOTH: tl.constexpr, PROBS: tl.constexpr
 ):
     """The finished terms, without their coefficients; `origin` is the one that `labelled` is relative to."""
@@ -98,3 +98,37 @@ def truth_of(
         tl.where(counts, share, 0.0),
         tl.where(counts, ce * label, 0.0),
     )
+
+
+@triton.jit
+def truth_of(
+    at,
+    s,
+    labelled,
+    apart,
+    c,
+    x_label,
+    has_label,
+    shared,
+    smoothing,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(the softmax at temperature 1 over the student's whole row, Truth): shared columns, those beyond, those apart."""
+    one, labelled = _softmax_beyond(Softmax(s.top_s, s.z_one), labelled, at, shared, SMOOTH, BLOCK, WIDTH)
+    origin = origin_of(one.top)
+    one = merge(one, apart, LOG2E)
+    PROBS: tl.constexpr = at.probs is not None
+    return one, _finished(one, labelled, origin, x_label, has_label, c.ce, c.z, smoothing, SMOOTH, PROBS)
+
+
+@triton.jit
+def slopes_of(one, truth, x_label, APART: tl.constexpr):
+    """(the slope per exponential at the whole row's origin, what the label's column gets beside)."""
+    slope = tl.where(one.z == 0.0, 0.0, truth.slope / tl.where(one.z == 0.0, 1.0, one.z))
+    at_column = -truth.label
+    if APART:
+        # Left out of the sweeps, the label has its softmax here.
+        at_column += slope * tl.exp2((x_label - origin_of(one.top)) * LOG2E)
+    return slope, at_column
