@@ -182,11 +182,11 @@ def _dense(
         scale = _scale(c, z, FAMILY, STANDARDIZE)
         s, labelled = statistics(at, scale, z, KIND, FAMILY, "logits", SMOOTH, BLOCK, WIDTH)
         # dkd's target, which the sweeps leave out.
-        target_logit = x_label
+        target_logit = tl.full((), -INF, tl.float32)
         if KIND == "dkd":
             target_logit = tl.where(target < shared, x_label, -INF)
         whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, target)
-        apart = Softmax(target_logit if KIND == "dkd" else -INF, 1.0)
+        apart = Softmax(target_logit, 1.0)
         one, truth = truth_of(whole, s, labelled, apart, c, x_label, has_label, shared, smoothing, SMOOTH, BLOCK, WIDTH)
         y_label = -INF
         if KIND == "dkd":
@@ -284,7 +284,7 @@ def _arguments(
         **constants,
         "BLOCK": shape.block,
         "WIDTH": width,
-        "num_warps": shape.warps,
+        **shape.options(),
     }
     return given, programs_for(rows, student.device, shape.programs)
 

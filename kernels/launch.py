@@ -43,13 +43,18 @@ class Shape(NamedTuple):
     warps: int
     programs: int
 
+    def options(self) -> dict[str, int]:
+        """As Triton takes them: without the bound, ptxas spills some registers for more programs than there are."""
+        return {"num_warps": self.warps, "maxnreg": 65536 // (32 * self.warps * self.programs)}
+
 
 # By the most columns that it is for. Two rows' tiles of 16 columns a thread fit the registers where a column is two
-# exponentials and their product ("light"), 8 where it is more. Few programs leave few rows in flight, whose second
-# reads the second-level cache still holds.
+# exponentials and their product ("light"), 8 where it is more ("heavy"), 4 where each has an address ("odd"). Few
+# programs leave few rows in flight, whose second reads the second-level cache still holds.
 SHAPES = {
-    "light": ((1024, Shape(1024, 4, 8)), (2048, Shape(2048, 4, 4)), (1 << 31, Shape(4096, 8, 2))),
-    "heavy": ((1024, Shape(1024, 4, 6)), (1 << 31, Shape(2048, 8, 3))),
+    "light": ((1024, Shape(1024, 4, 4)), (2048, Shape(2048, 4, 4)), (1 << 31, Shape(4096, 8, 2))),
+    "heavy": ((1024, Shape(1024, 4, 4)), (1 << 31, Shape(2048, 8, 2))),
+    "odd": ((512, Shape(512, 4, 4)), (1 << 31, Shape(1024, 8, 2))),
 }
 # The interpreter's: enough for programs to have several rows.
 INTERPRETED_PROGRAMS = 3
@@ -62,7 +67,7 @@ def load_of(constants: dict[str, Any], columns: int, *rows: Tensor | None) -> st
     aligned = columns % 8 == 0 and all(stride % 8 == 0 for x in strided for stride in x.stride()[:2])
     narrow = all(x.element_size() == 2 for x in strided)
     plain = simple and not (constants["STANDARDIZE"] or constants["SMOOTH"])
-    return "light" if plain and aligned and narrow else "heavy"
+    return "odd" if not aligned else "light" if plain and narrow else "heavy"
 
 
 def tile_for(load: str, columns: int, *rows: Tensor) -> tuple[Shape, int]:

@@ -407,7 +407,8 @@ def _arguments(
     _check(ids, offsets, rows, shape, shapes, kind)
     constants = {**constants_of(kind, a, b), "STANDARDIZE": False, "SMOOTH": smoothing != 0.0}
     load = load_of(constants, columns, student, label_probs, grad)
-    tile, width = tile_for(load, columns, student)
+    # A tail's shape is a second row to read, with a logarithm per column.
+    tile, width = tile_for("heavy" if load == "light" and shapes is not None else load, columns, student)
     del constants["STANDARDIZE"]
     programs = programs_for(rows, student.device, tile.programs)
     # A bit per column for each program, up to whole tiles.
@@ -444,7 +445,7 @@ def _arguments(
         "BLOCK": tile.block,
         "WIDTH": width,
         "ENTRIES": ENTRIES,
-        "num_warps": tile.warps,
+        **tile.options(),
     }
     return given, programs
 
@@ -472,4 +473,55 @@ def sparse_rows_inplace(student: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     return _launch(student, student, *arguments)
 
 
-VARIANTS: list[Variant] = []
+def _variant(
+    dtype: torch.dtype, columns: int, divergence: str, table: torch.dtype | None, everyday: bool = False, **options: Any
+) -> Variant:
+    """A call's, by the student's dtype and vocabulary, and the dtype of the tails' shapes; none: one more class."""
+
+    def of(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    rows, student, numbers = 4096, of(64, 64, columns, dtype=dtype), of(4096, dtype=torch.int64)
+    shape, shapes = (None, None) if table is None else (numbers, of(256, columns, dtype=table))
+    arguments, _ = _arguments(
+        student,
+        student,
+        of(rows * 64, dtype=torch.int32),
+        of(rows * 64),
+        of(rows + 1, dtype=torch.int64),
+        of(rows),
+        columns,
+        shape,
+        shapes,
+        KINDS.index(divergence),
+        0.5,
+        0.25,
+        1.0,
+        of(5, rows),
+        numbers,
+        student if "probs" in options else None,
+        options.get("smoothing", 0.0),
+        "parts" in options,
+    )
+    odd = ["odd"] if columns % 8 else []
+    said = [f"{key}={value}" for key, value in options.items()]
+    name = "-".join(
+        [str(dtype)[6:], divergence, str(columns), "class" if table is None else str(table)[6:], *odd, *said]
+    )
+    return Variant.of_call(name, _sparse, arguments, everyday)
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_SHAPED = [name for name in KINDS if name != "logit_mse"]
+VARIANTS = [
+    _variant(_BF16, 128256, "forward_kl", None, True),
+    _variant(_BF16, 50257, "forward_kl", None, True),
+    _variant(_BF16, 128256, "forward_kl", _BF16, True),
+    _variant(_BF16, 128256, "jsd", _BF16, True),
+    *(_variant(dtype, columns, "soft_ce", None) for dtype in (_FP16, _FP32) for columns in (1000, 2000, 32000, 50257)),
+    *(_variant(_BF16, 128256, name, _FP32) for name in _SHAPED),
+    *(_variant(_FP32, 50257, name, _BF16) for name in _SHAPED),
+    *(_variant(_BF16, 128256, "forward_kl", table, parts=True) for table in (None, _BF16)),
+    *(_variant(_BF16, 128256, "forward_kl", table, smoothing=0.1) for table in (None, _BF16)),
+    *(_variant(_BF16, 128256, "forward_kl", table, probs=True, smoothing=0.1) for table in (None, _BF16)),
+]

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("scale", "dense")
+KERNELS = ("scale", "dense", "sparse")
 
 
 @cache
