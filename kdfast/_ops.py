@@ -1,12 +1,15 @@
 """Fake kernels, autograd and device fallbacks of every native op: the one file that knows which kernel runs where.
 
 An op takes (outer, inner, V) rows of unit vocabulary stride and ``coef`` (5, rows) as ``kdfast.reference`` describes;
-C++ registers the schema and the CPU kernel. Devices without a kernel run the reference.
+C++ registers the schema and the CPU kernel, and this file Triton's for CUDA. Devices without a kernel run the
+reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -183,6 +186,32 @@ def _fake_outputs(coef: Tensor, want_parts: bool) -> tuple[Tensor, Tensor]:
     return coef.new_empty(rows), coef.new_empty(4, rows if want_parts else 0)
 
 
+# What Triton's kernels read; float64 is the reference's.
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _triton_kernels(op: str) -> Any:
+    """The launchers of an op, imported when its first call asks for them; None without Triton."""
+    try:
+        return import_module(f"kdfast.kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
+def _on_gpu(name: str, suffix: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """A row op's Triton kernel, or the reference for what it does not serve."""
+
+    def run(student: Tensor, *arguments: Any) -> Any:
+        numbers = [x for x in (student, *arguments) if isinstance(x, Tensor) and x.is_floating_point()]
+        kernels = _triton_kernels(name.removesuffix("_rows")) if all(x.dtype in _GPU_DTYPES for x in numbers) else None
+        return (fallback if kernels is None else getattr(kernels, name + suffix))(student, *arguments)
+
+    return run
+
+
 def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """Fakes, autograd and the reference fallback of one row op and its two gradient forms."""
     at = _COEF[name]
@@ -217,11 +246,10 @@ def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None
         raise NotImplementedError(_ONCE)
 
     def fallback_grad(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = student.detach().requires_grad_()
-            loss, parts = fallback(leaf, *arguments)
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach(), grad.contiguous(), parts
+        # Not autograd: an op's kernel runs below it, where it records nothing.
+        loss, backward, parts = torch.func.vjp(lambda x: fallback(x, *arguments), student, has_aux=True)  # type: ignore[misc]
+        (grad,) = backward(torch.ones_like(loss))
+        return loss, grad.contiguous(), parts
 
     def fallback_inplace(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, grad, parts = fallback_grad(student, *arguments)
@@ -236,6 +264,7 @@ def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None
     ):
         library.register_fake(f"kdfast::{name}{suffix}", make_fake)
         library.impl(f"kdfast::{name}{suffix}", "default", implementation)
+        library.impl(f"kdfast::{name}{suffix}", "cuda", _on_gpu(name, suffix, implementation))
     library.register_autograd(f"kdfast::{name}", backward, setup_context=setup_context)
     library.register_autograd(f"kdfast::{name}_grad", backward_of_grad)
 
@@ -315,3 +344,12 @@ def _(x: Tensor, factor: Tensor) -> None:
 @torch.library.impl("kdfast::scale_", "default")
 def _(x: Tensor, factor: Tensor) -> None:
     x.mul_(factor)
+
+
+@torch.library.impl("kdfast::scale_", "cuda")
+def _(x: Tensor, factor: Tensor) -> None:
+    kernels = _triton_kernels("scale") if x.dtype in _GPU_DTYPES and x.is_contiguous() else None
+    if kernels is None:
+        x.mul_(factor)
+    else:
+        kernels.scale_(x, factor)

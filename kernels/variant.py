@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 __all__ = ["Variant"]
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,8 @@ class Variant:
         aligned: which run-time arguments are divisible by 16. Without that of a row's stride, its loads are narrow.
         warps: of each program.
         ctas: programs that share a row, as one thread-block cluster.
+        registers: at most so many per thread.
+        everyday: compiled by every run of the tests; the others by ``make full``.
     """
 
     name: str
@@ -30,6 +43,31 @@ class Variant:
     aligned: tuple[str, ...] = ()
     warps: int = 4
     ctas: int = 1
+    everyday: bool = True
+    registers: int | None = None
+
+    @classmethod
+    def of_call(cls, name: str, kernel: Any, arguments: Mapping[str, Any], everyday: bool = True) -> Variant:
+        """What Triton makes of a call by keyword: every tensor begins at a multiple of 16 bytes.
+
+        ``tl.constexpr`` arguments are the ones in capitals.
+        """
+        types, constants, aligned = {}, {}, []
+        for key, value in arguments.items():
+            if key in ("num_warps", "maxnreg"):
+                continue
+            if value is None or key.isupper() or (isinstance(value, int) and value == 1):
+                constants[key] = value
+            elif isinstance(value, Tensor):
+                types[key] = "*" + _TYPES[value.dtype]
+                aligned.append(key)
+            else:
+                types[key] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
+                if isinstance(value, int) and value % 16 == 0:
+                    aligned.append(key)
+        return cls(
+            name, kernel, types, constants, tuple(aligned), arguments["num_warps"], 1, everyday, arguments["maxnreg"]
+        )
 
     def compile(self, capability: int) -> Any:
         """Triton's compiled kernel for ``sm_<capability>``: its ``asm`` holds the PTX and the cubin."""
@@ -41,5 +79,5 @@ class Variant:
         signature = {name: self.types.get(name, "constexpr") for name in names}
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
         source = ASTSource(self.kernel, signature, constexprs=dict(self.constants), attrs=attributes)
-        options = {"num_warps": self.warps, "num_ctas": self.ctas}
+        options = {"num_warps": self.warps, "num_ctas": self.ctas, "maxnreg": self.registers}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

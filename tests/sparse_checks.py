@@ -6,17 +6,17 @@ from kdfast import _ops
 from kdfast.testing import assert_close_to_eager
 
 
-def run(student, teacher, coef, labels):
+def run(student, teacher, coef, labels, op=torch.ops.kdfast.sparse_rows_grad):
     teacher = teacher._replace(tail=None if teacher.tail is None else teacher.tail.to(coef.dtype))
     truth = _ops.Truth(labels.target, labels.probs, labels.smoothing, True)
-    loss, grad, parts = torch.ops.kdfast.sparse_rows_grad(student[None], *teacher.arguments(coef, truth))
+    loss, grad, parts = op(student[None], *teacher.arguments(coef, truth))
     return loss, grad[0], parts
 
 
-def check(oracle, student, teacher, coef, labels):
+def check(oracle, student, teacher, coef, labels, op=torch.ops.kdfast.sparse_rows_grad):
     dtype = student.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    loss, grad, parts = run(student, teacher, coef, labels)
+    loss, grad, parts = run(student, teacher, coef, labels, op)
     eager_loss, eager_grad, eager_parts = oracle(student, teacher, coef, labels)
     exact_loss, exact_grad, exact_parts = oracle(student.double(), teacher, coef.double(), labels)
     assert_close_to_eager("gradient", grad, eager_grad, exact_grad, dtype)

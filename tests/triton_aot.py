@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of one file for GPUs that are not there: python tests/triton_aot.py dense
+"""Compiles the Triton kernels of one file for GPUs that are not there: python tests/triton_aot.py dense [everyday]
 
 Prints one JSON line per variant and architecture, with what ptxas reports: registers, and bytes spilled. A process of
 its own, since a process that interprets kernels cannot compile them.
@@ -21,6 +21,8 @@ CAPABILITIES = (80, 90, 100, 120)
 
 def main() -> None:
     for variant in import_module(f"kdfast.kernels.{sys.argv[1]}").VARIANTS:
+        if "everyday" in sys.argv and not variant.everyday:
+            continue
         for capability in CAPABILITIES:
             if variant.ctas > 1 and capability not in (90, 100):
                 continue  # no thread-block clusters

@@ -1,0 +1,228 @@
+"""The first sweep over a row: both sides' sums of exponentials and what the divergence and the labels need of them.
+
+The exponentials are relative to each group's largest logit so far, and so are the sums that hold logits: large logits
+must not cost a small gap its digits. At temperature 1 the student's exponentials are the tempered ones (tau = 1), their
+squares (tau = 2), or ones of their own with the same origin.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kdfast.kernels.rowmath import INF, LOG2E
+from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
+
+__all__ = ["Labelled", "Scale", "Statistics", "ZScores", "at_one", "origin_of", "statistics", "z_gap"]
+
+
+class Scale(NamedTuple):
+    """log2(e) / tau of each side, and what makes the tempered exponentials those at temperature 1."""
+
+    student: tl.tensor
+    teacher: tl.tensor
+    squared: tl.tensor
+    separate: tl.tensor
+
+
+class Statistics(NamedTuple):
+    """Of a group of columns, or of the row; logit_mse has its squares in `cross_t` and their number in `both`."""
+
+    top_s: tl.tensor  # largest logits; -inf where there is none
+    top_t: tl.tensor
+    z_s: tl.tensor  # sums of exponentials
+    z_t: tl.tensor
+    z_one: tl.tensor  # the student's at temperature 1
+    cross_t: tl.tensor  # sum e_t (v - u) in bits; for soft cross-entropy -e_t u
+    cross_s: tl.tensor  # sum e_s (u - v) where the teacher is alive
+    both: tl.tensor  # sum e_s there
+    gap: tl.tensor  # the largest of these gaps: +inf makes the divergence infinite
+
+
+class Labelled(NamedTuple):
+    """What smoothing and class probabilities need: logits relative to the student's origin."""
+
+    count: tl.tensor  # finite columns
+    total: tl.tensor  # sum of their logits
+    mass: tl.tensor  # sum y
+    dot: tl.tensor  # sum y x
+
+
+class ZScores(NamedTuple):
+    """Of ``standardize``; 0 and 1 without. A constant row's inverse deviation is 0: it has no scale."""
+
+    mean_s: tl.tensor
+    inverse_s: tl.tensor
+    count_s: tl.tensor
+    mean_t: tl.tensor
+    inverse_t: tl.tensor
+
+
+@triton.jit
+def z_gap(x, y, z):
+    return (x - z.mean_s) * z.inverse_s - (y - z.mean_t) * z.inverse_t
+
+
+@triton.jit
+def origin_of(top):
+    return tl.where(top == -INF, 0.0, top)
+
+
+@triton.jit
+def at_one(e, x, scale):
+    """Exponentials at temperature 1 of logits `x` that lie above their origin, from the tempered ones."""
+    one = tl.where(scale.squared, e * e, e)
+    if scale.separate:
+        one = tl.exp2(x * LOG2E)
+    return one
+
+
+@triton.jit
+def _nothing(GROUPS: tl.constexpr):
+    zero, low = tl.zeros([GROUPS], tl.float32), tl.full([GROUPS], -INF, tl.float32)
+    return Statistics(low, low, zero, zero, zero, zero, zero, zero, low), Labelled(zero, zero, zero, zero)
+
+
+@triton.jit
+def _shifted(cross, z, shift, factor):
+    """A sum of exponentials times logarithms, moved: nothing of it is left where the exponentials vanish."""
+    return tl.where((factor > 0.0) & (z > 0.0), factor * (cross + z * shift), 0.0)
+
+
+@triton.jit
+def _raise_origin(s, top_s, top_t, scale, KIND: tl.constexpr, FAMILY: tl.constexpr, TEACHER: tl.constexpr):
+    """The same sums relative to larger origins."""
+    o_s = origin_of(top_s)
+    shift_s = (origin_of(s.top_s) - o_s) * scale.student
+    r_s = tl.exp2((s.top_s - o_s) * scale.student)
+    r_one = at_one(r_s, s.top_s - o_s, scale)
+    shift_t, r_t = 0.0, 1.0
+    if TEACHER == "logits" and FAMILY != "mse":
+        o_t = origin_of(top_t)
+        shift_t = (origin_of(s.top_t) - o_t) * scale.teacher
+        r_t = tl.exp2((s.top_t - o_t) * scale.teacher)
+    cross_t, cross_s, both = s.cross_t, s.cross_s, s.both
+    if FAMILY == "forward" or KIND == "symmetric_kl":
+        shift = -shift_s if KIND == "soft_ce" else shift_t - shift_s
+        cross_t = _shifted(cross_t, s.z_t, shift, r_t)
+    if FAMILY == "reverse":
+        cross_s = _shifted(cross_s, both, shift_s - shift_t, r_s)
+        both = r_s * both
+    return Statistics(top_s, top_t, r_s * s.z_s, r_t * s.z_t, r_one * s.z_one, cross_t, cross_s, both, s.gap)
+
+
+@triton.jit
+def _add_gaps(s, u, v, e_s, e_t, KIND: tl.constexpr, FAMILY: tl.constexpr):
+    """Adds the cross sums; an infinite gap is told apart from them, where later factors could make it NaN."""
+    cross_t, cross_s, both, gap = s.cross_t, s.cross_s, s.both, s.gap
+    alive_t = v > -INF
+    if FAMILY == "forward" or KIND == "symmetric_kl":
+        d = tl.where(alive_t, -u if KIND == "soft_ce" else v - u, 0.0)
+        gap = tl.maximum(gap, tl.max(d, 1))
+        cross_t += tl.sum(e_t * tl.where(d < INF, d, 0.0), 1)
+    if FAMILY == "reverse":
+        d = tl.where(u > -INF, u - v, 0.0)
+        gap = tl.maximum(gap, tl.max(d, 1))
+        cross_s += tl.sum(e_s * tl.where(d < INF, d, 0.0), 1)
+        both += tl.sum(tl.where(alive_t, e_s, 0.0), 1)
+    return Statistics(s.top_s, s.top_t, s.z_s, s.z_t, s.z_one, cross_t, cross_s, both, gap)
+
+
+@triton.jit
+def _add_squares(s, z_one, gap, alive):
+    gap = tl.where(alive, gap, 0.0)
+    squares = s.cross_t + tl.sum(gap * gap, 1)
+    both = s.both + tl.sum(tl.where(alive, 1.0, 0.0), 1)
+    return Statistics(s.top_s, s.top_t, z_one, s.z_t, z_one, squares, s.cross_s, both, s.gap)
+
+
+@triton.jit
+def _add_tile(s, tile, scale, z, KIND: tl.constexpr, FAMILY: tl.constexpr, TEACHER: tl.constexpr):
+    top_s, top_t = tl.maximum(s.top_s, tl.max(tile.x, 1)), s.top_t
+    if TEACHER == "logits" and FAMILY != "mse":
+        top_t = tl.maximum(s.top_t, tl.max(tile.y, 1))
+    s = _raise_origin(s, top_s, top_t, scale, KIND, FAMILY, TEACHER)
+    x = tile.x - origin_of(top_s)[:, None]
+    u = x * scale.student
+    e_s = tl.exp2(u)
+    z_one = s.z_one + tl.sum(at_one(e_s, x, scale), 1)
+    if FAMILY == "mse":
+        s = _add_squares(s, z_one, z_gap(tile.x, tile.y, z), (tile.x != -INF) & (tile.y != -INF))
+    else:
+        z_t = s.z_t
+        if TEACHER != "none":
+            v, e_t = teacher_side(tile.y, origin_of(top_t)[:, None], scale.teacher, KIND, TEACHER)
+            s = _add_gaps(s, u, v, e_s, e_t, KIND, FAMILY)
+            z_t += tl.sum(e_t, 1)
+        z_s = s.z_s + tl.sum(e_s, 1)
+        s = Statistics(top_s, top_t, z_s, z_t, z_one, s.cross_t, s.cross_s, s.both, s.gap)
+    return s
+
+
+@triton.jit
+def _add_labelled(sums, raw, y, down, origin, SMOOTH: tl.constexpr, PROBS: tl.constexpr):
+    """One more tile; its origin lies `down` from that of the sums."""
+    count, total, mass, dot = sums.count, sums.total, sums.mass, sums.dot
+    x = raw - origin[:, None]
+    if SMOOTH:
+        live = raw > -INF
+        total += count * down + tl.sum(tl.where(live, x, 0.0), 1)
+        count += tl.sum(tl.where(live, 1.0, 0.0), 1)
+    if PROBS:
+        dot += mass * down + tl.sum(tl.where(y == 0.0, 0.0, y * x), 1)
+        mass += tl.sum(y, 1)
+    return Labelled(count, total, mass, dot)
+
+
+@triton.jit
+def _over_groups(sums, origins, origin):
+    down = origins - origin
+    return Labelled(
+        tl.sum(sums.count, 0),
+        tl.sum(sums.total + sums.count * down, 0),
+        tl.sum(sums.mass, 0),
+        tl.sum(sums.dot + sums.mass * down, 0),
+    )
+
+
+@triton.jit
+def statistics(
+    at,
+    scale,
+    z,
+    KIND: tl.constexpr,
+    FAMILY: tl.constexpr,
+    TEACHER: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(Statistics, Labelled) of the columns that both sides have."""
+    s, labelled = _nothing(BLOCK // WIDTH)
+    for start in range(0, at.bound, BLOCK):
+        tile = load_tile(at, start, KIND, TEACHER, BLOCK, WIDTH)
+        before = origin_of(s.top_s)
+        s = _add_tile(s, tile, scale, z, KIND, FAMILY, TEACHER)
+        if SMOOTH or at.probs is not None:
+            y = tile.raw
+            if at.probs is not None:
+                y = load_labels(at, start + columns_of_tile(BLOCK, WIDTH))
+            origin = origin_of(s.top_s)
+            labelled = _add_labelled(labelled, tile.raw, y, before - origin, origin, SMOOTH, at.probs is not None)
+    before = origin_of(s.top_s)
+    s = _raise_origin(s, tl.max(s.top_s, 0), tl.max(s.top_t, 0), scale, KIND, FAMILY, TEACHER)
+    labelled = _over_groups(labelled, before, origin_of(s.top_s))
+    sums = Statistics(
+        s.top_s,
+        s.top_t,
+        tl.sum(s.z_s, 0),
+        tl.sum(s.z_t, 0),
+        tl.sum(s.z_one, 0),
+        tl.sum(s.cross_t, 0),
+        tl.sum(s.cross_s, 0),
+        tl.sum(s.both, 0),
+        tl.max(s.gap, 0),
+    )
+    return sums, labelled

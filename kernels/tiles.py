@@ -1,0 +1,91 @@
+"""A row in memory, and its tiles: what every sweep over a row reads.
+
+A tile is (groups, WIDTH): one thread holds whole groups, so that a sweep adds up per group without asking its
+neighbours, and they meet once per row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kdfast.kernels.rowmath import INF, log2_or_lowest
+
+__all__ = ["Row", "Tile", "columns_of_tile", "load_labels", "load_tile", "row_offset", "teacher_side"]
+
+
+class Row(NamedTuple):
+    """Where a row lies, and how much of it is read: a bound of 0 costs nothing."""
+
+    student: tl.tensor
+    teacher: tl.tensor  # logits, or a row of a table of shapes
+    probs: tl.tensor  # class probabilities as labels
+    marks: tl.tensor  # a bit per column: entries, which are taken out of the sweeps
+    bound: tl.tensor  # columns of the student
+    bound_t: tl.tensor  # of the teacher
+    target: tl.tensor  # dkd's, taken out too
+
+
+class Tile(NamedTuple):
+    raw: tl.tensor  # the student's logits, -inf outside the bound
+    x: tl.tensor  # and where the column is taken
+    y: tl.tensor  # the teacher's logits likewise; of a shape, 0 there
+    taken: tl.tensor
+
+
+@triton.jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    return row // inner * outer_stride + row % inner * inner_stride
+
+
+@triton.jit
+def columns_of_tile(BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _marked(marks, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    first = start + tl.arange(0, BLOCK // WIDTH) * WIDTH
+    # Past the first-level cache, which does not know what the atomics before the sweep did.
+    word = tl.load(marks + first // 32, cache_modifier=".cg")
+    return ((word >> (first % 32))[:, None] >> tl.arange(0, WIDTH)[None, :]) & 1 != 0
+
+
+@triton.jit
+def load_tile(at, start, KIND: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    column = start + columns_of_tile(BLOCK, WIDTH)
+    raw = tl.load(at.student + column, mask=column < at.bound, other=-INF).to(tl.float32)
+    taken = column < 0
+    if at.marks is not None:
+        taken = _marked(at.marks, start, BLOCK, WIDTH)
+    if KIND == "dkd":
+        taken = taken | (column == at.target)
+    x = tl.where(taken, -INF, raw)
+    y = x
+    if TEACHER == "logits":
+        y = tl.load(at.teacher + column, mask=column < at.bound_t, other=-INF).to(tl.float32)
+        y = tl.where(taken, -INF, y)
+    if TEACHER == "shape":
+        y = tl.load(at.teacher + column, mask=column < at.bound_t, other=0.0).to(tl.float32)
+        y = tl.where(taken, 0.0, y)
+    return Tile(raw, x, y, taken)
+
+
+@triton.jit
+def teacher_side(y, origin, bits, KIND: tl.constexpr, TEACHER: tl.constexpr):
+    """(log2 of the exponentials, the exponentials): a shape's row stands for exponentials whose origin is 0."""
+    if TEACHER == "logits":
+        v = (y - origin) * bits
+        e = tl.exp2(v)
+    else:
+        # Cross-entropy only asks whether it is finite.
+        v = tl.where(y == 0.0, -INF, 0.0) if KIND == "soft_ce" else log2_or_lowest(y)
+        e = y
+    return v, e
+
+
+@triton.jit
+def load_labels(at, column):
+    return tl.load(at.probs + column, mask=column < at.bound, other=0.0).to(tl.float32)
