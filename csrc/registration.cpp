@@ -10,6 +10,7 @@
 #include "codec_bindings.h"
 #include "cpu/row.h"
 #include "crc32c.h"
+#include "cuda/plan.h"
 #include "gather.h"
 
 #define KDFAST_TRUTH "Tensor coef, Tensor? label, Tensor? label_probs, float smoothing"
@@ -105,6 +106,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_at_most", &last_at_most, py::arg("table"), py::arg("column"), py::arg("values"),
         "Per value the last row of an int64 table whose column, which never decreases, is at most it; -1 if none.");
   m.def("cpu_isa", [] { return kdfast::kernels().isa; }, "The instruction set of the CPU kernels in use.");
+  m.def("cluster_size", &kdfast::cuda::cluster_size, py::arg("row_bytes"),
+        "How many thread blocks share a row of so many bytes in the one-read CUDA kernels; 0: they do not take it.");
   m.def("divergences", &divergences, "Divergence names, at the numbers that the ops take.");
   kdfast::codec::bind(m);
 }

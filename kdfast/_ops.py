@@ -1,12 +1,13 @@
 """Fake kernels, autograd and device fallbacks of every native op: the one file that knows which kernel runs where.
 
 An op takes (outer, inner, V) rows of unit vocabulary stride and ``coef`` (5, rows) as ``kdfast.reference`` describes;
-C++ registers the schema and the CPU kernel, and this file Triton's for CUDA. Devices without a kernel run the
-reference.
+C++ registers the schema and the CPU kernel, and this file what runs on CUDA: the one-read kernels or Triton's. Devices
+without a kernel run the reference.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -18,6 +19,7 @@ from torch import Tensor
 import kdfast._C as _C
 from kdfast import reference
 from kdfast.divergences import Divergence
+from kdfast.kernels import cluster
 
 __all__ = ["Background", "DenseTeacher", "SparseTeacher", "Truth", "row_loss", "row_loss_fused", "row_loss_inplace"]
 
@@ -201,12 +203,29 @@ def _triton_kernels(op: str) -> Any:
         return None
 
 
+# KDFAST_GPU forces the kernels that a test or a benchmark is about: cluster, triton, reference.
+_GPU_KERNELS = ("cluster", "triton", "reference")
+
+
+def _gpu_kernels(name: str, student: Tensor, arguments: tuple[Any, ...]) -> Any:
+    """The launchers that serve a call on a GPU, the fastest first; None: the reference does."""
+    wanted = os.environ.get("KDFAST_GPU")
+    if wanted is not None and wanted not in _GPU_KERNELS:
+        raise ValueError(f"KDFAST_GPU must be one of {', '.join(_GPU_KERNELS)}, got {wanted!r}")
+    if wanted in (None, "cluster") and cluster.takes(name, student, arguments):
+        return cluster
+    if wanted == "cluster":
+        raise ValueError(f"KDFAST_GPU=cluster: the one-read kernels do not take this call of {name}")
+    numbers = [x for x in (student, *arguments) if isinstance(x, Tensor) and x.is_floating_point()]
+    served = wanted != "reference" and all(x.dtype in _GPU_DTYPES for x in numbers)
+    return _triton_kernels(name.removesuffix("_rows")) if served else None
+
+
 def _on_gpu(name: str, suffix: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
-    """A row op's Triton kernel, or the reference for what it does not serve."""
+    """A row op's CUDA kernel, or the reference for what none serves."""
 
     def run(student: Tensor, *arguments: Any) -> Any:
-        numbers = [x for x in (student, *arguments) if isinstance(x, Tensor) and x.is_floating_point()]
-        kernels = _triton_kernels(name.removesuffix("_rows")) if all(x.dtype in _GPU_DTYPES for x in numbers) else None
+        kernels = _gpu_kernels(name, student, arguments)
         return (fallback if kernels is None else getattr(kernels, name + suffix))(student, *arguments)
 
     return run
