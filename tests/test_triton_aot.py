@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("scale",)
+KERNELS = ("scale", "select_threshold")
 
 
 @cache

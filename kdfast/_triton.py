@@ -1,0 +1,29 @@
+"""Triton kernels where they are asked for first: ``import kdfast`` imports no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+__all__ = ["kernel"]
+
+
+@cache
+def kernel(name: str) -> Callable[..., Any] | None:
+    """``kdfast.kernels.<name>.<name>``, launched on the device of its first argument; None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    launch = getattr(import_module(f"kdfast.kernels.{name}"), name)
+
+    @wraps(launch)
+    def on_its_device(first: torch.Tensor, *arguments: Any) -> Any:
+        device = first.device.index if first.is_cuda else -1  # -1, in Triton's interpreter: leave it alone
+        with torch.cuda.device(device):
+            return launch(first, *arguments)
+
+    return on_its_device
