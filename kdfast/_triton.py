@@ -22,7 +22,7 @@ def kernel(name: str) -> Callable[..., Any] | None:
 
     @wraps(launch)
     def on_its_device(first: torch.Tensor, *arguments: Any) -> Any:
-        device = first.device.index if first.is_cuda else -1  # -1, in Triton's interpreter: leave it alone
+        device = first.device.index if first.device.type == "cuda" else -1  # -1, in the interpreter: leave it alone
         with torch.cuda.device(device):
             return launch(first, *arguments)
 

@@ -40,7 +40,7 @@ def uniform_bits(seed, row):
     return mix(stream + golden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "first_row"])
 def _select_threshold(
     logits,
     inner,
