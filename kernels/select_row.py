@@ -12,10 +12,22 @@ from torch import Tensor
 
 from kdfast.kernels.variant import Variant
 
-__all__ = ["BLOCK", "WARPS", "Rows", "row_variants", "start_of_row", "weigh"]
+__all__ = [
+    "BLOCK",
+    "LOWEST",
+    "WARPS",
+    "Rows",
+    "load_tile",
+    "row_variants",
+    "start_of_row",
+    "weigh",
+    "weigh_tile",
+]
 
 BLOCK = 2048  # columns of a tile
 WARPS = 8
+# Below every logit, and finite: where a sweep begins, so that a tile of -inf adds 0 like any other.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -25,17 +37,24 @@ def start_of_row(logits, row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def load_tile(logits, at, columns):
+    return tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def weigh_tile(x, top, sums, bits):
+    """The largest logit so far, and the lanes' sums of ``exp2((x - largest) * bits)``, with a tile more in both."""
+    higher = tl.maximum(top, tl.max(x, 0))
+    return higher, sums * tl.exp2((top - higher) * bits) + tl.exp2((x - higher) * bits)
+
+
+@triton.jit
 def weigh(logits, columns, bits, BLOCK: tl.constexpr):
     """The largest logit, and the sum of all ``exp2((x - largest) * bits)``: NaN in a bad row, 0 in an empty one."""
-    # Below every logit, and finite: a tile of -inf adds 0 like any other.
-    top = -3.4028234663852886e38
-    sums = tl.zeros([BLOCK], tl.float32)
+    top, sums = tl.full([], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
     for begin in range(0, columns, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        sums = sums * tl.exp2((top - higher) * bits) + tl.exp2((x - higher) * bits)
-        top = higher
+        x = load_tile(logits, begin + tl.arange(0, BLOCK), columns)
+        top, sums = weigh_tile(x, top, sums, bits)
     return top, tl.sum(sums, 0)
 
 
@@ -63,18 +82,20 @@ class Rows:
         return torch.empty(shape, dtype=dtype, device=self.logits.device)
 
 
-def row_variants(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> list[Variant]:
+def row_variants(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], name: str = "", warps: int = WARPS
+) -> list[Variant]:
     """A kernel over rows for every dtype of logits, with rows that are aligned and with others."""
     place = {"inner": "i32", "outer_stride": "i64", "inner_stride": "i64", "columns": "i32"}
     pointers = tuple(name for name, type in types.items() if type.startswith("*"))
     return [
         Variant(
-            f"{dtype}{'' if aligned else '-odd'}",
+            f"{name}{dtype}{'' if aligned else '-odd'}",
             kernel,
             {"logits": f"*{dtype}", **place, **types},
             constants,
             aligned=("logits", *pointers, *aligned),
-            warps=WARPS,
+            warps=warps,
         )
         for dtype in ("bf16", "fp16", "fp32")
         for aligned in (("outer_stride", "inner_stride", "columns"), ())

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels.select_row import BLOCK, WARPS, Rows, row_variants, start_of_row, weigh
+from kdfast.kernels.select_row import BLOCK, WARPS, Rows, load_tile, row_variants, start_of_row, weigh
 
 __all__ = ["VARIANTS", "select_threshold"]
 
@@ -74,7 +74,7 @@ def _select_threshold(
     count = 0
     for begin in range(0, columns, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+        x = load_tile(logits, at, columns)
         e = tl.exp2((x - top) * bits)
         above = e > limit
         low = (tl.minimum(e * per_unit, 1.0) * UNIT).to(tl.int64)
@@ -93,7 +93,7 @@ def _select_threshold(
     last = -1
     for begin in range(0, columns, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+        x = load_tile(logits, at, columns)
         last = tl.maximum(last, tl.max(tl.where(tl.exp2((x - top) * bits) > 0.0, at, -1), 0))
     tl.store(ids, last, mask=last >= 0)
     tl.store(probs, tau, mask=last >= 0)

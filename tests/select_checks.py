@@ -77,6 +77,24 @@ def assert_sampled_row(p, ids, draws, where, eps=EPS):
     assert (count <= points_on(p, where, eps)).all()
 
 
+def likeliest(logits, temperature, k):
+    """By a stable sort in float64: of equal columns the one with the smaller id comes first."""
+    p = (logits.double() / temperature).softmax(1)
+    ids = logits.double().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return ids, p.gather(1, ids), p.scatter(1, ids, 0.0).sum(1)
+
+
+def assert_top(out, logits, temperature, k):
+    ids, probs, rest = likeliest(logits, temperature, k)
+    there = out.probs > 0
+    assert torch.equal(there, probs > 1e-37)  # what float32 exponentials can tell from 0
+    assert torch.equal(out.ids[there], ids[there].int())
+    assert not out.ids[~there].any()
+    torch.testing.assert_close(out.probs[there], probs[there], rtol=3e-5, atol=0)
+    torch.testing.assert_close(out.rest, rest, rtol=3e-5, atol=1e-37)
+    torch.testing.assert_close(out.lse.double(), (logits.double() / temperature).logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
 @st.composite
 def cases(draw):
     """Logits of any dtype and width, with masks, ties and offsets."""

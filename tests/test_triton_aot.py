@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("scale", "select_threshold", "decode_blocks", "decode_rows")
-GATHERING = ("decode_blocks", "decode_rows")  # no rows to load: each lane reads where its bits are
+KERNELS = ("scale", "select_threshold", "select_top", "sort_candidates", "decode_blocks", "decode_rows")
+GATHERING = ("sort_candidates", "decode_blocks", "decode_rows")  # each lane reads what is at its own place
 
 
 @cache

@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from select_checks import assert_threshold_row, probabilities, rows_of
+from select_checks import assert_threshold_row, assert_top, probabilities, rows_of
 from triton_device import DEVICE
 
 from kdfast import _triton
 from kdfast.cache import select
-from kdfast.kernels import select_threshold
+from kdfast.kernels import select_threshold, select_top, sort_candidates
 
 # The interpreter computes with NumPy, which warns of a hash's overflow and of inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -26,7 +26,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(select_threshold, "BLOCK", 128)
+    for module in (select_threshold, select_top):
+        monkeypatch.setattr(module, "BLOCK", 128)
 
 
 def make_rows(dtype, vocab, rows=6):
@@ -151,6 +152,69 @@ def test_a_grid_finer_than_rounding_keeps_every_column():
         np.testing.assert_allclose(out.probs.view(2, 300), probabilities(logits), rtol=3e-6)
 
 
+# ---- top ------------------------------------------------------------------------------------------------------------
+
+
+def top(logits, temperature=1.0, k=3):
+    out = select_top.select_top(logits[None].to(DEVICE), temperature, k)
+    return select.Top(*(x.cpu() for x in out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 700])
+def test_the_likeliest_columns_and_the_rest(dtype, vocab):
+    logits = make_rows(dtype, vocab)
+    for k in {1, 3, 8, 9, 64}:
+        if k <= vocab:
+            assert_top(top(logits, 1.3, k), logits, 1.3, k)
+
+
+def test_the_likeliest_columns_may_all_lie_in_few_groups():
+    """The second sweep notes hundreds of columns then: the sort takes them in turns."""
+    logits = torch.randn(2, 9000)
+    logits[0, ::256] += 9.0
+    logits[1, ::32] += 9.0
+    logits[1, 1::256] += 9.0
+    for k in (3, 64):
+        assert_top(top(logits, k=k), logits, 1.0, k)
+
+
+def test_zeros_of_either_sign_tie():
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0]])
+    assert top(logits, k=3).ids.tolist() == [[1, 2, 3]]
+
+
+def test_a_rest_far_below_1_keeps_its_digits():
+    logits = torch.full((1, 1000), -30.0)
+    logits[0, 500] = 0.0
+    rest = top(logits, k=1).rest.item()
+    torch.testing.assert_close(rest, 999 * math.exp(-30) / (1 + 999 * math.exp(-30)), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_has_no_likeliest_column_and_harms_no_other(bad):
+    logits = torch.randn(3, 500)
+    whole = top(logits)
+    logits[1, slice(None) if bad == -math.inf else 300] = bad
+    out = top(logits)
+    assert out.lse.isnan().tolist() == [False, True, False]
+    assert not out.probs[1].any()
+    assert not out.ids[1].any()
+    for row in (0, 2):
+        assert all(torch.equal(a[row], b[row]) for a, b in zip(out, whole, strict=True))
+
+
+def test_top_does_not_depend_on_batch_or_strides():
+    logits = torch.randn(4, 300)
+    whole = top(logits)
+    wide = torch.full((8, 401), math.nan)
+    wide[::2, 50:350] = logits
+    folded = select_top.select_top(logits.view(2, 2, 300).to(DEVICE), 1.0, 3)
+    for out in (top(wide[::2, 50:350]), folded):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(out, whole, strict=True))
+    assert [tuple(x.shape) for x in top(logits[:0], k=5)] == [(0, 5), (0, 5), (0,), (0,)]
+
+
 # ---- where kernels run ----------------------------------------------------------------------------------------------
 
 
@@ -159,12 +223,20 @@ def test_the_ops_on_a_gpu_are_the_kernels(monkeypatch):
     logits, order = torch.randn(1, 3, 300, device=DEVICE), torch.randperm(300, dtype=torch.int32, device=DEVICE)
     ran = []
     monkeypatch.setattr(select, "kernel", lambda name: ran.append(name) or _triton.kernel(name))
-    run = select._threshold_on_gpu
-    whole = run(logits, 1.0, 0.02, 5, 0)
-    assert ran == ["select_threshold"]
-    run(logits.double(), 1.0, 0.02, 5, 0)
-    run(logits, 1.0, 0.02, 5, 0, order)
-    assert len(ran) == 1
+    runs = (
+        lambda x, **more: select._threshold_on_gpu(x, 1.0, 0.02, 5, 0, **more),
+        lambda x: select._top_on_gpu(x, 1.0, 3),
+    )
+    whole = [run(logits) for run in runs]
+    assert ran == ["select_threshold", "select_top"]
+    runs[0](logits, order=order)
+    select._top_on_gpu(logits, 1.0, 0)
+    select._top_on_gpu(logits, 1.0, select.MOST_IN_KERNEL + 1)
+    for run in runs:
+        run(logits.double())
+    assert len(ran) == 2
+    assert select.MOST_IN_KERNEL == sort_candidates.MOST
     monkeypatch.setattr(select, "kernel", lambda name: None)
-    assert torch.equal(run(logits, 1.0, 0.02, 5, 0)[0], whole[0])
+    for run, out in zip(runs, whole, strict=True):
+        assert torch.equal(run(logits)[0], out[0])
     assert _triton.kernel("select_threshold") is _triton.kernel("select_threshold")

@@ -263,6 +263,9 @@ def _top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Te
     return ids.masked_fill(probs == 0, 0).int(), probs, p.scatter(1, ids, 0.0).sum(1), lse
 
 
+MOST_IN_KERNEL = 64  # columns of a row that its kernel sorts
+
+
 def _threshold_on_gpu(
     logits: Tensor, temperature: float, tau: float, seed: int, first_row: int, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,6 +273,11 @@ def _threshold_on_gpu(
     if run is None:
         return _threshold(logits, temperature, tau, seed, first_row, order)
     return run(logits, temperature, tau, seed, first_row)
+
+
+def _top_on_gpu(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = kernel("select_top") if 1 <= k <= MOST_IN_KERNEL and logits.dtype != torch.float64 else None
+    return _top(logits, temperature, k) if run is None else run(logits, temperature, k)
 
 
 def _fake_top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -301,4 +309,5 @@ for _name, _fallback, _values in (
     torch.library.register_fake(f"kdfast::{_name}", lambda logits, *_, values=_values: _fake(logits, values))
 torch.library.impl("kdfast::select_top", "default", _top)
 torch.library.impl("kdfast::select_threshold", "cuda", _threshold_on_gpu)
+torch.library.impl("kdfast::select_top", "cuda", _top_on_gpu)
 torch.library.register_fake("kdfast::select_top", _fake_top)
