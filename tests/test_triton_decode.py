@@ -81,7 +81,7 @@ def test_labels_are_the_cpu_decoders(name, coding):
     assert_equal(on_device(codec, data, units, wanted), codec.decode(data, units, wanted))
 
 
-@pytest.mark.parametrize("name", ["sample", "threshold by shape", "prototype"])
+@pytest.mark.parametrize("name", ["one draw", "threshold by shape", "prototype"])
 def test_symbols_that_the_model_has_not_seen(name):
     codec = make_codec(name, learn_from=1)
     data, units = pack(codec, (33,))
