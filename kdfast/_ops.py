@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import kdfast._C as _C
-from kdfast import reference
+from kdfast import _triton, reference
 from kdfast.divergences import Divergence
 from kdfast.kernels import cluster
 
@@ -192,17 +190,6 @@ def _fake_outputs(coef: Tensor, want_parts: bool) -> tuple[Tensor, Tensor]:
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def _triton_kernels(op: str) -> Any:
-    """The launchers of an op, imported when its first call asks for them; None without Triton."""
-    try:
-        return import_module(f"kdfast.kernels.{op}")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return None
-
-
 # KDFAST_GPU forces the kernels that a test or a benchmark is about: cluster, triton, reference.
 _GPU_KERNELS = ("cluster", "triton", "reference")
 
@@ -218,7 +205,7 @@ def _gpu_kernels(name: str, student: Tensor, arguments: tuple[Any, ...]) -> Any:
         raise ValueError(f"KDFAST_GPU=cluster: the one-read kernels do not take this call of {name}")
     numbers = [x for x in (student, *arguments) if isinstance(x, Tensor) and x.is_floating_point()]
     served = wanted != "reference" and all(x.dtype in _GPU_DTYPES for x in numbers)
-    return _triton_kernels(name.removesuffix("_rows")) if served else None
+    return _triton.launchers(name.removesuffix("_rows")) if served else None
 
 
 def _on_gpu(name: str, suffix: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
@@ -367,7 +354,7 @@ def _(x: Tensor, factor: Tensor) -> None:
 
 @torch.library.impl("kdfast::scale_", "cuda")
 def _(x: Tensor, factor: Tensor) -> None:
-    kernels = _triton_kernels("scale") if x.dtype in _GPU_DTYPES and x.is_contiguous() else None
+    kernels = _triton.launchers("scale") if x.dtype in _GPU_DTYPES and x.is_contiguous() else None
     if kernels is None:
         x.mul_(factor)
     else:

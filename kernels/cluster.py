@@ -71,7 +71,7 @@ def _runs_on(index: int) -> bool:
 
 
 def plan(columns: int, dtype: torch.dtype, rows_held: int) -> int:
-    """Thread blocks that share a row where the chip holds ``rows_held`` of this width; 0: it is not for these kernels."""
+    """Thread blocks that share a row where the chip holds ``rows_held`` of this width; 0: these kernels do not."""
     size: int = _C.cluster_size(rows_held * columns * dtype.itemsize)
     return size
 

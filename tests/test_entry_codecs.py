@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from entry_checks import VOCAB, learned, make_logits, make_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,29 +15,6 @@ from kdfast.cache.keys import make_key
 from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.cache.select import threshold, top
 from kdfast.cache.shapes import Shapes
-
-VOCAB = 300
-
-
-def make_logits(rows, vocab=VOCAB, seed=0, scale=3.0, masked=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(rows, vocab, generator=generator) * scale
-    if masked:
-        gone = torch.rand(rows, vocab, generator=generator) < masked
-        gone[torch.arange(rows), z.argmax(1)] = False
-        z[gone] = -torch.inf
-    return z
-
-
-def make_shapes(vocab=VOCAB, count=4, seed=9):
-    probs = make_logits(count, vocab, seed).softmax(1)
-    return Shapes.of(0.99 * probs + 0.01 / vocab, probs)
-
-
-def learned(codec, labels):
-    if codec.learn_rows:
-        codec.use_model(codec.learn(labels))
-    return codec
 
 
 def through_bytes(codec, labels, wanted=None):

@@ -1,8 +1,4 @@
-"""The unbiased samplers: their law, their bounds, and what their randomness depends on.
-
-The model below is the law itself, in float64 and by definition: where the points fall along the cumulative
-probability. The ops' sums round differently, so a point within EPS of a column's edge may fall on its neighbour.
-"""
+"""The unbiased samplers: their law, their bounds, and what their randomness depends on."""
 
 import itertools
 import math
@@ -13,73 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from select_checks import (
+    DTYPES,
+    assert_sampled_row,
+    assert_threshold_row,
+    cases,
+    on_grid,
+    positions,
+    probabilities,
+    rows_of,
+)
 
 from kdfast.cache import select
-
-EPS = 3e-6
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def probabilities(logits, temperature=1.0):
-    return (logits.double() / temperature).softmax(-1).numpy()
-
-
-def edges(masses, eps):
-    """Where columns begin and end along the cumulative sum, each pulled outwards by eps."""
-    end = masses.cumsum()
-    return np.concatenate([[0.0], end[:-1]]) - eps, end + eps
-
-
-def on_grid(p, tau, offset, eps=0.0):
-    """Which columns above 0 hold a point (k + offset) * tau."""
-    begin, end = edges(p, eps)
-    points = [np.ceil(edge / tau - offset).clip(0) for edge in (begin, end)]
-    return (points[1] > points[0]) & (p > 0)
-
-
-def points_on(p, positions, eps=0.0):
-    """How many of the sorted positions fall on each column."""
-    begin, end = edges(p, eps)
-    return (np.searchsorted(positions, end) - np.searchsorted(positions, begin)).clip(0) * (p > 0)
-
-
-def positions(seed, row, draws):
-    sums = -np.log(select.uniforms(seed, row, 1, draws + 1)[0])
-    return sums.cumsum()[:-1] / sums.sum()
-
-
-def rows_of(out):
-    """Each row's ids and values."""
-    sizes = out.counts.tolist()
-    return [(i.numpy(), v.numpy()) for i, v in zip(out.ids.split(sizes), out[1].split(sizes), strict=True)]
-
-
-def assert_threshold_row(p, ids, probs, tau, offset, order=None, eps=EPS):
-    order = np.arange(len(p)) if order is None else order
-    kept = np.isin(np.arange(len(p)), ids)
-    assert (np.diff(ids) > 0).all()
-    assert (p[ids] > 0).all()
-    assert len(ids) <= math.ceil(1 / tau) + 1
-    near = np.abs(p - tau) <= eps * tau
-    above = (p > tau) & ~near
-    assert kept[above].all()
-    np.testing.assert_allclose(probs, np.where(p > tau, p, tau)[ids], rtol=EPS)
-    walk = np.where(p > tau, 0.0, p)[order]
-    sure, possible = (on_grid(walk, tau, offset, slack) for slack in (-eps, eps))
-    assert kept[order][sure].all()
-    assert (possible | (p >= tau)[order] | near[order])[kept[order]].all()
-
-
-def assert_sampled_row(p, ids, draws, where, eps=EPS):
-    assert (np.diff(ids) > 0).all()
-    assert (p[ids] > 0).all()
-    assert (draws > 0).all()
-    assert draws.sum() == len(where)
-    count = np.zeros(len(p), int)
-    count[ids] = draws
-    assert (count >= points_on(p, where, -eps)).all()
-    assert (count <= points_on(p, where, eps)).all()
-
 
 # ---- the law --------------------------------------------------------------------------------------------------------
 
@@ -92,23 +33,6 @@ def test_the_models_expectation_is_the_softmax():
         breaks = np.unique(np.concatenate([[0.0, 1.0], (low.cumsum() / tau) % 1]))
         kept = sum((b - a) * on_grid(low, tau, (a + b) / 2) for a, b in itertools.pairwise(breaks))
         np.testing.assert_allclose(kept * tau, low, atol=1e-12)
-
-
-@st.composite
-def cases(draw):
-    """Logits of any dtype and width, with masks, ties and offsets."""
-    dtype = draw(st.sampled_from(DTYPES))
-    rows, vocab = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 16, 31, 127, 128, 129, 400, 1025]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    logits = torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * draw(st.sampled_from([0.0, 1, 4, 30]))
-    logits += draw(st.sampled_from([0.0, 0.0, 5000, 1e9])) if dtype != torch.float16 else 0.0
-    if draw(st.booleans()):  # a climb, in which every chunk lies far above the one before
-        logits += torch.arange(vocab) // 100 * 60.0
-    masked = torch.rand(rows, vocab, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.5, 0.97]))
-    masked[:, : draw(st.sampled_from([0, 0, vocab // 2]))] = True
-    masked[:, draw(st.integers(0, vocab - 1))] = False
-    temperature = draw(st.sampled_from([1.0, 1.0, 0.3, 2.0, 20.0]))
-    return logits.masked_fill(masked, -math.inf).to(dtype), temperature
 
 
 @settings(deadline=None, max_examples=150)

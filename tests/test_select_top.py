@@ -4,28 +4,9 @@ import math
 
 import pytest
 import torch
+from select_checks import DTYPES, assert_top
 
 from kdfast.cache import select
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def reference(logits, temperature, k):
-    """By a stable sort in float64: of equal columns the one with the smaller id comes first."""
-    p = (logits.double() / temperature).softmax(1)
-    ids = logits.double().sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return ids, p.gather(1, ids), p.scatter(1, ids, 0.0).sum(1)
-
-
-def assert_top(out, logits, temperature, k):
-    ids, probs, rest = reference(logits, temperature, k)
-    there = out.probs > 0
-    assert torch.equal(there, probs > 1e-37)  # what float32 exponentials can tell from 0
-    assert torch.equal(out.ids[there], ids[there].int())
-    assert not out.ids[~there].any()
-    torch.testing.assert_close(out.probs[there], probs[there], rtol=3e-5, atol=0)
-    torch.testing.assert_close(out.rest, rest, rtol=3e-5, atol=1e-37)
-    torch.testing.assert_close(out.lse.double(), (logits.double() / temperature).logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

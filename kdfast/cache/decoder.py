@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError, CacheError
@@ -46,6 +47,9 @@ class Decoder:
 
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
         return self.codec.decode(data, units, wanted)
+
+    def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
+        return self.codec.decode_on_device(data, units, wanted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.digest, self._shard)

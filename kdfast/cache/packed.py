@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.base import Codec
@@ -88,7 +90,8 @@ class PackedLabels:
     def unpack(self) -> SoftLabels:
         """The labels, on the device that the bytes are on.
 
-        Decoding happens on the CPU: bytes on another device come back first, and the labels go there afterwards.
+        On a GPU, with Triton, labels of ``sample``, ``threshold`` and ``prototype`` are decoded there. Of other codecs
+        and other devices the bytes come back first: decoding happens on the CPU, and the labels go there afterwards.
 
         Raises:
             CacheCorruptError: the bytes are not what the codec writes.
@@ -97,23 +100,29 @@ class PackedLabels:
             labels = self._decode()
         except ValueError as error:
             raise CacheCorruptError(f"packed labels cannot be decoded: {error}") from error
-        return replace(labels.to(self.device), present=self.present)
+        return replace(labels, present=self.present)
 
     def _decode(self) -> SoftLabels:
-        data, units, wanted = (x.cpu().numpy() for x in (self.data, self.units, self.wanted))
+        units, wanted = (x.cpu().numpy() for x in (self.units, self.wanted))
         if len(self.decoders) == 1 or not len(wanted):
             decoder, count = self.decoders[0]
-            return decoder.decode(data, units[:count], wanted)
+            return self._decode_with(decoder, units[:count], wanted)
         parts, places, first_unit, first_row = [], [], 0, 0
         for decoder, count in self.decoders:
             own = units[first_unit : first_unit + count]
             rows = int(own[:, 2].sum())
             chosen = ((wanted >= first_row) & (wanted < first_row + rows)).nonzero()[0]
             if len(chosen):
-                parts.append(decoder.decode(data, own, wanted[chosen] - first_row))
+                parts.append(self._decode_with(decoder, own, wanted[chosen] - first_row))
                 places.append(torch.from_numpy(chosen))
             first_unit, first_row = first_unit + count, first_row + rows
         return SoftLabels.cat(parts)[torch.cat(places).argsort()]
+
+    def _decode_with(self, decoder: Decoder, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
+        labels = decoder.decode_on_device(self.data, units, wanted) if self.data.is_cuda else None
+        if labels is None:
+            labels = decoder.decode(self.data.cpu().numpy(), units, wanted).to(self.device)
+        return labels
 
     def _present_mask(self) -> Tensor:
         if self.present is None:

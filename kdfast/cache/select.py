@@ -1,8 +1,9 @@
 """The unbiased samplers: a few columns of each row, whose weights have the row's softmax as their expectation. And
 ``top``: the likeliest columns.
 
-On a CPU all work straight from the logits, without sorting a row, in a fraction of the time of a log-sum-exp of
-PyTorch. Other devices run a plain PyTorch version of the same law, whose entries differ where sums round differently.
+On a CPU and, with Triton, on a GPU all work straight from the logits, without sorting a row; on a CPU in a fraction of
+the time of a log-sum-exp of PyTorch. Other devices, float64 on a GPU, and what no kernel is for run a plain PyTorch
+version of the same law. Entries differ where sums round differently.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kdfast import _checks
 from kdfast import _ops as _ops  # loads the native ops
+from kdfast._triton import kernel
 
 __all__ = ["ColumnOrder", "Drawn", "Thresholded", "Top", "record_seed", "sample", "threshold", "top", "uniforms"]
 
@@ -261,6 +263,23 @@ def _top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Te
     return ids.masked_fill(probs == 0, 0).int(), probs, p.scatter(1, ids, 0.0).sum(1), lse
 
 
+MOST_IN_KERNEL = 64  # columns of a row that its kernel sorts
+
+
+def _threshold_on_gpu(
+    logits: Tensor, temperature: float, tau: float, seed: int, first_row: int, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = kernel("select_threshold") if order is None and logits.dtype != torch.float64 else None
+    if run is None:
+        return _threshold(logits, temperature, tau, seed, first_row, order)
+    return run(logits, temperature, tau, seed, first_row)
+
+
+def _top_on_gpu(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = kernel("select_top") if 1 <= k <= MOST_IN_KERNEL and logits.dtype != torch.float64 else None
+    return _top(logits, temperature, k) if run is None else run(logits, temperature, k)
+
+
 def _fake_top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0] * logits.shape[1]
     return (
@@ -289,4 +308,6 @@ for _name, _fallback, _values in (
     torch.library.impl(f"kdfast::{_name}", "default", _fallback)
     torch.library.register_fake(f"kdfast::{_name}", lambda logits, *_, values=_values: _fake(logits, values))
 torch.library.impl("kdfast::select_top", "default", _top)
+torch.library.impl("kdfast::select_threshold", "cuda", _threshold_on_gpu)
+torch.library.impl("kdfast::select_top", "cuda", _top_on_gpu)
 torch.library.register_fake("kdfast::select_top", _fake_top)

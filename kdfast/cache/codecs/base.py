@@ -124,6 +124,10 @@ class Codec(ABC):
             ValueError: the bytes are not what ``encode`` writes. Any bytes may come; none may crash it.
         """
 
+    def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
+        """The same labels on the device that holds ``data``; None where ``decode`` is to be asked instead."""
+        return None
+
 
 class Addressable(Codec):
     """A codec whose rows can be read one by one, without the rest of their block.

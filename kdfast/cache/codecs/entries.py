@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdfast._C import RowBounds, RowLayout, count_symbols, locate_rows
+from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.exact import require_exact
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
@@ -78,8 +80,9 @@ class EntryCodec(Addressable):
         """Labels as the integers they are coded as."""
 
     @abstractmethod
-    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[Any]) -> SoftLabels:
-        """The reverse, with ids in place of ranks, and levels, if there are any, of values; all within their limits."""
+    def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
+        """The reverse, with ids in place of ranks, and levels, if there are any, of values; all within their limits.
+        The tensors may be on any device."""
 
     # ---- options -------------------------------------------------------------------------------------------------
 
@@ -117,7 +120,8 @@ class EntryCodec(Addressable):
         self._statistics = unpack_statistics(model, self.columns, vocab_size)
         self._model = self._statistics.entry_model(self.columns, self.total)
         self.model = model
-        self.__dict__.pop("order", None)
+        for made in ("order", "order_table", "slots"):
+            self.__dict__.pop(made, None)
         self._bounded = None
 
     @cached_property
@@ -152,10 +156,16 @@ class EntryCodec(Addressable):
     @cached_property
     def _layout(self) -> RowLayout:
         """Of rows coded by themselves."""
+        columns, rank, value = self.field_widths
+        return RowLayout(columns, value, rank, self.coding == "rows")
+
+    @property
+    def field_widths(self) -> tuple[list[int], int, int]:
+        """Of rows coded by themselves, the bits of each column, a rank and a value."""
         whole = 8 if self.coding == "plain" else 1
-        bits = [-(-(limit - 1).bit_length() // whole) * whole for limit in (*self.column_limits, self.value_limit)]
-        rank_bits = -(-(self.vocab_size - 1).bit_length() // whole) * whole
-        return RowLayout(bits[:-1], bits[-1], rank_bits, self.coding == "rows")
+        limits = (*self.column_limits, self.vocab_size, self.value_limit)
+        *columns, rank, value = (-(-(limit - 1).bit_length() // whole) * whole for limit in limits)
+        return columns, rank, value
 
     def encode(self, labels: SoftLabels) -> bytes:
         rows = self.to_rows(labels, self.order)
@@ -169,9 +179,32 @@ class EntryCodec(Addressable):
 
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
         coder = self._model if self.coding == "blocks" else self._layout
-        columns, ids, values = coder.decode(data, units, self._bounds)
+        columns, ids, values = (torch.from_numpy(x) for x in coder.decode(data, units, self._bounds))
         labels = self.to_labels(columns, ids, values)
         return labels if np.array_equal(wanted, np.arange(len(columns))) else labels[torch.from_numpy(wanted)]
+
+    def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
+        return entries_on_device.decode(self, data, units, wanted)
+
+    # Tables that lie on a device as long as the codec does.
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """What a decoder of blocks looks up."""
+        from kdfast.kernels.decode_blocks import slots  # needs Triton, which is there when this is asked for
+
+        return torch.from_numpy(slots(self._statistics.frequencies))
+
+    @cached_property
+    def order_table(self) -> Tensor:
+        """(orders, vocabulary) int32: ids by rank."""
+        return torch.from_numpy(self.order.ids)
+
+    @cached_property
+    def level_table(self) -> Tensor:
+        """(value_limit,) float32."""
+        assert self.levels is not None
+        return torch.from_numpy(self.levels)
 
     @property
     def _bounds(self) -> RowBounds:

@@ -40,7 +40,8 @@ def require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
     count_symbols(rows.columns, rows.ranks, rows.values, codec.total)  # refuses a token twice and a wrong total
     which = np.repeat(rows.columns[:, 1], counts) if codec.shapes is not None else np.zeros_like(rows.ranks)
     levels = rows.values if codec.levels is None else codec.levels[rows.values]
-    back = codec.to_labels(rows.columns, codec.orders.ids[which, rows.ranks], levels)
+    numbers = (rows.columns, codec.orders.ids[which, rows.ranks], levels)
+    back = codec.to_labels(*(torch.from_numpy(x) for x in numbers))
     assert back.ids is not None
     ours, theirs = _by_id(ids, counts), _by_id(back.ids.numpy(), counts)
     if not torch.equal(labels.values[ours], back.values[theirs]):

@@ -15,7 +15,7 @@ from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.select import Top, threshold, top
 from kdfast.cache.shapes import Shapes
-from kdfast.labels import SoftLabels
+from kdfast.labels import SoftLabels, _table_on
 
 __all__ = ["Prototype"]
 
@@ -62,10 +62,10 @@ class Prototype(EntryCodec):
         self.k = self.max_entries = min(index(k), self.vocab_size)
         self.tail_step, self.share_step = float(tail_step), float(share_step)
         self._tails, self._shares = _grid(self.tail_step), _grid(self.share_step)
-        self._share, self._rest = _sigmoid(self._shares), _sigmoid(-self._shares)
+        self._share, self._rest = (torch.from_numpy(_sigmoid(x)) for x in (self._shares, -self._shares))
         tails = np.append(self._tails, -np.inf)
-        self._head = _sigmoid(-tails)
-        self._log_tail = (tails - np.logaddexp(0, tails)).astype(np.float32)
+        self._head = torch.from_numpy(_sigmoid(-tails))
+        self._log_tail = torch.from_numpy((tails - np.logaddexp(0, tails)).astype(np.float32))
         self.value_limit = len(self._shares)
 
     @property
@@ -93,7 +93,7 @@ class Prototype(EntryCodec):
         values = _nearest(self._shares, _logits_of_shares(np.maximum(mass, floor)[sort], counts), _last(counts))
         tail = self._tail_code(likeliest.rest.cpu().numpy(), mass, counts)
         columns = np.stack([counts, shape, tail], 1).astype(np.int32)
-        return self.to_labels(columns, flat[sort], values)
+        return self.to_labels(*(torch.from_numpy(x) for x in (columns, flat[sort], values)))
 
     def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
         """(rows,): each row's shape."""
@@ -124,37 +124,38 @@ class Prototype(EntryCodec):
         code = self._tail_code(np.exp(log_tail), mass, counts)
         return EntryRows(np.stack([counts, shape, code], 1).astype(np.int32), ranks, values)
 
-    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[np.int32]) -> SoftLabels:
+    def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
         assert self.shapes is not None
-        counts = columns[:, 0].astype(np.int64)
-        offsets = np.concatenate([[0], counts.cumsum()])
-        log_tail = np.where(counts > 0, self._log_tail[columns[:, 2]], np.float32(0))
+        counts, tail = columns[:, 0].long(), columns[:, 2].long()
+        log_tail = self._on(ids, self._log_tail)[tail].masked_fill(counts == 0, 0.0)
         return SoftLabels.prototype(
-            torch.from_numpy(ids),
-            torch.from_numpy(self._probs(self._head[columns[:, 2]], values, counts)),
-            torch.from_numpy(log_tail),
-            torch.from_numpy(columns[:, 1].astype(np.int64)),
-            self.shapes.table,
+            ids,
+            self._probs(self._on(ids, self._head)[tail], values, counts),
+            log_tail,
+            columns[:, 1].long(),
+            self._on(ids, self.shapes.table),
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
-            offsets=torch.from_numpy(offsets),
+            offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
         )
 
-    def _probs(
-        self, left: NDArray[np.float64], values: NDArray[np.int32], counts: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def _probs(self, left: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         """Entries take their shares of what is left of their row, one after another; the last one takes it all."""
-        probs = np.empty(len(values), np.float32)
-        first = counts.cumsum() - counts
-        for t in range(int(counts.max(initial=0))):
+        share, rest = self._on(values, self._share), self._on(values, self._rest)
+        first = counts.cumsum(0) - counts
+        turns = torch.empty(len(counts), self.k, dtype=torch.float32, device=values.device)
+        for t in range(self.k if len(values) else 0):
+            # Where a row has no such entry, any: what it gives is not taken.
+            value = values[(first + t).clamp(max=len(values) - 1)].long()
             more = counts > t + 1
-            rows = np.flatnonzero(counts == t + 1)
-            probs[first[rows] + t] = left[rows]
-            rows = np.flatnonzero(more)
-            at = first[rows] + t
-            probs[at] = left[rows] * self._share[values[at]]
-            left[rows] *= self._rest[values[at]]
-        return probs
+            turns[:, t] = torch.where(more, left * share[value], left)
+            left = left * torch.where(more, rest[value], 1.0)
+        row = torch.repeat_interleave(counts, output_size=len(values))
+        return turns[row, torch.arange(len(values), device=values.device) - first[row]]
+
+    @staticmethod
+    def _on(other: Tensor, table: Tensor) -> Tensor:
+        return _table_on(table, other.device)
 
 
 def _grid(step: float) -> NDArray[np.float64]:

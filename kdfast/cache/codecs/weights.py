@@ -69,15 +69,13 @@ class WeightCodec(EntryCodec):
             self._transposed = np.ascontiguousarray(self.shapes.codes.T)
         return self._transposed
 
-    def to_labels(self, columns: NDArray[np.int32], ids: NDArray[np.int32], values: NDArray[Any]) -> SoftLabels:
-        offsets = np.zeros(len(columns) + 1, np.int64)
-        np.cumsum(columns[:, 0], out=offsets[1:])
+    def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
         return SoftLabels.weights(
-            torch.from_numpy(ids),
-            torch.from_numpy(values),
+            ids,
+            values,
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
-            offsets=torch.from_numpy(offsets),
+            offsets=_offsets(columns[:, 0]),
         )
 
     def _value(self, weights: NDArray[np.float32]) -> NDArray[np.int32]:
