@@ -260,7 +260,7 @@ def _arguments(
     outer, inner, columns = student.shape
     rows = outer * inner
     constants = {**constants_of(kind, a, b), "STANDARDIZE": standardize, "SMOOTH": smoothing != 0.0}
-    load = load_of(constants, columns, student, teacher, label_probs, grad)
+    load = load_of(constants, columns, label_probs is not None, student, teacher, label_probs, grad)
     shape, width = tile_for(load, columns, student, teacher)
     given = {
         "student": student,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.kernels.rowmath import INF, LN2, LOG2E, element
+from kdfast.kernels.rowmath import INF, LN2, LOG2E, element, sum_of_values
 from kdfast.kernels.statistics import at_one, origin_of
 
 __all__ = [
@@ -172,8 +172,9 @@ def entry_values(e, link, by, KIND: tl.constexpr, FAMILY: tl.constexpr, CASE: tl
                 infinite += tl.where(counts & (p == 0.0) & (x > -INF), 1.0, 0.0)
                 value = 0.5 * (value + h) if KIND == "symmetric_kl" else h
         values += tl.where(counts, value, 0.0)
-    total = tl.where(tl.max(infinite, 0) > 0.0, INF, tl.sum(values, 0))
-    return total, tl.sum(slopes, 0), tl.sum(both, 0)
+    slopes = tl.sum(slopes, 0)
+    values = sum_of_values(tl.sum(values, 0), slopes, KIND)
+    return tl.where(tl.max(infinite, 0) > 0.0, INF, values), slopes, tl.sum(both, 0)
 
 
 @triton.jit

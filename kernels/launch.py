@@ -60,13 +60,15 @@ SHAPES = {
 INTERPRETED_PROGRAMS = 3
 
 
-def load_of(constants: dict[str, Any], columns: int, *rows: Tensor | None) -> str:
-    """What a column weighs: the key of its shapes. Loads of unaligned rows need an address per column."""
-    simple = constants["FAMILY"] == "forward" or constants["KIND"] == "reverse_kl"
+def load_of(constants: dict[str, Any], columns: int, labelled: bool, *rows: Tensor | None) -> str:
+    """What a column weighs: the key of its shapes. Loads of unaligned rows need an address per column.
+
+    Class probabilities as labels are one more row to hold.
+    """
     strided = [x for x in rows if x is not None]
     aligned = columns % 8 == 0 and all(stride % 8 == 0 for x in strided for stride in x.stride()[:2])
     narrow = all(x.element_size() == 2 for x in strided)
-    plain = simple and not (constants["STANDARDIZE"] or constants["SMOOTH"])
+    plain = constants["FAMILY"] == "forward" and not (constants["STANDARDIZE"] or constants["SMOOTH"] or labelled)
     return "odd" if not aligned else "light" if plain and narrow else "heavy"
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["INF", "LN2", "LOG2E", "Parameters", "element", "log1p", "log2_or_lowest", "log_sigmoid"]
+__all__ = ["INF", "LN2", "LOG2E", "Parameters", "element", "log1p", "log2_or_lowest", "log_sigmoid", "sum_of_values"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -83,9 +83,9 @@ def _mixture_logs(p, q, d, beta, rest, minus_log_beta, minus_log_rest, NEAR_Q: t
 
 @triton.jit
 def _jsd(p, q, d, by, NEAR_Q: tl.constexpr):
+    """The teacher's half of the value, and h, which is the student's: sum_of_values() adds them."""
     log_p, log_q = _mixture_logs(p, q, d, by.a, by.rest, by.minus_log_a, by.minus_log_rest, NEAR_Q)
-    q_term = tl.where(q > 0.0, by.rest * q * log_q, 0.0)
-    return tl.where(p > 0.0, by.a * p * log_p, 0.0) + q_term, q_term
+    return tl.where(p > 0.0, by.a * p * log_p, 0.0), tl.where(q > 0.0, by.rest * q * log_q, 0.0)
 
 
 # The skew divergences' h is only defined up to a multiple of q; this multiple makes it 0 where p = q.
@@ -156,3 +156,13 @@ def element(p, q, d, log_p, log_q, by, KIND: tl.constexpr, CASE: tl.constexpr):
     else:
         value, h = _alpha_beta(d, log_p, log_q, by, CASE)
     return value, h
+
+
+@triton.jit
+def sum_of_values(values, slopes, KIND: tl.constexpr):
+    """The divergence over columns, from element()'s two sums.
+
+    jsd's value holds its h. Added column by column, with both summed, they crash LLVM's vectoriser (Triton 3.9,
+    unaligned rows, sm_90 and above).
+    """
+    return values + slopes if KIND == "jsd" else values

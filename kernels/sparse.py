@@ -406,7 +406,7 @@ def _arguments(
     rows = outer * inner
     _check(ids, offsets, rows, shape, shapes, kind)
     constants = {**constants_of(kind, a, b), "STANDARDIZE": False, "SMOOTH": smoothing != 0.0}
-    load = load_of(constants, columns, student, label_probs, grad)
+    load = load_of(constants, columns, label_probs is not None, student, label_probs, grad)
     # A tail's shape is a second row to read, with a logarithm per column.
     tile, width = tile_for("heavy" if load == "light" and shapes is not None else load, columns, student)
     del constants["STANDARDIZE"]

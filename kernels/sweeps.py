@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.kernels.rowmath import INF, LN2, LOG2E, element
+from kdfast.kernels.rowmath import INF, LN2, LOG2E, element, sum_of_values
 from kdfast.kernels.statistics import at_one, origin_of, z_gap
 from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
 
@@ -101,7 +101,8 @@ def elements(
         _, value, h = _element(u, v, e_s, e_t, link, by, KIND, CASE)
         values += tl.sum(value, 1)
         slopes += tl.sum(h, 1)
-    return tl.sum(values, 0), tl.sum(slopes, 0)
+    slopes = tl.sum(slopes, 0)
+    return sum_of_values(tl.sum(values, 0), slopes, KIND), slopes
 
 
 @triton.jit
