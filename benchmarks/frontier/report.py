@@ -116,7 +116,7 @@ def table(results: list[Result]) -> str:
 
 
 FAMILIES = {"prototype": "tab:green", "sample": "tab:blue", "threshold": "tab:orange", "topk": "tab:red"}
-SHOWN = 0.3  # of the gap between no KD and dense KD: arms above are marked at the upper edge
+SHOWN = 0.2  # of the gap between no KD and dense KD: arms above are marked at the upper edge
 
 
 def plot(by_epochs: dict[int, list[Result]], path: Path) -> None:
@@ -141,6 +141,11 @@ def _panel(axis: Any, results: list[Result]) -> None:
     gap = kl.get("none", math.nan) - kl.get("dense", math.nan)
     axis.axhline(0, color="black", linewidth=1, label="dense KD")
     axis.axhline(MARGIN * gap, color="black", linewidth=1, linestyle=":", label=f"margin: {MARGIN:.0%} of the gap")
+    shown = [
+        r.difference + (r.interval or 0) for r in results if r.difference is not None and r.difference < SHOWN * gap
+    ]
+    upper = max(1.1 * max(shown, default=0), 2 * MARGIN * gap)
+    lower = 1.1 * min((r.difference - (r.interval or 0) for r in results if r.difference is not None), default=0)
     outside = 0
     for family, colour in FAMILIES.items():
         label = family
@@ -149,12 +154,12 @@ def _panel(axis: Any, results: list[Result]) -> None:
                 continue
             beyond = r.difference > SHOWN * gap
             outside += beyond
-            y = (1 - 0.04 * outside) * SHOWN * gap if beyond else r.difference
+            y = (1 - 0.04 * outside) * upper if beyond else r.difference
             marker = "^" if beyond else "o" if not r.arm.endswith("-fresh") else "D"
             error = None if beyond else r.interval
-            shown = label if marker != "D" else None
-            axis.errorbar(r.bytes_per_token, y, error, fmt=marker, color=colour, label=shown, capsize=2, markersize=5)
-            label = label if shown is None else None
+            named = label if marker != "D" else None
+            axis.errorbar(r.bytes_per_token, y, error, fmt=marker, color=colour, label=named, capsize=2, markersize=5)
+            label = label if named is None else None
             dy = -9 if "-of-" in r.arm or marker == "D" else 4
             note = r.arm.removeprefix(family).strip("-") + (f" (+{r.difference:.2f})" if beyond else "")
             axis.annotate(note, (r.bytes_per_token, y), xytext=(5, dy), textcoords="offset points", fontsize=7)
@@ -162,7 +167,7 @@ def _panel(axis: Any, results: list[Result]) -> None:
     axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axis.minorticks_off()
     axis.set_xlim(0.9, 50)
-    axis.set_ylim(-0.1 * gap, SHOWN * gap)
+    axis.set_ylim(min(lower, -0.1 * upper), upper)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ __all__ = ["SHAPES", "can_learn", "shapes_for"]
 
 SHAPES = 256
 LEARN_ROWS = 65536
-ENTRIES = 1  # the codec's own default
+ENTRIES = 3  # the codec's own default
 
 
 def can_learn(loader: Iterable[Any]) -> bool:

@@ -22,7 +22,7 @@ def learn_shapes(
     batches: Callable[[], Iterable[Tensor]],
     *,
     count: int = 256,
-    entries: int = 1,
+    entries: int = 3,
     temperature: float = 1.0,
     rounds: int = 2,
     seed: int = 0,

@@ -47,7 +47,7 @@ class Prototype(EntryCodec):
         temperatures: Sequence[float],
         *,
         shapes: Shapes,
-        k: int = 1,
+        k: int = 3,
         tail_step: float = 0.5,
         share_step: float = 0.5,
         coding: str = "blocks",
