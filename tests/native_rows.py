@@ -9,7 +9,7 @@ import torch
 
 NVCC = shutil.which("nvcc")
 # Blocks that share a row: as threads of the CPU, and where there is a GPU with clusters on that.
-CLUSTERS = [1, 4]
+CLUSTERS = [3]
 ON_GPU = [1, 4, 16] if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) else []
 WHERE = [*(("cpu", size) for size in CLUSTERS), *(("cuda", size) for size in ON_GPU)]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

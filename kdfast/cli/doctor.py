@@ -13,8 +13,11 @@ from rich.table import Table
 
 import kdfast
 from kdfast._C import cpu_isa
+from kdfast.kernels import cluster
 
 __all__ = ["doctor"]
+
+VOCABULARIES = (1000, 32_000, 128_256, 262_144)
 
 # Extra: the distributions it brings. `dev` is for working on kdfast itself.
 EXTRAS = {
@@ -49,12 +52,19 @@ def _cpu() -> dict[str, str]:
 
 def _accelerators() -> dict[str, str]:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "not available"
-    compiled = torch._C._dispatch_has_kernel_for_dispatch_key("kdfast::dense_rows", "CUDA")
+    built = "built" if cluster.is_built() else "none in this build"
     return {
         "CUDA": f"{cuda}" + (f", torch built for {torch.version.cuda}" if torch.version.cuda else ""),
-        "triton": "importable" if find_spec("triton") else "not installed",
-        "GPU kernels": "yes" if compiled else "none in this build, the PyTorch reference runs there",
+        "one-read CUDA kernels": f"{built}; for compute capability 9.0, 10.0 and 10.3",
+        "Triton kernels": "importable" if find_spec("triton") else "not installed: GPUs run the PyTorch reference",
+        **{f"GPU rows of {columns:,}": _plan(columns) for columns in VOCABULARIES},
     }
+
+
+def _plan(columns: int) -> str:
+    """Which kernel takes rows of so many bfloat16 columns, where both kinds are there."""
+    sizes = {op: cluster.plan(columns, torch.bfloat16, held) for op, held in (("dense", 2), ("sparse", 1))}
+    return ", ".join(f"{op}: {f'one read, clusters of {size}' if size else 'Triton'}" for op, size in sizes.items())
 
 
 def _installed(package: str) -> str:
