@@ -69,8 +69,11 @@ class TestApp:
 def test_doctor():
     result = invoke("doctor")
     assert result.exit_code == 0
-    for expected in (kdfast.__version__, torch.__version__, kdfast._C.cpu_isa(), "GPU kernels", "kdfast[demo]", "rich"):
+    for expected in (kdfast.__version__, torch.__version__, kdfast._C.cpu_isa(), "kdfast[demo]", "rich"):
         assert expected in result.output
+    for kernels in ("CPU kernels", "one-read CUDA kernels", "Triton kernels", "GPU rows of 128,256"):
+        assert kernels in result.output
+    assert f"clusters of {kdfast._C.cluster_size(4 * 128_256)}" in " ".join(result.output.replace("│", "").split())
 
 
 class TestCache:
