@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kdfast._C as _C
 from kdfast import _triton, reference
+from kdfast._calls import DenseCall, SparseCall
 from kdfast.divergences import Divergence
 from kdfast.kernels import cluster
 
@@ -178,7 +179,7 @@ def _save_for_backward(
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 # Where coef lies among an op's arguments after the student.
-_COEF = {"dense_rows": 1, "sparse_rows": 11}
+_COEF = {"dense_rows": DenseCall._fields.index("coef"), "sparse_rows": SparseCall._fields.index("coef")}
 
 
 def _fake_outputs(coef: Tensor, want_parts: bool) -> tuple[Tensor, Tensor]:
@@ -208,12 +209,26 @@ def _gpu_kernels(name: str, student: Tensor, arguments: tuple[Any, ...]) -> Any:
     return _triton.launchers(name.removesuffix("_rows")) if served else None
 
 
+def _form(launch: Callable[..., tuple[Tensor, Tensor]], suffix: str) -> Callable[..., Any]:
+    """One form of an op from its kernels' launcher, which takes where the gradient goes after the student."""
+
+    def run(student: Tensor, *arguments: Any) -> Any:
+        if suffix == "_grad":
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            loss, parts = launch(student, grad, *arguments)
+            return loss, grad, parts
+        return launch(student, student if suffix == "_inplace" else None, *arguments)
+
+    return run
+
+
 def _on_gpu(name: str, suffix: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
     """A row op's CUDA kernel, or the reference for what none serves."""
 
     def run(student: Tensor, *arguments: Any) -> Any:
         kernels = _gpu_kernels(name, student, arguments)
-        return (fallback if kernels is None else getattr(kernels, name + suffix))(student, *arguments)
+        form = fallback if kernels is None else _form(getattr(kernels, name), suffix)
+        return form(student, *arguments)
 
     return run
 
@@ -275,54 +290,29 @@ def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None
     library.register_autograd(f"kdfast::{name}_grad", backward_of_grad)
 
 
-def _reference_dense(
-    student: Tensor,
-    teacher: Tensor,
-    coef: Tensor,
-    label: Tensor | None,
-    label_probs: Tensor | None,
-    smoothing: float,
-    kind: int,
-    a: float,
-    b: float,
-    scale: float,
-    standardize: bool,
-    want_parts: bool,
-) -> tuple[Tensor, Tensor]:
-    divergence = _divergence(kind, a, b, scale, standardize)
-    labels = reference.Labels(label, _flat(label_probs), smoothing)
-    loss, parts = reference.dense_rows(_rows(student), _rows(teacher), coef, labels, divergence)
-    return loss, _stack(parts, want_parts)
+def _reference_dense(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    call = DenseCall(*arguments)
+    divergence = _divergence(call.kind, call.a, call.b, call.scale, call.standardize)
+    labels = reference.Labels(call.label, _flat(call.label_probs), call.smoothing)
+    loss, parts = reference.dense_rows(_rows(student), _rows(call.teacher), call.coef, labels, divergence)
+    return loss, _stack(parts, call.want_parts)
 
 
-def _reference_sparse(
-    student: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    tail: Tensor | None,
-    vocab: int,
-    shape: Tensor | None,
-    shapes: Tensor | None,
-    kind: int,
-    a: float,
-    b: float,
-    scale: float,
-    coef: Tensor,
-    label: Tensor | None,
-    label_probs: Tensor | None,
-    smoothing: float,
-    want_parts: bool,
-) -> tuple[Tensor, Tensor]:
-    labels = reference.Labels(label, _flat(label_probs), smoothing)
-    entries, divergence = (ids, weights, offsets), _divergence(kind, a, b, scale)
-    if shape is not None and shapes is not None and tail is not None:
-        background = reference.Background(shape, shapes)
-        loss, parts = reference.background_rows(_rows(student), *entries, tail, background, coef, labels, divergence)
+def _reference_sparse(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    call = SparseCall(*arguments)
+    labels = reference.Labels(call.label, _flat(call.label_probs), call.smoothing)
+    entries, divergence = call[:3], _divergence(call.kind, call.a, call.b, call.scale)
+    if call.shape is not None and call.shapes is not None and call.tail is not None:
+        background = reference.Background(call.shape, call.shapes)
+        loss, parts = reference.background_rows(
+            _rows(student), *entries, call.tail, background, call.coef, labels, divergence
+        )
     else:
-        subtract_entropy = divergence.name == "forward_kl"
-        loss, parts = reference.sparse_rows(_rows(student), *entries, tail, vocab, coef, labels, subtract_entropy)
-    return loss, _stack(parts, want_parts)
+        keep = divergence.name == "forward_kl"
+        loss, parts = reference.sparse_rows(
+            _rows(student), *entries, call.tail, call.vocab, call.coef, labels, subtract_entropy=keep
+        )
+    return loss, _stack(parts, call.want_parts)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast._calls import DenseCall
 from kdfast.kernels.coefficients import coefficients, label_of, store_parts, total
 from kdfast.kernels.dkd import log_odds, two_classes
 from kdfast.kernels.launch import (
@@ -17,9 +18,8 @@ from kdfast.kernels.launch import (
     constants_of,
     launch,
     load_of,
-    numbers_of,
-    parts_of,
     programs_for,
+    row_arguments,
     strides,
     tile_for,
 )
@@ -41,7 +41,7 @@ from kdfast.kernels.tiles import Row, row_offset
 from kdfast.kernels.truth import Softmax, slopes_of, truth_of
 from kdfast.kernels.variant import Variant
 
-__all__ = ["VARIANTS", "dense_rows", "dense_rows_grad", "dense_rows_inplace"]
+__all__ = ["VARIANTS", "dense_rows"]
 
 
 @triton.jit
@@ -240,47 +240,23 @@ def _dense(
             )
 
 
-def _arguments(
-    student: Tensor,
-    grad: Tensor | None,
-    teacher: Tensor,
-    coef: Tensor,
-    label: Tensor | None,
-    label_probs: Tensor | None,
-    smoothing: float,
-    kind: int,
-    a: float,
-    b: float,
-    scale: float,
-    standardize: bool,
-    want_parts: bool,
-) -> tuple[dict[str, Any], int]:
+def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall) -> tuple[dict[str, Any], int]:
     """(the kernel's, its number of warps among them, and its programs)."""
-    check_rows(student=student, teacher=teacher, label_probs=label_probs)
-    outer, inner, columns = student.shape
-    rows = outer * inner
-    constants = {**constants_of(kind, a, b), "STANDARDIZE": standardize, "SMOOTH": smoothing != 0.0}
-    load = load_of(constants, columns, label_probs is not None, student, teacher, label_probs, grad)
-    shape, width = tile_for(load, columns, student, teacher)
+    check_rows(student=student, teacher=call.teacher, label_probs=call.label_probs)
+    rows, columns = student.shape[0] * student.shape[1], student.shape[2]
+    constants = {
+        **constants_of(call.kind, call.a, call.b),
+        "STANDARDIZE": call.standardize,
+        "SMOOTH": call.smoothing != 0.0,
+    }
+    read = student, call.teacher, call.label_probs, grad
+    load = load_of(constants, columns, call.label_probs is not None, *read)
+    shape, width = tile_for(load, columns, student, call.teacher)
     given = {
-        "student": student,
-        "teacher": teacher,
-        "grad": grad,
-        "label": label,
-        "probs": label_probs,
-        "coef": coef.contiguous(),
-        "loss": coef.new_empty(rows),
-        "parts": coef.new_empty(4, rows) if want_parts else None,
-        "rows": rows,
-        "inner": inner,
-        **strides("s", student),
-        **strides("t", teacher),
-        **strides("g", grad),
-        **strides("p", label_probs),
-        "columns": columns,
-        "shared": min(columns, teacher.shape[2]),
-        "smoothing": smoothing,
-        **numbers_of(kind, a, b, scale),
+        **row_arguments(student, grad, call),
+        "teacher": call.teacher,
+        **strides("t", call.teacher),
+        "shared": min(columns, call.teacher.shape[2]),
         **constants,
         "BLOCK": shape.block,
         "WIDTH": width,
@@ -289,27 +265,12 @@ def _arguments(
     return given, programs_for(rows, student.device, shape.programs)
 
 
-def _launch(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    given, programs = _arguments(student, grad, *arguments)
-    launch(_dense, given, programs)
-    return given["loss"], parts_of(given)
+def dense_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """(rows,) losses and (4, rows) parts of ``torch.ops.kdfast.dense_rows``' arguments.
 
-
-def dense_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """(rows,) losses and (4, rows) parts of ``torch.ops.kdfast.dense_rows``' arguments."""
-    return _launch(student, None, *arguments)
-
-
-def dense_rows_grad(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the gradient of the losses' sum between them."""
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-    loss, parts = _launch(student, grad, *arguments)
-    return loss, grad, parts
-
-
-def dense_rows_inplace(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same with the gradient in the student's own memory."""
-    return _launch(student, student, *arguments)
+    The gradient of the losses' sum goes to ``grad``, which may be the student's own memory.
+    """
+    return launch(_dense, *_arguments(student, grad, DenseCall(*arguments)))
 
 
 def _variant(
@@ -321,9 +282,7 @@ def _variant(
     probs = sides[0] if options.get("probs") else None
     coef = torch.empty(5, 4096, device="meta")
     kind, smoothing, standardize = KINDS.index(divergence), options.get("smoothing", 0.0), "standardize" in options
-    arguments, _ = _arguments(
-        sides[0],
-        sides[0],
+    call = DenseCall(
         sides[1],
         coef,
         None if probs is not None else labels,
@@ -336,6 +295,7 @@ def _variant(
         standardize,
         "parts" in options,
     )
+    arguments, _ = _arguments(sides[0], sides[0], call)
     width = "odd" if columns % 8 else "aligned"
     said = [f"{key}={value}" for key, value in options.items()]
     name = "-".join([str(student)[6:], str(teacher)[6:], divergence, str(columns), width, *said])

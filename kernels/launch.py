@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kdfast._C as _C
+from kdfast._calls import DenseCall, SparseCall
 
 __all__ = [
     "KINDS",
@@ -18,9 +19,8 @@ __all__ = [
     "constants_of",
     "launch",
     "load_of",
-    "numbers_of",
-    "parts_of",
     "programs_for",
+    "row_arguments",
     "strides",
     "tile_for",
 ]
@@ -91,17 +91,36 @@ def programs_for(rows: int, device: torch.device, per_multiprocessor: int) -> in
     return min(rows, _multiprocessors(index) * per_multiprocessor)
 
 
-def launch(kernel: Any, arguments: dict[str, Any], programs: int) -> None:
-    """Runs a row kernel by keyword."""
+def row_arguments(student: Tensor, grad: Tensor | None, call: DenseCall | SparseCall) -> dict[str, Any]:
+    """What both row ops' kernels take."""
+    outer, inner, columns = student.shape
+    rows = outer * inner
+    return {
+        "student": student,
+        "grad": grad,
+        "label": call.label,
+        "probs": call.label_probs,
+        "coef": call.coef.contiguous(),
+        "loss": call.coef.new_empty(rows),
+        "parts": call.coef.new_empty(4, rows) if call.want_parts else None,
+        "rows": rows,
+        "inner": inner,
+        **strides("s", student),
+        **strides("g", grad),
+        **strides("p", call.label_probs),
+        "columns": columns,
+        "smoothing": call.smoothing,
+        **numbers_of(call.kind, call.a, call.b, call.scale),
+    }
+
+
+def launch(kernel: Any, arguments: dict[str, Any], programs: int) -> tuple[Tensor, Tensor]:
+    """Runs a row kernel by keyword. (rows,) losses and (4, rows) parts, or (4, 0) where nobody wants them."""
     if programs:
         with torch.cuda.device_of(arguments["student"]):
             kernel[(programs,)](**arguments)
-
-
-def parts_of(arguments: dict[str, Any]) -> Tensor:
-    """(4, rows), or (4, 0) where nobody wants them."""
-    parts, coef = arguments["parts"], arguments["coef"]
-    return coef.new_empty(4, 0) if parts is None else parts
+    parts = arguments["parts"]
+    return arguments["loss"], arguments["coef"].new_empty(4, 0) if parts is None else parts
 
 
 def check_rows(**tensors: Tensor | None) -> None:

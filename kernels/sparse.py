@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast._calls import SparseCall
 from kdfast.kernels.coefficients import coefficients, label_of, store_parts, total
 from kdfast.kernels.dkd import log_odds, two_classes
 from kdfast.kernels.entries import (
@@ -32,10 +33,8 @@ from kdfast.kernels.launch import (
     constants_of,
     launch,
     load_of,
-    numbers_of,
-    parts_of,
     programs_for,
-    strides,
+    row_arguments,
     tile_for,
 )
 from kdfast.kernels.parts import best_of, best_outside, entropy
@@ -46,7 +45,7 @@ from kdfast.kernels.tiles import Row, columns_of_tile, row_offset
 from kdfast.kernels.truth import Softmax, merge, slopes_of, truth_of
 from kdfast.kernels.variant import Variant
 
-__all__ = ["VARIANTS", "sparse_rows", "sparse_rows_grad", "sparse_rows_inplace"]
+__all__ = ["VARIANTS", "sparse_rows"]
 
 # Entries that a loop takes at once.
 ENTRIES = 128
@@ -380,33 +379,13 @@ def _check(ids: Tensor, offsets: Tensor, rows: int, shape: Tensor | None, shapes
         raise ValueError("logit_mse needs the teacher's logits")
 
 
-def _arguments(
-    student: Tensor,
-    grad: Tensor | None,
-    ids: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    tail: Tensor | None,
-    vocab: int,
-    shape: Tensor | None,
-    shapes: Tensor | None,
-    kind: int,
-    a: float,
-    b: float,
-    scale: float,
-    coef: Tensor,
-    label: Tensor | None,
-    label_probs: Tensor | None,
-    smoothing: float,
-    want_parts: bool,
-) -> tuple[dict[str, Any], int]:
+def _arguments(student: Tensor, grad: Tensor | None, call: SparseCall) -> tuple[dict[str, Any], int]:
     """(the kernel's, its number of warps among them, and its programs)."""
-    check_rows(student=student, label_probs=label_probs)
-    outer, inner, columns = student.shape
-    rows = outer * inner
-    _check(ids, offsets, rows, shape, shapes, kind)
-    constants = {**constants_of(kind, a, b), "STANDARDIZE": False, "SMOOTH": smoothing != 0.0}
-    load = load_of(constants, columns, label_probs is not None, student, label_probs, grad)
+    check_rows(student=student, label_probs=call.label_probs)
+    rows, columns, shapes = student.shape[0] * student.shape[1], student.shape[2], call.shapes
+    _check(call.ids, call.offsets, rows, call.shape, shapes, call.kind)
+    constants = {**constants_of(call.kind, call.a, call.b), "STANDARDIZE": False, "SMOOTH": call.smoothing != 0.0}
+    load = load_of(constants, columns, call.label_probs is not None, student, call.label_probs, grad)
     # A tail's shape is a second row to read, with a logarithm per column.
     tile, width = tile_for("heavy" if load == "light" and shapes is not None else load, columns, student)
     del constants["STANDARDIZE"]
@@ -414,33 +393,19 @@ def _arguments(
     # A bit per column for each program, up to whole tiles.
     words = -(-columns // tile.block) * tile.block // 32
     given = {
-        "student": student,
-        "ids": ids,
-        "weights": weights,
-        "offsets": offsets,
-        "tail": tail,
-        "shape": shape,
+        **row_arguments(student, grad, call),
+        "ids": call.ids,
+        "weights": call.weights,
+        "offsets": call.offsets,
+        "tail": call.tail,
+        "shape": call.shape,
         "shapes": shapes,
         "marks": torch.zeros(programs * words, dtype=torch.int32, device=student.device),
-        "grad": grad,
-        "label": label,
-        "probs": label_probs,
-        "coef": coef.contiguous(),
-        "loss": coef.new_empty(rows),
-        "parts": coef.new_empty(4, rows) if want_parts else None,
-        "rows": rows,
-        "inner": inner,
-        **strides("s", student),
-        **strides("g", grad),
-        **strides("p", label_probs),
-        "columns": columns,
-        "shared": min(columns, vocab),
-        "vocab": vocab,
+        "shared": min(columns, call.vocab),
+        "vocab": call.vocab,
         "shape_count": 0 if shapes is None else shapes.shape[0],
-        "entry_count": ids.numel(),
+        "entry_count": call.ids.numel(),
         "words": words,
-        "smoothing": smoothing,
-        **numbers_of(kind, a, b, scale),
         **constants,
         "BLOCK": tile.block,
         "WIDTH": width,
@@ -450,27 +415,12 @@ def _arguments(
     return given, programs
 
 
-def _launch(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    given, programs = _arguments(student, grad, *arguments)
-    launch(_sparse, given, programs)
-    return given["loss"], parts_of(given)
+def sparse_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """(rows,) losses and (4, rows) parts of ``torch.ops.kdfast.sparse_rows``' arguments.
 
-
-def sparse_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """(rows,) losses and (4, rows) parts of ``torch.ops.kdfast.sparse_rows``' arguments."""
-    return _launch(student, None, *arguments)
-
-
-def sparse_rows_grad(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with the gradient of the losses' sum between them."""
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-    loss, parts = _launch(student, grad, *arguments)
-    return loss, grad, parts
-
-
-def sparse_rows_inplace(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same with the gradient in the student's own memory."""
-    return _launch(student, student, *arguments)
+    The gradient of the losses' sum goes to ``grad``, which may be the student's own memory.
+    """
+    return launch(_sparse, *_arguments(student, grad, SparseCall(*arguments)))
 
 
 def _variant(
@@ -483,9 +433,7 @@ def _variant(
 
     rows, student, numbers = 4096, of(64, 64, columns, dtype=dtype), of(4096, dtype=torch.int64)
     shape, shapes = (None, None) if table is None else (numbers, of(256, columns, dtype=table))
-    arguments, _ = _arguments(
-        student,
-        student,
+    call = SparseCall(
         of(rows * 64, dtype=torch.int32),
         of(rows * 64),
         of(rows + 1, dtype=torch.int64),
@@ -503,6 +451,7 @@ def _variant(
         options.get("smoothing", 0.0),
         "parts" in options,
     )
+    arguments, _ = _arguments(student, student, call)
     odd = ["odd"] if columns % 8 else []
     said = [f"{key}={value}" for key, value in options.items()]
     name = "-".join(
