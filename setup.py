@@ -41,19 +41,20 @@ def extension():
     )
 
 
-setup(
-    # The folder `kernels` ships inside the package: PyPI's `kernels` is another project.
-    packages=[
-        "kdfast",
-        "kdfast.bench",
-        "kdfast.cache",
-        "kdfast.cache.codecs",
-        "kdfast.cache.convert",
-        "kdfast.cli",
-        "kdfast.demo",
-        "kdfast.kernels",
-    ],
-    package_dir={"kdfast": "kdfast", "kdfast.kernels": "kernels"},
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":
+    setup(
+        # The folder `kernels` ships inside the package: PyPI's `kernels` is another project.
+        packages=[
+            "kdfast",
+            "kdfast.bench",
+            "kdfast.cache",
+            "kdfast.cache.codecs",
+            "kdfast.cache.convert",
+            "kdfast.cli",
+            "kdfast.demo",
+            "kdfast.kernels",
+        ],
+        package_dir={"kdfast": "kdfast", "kdfast.kernels": "kernels"},
+        ext_modules=[extension()],
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <optional>
 
+#include "../vector_data.h"
 #include "memory.h"
 #include "row.h"
 
@@ -100,14 +101,6 @@ struct RowOutputs {
 };
 
 inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
-
-// The data of a contiguous vector of `count` elements, which the kernels index as they like.
-template <typename T>
-const T* vector_data(const Tensor& x, ScalarType dtype, int64_t count) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.numel() == count,
-                  "expected a contiguous vector of the rows' or entries' size and the schema's dtype");
-  return static_cast<const T*>(x.data_ptr());
-}
 
 // Rows of gradients above it would push each other out of the caches before anybody reads them, and their fresh pages
 // cost more than their arithmetic.

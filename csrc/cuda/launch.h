@@ -7,11 +7,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
+#include "../vector_data.h"
 #include "plan.h"
 #include "row_kernel.h"
 
@@ -26,14 +26,6 @@ inline RowsView rows_of(const Tensor& x) {
   return {static_cast<char*>(x.data_ptr()), x.size(1), x.stride(0), x.stride(1)};
 }
 
-// The data of a contiguous vector of `count` elements, which the kernels index as they like.
-template <typename T>
-const T* vector_data(const Tensor& x, ScalarType dtype, int64_t count) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous() && x.numel() == count,
-                  "expected a contiguous vector of the rows' size and the schema's dtype");
-  return static_cast<const T*>(x.data_ptr());
-}
-
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
 // The common part of an op's task. Clusters hold `rows_held` rows for each of the student's; their size is chosen where
@@ -41,7 +33,7 @@ inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, c
 inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::optional<Tensor>& label, double smoothing,
                         const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int* cluster) {
   const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
-  const int64_t bytes = int64_t(student.element_size()), lanes = int64_t(sizeof(uint4)) / bytes;
+  const int64_t bytes = int64_t(student.element_size());
   if (*cluster == 0) *cluster = cluster_size(rows_held * columns * bytes);
   STD_TORCH_CHECK(*cluster > 0 && rows_held * columns * bytes <= *cluster * kLargestSliceBytes,
                   "rows of this width are for another kernel");
@@ -50,9 +42,7 @@ inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::op
   task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
   task.smoothing = float(smoothing);
   task.loss = static_cast<float*>(loss.data_ptr());
-  // One pack more than the row has, for one that begins within a pack.
-  const int64_t packs = (columns + lanes - 1) / lanes + 1;
-  task.packs = int((packs + *cluster - 1) / *cluster);
+  task.packs = packs_of_block(columns, bytes, *cluster);
   return task;
 }
 

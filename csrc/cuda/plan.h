@@ -21,4 +21,11 @@ constexpr int cluster_size(int64_t row_bytes) {
   return row_bytes <= kMaxCluster * kLargestSliceBytes ? kMaxCluster : 0;
 }
 
+// The 16-byte packs that each block of a cluster takes: of one more than the row has, for one that begins within a
+// pack.
+constexpr int packs_of_block(int64_t columns, int64_t element_size, int cluster) {
+  const int64_t lanes = 16 / element_size, packs = (columns + lanes - 1) / lanes + 1;
+  return int((packs + cluster - 1) / cluster);
+}
+
 }  // namespace kdfast::cuda

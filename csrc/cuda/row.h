@@ -20,6 +20,16 @@ struct RowCoefficients {
   KD_BOTH bool wants_lse() const { return wants_ce() || z != 0; }
 };
 
+// Of one of `rows`; `coef` is (5, rows), `label` null where there is none.
+KD_BOTH RowCoefficients coefficients_of(const float* coef, const int64_t* label, float smoothing, int64_t row,
+                                        int64_t rows) {
+  coef += row;
+  RowCoefficients c = {coef[0], coef[rows], coef[2 * rows], coef[3 * rows], coef[4 * rows], smoothing};
+  c.has_label = label != nullptr;
+  if (c.has_label) c.label = label[row];
+  return c;
+}
+
 // How the student's exponentials at temperature 1, which cross-entropy and z-loss want, come from the tempered ones.
 enum class AtOne { kNone, kShared, kSquared, kSeparate };
 
@@ -42,6 +52,18 @@ struct Slice {
   KD_BOTH bool has(int column) const { return column >= 0 && column < columns; }
   KD_BOTH bool is_whole(int pack) const { return has(column(pack)) && has(column(pack) + Pack<T>::kLanes - 1); }
 };
+
+// Where in a pack an address lies, in bytes.
+KD_BOTH uintptr_t phase_of(const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(uint4); }
+
+// The part of one of a cluster's blocks, each of which takes `packs` or what is left; the packs are still to be loaded.
+template <typename T>
+KD_BOTH Slice<T> slice_of(const T* student, int columns, int packs, int block) {
+  constexpr int kLanes = Pack<T>::kLanes;
+  const int phase = int(phase_of(student) / sizeof(T));
+  const int all = (columns + phase + kLanes - 1) / kLanes, before = block * packs, left = all - before;
+  return {nullptr, nullptr, left < 0 ? 0 : left < packs ? left : packs, before * kLanes - phase, columns};
+}
 
 KD_BOTH bool is_bad(const RowCoefficients& row, int columns) {
   const bool bad_tau = !(row.tau_s > 0 && row.tau_s < kInf && row.tau_t > 0 && row.tau_t < kInf);

@@ -22,16 +22,7 @@ struct RowTask {
 #ifdef KDFAST_HAS_CLUSTERS
 
 __device__ inline RowCoefficients coefficients_of(const RowTask& task, int64_t row) {
-  const float* coef = task.coef + row;
-  RowCoefficients c = {coef[0], coef[task.rows], coef[2 * task.rows], coef[3 * task.rows], coef[4 * task.rows]};
-  c.smoothing = task.smoothing;
-  c.has_label = task.label != nullptr;
-  if (c.has_label) c.label = task.label[row];
-  return c;
-}
-
-__device__ inline uintptr_t phase_of(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % sizeof(uint4);
+  return coefficients_of(task.coef, task.label, task.smoothing, row, task.rows);
 }
 
 // A column's logit, read before any block of the cluster may write over it; 0 for a column that no row has.
@@ -84,14 +75,9 @@ class Loader {
         arrivals_(arrivals) {
     if (threadIdx.x == 0) arrivals->init(1);
     __syncthreads();
-    const int block = int(cg::this_cluster().block_rank());
-    const int phase = int(phase_of(student_) / sizeof(T));
-    const int packs = (task.columns + phase + kLanes - 1) / kLanes, before = block * task.packs;
+    slice = slice_of(student_, task.columns, task.packs, int(cg::this_cluster().block_rank()));
     slice.student = student_packs_;
     slice.teacher = teacher_packs_;
-    slice.packs = ::max(0, ::min(packs - before, task.packs));
-    slice.first = before * kLanes - phase;
-    slice.columns = task.columns;
     first_ = slice.packs && !slice.is_whole(0) ? 1 : 0;
     last_ = slice.packs > first_ && !slice.is_whole(slice.packs - 1) ? slice.packs - 1 : slice.packs;
   }
@@ -112,8 +98,6 @@ class Loader {
   Slice<T> slice;
 
  private:
-  static constexpr int kLanes = Pack<T>::kLanes;
-
   // Whole packs by the copy engine where the row is aligned as the student's; everything else column by column.
   __device__ void load(Pack<T>* memory, const T* row) {
     const T* whole = row + slice.column(first_);
@@ -125,7 +109,7 @@ class Loader {
     }
     for (int pack = threadIdx.x; pack < slice.packs; pack += kThreads) {
       if (bulk && pack >= first_ && pack < last_) continue;
-      for (int i = 0; i < kLanes; ++i) {
+      for (int i = 0; i < Pack<T>::kLanes; ++i) {
         const int column = slice.column(pack) + i;
         if (slice.has(column)) memory[pack].lane[i] = row[column];
       }

@@ -27,7 +27,7 @@ void run_row(const Task& task, int64_t row) {
   const Scales scales = scales_of(coef, kKind);
   const AtOne mode = at_one(coef);
   const auto part = [&](const Slice<T>& s, int thread) {
-    return sweep<is_forward(kKind)>(s, thread, kThreads, scales, teacher, mode);
+    return sweep<is_forward(kKind)>(s, thread, kTestThreads, scales, teacher, mode);
   };
   const auto merge_sums = [&](const Sums& l, const Sums& r) { return merge(l, r, scales, mode); };
   const Sums sums = blocks.reduce(Sums(), part, merge_sums);
@@ -35,7 +35,7 @@ void run_row(const Task& task, int64_t row) {
   Values values = {0, 0};
   if constexpr (!is_forward(kKind)) {
     const auto values_part = [&](const Slice<T>& s, int thread) {
-      return values_of<kKind>(s, thread, kThreads, normaliser, divergence);
+      return values_of<kKind>(s, thread, kTestThreads, normaliser, divergence);
     };
     const auto add = [](const Values& l, const Values& r) { return Values{l.value + r.value, l.h + r.h}; };
     if (teacher) values = blocks.reduce(values, values_part, add);
@@ -46,7 +46,7 @@ void run_row(const Task& task, int64_t row) {
   task.row.loss[row] = out.loss;
   if (out.gradient.failed) return blocks.fill(out.loss, to);
   blocks.each_thread([&](const Slice<T>& slice, int thread) {
-    write_gradient<kKind>(slice, thread, kThreads, out.gradient, normaliser, divergence, teacher, label, mode, to);
+    write_gradient<kKind>(slice, thread, kTestThreads, out.gradient, normaliser, divergence, teacher, label, mode, to);
   });
 }
 

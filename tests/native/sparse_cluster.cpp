@@ -22,7 +22,7 @@ SparseSums sums_of(Blocks<T>& blocks, const EntriesView& entries, Scales scales,
       SparseSums(),
       [&](const Slice<T>& s, int thread) {
         SparseSums sums;
-        take_entries<kAtOne>(sums, s, const_cast<Pack<T>*>(s.student), entries, thread, kThreads, scales);
+        take_entries<kAtOne>(sums, s, const_cast<Pack<T>*>(s.student), entries, thread, kTestThreads, scales);
         return sums;
       },
       merge_sums);
@@ -30,7 +30,7 @@ SparseSums sums_of(Blocks<T>& blocks, const EntriesView& entries, Scales scales,
       taken,
       [&](const Slice<T>& s, int thread) {
         SparseSums sums;
-        sweep_outside<kAtOne>(sums, s, thread, kThreads, scales);
+        sweep_outside<kAtOne>(sums, s, thread, kTestThreads, scales);
         return sums;
       },
       merge_sums);
@@ -60,9 +60,9 @@ void run_row(const Task& task, int64_t row) {
   task.row.loss[row] = out.row.loss;
   if (out.row.gradient.failed) return blocks.fill(out.row.loss, to);
   blocks.each_thread(
-      [&](const Slice<T>& slice, int thread) { write_outside(slice, thread, kThreads, out, label, mode, to); });
+      [&](const Slice<T>& slice, int thread) { write_outside(slice, thread, kTestThreads, out, label, mode, to); });
   blocks.each_thread([&](const Slice<T>& slice, int thread) {
-    write_entries(slice, entries, thread, kThreads, out, label, mode, to);
+    write_entries(slice, entries, thread, kTestThreads, out, label, mode, to);
   });
 }
 
