@@ -191,8 +191,9 @@ def _fake_outputs(coef: Tensor, want_parts: bool) -> tuple[Tensor, Tensor]:
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# KDFAST_GPU forces the kernels that a test or a benchmark is about: cluster, triton, reference.
-_GPU_KERNELS = ("cluster", "triton", "reference")
+# KDFAST_GPU forces the kernels that a test or a benchmark is about: `once` is Triton's, with clusters of thread blocks
+# that hold the rows which fit.
+_GPU_KERNELS = ("cluster", "triton", "once", "reference")
 
 
 def _gpu_kernels(name: str, student: Tensor, arguments: tuple[Any, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from kdfast.kernels.launch import (
     KINDS,
     check_rows,
     constants_of,
+    holds_rows,
     launch,
     load_of,
     programs_for,
@@ -26,8 +28,9 @@ from kdfast.kernels.launch import (
 from kdfast.kernels.moments import moments
 from kdfast.kernels.parts import best_of, entropy
 from kdfast.kernels.rowmath import INF, LOG2E, Parameters
-from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics
+from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics, statistics_of_held
 from kdfast.kernels.sweeps import (
+    Backward,
     Ground,
     Link,
     Weights,
@@ -35,10 +38,11 @@ from kdfast.kernels.sweeps import (
     first_value,
     gradient,
     gradient_beyond,
+    gradient_of_held,
     settle,
 )
-from kdfast.kernels.tiles import Row, row_offset
-from kdfast.kernels.truth import Softmax, slopes_of, truth_of
+from kdfast.kernels.tiles import Row, load_row, row_offset
+from kdfast.kernels.truth import Softmax, slopes_of, softmax_beyond, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "dense_rows"]
@@ -155,6 +159,7 @@ def _dense(
     CASE: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     SMOOTH: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -162,7 +167,7 @@ def _dense(
     PARTS: tl.constexpr = parts is not None
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     by = Parameters(a, b, rest, minus_log_a, minus_log_rest)
-    for turn in range(tl.cdiv(rows - tl.program_id(0), step)):
+    for turn in range(1 if HELD else tl.cdiv(rows - tl.program_id(0), step)):
         row = first + turn * step
         c = coefficients(coef, row, rows, True, LABELS or probs is not None)
         x_row = student + row_offset(row, inner, outer_s, inner_s)
@@ -178,20 +183,30 @@ def _dense(
         bound_kd = tl.where(c.kd != 0.0, shared, 0)
         bound_t = bound if PARTS else bound_kd
         at = Row(x_row, y_row, p_row, None, bound, bound_t, target)
+        held = None
+        if HELD:
+            held = load_row(at, KIND, HELD, BLOCK, WIDTH)
+        at = Row(x_row, y_row, p_row, None, bound, bound_t, target, held)
         z = _z_scores(at, STANDARDIZE, BLOCK, WIDTH)
         scale = _scale(c, z, FAMILY, STANDARDIZE)
-        s, labelled = statistics(at, scale, z, KIND, FAMILY, "logits", SMOOTH, BLOCK, WIDTH)
+        if HELD:
+            s, labelled = statistics_of_held(at, scale, z, KIND, FAMILY, HELD, BLOCK // WIDTH)
+        else:
+            s, labelled = statistics(at, scale, z, KIND, FAMILY, "logits", SMOOTH, BLOCK, WIDTH)
         # dkd's target, which the sweeps leave out.
         target_logit = tl.full((), -INF, tl.float32)
         if KIND == "dkd":
             target_logit = tl.where(target < shared, x_label, -INF)
         whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, target)
         apart = Softmax(target_logit, 1.0)
-        one, truth = truth_of(whole, s, labelled, apart, c, x_label, has_label, shared, smoothing, SMOOTH, BLOCK, WIDTH)
+        one, beyond = Softmax(s.top_s, s.z_one), labelled
+        if not HELD:
+            one, beyond = softmax_beyond(one, labelled, whole, shared, SMOOTH, BLOCK, WIDTH)
+        one, truth = truth_of(one, beyond, probs, apart, c, x_label, has_label, smoothing, SMOOTH)
         y_label = -INF
         if KIND == "dkd":
             y_label = tl.load(y_row + target, mask=has_label & (target < bound_t), other=-INF).to(tl.float32)
-        at = Row(x_row, y_row, p_row, None, bound_t, bound_t, target)
+        at = Row(x_row, y_row, p_row, None, bound_t, bound_t, target, held)
         value, link, weights = _divergence(
             at, s, scale, c, x_label, y_label, by, factor, KIND, FAMILY, CASE, BLOCK, WIDTH
         )
@@ -209,38 +224,25 @@ def _dense(
             store_parts(parts, row, rows, c.counts, value, ce, entropy(x_row, bound, c.bits, BLOCK, WIDTH), agree)
         if grad is not None:
             g_row = grad + row_offset(row, inner, outer_g, inner_g)
-            at = Row(x_row, y_row, p_row, None, bound, bound_kd, target)
+            at = Row(x_row, y_row, p_row, None, bound, bound_kd, target, held)
             if STANDARDIZE:
                 weights = settle(at, link, weights, scale, z, by, KIND, FAMILY, CASE, BLOCK, WIDTH)
             slope, at_column = slopes_of(one, truth, x_label, KIND == "dkd")
             poison = tl.where(result != result, float("nan"), 0.0)
             ground = Ground(slope, truth.share, truth.label, target, -truth.label, poison)
-            gradient_beyond(g_row, shared, columns, whole, one.top, ground, LABELS, BLOCK, WIDTH)
+            if not HELD:
+                gradient_beyond(g_row, shared, columns, whole, one.top, ground, LABELS, BLOCK, WIDTH)
             # The shared columns' exponentials have an origin of their own.
             down = tl.exp2((origin_of(link.top_s) - origin_of(one.top)) * LOG2E)
             ground = Ground(slope * down, truth.share, truth.label, target, at_column, poison)
-            gradient(
-                g_row,
-                shared,
-                at,
-                link,
-                weights,
-                scale,
-                z,
-                by,
-                ground,
-                KIND,
-                FAMILY,
-                CASE,
-                "logits",
-                STANDARDIZE,
-                LABELS,
-                BLOCK,
-                WIDTH,
-            )
+            backward = Backward(at, link, weights, scale, z, by, ground)
+            if HELD:
+                gradient_of_held(g_row, shared, backward, KIND, FAMILY, LABELS, HELD, BLOCK, WIDTH)
+            else:
+                gradient(g_row, shared, backward, KIND, FAMILY, CASE, "logits", STANDARDIZE, LABELS, BLOCK, WIDTH)
 
 
-def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall) -> tuple[dict[str, Any], int]:
+def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall, once: bool) -> tuple[dict[str, Any], int]:
     """(the kernel's, its number of warps among them, and its programs)."""
     check_rows(student=student, teacher=call.teacher, label_probs=call.label_probs)
     rows, columns = student.shape[0] * student.shape[1], student.shape[2]
@@ -251,6 +253,7 @@ def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall) -> tuple[d
     }
     read = student, call.teacher, call.label_probs, grad
     load = load_of(constants, columns, call.label_probs is not None, *read)
+    load = "held" if once and holds_rows(student, call, constants, load) else load
     shape, width = tile_for(load, columns, student, call.teacher)
     given = {
         **row_arguments(student, grad, call),
@@ -258,11 +261,12 @@ def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall) -> tuple[d
         **strides("t", call.teacher),
         "shared": min(columns, call.teacher.shape[2]),
         **constants,
+        "HELD": shape.tiles,
         "BLOCK": shape.block,
         "WIDTH": width,
         **shape.options(),
     }
-    return given, programs_for(rows, student.device, shape.programs)
+    return given, rows if shape.tiles else programs_for(rows, student.device, shape.programs)
 
 
 def dense_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -270,7 +274,9 @@ def dense_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[T
 
     The gradient of the losses' sum goes to ``grad``, which may be the student's own memory.
     """
-    return launch(_dense, *_arguments(student, grad, DenseCall(*arguments)))
+    # Nobody has run that on a GPU; until then it is not the default.
+    once = os.environ.get("KDFAST_GPU") == "once"
+    return launch(_dense, *_arguments(student, grad, DenseCall(*arguments), once))
 
 
 def _variant(
@@ -295,7 +301,7 @@ def _variant(
         standardize,
         "parts" in options,
     )
-    arguments, _ = _arguments(sides[0], sides[0], call)
+    arguments, _ = _arguments(sides[0], sides[0], call, "once" in options)
     width = "odd" if columns % 8 else "aligned"
     said = [f"{key}={value}" for key, value in options.items()]
     name = "-".join([str(student)[6:], str(teacher)[6:], divergence, str(columns), width, *said])
@@ -322,4 +328,7 @@ VARIANTS = [
     *(_variant(_BF16, _BF16, 128256, "forward_kl", probs=True, smoothing=s) for s in (0.0, 0.1)),
     *(_variant(_BF16, _BF16, 128256, name, a=0.9) for name in ("jsd", "skew_forward_kl", "skew_reverse_kl")),
     *(_variant(_BF16, _BF16, 128256, "alpha_beta", a=a) for a in (0.0, -0.25)),
+    _variant(_BF16, _BF16, 128256, "forward_kl", True, once=True),
+    *(_variant(_BF16, _BF16, columns, "forward_kl", once=True) for columns in (8000, 32000, 151936)),
+    *(_variant(dtype, dtype, 128256, "soft_ce", once=True) for dtype in (_BF16, _FP16, _FP32)),
 ]

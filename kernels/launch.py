@@ -7,16 +7,19 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 import kdfast._C as _C
 from kdfast._calls import DenseCall, SparseCall
 
 __all__ = [
+    "HAS_CLUSTERS",
     "KINDS",
     "Shape",
     "check_rows",
     "constants_of",
+    "holds_rows",
     "launch",
     "load_of",
     "programs_for",
@@ -37,25 +40,35 @@ _FAMILIES = {
 
 
 class Shape(NamedTuple):
-    """Columns of a tile, warps that share them, and programs per multiprocessor."""
+    """Columns of a tile, its warps, programs per multiprocessor, thread blocks of each, and tiles that it holds."""
 
     block: int
     warps: int
     programs: int
+    ctas: int = 1
+    tiles: int = 0
 
     def options(self) -> dict[str, int]:
         """As Triton takes them: without the bound, ptxas spills some registers for more programs than there are."""
-        return {"num_warps": self.warps, "maxnreg": 65536 // (32 * self.warps * self.programs)}
+        most = 65536 // (32 * self.warps * self.programs)
+        return {"num_warps": self.warps, "num_ctas": self.ctas, "maxnreg": min(most, 255)}
 
 
 # By the most columns that it is for. Two rows' tiles of 16 columns a thread fit the registers where a column is two
 # exponentials and their product ("light"), 8 where it is more ("heavy"), 4 where each has an address ("odd"). Few
-# programs leave few rows in flight, whose second reads the second-level cache still holds.
+# programs leave few rows in flight, whose second reads the second-level cache still holds. A cluster of programs may
+# hold the whole row ("held"), 8 columns of each of its tiles a thread.
 SHAPES = {
     "light": ((1024, Shape(1024, 4, 4)), (2048, Shape(2048, 4, 4)), (1 << 31, Shape(4096, 8, 2))),
     "heavy": ((1024, Shape(1024, 4, 4)), (1 << 31, Shape(2048, 8, 2))),
     "odd": ((512, Shape(512, 4, 4)), (1 << 31, Shape(1024, 8, 2))),
+    "held": (
+        *((8192 * n, Shape(4096 * n, 16, 1, n, 2)) for n in (1, 2, 4, 8, 16)),
+        (196608, Shape(65536, 16, 1, 16, 3)),
+    ),
 }
+# Before, a reduction over several thread blocks does not compile.
+HAS_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 # The interpreter's: enough for programs to have several rows.
 INTERPRETED_PROGRAMS = 3
 
@@ -70,6 +83,25 @@ def load_of(constants: dict[str, Any], columns: int, labelled: bool, *rows: Tens
     narrow = all(x.element_size() == 2 for x in strided)
     plain = constants["FAMILY"] == "forward" and not (constants["STANDARDIZE"] or constants["SMOOTH"] or labelled)
     return "odd" if not aligned else "light" if plain and narrow else "heavy"
+
+
+def holds_rows(student: Tensor, call: DenseCall, constants: dict[str, Any], load: str) -> bool:
+    """Whether clusters of thread blocks can hold the rows in their registers and read them once.
+
+    Other divergences would spill.
+    """
+    if load == "odd" or not _has_clusters(student.device):
+        return False
+    columns, widest = student.shape[2], SHAPES["held"][-1][0]
+    plain = not (call.standardize or call.want_parts or constants["SMOOTH"]) and call.label_probs is None
+    forward = constants["KIND"] in ("forward_kl", "soft_ce")
+    return forward and plain and columns == call.teacher.shape[2] <= widest
+
+
+@cache
+def _has_clusters(device: torch.device) -> bool:
+    """The interpreter needs none."""
+    return device.type != "cuda" or (HAS_CLUSTERS and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def tile_for(load: str, columns: int, *rows: Tensor) -> tuple[Shape, int]:

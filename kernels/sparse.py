@@ -40,9 +40,9 @@ from kdfast.kernels.launch import (
 from kdfast.kernels.parts import best_of, best_outside, entropy
 from kdfast.kernels.rowmath import INF, LN2, LOG2E, Parameters
 from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics
-from kdfast.kernels.sweeps import Ground, Link, Weights, elements, first_value, gradient, gradient_beyond
+from kdfast.kernels.sweeps import Backward, Ground, Link, Weights, elements, first_value, gradient, gradient_beyond
 from kdfast.kernels.tiles import Row, columns_of_tile, row_offset
-from kdfast.kernels.truth import Softmax, merge, slopes_of, truth_of
+from kdfast.kernels.truth import Softmax, merge, slopes_of, softmax_beyond, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "sparse_rows"]
@@ -262,9 +262,8 @@ def _sparse(
         if KIND == "dkd":
             in_entries = merge(in_entries, Softmax(tl.where(target < shared, x_label, -INF), 1.0), LOG2E)
         whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, apart)
-        one, truth = truth_of(
-            whole, s, labelled, in_entries, c, x_label, has_label, shared, smoothing, SMOOTH, BLOCK, WIDTH
-        )
+        one, labelled = softmax_beyond(Softmax(s.top_s, s.z_one), labelled, whole, shared, SMOOTH, BLOCK, WIDTH)
+        one, truth = truth_of(one, labelled, probs, in_entries, c, x_label, has_label, smoothing, SMOOTH)
 
         over = merge(Softmax(s.top_s, s.z_s), Softmax(sums.top, sums.z), scale.student)
         outside = s.z_t
@@ -327,25 +326,8 @@ def _sparse(
             down = tl.exp2((origin_of(link.top_s) - origin_of(one.top)) * LOG2E)
             ground_shared = Ground(slope * down, truth.share, truth.label, target, -truth.label, poison)
             at = Row(x_row, y_row, p_row, marked, bound, bound_kd, apart)
-            gradient(
-                g_row,
-                shared,
-                at,
-                link,
-                slopes,
-                scale,
-                z,
-                by,
-                ground_shared,
-                KIND,
-                FAMILY,
-                CASE,
-                TEACHER,
-                False,
-                LABELS,
-                BLOCK,
-                WIDTH,
-            )
+            backward = Backward(at, link, slopes, scale, z, by, ground_shared)
+            gradient(g_row, shared, backward, KIND, FAMILY, CASE, TEACHER, False, LABELS, BLOCK, WIDTH)
             entry_gradient(
                 g_row,
                 p_row,

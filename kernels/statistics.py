@@ -15,7 +15,8 @@ import triton.language as tl
 from kdfast.kernels.rowmath import INF, LOG2E
 from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
 
-__all__ = ["Labelled", "Scale", "Statistics", "ZScores", "at_one", "origin_of", "statistics", "z_gap"]
+__all__ = ["Labelled", "Scale", "Statistics", "ZScores", "at_one", "origin_of", "statistics"]
+__all__ += ["statistics_of_held", "z_gap"]
 
 
 class Scale(NamedTuple):
@@ -131,11 +132,11 @@ def _add_gaps(s, u, v, e_s, e_t, KIND: tl.constexpr, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def _add_squares(s, z_one, gap, alive):
+def _add_squares(s, gap, alive):
     gap = tl.where(alive, gap, 0.0)
     squares = s.cross_t + tl.sum(gap * gap, 1)
     both = s.both + tl.sum(tl.where(alive, 1.0, 0.0), 1)
-    return Statistics(s.top_s, s.top_t, z_one, s.z_t, z_one, squares, s.cross_s, both, s.gap)
+    return Statistics(s.top_s, s.top_t, s.z_s, s.z_t, s.z_one, squares, s.cross_s, both, s.gap)
 
 
 @triton.jit
@@ -144,21 +145,44 @@ def _add_tile(s, tile, scale, z, KIND: tl.constexpr, FAMILY: tl.constexpr, TEACH
     if TEACHER == "logits" and FAMILY != "mse":
         top_t = tl.maximum(s.top_t, tl.max(tile.y, 1))
     s = _raise_origin(s, top_s, top_t, scale, KIND, FAMILY, TEACHER)
-    x = tile.x - origin_of(top_s)[:, None]
+    origin_s, origin_t = origin_of(top_s)[:, None], origin_of(top_t)[:, None]
+    # A branch around it all: inside, it would keep a tile of everything alive.
+    if scale.separate:
+        s = _add_exponentials(s, tile, origin_s, origin_t, scale, z, KIND, FAMILY, TEACHER, True)
+    else:
+        s = _add_exponentials(s, tile, origin_s, origin_t, scale, z, KIND, FAMILY, TEACHER, False)
+    return s
+
+
+@triton.jit
+def _add_exponentials(
+    s,
+    tile,
+    origin_s,
+    origin_t,
+    scale,
+    z,
+    KIND: tl.constexpr,
+    FAMILY: tl.constexpr,
+    TEACHER: tl.constexpr,
+    SEPARATE: tl.constexpr,
+):
+    """With exponentials of their own at temperature 1, or what makes them of the tempered ones."""
+    x = tile.x - origin_s
     u = x * scale.student
     e_s = tl.exp2(u)
-    z_one = s.z_one + tl.sum(at_one(e_s, x, scale), 1)
+    z_s, z_t = s.z_s + tl.sum(e_s, 1), s.z_t
+    one = tl.exp2(x * LOG2E) if SEPARATE else tl.where(scale.squared, e_s * e_s, e_s)
+    z_one = s.z_one + tl.sum(one, 1)
     if FAMILY == "mse":
-        s = _add_squares(s, z_one, z_gap(tile.x, tile.y, z), (tile.x != -INF) & (tile.y != -INF))
-    else:
-        z_t = s.z_t
-        if TEACHER != "none":
-            v, e_t = teacher_side(tile.y, origin_of(top_t)[:, None], scale.teacher, KIND, TEACHER)
-            s = _add_gaps(s, u, v, e_s, e_t, KIND, FAMILY)
-            z_t += tl.sum(e_t, 1)
-        z_s = s.z_s + tl.sum(e_s, 1)
-        s = Statistics(top_s, top_t, z_s, z_t, z_one, s.cross_t, s.cross_s, s.both, s.gap)
-    return s
+        s = _add_squares(s, z_gap(tile.x, tile.y, z), (tile.x != -INF) & (tile.y != -INF))
+    elif TEACHER != "none":
+        v, e_t = teacher_side(tile.y, origin_t, scale.teacher, KIND, TEACHER)
+        s = _add_gaps(s, u, v, e_s, e_t, KIND, FAMILY)
+        z_t += tl.sum(e_t, 1)
+    return Statistics(
+        s.top_s, s.top_t, z_one if FAMILY == "mse" else z_s, z_t, z_one, s.cross_t, s.cross_s, s.both, s.gap
+    )
 
 
 @triton.jit
@@ -177,7 +201,7 @@ def _add_labelled(sums, raw, y, down, origin, SMOOTH: tl.constexpr, PROBS: tl.co
 
 
 @triton.jit
-def _over_groups(sums, origins, origin):
+def _labelled_over_groups(sums, origins, origin):
     down = origins - origin
     return Labelled(
         tl.sum(sums.count, 0),
@@ -185,6 +209,38 @@ def _over_groups(sums, origins, origin):
         tl.sum(sums.mass, 0),
         tl.sum(sums.dot + sums.mass * down, 0),
     )
+
+
+@triton.jit
+def _over_groups(s):
+    """The row's sums, from those of its groups, which have one origin."""
+    return Statistics(
+        s.top_s,
+        s.top_t,
+        tl.sum(s.z_s, 0),
+        tl.sum(s.z_t, 0),
+        tl.sum(s.z_one, 0),
+        tl.sum(s.cross_t, 0),
+        tl.sum(s.cross_s, 0),
+        tl.sum(s.both, 0),
+        tl.max(s.gap, 0),
+    )
+
+
+@triton.jit
+def _over_groups_at_once(s):
+    """The same as one sum of vectors: between thread blocks every reduction has barriers."""
+    infinite = tl.where(s.gap == INF, 1.0, 0.0)
+    first = tl.join(tl.join(s.z_s, s.z_t), tl.join(s.z_one, s.cross_t))
+    second = tl.join(tl.join(s.cross_s, s.both), tl.join(infinite, infinite))
+    first, second = tl.split(tl.sum(tl.join(first, second), 0))
+    sides, rest = tl.split(first)
+    z_s, z_t = tl.split(sides)
+    z_one, cross_t = tl.split(rest)
+    sides, rest = tl.split(second)
+    cross_s, both = tl.split(sides)
+    infinite, _ = tl.split(rest)
+    return Statistics(s.top_s, s.top_t, z_s, z_t, z_one, cross_t, cross_s, both, tl.where(infinite > 0.0, INF, 0.0))
 
 
 @triton.jit
@@ -213,16 +269,22 @@ def statistics(
             labelled = _add_labelled(labelled, tile.raw, y, before - origin, origin, SMOOTH, at.probs is not None)
     before = origin_of(s.top_s)
     s = _raise_origin(s, tl.max(s.top_s, 0), tl.max(s.top_t, 0), scale, KIND, FAMILY, TEACHER)
-    labelled = _over_groups(labelled, before, origin_of(s.top_s))
-    sums = Statistics(
-        s.top_s,
-        s.top_t,
-        tl.sum(s.z_s, 0),
-        tl.sum(s.z_t, 0),
-        tl.sum(s.z_one, 0),
-        tl.sum(s.cross_t, 0),
-        tl.sum(s.cross_s, 0),
-        tl.sum(s.both, 0),
-        tl.max(s.gap, 0),
-    )
-    return sums, labelled
+    labelled = _labelled_over_groups(labelled, before, origin_of(s.top_s))
+    return _over_groups(s), labelled
+
+
+@triton.jit
+def statistics_of_held(
+    at, scale, z, KIND: tl.constexpr, FAMILY: tl.constexpr, HELD: tl.constexpr, GROUPS: tl.constexpr
+):
+    """The same of a row in the registers, whose largest logits are had first; its labels are not smoothed."""
+    s, _ = _nothing(GROUPS)
+    top_s, top_t = s.top_s, s.top_t
+    for i in tl.static_range(HELD):
+        top_s, top_t = tl.maximum(top_s, tl.max(at.held[i].x, 1)), tl.maximum(top_t, tl.max(at.held[i].y, 1))
+    top_s, top_t = tl.split(tl.max(tl.join(top_s, top_t), 0))
+    s = Statistics(top_s, top_t, s.z_s, s.z_t, s.z_one, s.cross_t, s.cross_s, s.both, s.gap)
+    for i in tl.static_range(HELD):
+        s = _add_exponentials(s, at.held[i], origin_of(top_s), origin_of(top_t), scale, z, KIND, FAMILY, "logits", True)
+    zero = tl.full((), 0.0, tl.float32)
+    return _over_groups_at_once(s), Labelled(zero, zero, zero, zero)

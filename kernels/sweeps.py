@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LN2, LOG2E, element, sum_of_values
-from kdfast.kernels.statistics import at_one, origin_of, z_gap
+from kdfast.kernels.statistics import origin_of, z_gap
 from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
 
-__all__ = ["Ground", "Link", "Weights", "elements", "first_value", "gradient", "gradient_beyond", "settle"]
+__all__ = ["Backward", "Ground", "Link", "Weights", "elements", "first_value", "gradient", "gradient_beyond"]
+__all__ += ["gradient_of_held", "settle"]
 
 
 class Link(NamedTuple):
@@ -51,6 +52,18 @@ class Weights(NamedTuple):
     target: tl.tensor  # at dkd's label
     mean_g: tl.tensor  # standardize: the gradient's mean, and that of its product with the z-scores
     mean_gz: tl.tensor
+
+
+class Backward(NamedTuple):
+    """What a row's gradient is made of."""
+
+    at: tl.tensor
+    link: tl.tensor
+    weights: tl.tensor
+    scale: tl.tensor
+    z: tl.tensor
+    by: tl.tensor
+    ground: tl.tensor
 
 
 @triton.jit
@@ -186,16 +199,62 @@ def _finish(g, raw, column, at, ground, LABELS: tl.constexpr):
 
 
 @triton.jit
+def _write(
+    to,
+    width,
+    tile,
+    column,
+    row,
+    KIND: tl.constexpr,
+    FAMILY: tl.constexpr,
+    CASE: tl.constexpr,
+    TEACHER: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    LABELS: tl.constexpr,
+    SEPARATE: tl.constexpr,
+):
+    """The gradient of one tile, whose exponentials at temperature 1 may be ones of their own."""
+    at, link, weights, scale, z, by, ground = row
+    g, e_s = _kd_gradient(tile, column, at, link, weights, scale, z, by, KIND, FAMILY, CASE, TEACHER)
+    if STANDARDIZE:
+        g = (g - weights.mean_g - (tile.raw - z.mean_s) * z.inverse_s * weights.mean_gz) * z.inverse_s
+    if SEPARATE:
+        g += ground.slope * tl.exp2((tile.x - origin_of(link.top_s)) * LOG2E)
+    else:
+        g += ground.slope * tl.where(scale.squared, e_s * e_s, e_s)
+    g = _finish(g, tile.raw, column, at, ground, LABELS)
+    if at.marks is not None:
+        # Entries are written afterwards, in place from the logits that lie here.
+        g = tl.where(tile.taken, tile.raw, g)
+    tl.store(to + column, g.to(to.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _write_tile(
+    to,
+    width,
+    tile,
+    column,
+    row,
+    KIND: tl.constexpr,
+    FAMILY: tl.constexpr,
+    CASE: tl.constexpr,
+    TEACHER: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    LABELS: tl.constexpr,
+):
+    # A branch around it all: inside, it would keep a tile of everything alive.
+    if row.scale.separate:
+        _write(to, width, tile, column, row, KIND, FAMILY, CASE, TEACHER, STANDARDIZE, LABELS, True)
+    else:
+        _write(to, width, tile, column, row, KIND, FAMILY, CASE, TEACHER, STANDARDIZE, LABELS, False)
+
+
+@triton.jit
 def gradient(
     to,
     width,
-    at,
-    link,
-    weights,
-    scale,
-    z,
-    by,
-    ground,
+    row,
     KIND: tl.constexpr,
     FAMILY: tl.constexpr,
     CASE: tl.constexpr,
@@ -210,16 +269,26 @@ def gradient(
     for i in range(tiles):
         start = (tiles - 1 - i) * BLOCK
         column = start + columns_of_tile(BLOCK, WIDTH)
-        tile = load_tile(at, start, KIND, TEACHER, BLOCK, WIDTH)
-        g, e_s = _kd_gradient(tile, column, at, link, weights, scale, z, by, KIND, FAMILY, CASE, TEACHER)
-        if STANDARDIZE:
-            g = (g - weights.mean_g - (tile.raw - z.mean_s) * z.inverse_s * weights.mean_gz) * z.inverse_s
-        g += ground.slope * at_one(e_s, tile.x - origin_of(link.top_s), scale)
-        g = _finish(g, tile.raw, column, at, ground, LABELS)
-        if at.marks is not None:
-            # Entries are written afterwards, in place from the logits that lie here.
-            g = tl.where(tile.taken, tile.raw, g)
-        tl.store(to + column, g.to(to.dtype.element_ty), mask=column < width)
+        tile = load_tile(row.at, start, KIND, TEACHER, BLOCK, WIDTH)
+        _write_tile(to, width, tile, column, row, KIND, FAMILY, CASE, TEACHER, STANDARDIZE, LABELS)
+
+
+@triton.jit
+def gradient_of_held(
+    to,
+    width,
+    row,
+    KIND: tl.constexpr,
+    FAMILY: tl.constexpr,
+    LABELS: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The same of a row in the registers."""
+    for i in tl.static_range(HELD):
+        column = i * BLOCK + columns_of_tile(BLOCK, WIDTH)
+        _write(to, width, row.at.held[i], column, row, KIND, FAMILY, "", "logits", False, LABELS, True)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, log2_or_lowest
 
-__all__ = ["Row", "Tile", "columns_of_tile", "load_labels", "load_tile", "row_offset", "teacher_side"]
+__all__ = ["Row", "Tile", "columns_of_tile", "load_labels", "load_row", "load_tile", "row_offset", "teacher_side"]
 
 
 class Row(NamedTuple):
@@ -26,6 +26,7 @@ class Row(NamedTuple):
     bound: tl.tensor  # columns of the student
     bound_t: tl.tensor  # of the teacher
     target: tl.tensor  # dkd's, taken out too
+    held: tl.tensor = None  # all tiles, where the row stays in the registers
 
 
 class Tile(NamedTuple):
@@ -57,20 +58,26 @@ def _marked(marks, start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 def load_tile(at, start, KIND: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     column = start + columns_of_tile(BLOCK, WIDTH)
     raw = tl.load(at.student + column, mask=column < at.bound, other=-INF).to(tl.float32)
-    taken = column < 0
-    if at.marks is not None:
-        taken = _marked(at.marks, start, BLOCK, WIDTH)
-    if KIND == "dkd":
-        taken = taken | (column == at.target)
-    x = tl.where(taken, -INF, raw)
-    y = x
-    if TEACHER == "logits":
-        y = tl.load(at.teacher + column, mask=column < at.bound_t, other=-INF).to(tl.float32)
-        y = tl.where(taken, -INF, y)
-    if TEACHER == "shape":
-        y = tl.load(at.teacher + column, mask=column < at.bound_t, other=0.0).to(tl.float32)
-        y = tl.where(taken, 0.0, y)
+    x, y, taken = raw, raw, False
+    if TEACHER != "none":
+        y = tl.load(at.teacher + column, mask=column < at.bound_t, other=-INF if TEACHER == "logits" else 0.0)
+        y = y.to(tl.float32)
+    if at.marks is not None or KIND == "dkd":
+        taken = column == at.target if KIND == "dkd" else column < 0
+        if at.marks is not None:
+            taken = taken | _marked(at.marks, start, BLOCK, WIDTH)
+        x = tl.where(taken, -INF, raw)
+        y = tl.where(taken, -INF if TEACHER == "logits" else 0.0, y)
     return Tile(raw, x, y, taken)
+
+
+@triton.jit
+def load_row(at, KIND: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """All tiles of both sides' logits. Of several, each is worked on before the next: one large one would spill."""
+    tiles = ()
+    for i in tl.static_range(HELD):
+        tiles += (load_tile(at, i * BLOCK, KIND, "logits", BLOCK, WIDTH),)
+    return tiles
 
 
 @triton.jit

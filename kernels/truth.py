@@ -11,7 +11,7 @@ from kdfast.kernels.rowmath import INF, LOG2E
 from kdfast.kernels.statistics import Labelled, origin_of
 from kdfast.kernels.tiles import columns_of_tile, load_labels
 
-__all__ = ["Softmax", "Truth", "merge", "slopes_of", "truth_of"]
+__all__ = ["Softmax", "Truth", "merge", "slopes_of", "softmax_beyond", "truth_of"]
 
 
 class Softmax(NamedTuple):
@@ -61,7 +61,7 @@ def _add_beyond(softmax, labelled, at, start, SMOOTH: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _softmax_beyond(softmax, labelled, at, first, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def softmax_beyond(softmax, labelled, at, first, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Adds the columns from `first` on, which only the student has: they count for the ground truth alone."""
     for start in range(first, at.bound, BLOCK):
         softmax, labelled = _add_beyond(softmax, labelled, at, start, SMOOTH, BLOCK, WIDTH)
@@ -101,26 +101,11 @@ def _finished(
 
 
 @triton.jit
-def truth_of(
-    at,
-    s,
-    labelled,
-    apart,
-    c,
-    x_label,
-    has_label,
-    shared,
-    smoothing,
-    SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """(the softmax at temperature 1 over the student's whole row, Truth): shared columns, those beyond, those apart."""
-    one, labelled = _softmax_beyond(Softmax(s.top_s, s.z_one), labelled, at, shared, SMOOTH, BLOCK, WIDTH)
+def truth_of(one, labelled, probs, apart, c, x_label, has_label, smoothing, SMOOTH: tl.constexpr):
+    """(the softmax at temperature 1 over the student's whole row, Truth), with the columns that were kept apart."""
     origin = origin_of(one.top)
     one = merge(one, apart, LOG2E)
-    PROBS: tl.constexpr = at.probs is not None
-    return one, _finished(one, labelled, origin, x_label, has_label, c.ce, c.z, smoothing, SMOOTH, PROBS)
+    return one, _finished(one, labelled, origin, x_label, has_label, c.ce, c.z, smoothing, SMOOTH, probs is not None)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class Variant:
         constants: its ``tl.constexpr`` arguments.
         aligned: which run-time arguments are divisible by 16. Without that of a row's stride, its loads are narrow.
         warps: of each program.
-        ctas: programs that share a row, as one thread-block cluster.
+        ctas: thread blocks that are one program, as a cluster.
         registers: at most so many per thread.
         everyday: compiled by every run of the tests; the others by ``make full``.
     """
@@ -54,7 +54,7 @@ class Variant:
         """
         types, constants, aligned = {}, {}, []
         for key, value in arguments.items():
-            if key in ("num_warps", "maxnreg"):
+            if key in ("num_warps", "num_ctas", "maxnreg"):
                 continue
             if value is None or key.isupper() or (isinstance(value, int) and value == 1):
                 constants[key] = value
@@ -66,7 +66,15 @@ class Variant:
                 if isinstance(value, int) and value % 16 == 0:
                     aligned.append(key)
         return cls(
-            name, kernel, types, constants, tuple(aligned), arguments["num_warps"], 1, everyday, arguments["maxnreg"]
+            name,
+            kernel,
+            types,
+            constants,
+            tuple(aligned),
+            arguments["num_warps"],
+            arguments["num_ctas"],
+            everyday,
+            arguments["maxnreg"],
         )
 
     def compile(self, capability: int) -> Any:

@@ -153,3 +153,48 @@ def test_rows_of_other_strides_are_refused():
     )
     with pytest.raises(ValueError, match=r"student must be .* unit stride .* got \(1, 4, 8\)"):
         OP(student, *arguments)
+
+
+def in_registers(student, *arguments):
+    """The op in clusters of thread blocks that hold the row; its parts, which they do not have, from the others."""
+    call = dense.DenseCall(*arguments)._replace(want_parts=False)
+    given, programs = dense._arguments(student, student, call, True)
+    assert (given["HELD"], given["num_ctas"], programs) == (2, 2, student.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDFAST_GPU", "once")
+        loss, grad, _ = OP(student, *call)
+    return loss, grad, OP(student, *arguments)[2]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_ce"])
+class TestRowsInRegisters:
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch, _small_tiles):
+        monkeypatch.setitem(launch.SHAPES, "held", ((512, launch.Shape(256, 4, 1, 2, 2)),))
+
+    @pytest.mark.parametrize("tau", [1.0, 2.0, 3.3])
+    def test_matches_oracle(self, divergence, tau):
+        student, teacher, target = make(400, 400, torch.float32, 400)
+        coef = coefficients(6, torch.float32, tau).to(DEVICE)
+        laws.check(in_registers, student, teacher, coef, Labels(target), Divergence(divergence))
+
+    def test_infinite_divergence_is_reported(self, divergence):
+        for gap in (3.0, 200.0):
+            laws.infinite_divergence(in_registers, divergence, "student", gap, 304, DEVICE)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_nan_and_inf_reach_their_row_only(self, bad, side, divergence):
+        laws.nan_and_inf_reach_their_row_only(in_registers, bad, side, torch.float32, divergence, 304, 299, DEVICE)
+
+    def test_rows_without_a_finite_column_are_exact_zeros(self, divergence):
+        laws.rows_without_a_finite_column_are_exact_zeros(in_registers, divergence, 264, DEVICE)
+
+    def test_extreme_logits(self, divergence):
+        laws.extreme_logits(in_registers, torch.float32, divergence, 504, DEVICE)
+
+    def test_finite_masks(self, divergence):
+        laws.finite_masks(in_registers, divergence, 504, DEVICE)
+
+    def test_small_gap_keeps_its_gradient(self, divergence):
+        laws.small_gap_keeps_its_gradient(in_registers, divergence, 504, DEVICE)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import triton.knobs
 
+from kdfast.kernels.launch import HAS_CLUSTERS
+
 CAPABILITIES = (80, 90, 100, 120)
 
 
@@ -24,8 +26,8 @@ def main() -> None:
         if "everyday" in sys.argv and not variant.everyday:
             continue
         for capability in CAPABILITIES:
-            if variant.ctas > 1 and capability not in (90, 100):
-                continue  # no thread-block clusters
+            if variant.ctas > 1 and not (HAS_CLUSTERS and capability in (90, 100)):
+                continue
             ptx = variant.compile(capability).asm["ptx"]
             print(json.dumps({"variant": variant.name, "capability": capability, **report(ptx)}), flush=True)
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -116,10 +117,10 @@ inline Tensor new_gradient(const Tensor& student) {
   const int64_t sizes[] = {student.size(0), student.size(1), student.size(2)};
   const int64_t strides[] = {sizes[1] * sizes[2], sizes[2], 1};
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(student.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(student.get(), &dtype));
   void* data = take_block(bytes);
   AtenTensorHandle grad;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       data, 3, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &grad, aoti_torch_layout_strided(), nullptr,
       0, [](void* freed, void*) { return_block(freed); }, nullptr));
   return Tensor(grad);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 
@@ -52,7 +53,7 @@ void on_device(const Tensor& x, Run run) {
   if (x.size(0) * x.size(1) == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* current;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
   const auto stream = static_cast<cudaStream_t>(current);
   switch (x.scalar_type()) {
     case ScalarType::Float:
