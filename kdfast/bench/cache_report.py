@@ -83,4 +83,4 @@ def save_cache(rows: list[Row], access: RandomAccess | None, about: dict[str, st
     parts = [markdown(COLUMNS, map(cells, rows)), LEGEND, ", ".join(f"{key}: {value}" for key, value in about.items())]
     if access is not None:
         parts.append(describe_access(access))
-    return save("cache", folder, document, "\n\n".join(parts))
+    return save("cache-cpu", folder, document, "\n\n".join(parts))

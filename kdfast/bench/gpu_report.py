@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from kdfast.bench.gpu_cases import Result
-from kdfast.bench.report import environment, markdown
+from kdfast.bench.report import markdown, save
 
 __all__ = ["COLUMNS", "ceilings", "cells", "save_gpu"]
 
@@ -21,9 +20,8 @@ COLUMNS = (
     "ours ms",
     "GB/s",
     "of copy",
-    "eager",
-    "torch.compile",
-    "Liger",
+    "M rows/s",
+    "others, times as long",
     "MiB: ours / eager",
 )
 
@@ -41,33 +39,25 @@ def ceilings() -> dict[str, Any]:
 
 
 def cells(result: Result, copy_gb_s: float) -> tuple[str, ...]:
-    """A result under ``COLUMNS``: how many times as long the others took, in the same run."""
-    ours = result.ms.get("ours")
-
-    def ratio(name: str) -> str:
-        return f"{result.ms[name] / ours:.1f}x" if ours and name in result.ms else "failed" * (name in result.failed)
-
+    """A result under ``COLUMNS``; the others' times are over ours in the same run."""
+    ours = result.ms.get("ours", float("nan"))
+    others = [f"{name} {ms / ours:.1f}" for name, ms in result.ms.items() if name != "ours"]
+    others += [f"{name} failed" for name in result.failed]
     return (
         result.name,
         result.dtype,
         f"{result.rows} x {result.columns}",
-        f"{ours:.3f}" if ours else "failed",
-        f"{result.gb_s:,.0f}",
-        f"{result.gb_s / copy_gb_s:.0%}",
-        ratio("eager"),
-        ratio("compile"),
-        ratio("liger"),
+        f"{ours:.3f}",
+        f"{result.gb_s:,.0f}" if result.gb_s else "",
+        f"{result.gb_s / copy_gb_s:.0%}" if result.gb_s else "",
+        f"{result.rows / ours / 1e3:.2f}",
+        ", ".join(others),
         " / ".join(f"{result.peak_mib[name]:,.0f}" for name in ("ours", "eager") if name in result.peak_mib),
     )
 
 
 def save_gpu(results: list[Result], machine: dict[str, Any], checks: dict[str, str], folder: Path) -> Path:
     """Writes ``gpu-<date>.json`` and the same as Markdown beside it. Call it after every case: a run may be cut."""
-    folder.mkdir(parents=True, exist_ok=True)
-    where = environment() | machine
-    path = folder / f"gpu-{str(where['date'])[:10]}.json"
-    document = {"environment": where, "checks": checks, "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
     lines = [
         markdown(COLUMNS, (cells(result, machine["copy_gb_s"]) for result in results)),
         "`GB/s`: the fewest bytes that a case must move over our time; `of copy`: of the copy bandwidth in that run.",
@@ -76,11 +66,11 @@ def save_gpu(results: list[Result], machine: dict[str, Any], checks: dict[str, s
             for result in results
             if result.gradient_error
         ),
+        *(f"{result.name}: {name} failed: {why}" for result in results for name, why in result.failed.items()),
         *(f"{name}: {text}" for name, text in checks.items()),
-        ", ".join(f"{key} {value}" for key, value in where.items()),
     ]
-    path.with_suffix(".md").write_text("\n\n".join(lines) + "\n")
-    return path
+    document = {"checks": checks, "results": [asdict(result) for result in results]}
+    return save("gpu", folder, document, "\n\n".join(lines), machine)
 
 
 def errors(result: Result) -> str:

@@ -15,7 +15,19 @@ from torch import Tensor
 from kdfast import kd_loss
 from kdfast.testing import relative_error
 
-__all__ = ["CASES", "DTYPES", "SHAPES", "Case", "Measurement", "contenders", "measure"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "SHAPES",
+    "Case",
+    "Loss",
+    "Measurement",
+    "contenders",
+    "eager",
+    "gradient_errors",
+    "measure",
+    "ours",
+]
 
 SHAPES = [(8192, 1000), (512, 32000), (128, 128256)]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -79,7 +91,9 @@ def measure(name: str, dtype: str, rows: int, columns: int, repeats: int = 11) -
         rows=rows,
         columns=columns,
         ms=ms,
-        gradient_error=_gradient_errors(case, student[:8], teacher[:8], labels[:8], tau),
+        gradient_error=gradient_errors(
+            case, student[:8], teacher[:8], labels[:8], tau[:8] if isinstance(tau, Tensor) else tau
+        ),
         copy_gb_s=copy_gb_s,
         share_of_copy=3 * bytes_moved / ms["ours"] / 1e6 / copy_gb_s,
     )
@@ -109,7 +123,7 @@ def contenders(
         # The logits that a head has just computed; making them is not part of the loss.
         logits = leaf * 1
         start = time.perf_counter()
-        loss = _ours(case)(logits, teacher, labels, tau)
+        loss = ours(case)(logits, teacher, labels, tau)
         torch.autograd.grad(loss, logits)
         return time.perf_counter() - start
 
@@ -118,12 +132,14 @@ def contenders(
         target.copy_(teacher)
         return time.perf_counter() - start
 
-    eager = _eager(case)
-    ours = inplace if case.backward == "inplace" else timed(_ours(case))
-    return {"ours": ours, "eager": timed(eager), "compile": timed(torch.compile(eager)), "copy": copy}
+    fused = inplace if case.backward == "inplace" else timed(ours(case))
+    compiled = torch.compile(eager(case))
+    return {"ours": fused, "eager": timed(eager(case)), "compile": timed(compiled), "copy": copy}
 
 
-def _ours(case: Case) -> Loss:
+def ours(case: Case) -> Loss:
+    """CE + divergence by ``kd_loss``."""
+
     def loss(s: Tensor, t: Tensor, y: Tensor, tau: Any) -> Tensor:
         return kd_loss(  # type: ignore[no-any-return]
             s, t, y, divergence=case.divergence, temperature=tau, ce_weight=1.0, backward=case.backward
@@ -132,7 +148,7 @@ def _ours(case: Case) -> Loss:
     return loss
 
 
-def _eager(case: Case) -> Loss:
+def eager(case: Case) -> Loss:
     """CE + divergence as people write them, in the logits' dtype."""
     divergence = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}[case.divergence]
 
@@ -157,9 +173,8 @@ def _jsd(log_q: Tensor, log_p: Tensor) -> Tensor:
     return 0.5 * (_forward_kl(log_m, log_p) + _forward_kl(log_m, log_q))
 
 
-def _gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any) -> dict[str, float]:
-    """Of the numbers that were timed, on a few rows."""
-    tau = tau[:8] if isinstance(tau, Tensor) else tau
+def gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any) -> dict[str, float]:
+    """Of ours and of eager PyTorch, against eager PyTorch in float64."""
 
     def gradient(loss: Loss, *logits: Tensor) -> Tensor:
         leaf = logits[0].clone().requires_grad_()
@@ -167,8 +182,8 @@ def _gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tenso
 
     wide = tau.double() if isinstance(tau, Tensor) else tau
     leaf = student.double().requires_grad_()
-    (exact,) = torch.autograd.grad(_eager(case)(leaf, teacher.double(), labels, wide), leaf)
+    (exact,) = torch.autograd.grad(eager(case)(leaf, teacher.double(), labels, wide), leaf)
     return {
-        "ours": relative_error(gradient(_ours(case), student, teacher), exact),
-        "eager": relative_error(gradient(_eager(case), student, teacher), exact),
+        "ours": relative_error(gradient(ours(case), student, teacher), exact),
+        "eager": relative_error(gradient(eager(case), student, teacher), exact),
     }

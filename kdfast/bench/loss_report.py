@@ -30,4 +30,4 @@ def cells(r: Measurement) -> tuple[str, ...]:
 def save_loss(results: list[Measurement], folder: Path) -> Path:
     """Writes ``loss-cpu-<date>.json`` and the same as a Markdown table beside it."""
     rows = [{**asdict(result), "ratios": result.ratios} for result in results]
-    return save("loss", folder, {"results": rows}, markdown(COLUMNS, map(cells, results)))
+    return save("loss-cpu", folder, {"results": rows}, markdown(COLUMNS, map(cells, results)))

@@ -52,11 +52,14 @@ def _processor() -> str:
     )
 
 
-def save(name: str, folder: Path, document: dict[str, Any], text: str) -> Path:
-    """Writes ``<name>-cpu-<date>.json``, ``document`` with the environment, and ``text`` as Markdown beside it."""
+def save(name: str, folder: Path, document: dict[str, Any], text: str, machine: dict[str, Any] | None = None) -> Path:
+    """Writes ``<name>-<date>.json``, ``document`` with the environment, and ``text`` as Markdown beside it.
+
+    ``machine`` is what the environment does not know of itself: a GPU.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    where = environment()
-    path = folder / f"{name}-cpu-{str(where['date'])[:10]}.json"
+    where = environment() | (machine or {})
+    path = folder / f"{name}-{str(where['date'])[:10]}.json"
     path.write_text(json.dumps({"environment": where, **document}, indent=1, allow_nan=False) + "\n")
     heading = ", ".join(f"{key} {value}" for key, value in where.items())
     path.with_suffix(".md").write_text(f"{text}\n\n{heading}\n")
