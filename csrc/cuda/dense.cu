@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kThreads, 3) dense_rows(const __grid_constant_
 
 template <Kind kKind, typename T>
 void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
-  launch_clusters(dense_rows<kKind, T>, task, task.row.rows, cluster, 2 * task.row.packs * int(sizeof(Pack<T>)),
-                  stream);
+  const int shared_bytes = 2 * task.row.packs * int(sizeof(Pack<T>));
+  launch_clusters(dense_rows<kKind, T>, task, task.row.rows, cluster, shared_bytes, stream);
 }
 
 template <typename T>
@@ -46,26 +46,38 @@ void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
 
 }  // namespace
 
-// Without gradient where `grad` is empty. A cluster of 0 blocks is one of the size that suits the rows.
+// Without gradient where `grad` is empty.
 Tensor dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, std::optional<Tensor> label, double smoothing,
-                          int64_t kind, double a, double b, double scale, std::optional<Tensor> grad, int64_t size) {
+                          int64_t kind, double a, double b, double scale, std::optional<Tensor> grad, int64_t cluster) {
   STD_TORCH_CHECK(teacher.size(2) >= student.size(2), "a teacher of fewer columns is for another kernel");
   STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), "student and teacher must have one dtype");
   const Tensor loss = torch::stable::new_empty(coef, {coef.size(1)}, coef.scalar_type());
-  int cluster = int(size);
-  const DenseTask task = {row_task(student, coef, label, smoothing, grad, loss, 2, &cluster),
+  const DenseTask task = {row_task(student, coef, label, smoothing, grad, loss, 2, int(cluster)),
                           rows_of(teacher),
                           {static_cast<Kind>(kind), a, b, scale, false}};
-  on_device(student, [&](auto zero, cudaStream_t stream) { launch<decltype(zero)>(task, cluster, stream); });
+  on_device(student, [&](auto zero, cudaStream_t stream) { launch<decltype(zero)>(task, int(cluster), stream); });
   return loss;
+}
+
+int64_t dense_rows_resident(Tensor student, int64_t cluster) {
+  int64_t blocks = 0;
+  on_device(student, [&](auto zero, cudaStream_t) {
+    const auto kernel = dense_rows<Kind::kForwardKl, decltype(zero)>;
+    blocks = resident_blocks(kernel, int(cluster), slice_bytes(student, int(cluster), 2));
+  });
+  return blocks;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdfast, m) {
   m.def(
       "dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, Tensor? label, float smoothing, int kind, "
-      "float a, float b, float scale, Tensor(a!)? grad, int cluster=0) -> Tensor");
+      "float a, float b, float scale, Tensor(a!)? grad, int cluster) -> Tensor");
+  m.def("dense_rows_resident(Tensor student, int cluster) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) { m.impl("dense_rows_cluster", TORCH_BOX(&dense_rows_cluster)); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
+  m.impl("dense_rows_cluster", TORCH_BOX(&dense_rows_cluster));
+  m.impl("dense_rows_resident", TORCH_BOX(&dense_rows_resident));
+}
 
 }  // namespace kdfast::cuda

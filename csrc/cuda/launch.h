@@ -29,21 +29,24 @@ inline RowsView rows_of(const Tensor& x) {
 
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
-// The common part of an op's task. Clusters hold `rows_held` rows for each of the student's; their size is chosen where
-// it is 0.
+// Bytes of shared memory for a block's part of `rows_held` rows.
+inline int slice_bytes(const Tensor& student, int cluster, int rows_held) {
+  return rows_held * packs_of_block(student.size(2), int64_t(student.element_size()), cluster) * int(sizeof(uint4));
+}
+
+// The common part of an op's task. Clusters hold `rows_held` rows for each of the student's.
 inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::optional<Tensor>& label, double smoothing,
-                        const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int* cluster) {
+                        const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int cluster) {
   const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
-  const int64_t bytes = int64_t(student.element_size());
-  if (*cluster == 0) *cluster = cluster_size(rows_held * columns * bytes);
-  STD_TORCH_CHECK(*cluster > 0 && rows_held * columns * bytes <= *cluster * kLargestSliceBytes,
-                  "rows of this width are for another kernel");
+  STD_TORCH_CHECK(cluster > 0 && cluster <= kMaxCluster &&
+                      slice_bytes(student, cluster, rows_held) <= kLargestSliceBytes + rows_held * int(sizeof(uint4)),
+                  "a cluster of this many blocks does not hold rows of this width");
   RowTask task = {rows_of(student), grad ? rows_of(*grad) : RowsView(), rows, int(columns)};
   task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
   task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
   task.smoothing = float(smoothing);
   task.loss = static_cast<float*>(loss.data_ptr());
-  task.packs = packs_of_block(columns, bytes, *cluster);
+  task.packs = packs_of_block(columns, int64_t(student.element_size()), cluster);
   return task;
 }
 
@@ -67,23 +70,44 @@ void on_device(const Tensor& x, Run run) {
   }
 }
 
-// One cluster of `size` blocks for each row, each block with so many bytes of shared memory beside its own.
+// How one cluster of `size` blocks is launched for each row, each with so many bytes of shared memory beside its own.
+class Launch {
+ public:
+  template <typename Task>
+  Launch(void (*kernel)(Task), int64_t rows, int size, int shared_bytes, cudaStream_t stream) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    if (size > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {unsigned(size), 1, 1};
+    config.gridDim = {unsigned(rows * size), 1, 1};
+    config.blockDim = {kThreads, 1, 1};
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute_;
+    config.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;
+
+  cudaLaunchConfig_t config = {};
+
+ private:
+  cudaLaunchAttribute attribute_;
+};
+
 template <typename Task>
 void launch_clusters(void (*kernel)(Task), const Task& task, int64_t rows, int size, int shared_bytes,
                      cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  if (size > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(size), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = {unsigned(rows * size), 1, 1};
-  config.blockDim = {kThreads, 1, 1};
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, task));
+  const Launch launch(kernel, rows, size, shared_bytes, stream);
+  check(cudaLaunchKernelEx(&launch.config, kernel, task));
+}
+
+// How many blocks the device holds at a time of clusters of `size`; 0: none fits there.
+template <typename Task>
+int64_t resident_blocks(void (*kernel)(Task), int size, int shared_bytes) {
+  const Launch launch(kernel, 1, size, shared_bytes, nullptr);
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config));
+  return int64_t(clusters) * size;
 }
 
 }  // namespace kdfast::cuda

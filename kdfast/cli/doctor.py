@@ -63,8 +63,9 @@ def _accelerators() -> dict[str, str]:
 
 def _plan(columns: int) -> str:
     """Which kernel takes rows of so many bfloat16 columns, where both kinds are there."""
-    sizes = {op: cluster.plan(columns, torch.bfloat16, held) for op, held in (("dense", 2), ("sparse", 1))}
-    return ", ".join(f"{op}: {f'one read, clusters of {size}' if size else 'Triton'}" for op, size in sizes.items())
+    sizes = {op: cluster.plan(op, columns, torch.bfloat16) for op in cluster.HELD}
+    kernels = {op: f"one read, clusters of {size}" if size else "Triton" for op, size in sizes.items()}
+    return ", ".join(f"{op.removesuffix('_rows')}: {kernel}" for op, kernel in kernels.items())
 
 
 def _installed(package: str) -> str:
