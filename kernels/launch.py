@@ -19,6 +19,7 @@ __all__ = [
     "Shape",
     "check_rows",
     "constants_of",
+    "has_clusters",
     "holds_rows",
     "launch",
     "load_of",
@@ -90,7 +91,7 @@ def holds_rows(student: Tensor, call: DenseCall, constants: dict[str, Any], load
 
     Other divergences would spill.
     """
-    if load == "odd" or not _has_clusters(student.device):
+    if load == "odd" or not has_clusters(student.device):
         return False
     columns, widest = student.shape[2], SHAPES["held"][-1][0]
     plain = not (call.standardize or call.want_parts or constants["SMOOTH"]) and call.label_probs is None
@@ -99,7 +100,7 @@ def holds_rows(student: Tensor, call: DenseCall, constants: dict[str, Any], load
 
 
 @cache
-def _has_clusters(device: torch.device) -> bool:
+def has_clusters(device: torch.device) -> bool:
     """The interpreter needs none."""
     return device.type != "cuda" or (HAS_CLUSTERS and torch.cuda.get_device_capability(device) >= (9, 0))
 
