@@ -66,7 +66,7 @@ def fullest(smallest: int, enough: int, resident: Callable[[int], int]) -> int:
 
 def takes(op: str, student: Tensor, arguments: tuple[Any, ...]) -> bool:
     """Whether these kernels serve a call of ``dense_rows`` or ``sparse_rows``, or of its gradient forms."""
-    if not (is_built() and student.dtype in DTYPES and _runs_on(student.device.index)):
+    if not (is_built() and student.is_cuda and student.dtype in DTYPES and _runs_on(student.device.index)):
         return False
     call: DenseCall | SparseCall
     if op == "dense_rows":
