@@ -171,6 +171,7 @@ def check_values(
     labels: Tensor | None,
     counted: Tensor,
     temperatures: list[Number],
+    columns: int,
 ) -> None:
     """KDFAST_CHECK=1: bad labels, temperatures and soft labels, and probabilities where logits belong."""
     for tau in temperatures:
@@ -178,16 +179,16 @@ def check_values(
             raise ValueError(f"temperatures must be positive and finite, got values down to {float(tau.min())}")
     if labels is not None and not labels.is_floating_point():
         used = labels.reshape(-1)[counted]
-        if bool(((used < 0) | (used >= student.shape[-1])).any()):
+        if bool(((used < 0) | (used >= columns)).any()):
             raise ValueError(
-                f"labels must be in [0, {student.shape[-1]}) or ignore_index, got values from {int(used.min())} to "
+                f"labels must be in [0, {columns}) or ignore_index, got values from {int(used.min())} to "
                 f"{int(used.max())}"
             )
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, Tensor) and _look_like_probabilities(x.detach()):
             raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
     if isinstance(teacher, SoftLabels) and teacher.ids is not None:
-        _check_entries(teacher, student.shape[-1])
+        _check_entries(teacher, columns)
 
 
 def _look_like_probabilities(x: Tensor) -> bool:

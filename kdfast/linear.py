@@ -13,6 +13,8 @@ from kdfast import _ops
 from kdfast._chunks import TeacherRows, rows_per_chunk
 from kdfast._projection import Layer, WeightGrad
 from kdfast.head import Head
+from kdfast.parallel import in_group
+from kdfast.vocabulary import Shard
 
 __all__ = ["loss_by_chunks"]
 
@@ -24,6 +26,7 @@ class _Rows:
     teacher: TeacherRows
     coef: Tensor  # (5, rows)
     truth: _ops.Truth
+    shard: Shard | None = None  # of the vocabulary that is here; None: all of it
 
     @property
     def count(self) -> int:
@@ -32,7 +35,8 @@ class _Rows:
     def times(self, upstream: Tensor) -> _Rows:
         """Their gradient is the losses', each times its row's ``upstream``."""
         weights = torch.where(self.coef[2:] == 0.0, 0.0, self.coef[2:] * upstream)
-        return _Rows(self.teacher, torch.cat([self.coef[:2], weights]), self.truth._replace(want_parts=False))
+        coef, truth = torch.cat([self.coef[:2], weights]), self.truth._replace(want_parts=False)
+        return _Rows(self.teacher, coef, truth, self.shard)
 
     def chunks(self, bytes_per_row: int) -> Iterator[tuple[int, int, Tensor | None]]:
         """(first row, last row, the teacher's buffer) of each."""
@@ -53,7 +57,10 @@ class _Rows:
             smoothing,
             want_parts,
         )
-        arguments = teacher.arguments(self.coef[:, first:last].contiguous(), truth)
+        coef = self.coef[:, first:last].contiguous()
+        if self.shard is not None:
+            return in_group(logits, teacher, coef, truth, self.shard, form == "_inplace")
+        arguments = teacher.arguments(coef, truth)
         return _ops._op(teacher.op + form)(logits[None], *arguments)  # type: ignore[no-any-return]
 
 
@@ -78,13 +85,14 @@ def loss_by_chunks(
     truth: _ops.Truth,
     backward: str,
     reduction: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The losses' sum, or (rows,) losses for ``reduction="none"``; and (4, rows) parts.
 
     Args:
         student: (rows, V) logits, or a head with (rows, d) hidden states.
     """
-    rows, trains = _Rows(teacher, coef, truth), torch.is_grad_enabled()
+    rows, trains = _Rows(teacher, coef, truth, shard), torch.is_grad_enabled()
     late = backward == "recompute" or reduction == "none" or student.dtype == torch.float64
     with torch.autocast(coef.device.type, enabled=False):
         if isinstance(student, Head):
@@ -149,7 +157,10 @@ def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) 
         backward.add(x, hidden, first, last)
     if backward is None:
         backward = _Backward(student, 0, 0, wanted)
-    return out, backward.take()
+    grads = backward.take()
+    if rows.shard is not None and grads.hidden is not None:
+        grads = grads._replace(hidden=rows.shard.add_up(grads.hidden))
+    return out, grads
 
 
 class _Backward:

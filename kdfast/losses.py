@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast import _checks, _ops
@@ -17,6 +18,8 @@ from kdfast.divergences import Divergence
 from kdfast.head import Head, OutputLayer
 from kdfast.labels import SoftLabels
 from kdfast.linear import loss_by_chunks
+from kdfast.parallel import part_of
+from kdfast.vocabulary import Shard
 
 __all__ = ["KDLoss", "LossParts", "kd_loss"]
 
@@ -52,6 +55,7 @@ def kd_loss(
     backward: str = "fused",
     shift: bool = False,
     return_parts: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Temperature softmax, divergence, cross-entropy and z-loss of every row in one sweep over the logits.
 
@@ -85,6 +89,9 @@ def kd_loss(
         shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
             copying; the last position does not count. The teacher is not shifted: it predicts what the student does.
         return_parts: also return ``LossParts``.
+        group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
+            its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
+            over the whole. A teacher is shared out alike, or whole. A few numbers per row cross between them.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (...,) for ``reduction="none"`` ((..., length - 1)
@@ -98,6 +105,9 @@ def kd_loss(
     student = _checks.check_student(student)
     if isinstance(teacher, PackedLabels):
         teacher = teacher.unpack()
+    shard = None if group is None else Shard(group, student.shape[-1])
+    if shard is not None:
+        teacher = part_of(teacher, shard)
     div = Divergence.of(divergence)
     rows = _Rows(student, shift)
     _checks.check_teacher(student, teacher, rows.count)
@@ -105,20 +115,21 @@ def kd_loss(
     _checks.check_smoothing(label_smoothing)
     _checks.check_labels(labels, student, _needs_labels(div, ce_weight))
     tau_t = temperature if teacher_temperature is None else teacher_temperature
-    _check_divergence(div, student, teacher, tau_t)
+    _check_divergence(div, student, teacher, tau_t, shard)
     _checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
 
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
     if _checks.values_are_checked():
-        _checks.check_values(student, teacher, index, counted, [temperature, tau_t])
+        columns = student.shape[-1] if shard is None else shard.last
+        _checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
     weight = rows.weights(counted, row_weight, reduction, num_items)
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
-    if isinstance(student, Head) or isinstance(teacher, Head):
-        loss, parts = _run_by_chunks(student, teacher, rows, div, tau_t, coef, truth, backward, reduction)
+    if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
+        loss, parts = _run_by_chunks(student, teacher, rows, div, tau_t, coef, truth, backward, reduction, shard)
     else:
         target = _target(teacher, rows, div, tau_t)
         loss, parts = _run(rows.lay_out(student), target, coef, truth, backward, reduction)
@@ -277,11 +288,16 @@ def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
 
 
 def _check_divergence(
-    div: Divergence, student: Tensor | Head, teacher: Tensor | Head | SoftLabels, tau_t: Number
+    div: Divergence,
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels,
+    tau_t: Number,
+    shard: Shard | None,
 ) -> None:
     if isinstance(teacher, SoftLabels):
         require_served(teacher, div, tau_t)
     columns = min(student.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1])
+    columns = columns if shard is None else shard.last
     if div.name == "dkd" and columns < 3:
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
 
@@ -328,6 +344,7 @@ def _run_by_chunks(
     truth: _ops.Truth,
     backward: str,
     reduction: str,
+    shard: Shard | None,
 ) -> tuple[Tensor, Tensor]:
     kept = _kept(student, coef)
     if truth.probs is not None:
@@ -342,7 +359,7 @@ def _run_by_chunks(
     else:
         flat = student.reshape(rows.count, student.shape[-1])
     source = _rows_of(teacher, rows, div, tau_t, kept)
-    loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction)
+    loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction, shard)
     if kept is None:
         return loss, parts
     if reduction == "none":
