@@ -111,7 +111,9 @@ def edges(rank, world):
     student[2] = -math.inf
     labels[3], labels[4] = VOCAB, 4
     for kind in ("logits", "topk"):
-        given = teacher if kind == "logits" else make_teacher("topk", states, layer)
+        top, ids = teacher.log_softmax(-1).topk(4)
+        tail = torch.log1p(-top.exp().sum(-1))[None]
+        given = teacher if kind == "logits" else SoftLabels.topk(ids, top.float(), tail, vocab_size=VOCAB)
         leaves = [student.clone().requires_grad_(), student[:, here].clone().requires_grad_()]
         options = {"ce_weight": 0.5, "reduction": "none", "return_parts": True, "temperature": 1.0}
         whole, whole_parts = kd_loss(leaves[0], given, labels, **options)
