@@ -23,7 +23,6 @@ def _enter(rank, world, store, function, arguments):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=SECONDS)}
     dist.init_process_group("gloo", init_method=store, **options)
-    try:
-        function(rank, world, *arguments)
-    finally:
-        dist.destroy_process_group()
+    function(rank, world, *arguments)
+    dist.barrier()  # nobody leaves while another still listens to it
+    dist.destroy_process_group()
