@@ -19,6 +19,10 @@ from kdfast.vocabulary import Shard
 __all__ = ["loss_by_chunks"]
 
 
+# Numbers per column that the formulas of a shared vocabulary keep for their gradient, logits and what they come with.
+KEPT_IN_GROUP = 20
+
+
 @dataclass(frozen=True)
 class _Rows:
     """All rows of a loss: what the student's logits, which come in chunks, are compared with."""
@@ -40,7 +44,10 @@ class _Rows:
 
     def chunks(self, bytes_per_row: int) -> Iterator[tuple[int, int, Tensor | None]]:
         """(first row, last row, the teacher's buffer) of each."""
-        rows = rows_per_chunk(self.count, bytes_per_row + self.teacher.bytes_per_row())
+        bytes_per_row += self.teacher.bytes_per_row()
+        if self.shard is not None:  # the same on every process, as their chunks must be
+            bytes_per_row = KEPT_IN_GROUP * self.shard.widest * self.coef.element_size()
+        rows = rows_per_chunk(self.count, bytes_per_row)
         buffer = self.teacher.buffer(rows)
         for first in range(0, self.count, max(1, rows)):
             yield first, min(first + rows, self.count), buffer
@@ -78,6 +85,7 @@ class _Outcome:
             self.parts[:, first:last] = parts
 
 
+@torch.compiler.disable  # whose graphs would unroll the chunks
 def loss_by_chunks(
     student: Tensor | Head,
     teacher: TeacherRows,

@@ -69,7 +69,7 @@ class Shard(Vocabulary):
         widths = _widths(group, width)
         self.last = sum(widths)  # as `columns`, which here is always known
         super().__init__(self.last)
-        self.group, self.width = group, width
+        self.group, self.width, self.widest = group, width, max(widths)
         self.first = sum(widths[: dist.get_rank(group)])
 
     def total(self, x: Tensor) -> Tensor:
