@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401  (loads the libraries that the extension li
 from kdfast import _C, cache
 from kdfast._version import __version__
 from kdfast.cache.packed import PackedLabels
+from kdfast.data_parallel import global_items
 from kdfast.divergences import Divergence, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.head import Head, OutputLayer
 from kdfast.labels import SoftLabels
@@ -22,6 +23,7 @@ __all__ = [
     "alpha_beta",
     "cache",
     "dkd",
+    "global_items",
     "jsd",
     "kd_loss",
     "skew_forward_kl",

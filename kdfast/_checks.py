@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from kdfast.head import Head
 from kdfast.labels import SoftLabels
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "check_logits",
     "check_numbers",
     "check_smoothing",
+    "check_student",
     "check_teacher",
     "check_values",
     "values_are_checked",
@@ -42,15 +44,19 @@ def check_logits(name: str, x: object) -> Tensor:
     return x
 
 
-def check_teacher(student: Tensor, teacher: Tensor | SoftLabels, rows: int) -> None:
+def check_student(student: object) -> Tensor | Head:
+    return student if isinstance(student, Head) else check_logits("student", student)
+
+
+def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, rows: int) -> None:
     if isinstance(teacher, SoftLabels):
         if len(teacher) != rows:
             raise ValueError(
                 f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
             )
     else:
-        logits = check_logits("teacher", teacher)
-        if logits.requires_grad:
+        logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)
+        if (logits.hidden if isinstance(logits, Head) else logits).requires_grad:
             raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
         if logits.shape[:-1] != student.shape[:-1]:
             raise ValueError(
@@ -61,7 +67,7 @@ def check_teacher(student: Tensor, teacher: Tensor | SoftLabels, rows: int) -> N
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
 
 
-def check_labels(labels: Tensor | None, student: Tensor, needed_by: str | None) -> None:
+def check_labels(labels: Tensor | None, student: Tensor | Head, needed_by: str | None) -> None:
     if labels is None:
         if needed_by is not None:
             raise ValueError(f"labels are required by {needed_by}")
@@ -130,7 +136,7 @@ def check_smoothing(value: object) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
 
 
-def check_backward(backward: str, reduction: str, num_items: object, student: Tensor) -> None:
+def check_backward(backward: str, reduction: str, num_items: object, student: Tensor | Head) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if backward not in ("fused", "recompute", "inplace"):
@@ -140,6 +146,8 @@ def check_backward(backward: str, reduction: str, num_items: object, student: Te
             raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
         _check_positive("num_items", num_items)
     if backward == "inplace":
+        if isinstance(student, Head):
+            raise ValueError('backward="inplace" writes over logits, which a Head does not have: use "fused"')
         _check_inplace(reduction, student)
 
 
@@ -158,7 +166,12 @@ def _check_inplace(reduction: str, student: Tensor) -> None:
 
 
 def check_values(
-    student: Tensor, teacher: Tensor | SoftLabels, labels: Tensor | None, counted: Tensor, temperatures: list[Number]
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels,
+    labels: Tensor | None,
+    counted: Tensor,
+    temperatures: list[Number],
+    columns: int,
 ) -> None:
     """KDFAST_CHECK=1: bad labels, temperatures and soft labels, and probabilities where logits belong."""
     for tau in temperatures:
@@ -166,16 +179,16 @@ def check_values(
             raise ValueError(f"temperatures must be positive and finite, got values down to {float(tau.min())}")
     if labels is not None and not labels.is_floating_point():
         used = labels.reshape(-1)[counted]
-        if bool(((used < 0) | (used >= student.shape[-1])).any()):
+        if bool(((used < 0) | (used >= columns)).any()):
             raise ValueError(
-                f"labels must be in [0, {student.shape[-1]}) or ignore_index, got values from {int(used.min())} to "
+                f"labels must be in [0, {columns}) or ignore_index, got values from {int(used.min())} to "
                 f"{int(used.max())}"
             )
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, Tensor) and _look_like_probabilities(x.detach()):
             raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
     if isinstance(teacher, SoftLabels) and teacher.ids is not None:
-        _check_entries(teacher, student.shape[-1])
+        _check_entries(teacher, columns)
 
 
 def _look_like_probabilities(x: Tensor) -> bool:

@@ -20,7 +20,8 @@ from kdfast._calls import DenseCall, SparseCall
 from kdfast.divergences import Divergence
 from kdfast.kernels import cluster
 
-__all__ = ["Background", "DenseTeacher", "SparseTeacher", "Truth", "row_loss", "row_loss_fused", "row_loss_inplace"]
+__all__ = ["Background", "DenseTeacher", "SparseTeacher", "Teacher", "Truth", "row_loss", "row_loss_fused"]
+__all__ += ["row_loss_inplace", "scaled_once"]
 
 _KINDS: tuple[str, ...] = _C.divergences()
 
@@ -130,18 +131,21 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(_ONCE)
 
 
-def _scaled_once(ctx: Any, upstream: Tensor) -> Any:
-    """The saved gradient times the upstream scalar, in its own memory; None for the other arguments."""
+def scaled_once(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The saved gradients times the upstream scalar, each in its own memory."""
     if not torch.compiler.is_compiling():
         if getattr(ctx, "spent", False):
             raise RuntimeError(_SPENT)
         ctx.spent = True
-    (grad,) = ctx.saved_tensors
+    return tuple(None if grad is None else _scaled(grad, upstream) for grad in ctx.saved_tensors)
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     with torch.no_grad():
         _op("scale_")(grad, upstream)
     if torch.is_grad_enabled():  # create_graph=True
         grad = _Once.apply(grad, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
-    return grad, *(None,) * ctx.others
+    return grad
 
 
 class _Fused(torch.autograd.Function):
@@ -152,7 +156,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return _scaled_once(ctx, upstream)
+        return *scaled_once(ctx, upstream), *(None,) * ctx.others
 
 
 class _InPlace(torch.autograd.Function):
@@ -164,7 +168,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return _scaled_once(ctx, upstream)
+        return *scaled_once(ctx, upstream), *(None,) * ctx.others
 
 
 def _save_for_backward(

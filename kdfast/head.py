@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
@@ -85,9 +86,21 @@ class OutputLayer:
 class Head:
     """Logits that have not been multiplied out: hidden states, and the output layer that they go through.
 
+    ``kd_loss`` takes it for the student's logits, the teacher's, or both, and multiplies out some rows at a time::
+
+        kd_loss(Head(hidden, model.lm_head.weight), teacher)   # kd_loss(model.lm_head(hidden), teacher)
+
     Args:
-        hidden: (..., d).
+        hidden: (..., d), of the weight's dtype.
         weight, bias, scale, softcap: the layer, as ``OutputLayer`` takes them.
+        logits_dtype: what the products are summed in and rounded to: float32 (float64 for float64). A narrow one saves
+            time where a processor has no products of narrow numbers with wide sums; near the teacher its gradient is
+            mostly rounding.
+        weight_grad: (vocab, d) float32, which a student's loss adds the weight's gradient to, in the forward pass and
+            instead of returning it. The loss may then be scaled by its weights and ``num_items`` only.
+
+    Raises:
+        TypeError, ValueError: what does not fit, naming what was passed.
     """
 
     hidden: Tensor
@@ -96,7 +109,63 @@ class Head:
     _: KW_ONLY
     scale: float = 1.0
     softcap: float | None = None
+    logits_dtype: torch.dtype | None = None
+    weight_grad: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        for name, x in (("hidden", self.hidden), ("weight", self.weight)):
+            if _is_distributed(x):
+                raise TypeError(
+                    f"{name} is a DTensor, which may hold a part of the vocabulary or of the model: use the head "
+                    "inside the wrapped module's forward, where it is whole"
+                )
+        if self.hidden.dim() < 1 or self.hidden.shape[-1] != layer.width:
+            raise ValueError(f"hidden must be (..., {layer.width}) for this weight, got {tuple(self.hidden.shape)}")
+        if self.hidden.device != self.weight.device:
+            raise ValueError(f"hidden is on {self.hidden.device}, weight on {self.weight.device}")
+        if self.hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(self.weight.device.type):
+            raise TypeError(f"hidden is {self.hidden.dtype}, weight {self.weight.dtype}; they must agree")
+        if self.logits_dtype not in (None, torch.float32, self.weight.dtype):
+            raise TypeError(
+                f"logits_dtype must be float32 or the weight's {self.weight.dtype}, got {self.logits_dtype}"
+            )
+        _check_weight_grad(self.weight, self.weight_grad)
+
+    @property
+    def layer(self) -> OutputLayer:
+        return OutputLayer(self.weight, self.bias, scale=self.scale, softcap=self.softcap)
+
+    # What a tensor of the logits would say of itself.
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits_dtype or torch.promote_types(self.hidden.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
 
     def logits(self) -> Tensor:
-        """(..., vocab) in float32."""
-        return OutputLayer(self.weight, self.bias, scale=self.scale, softcap=self.softcap).logits(self.hidden)
+        """(..., vocab) in float32, without a gradient."""
+        return self.layer.logits(self.hidden)
+
+
+def _is_distributed(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there if it is one
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _check_weight_grad(weight: Tensor, grad: Tensor | None) -> None:
+    if grad is None:
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if grad.shape != weight.shape or grad.dtype != wide or grad.device != weight.device or not grad.is_contiguous():
+        raise ValueError(
+            f"weight_grad must be contiguous {wide} {tuple(weight.shape)} on {weight.device}, got {grad.dtype} "
+            f"{tuple(grad.shape)} on {grad.device}"
+        )

@@ -308,11 +308,15 @@ class SoftLabels:
             return self
         if self.kind != "hidden":
             raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
+        return SoftLabels.dense(self.require_head().logits(self.values), present=self.present)
+
+    def require_head(self) -> OutputLayer:
+        """The output layer of hidden labels. Raises ``ValueError`` if they have not been given it."""
         if self.head is None:
             raise ValueError(
                 "hidden soft labels need the teacher's output layer: kdfast.cache.open(path, head=...) gives it to them"
             )
-        return SoftLabels.dense(self.head.logits(self.values), present=self.present)
+        return self.head
 
     def find_temperature(self, temperature: float | Tensor) -> int | None:
         """Which of ``temperatures`` it is: the row of ``tails``. None for another one, or a tensor."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast import _checks, _ops
+from kdfast._chunks import HeadRows, LogitRows, SparseRows, TeacherRows
+from kdfast._projection import Layer
 from kdfast.cache.codecs.serves import require_served
 from kdfast.cache.packed import PackedLabels
 from kdfast.divergences import Divergence
+from kdfast.head import Head, OutputLayer
 from kdfast.labels import SoftLabels
+from kdfast.linear import loss_by_chunks
+from kdfast.parallel import part_of
+from kdfast.vocabulary import Shard
 
 __all__ = ["KDLoss", "LossParts", "kd_loss"]
 
@@ -28,8 +36,8 @@ class LossParts(NamedTuple):
 
 
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor | SoftLabels | PackedLabels,
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels | PackedLabels,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -47,6 +55,7 @@ def kd_loss(
     backward: str = "fused",
     shift: bool = False,
     return_parts: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Temperature softmax, divergence, cross-entropy and z-loss of every row in one sweep over the logits.
 
@@ -56,10 +65,12 @@ def kd_loss(
                         log_target=True, reduction="batchmean")  # + ce_weight * F.cross_entropy(student, labels)
 
     Args:
-        student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column.
-        teacher: (..., V_t) logits, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s and V_t
-            may differ: the divergence is over the shared columns, both sides renormalised there; CE and z-loss see all
-            of V_s.
+        student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column. A ``Head`` holds
+            what they are made of: then they exist for a chunk of rows at a time, as many as KDFAST_WORKSPACE allows
+            ("512MiB" without), and the gradient reaches the hidden states, the weight and the bias.
+        teacher: (..., V_t) logits, a ``Head``, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s
+            and V_t may differ: the divergence is over the shared columns, both sides renormalised there; CE and z-loss
+            see all of V_s.
         labels: (...,) int64 class indices, or (..., V_s) class probabilities. Needed by CE and ``dkd``.
         divergence: a name of ``kdfast.divergences``, or a ``Divergence`` where it has parameters.
         temperature: the student's, and the teacher's unless ``teacher_temperature`` is given. A number, or a tensor
@@ -78,6 +89,9 @@ def kd_loss(
         shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
             copying; the last position does not count. The teacher is not shifted: it predicts what the student does.
         return_parts: also return ``LossParts``.
+        group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
+            its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
+            over the whole. A teacher is shared out alike, or whole. A few numbers per row cross between them.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (...,) for ``reduction="none"`` ((..., length - 1)
@@ -88,9 +102,12 @@ def kd_loss(
         Values inside tensors are checked under KDFAST_CHECK=1; otherwise a bad label or temperature makes its own row
         NaN.
     """
-    student = _checks.check_logits("student", student)
+    student = _checks.check_student(student)
     if isinstance(teacher, PackedLabels):
         teacher = teacher.unpack()
+    shard = None if group is None else Shard(group, student.shape[-1])
+    if shard is not None:
+        teacher = part_of(teacher, shard)
     div = Divergence.of(divergence)
     rows = _Rows(student, shift)
     _checks.check_teacher(student, teacher, rows.count)
@@ -98,20 +115,24 @@ def kd_loss(
     _checks.check_smoothing(label_smoothing)
     _checks.check_labels(labels, student, _needs_labels(div, ce_weight))
     tau_t = temperature if teacher_temperature is None else teacher_temperature
-    _check_divergence(div, student, teacher, tau_t)
+    _check_divergence(div, student, teacher, tau_t, shard)
     _checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
 
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
     if _checks.values_are_checked():
-        _checks.check_values(student, teacher, index, counted, [temperature, tau_t])
+        columns = student.shape[-1] if shard is None else shard.last
+        _checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
     weight = rows.weights(counted, row_weight, reduction, num_items)
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     truth = _ops.Truth(index, probs, float(label_smoothing), return_parts)
-    target = _target(teacher, rows, div, tau_t)
-    loss, parts = _run(rows.logits, target, coef, truth, backward, reduction)
+    if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
+        loss, parts = _run_by_chunks(student, teacher, rows, div, tau_t, coef, truth, backward, reduction, shard)
+    else:
+        target = _target(teacher, rows, div, tau_t)
+        loss, parts = _run(rows.lay_out(student), target, coef, truth, backward, reduction)
     if reduction == "none":
         loss = rows.unflatten(loss)
     if not return_parts:
@@ -136,7 +157,11 @@ class KDLoss(nn.Module):
         self.options = options
 
     def forward(
-        self, student: Tensor, teacher: Tensor | SoftLabels | PackedLabels, labels: Tensor | None = None, **options: Any
+        self,
+        student: Tensor | Head,
+        teacher: Tensor | Head | SoftLabels | PackedLabels,
+        labels: Tensor | None = None,
+        **options: Any,
     ) -> Any:
         return kd_loss(student, teacher, labels, **{**self.options, **options})
 
@@ -145,15 +170,14 @@ class KDLoss(nn.Module):
 
 
 class _Rows:
-    """The student's leading dimensions, as (outer, inner, V) rows."""
+    """The student's leading dimensions, as rows."""
 
-    def __init__(self, student: Tensor, shift: bool) -> None:
-        if shift and student.dim() < 2:
+    def __init__(self, student: Tensor | Head, shift: bool) -> None:
+        if shift and len(student.shape) < 2:
             raise ValueError(f"shift needs (..., length, vocabulary) logits, got {tuple(student.shape)}")
         self.shift = shift
         self.shape = student.shape[:-1]
-        self.logits = self.lay_out(student)
-        self.count = self.logits.shape[0] * self.logits.shape[1]
+        self.count = self.shape.numel()
         self.dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         self.device = student.device
 
@@ -214,7 +238,7 @@ class _Rows:
         return self.lay_out(labels.roll(-1, -2) if self.shift else labels)
 
     def counted(
-        self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | SoftLabels
+        self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | Head | SoftLabels
     ) -> Tensor:
         if index is None:
             counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
@@ -263,10 +287,17 @@ def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
     return "divergence dkd" if div.name == "dkd" else None
 
 
-def _check_divergence(div: Divergence, student: Tensor, teacher: Tensor | SoftLabels, tau_t: Number) -> None:
+def _check_divergence(
+    div: Divergence,
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels,
+    tau_t: Number,
+    shard: Shard | None,
+) -> None:
     if isinstance(teacher, SoftLabels):
         require_served(teacher, div, tau_t)
-    columns = min(student.shape[-1], teacher.shape[-1] if isinstance(teacher, Tensor) else teacher.vocab_size)
+    columns = min(student.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1])
+    columns = columns if shard is None else shard.last
     if div.name == "dkd" and columns < 3:
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
 
@@ -275,7 +306,11 @@ def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: N
     if isinstance(teacher, Tensor):
         return _ops.DenseTeacher(rows.lay_out(teacher), div)
     if teacher.kind in ("dense", "hidden"):
-        return _ops.DenseTeacher(rows.lay_out(teacher.to_dense().values).view(*rows.logits.shape[:2], -1), div)
+        return _ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, -1)), div)
+    return _sparse(teacher, rows, div, tau_t)
+
+
+def _sparse(teacher: SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> _ops.SparseTeacher:
     weights, tail = teacher.at(tau_t)
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
     background = None if teacher.shapes is None else _ops.Background(teacher._shape(), teacher.shapes, div)
@@ -294,3 +329,83 @@ def _run(
         return _ops.row_loss_fused(logits, target, coef, truth)
     loss, parts = _ops.row_loss(logits, target, coef, truth)
     return (loss if reduction == "none" else loss.sum()), parts
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+def _run_by_chunks(
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels,
+    rows: _Rows,
+    div: Divergence,
+    tau_t: Number,
+    coef: Tensor,
+    truth: _ops.Truth,
+    backward: str,
+    reduction: str,
+    shard: Shard | None,
+) -> tuple[Tensor, Tensor]:
+    kept = _kept(student, coef)
+    if truth.probs is not None:
+        truth = truth._replace(probs=truth.probs.reshape(1, rows.count, student.shape[-1]))
+    if kept is not None:
+        coef = coef[:, kept]
+        target = None if truth.target is None else truth.target[kept]
+        probs = None if truth.probs is None else truth.probs[:, kept]
+        truth = truth._replace(target=target, probs=probs)
+    if isinstance(student, Head):
+        flat: Tensor | Head = _flat_head(student, kept)
+    else:
+        flat = student.reshape(rows.count, student.shape[-1])
+    source = _rows_of(teacher, rows, div, tau_t, kept)
+    loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction, shard)
+    if kept is None:
+        return loss, parts
+    if reduction == "none":
+        loss = loss.new_zeros(rows.count).index_copy(0, kept, loss)
+    if truth.want_parts:
+        parts = parts.new_zeros(4, rows.count).index_copy(1, kept, parts)
+    return loss, parts
+
+
+def _kept(student: Tensor | Head, coef: Tensor) -> Tensor | None:
+    """The rows that count, where finding them costs less than multiplying the others out. Elsewhere the host waits."""
+    if not isinstance(student, Head) or coef.device.type != "cpu":
+        return None
+    counts = (coef[2:] != 0.0).any(0)
+    return None if bool(counts.all()) else counts.nonzero()[:, 0]
+
+
+def _flat_head(head: Head, kept: Tensor | None) -> Head:
+    hidden, weight, bias = (
+        head.hidden.flatten(0, -2) if head.hidden.dim() > 1 else head.hidden[None],
+        head.weight,
+        head.bias,
+    )
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight, bias=bias)
+
+
+def _rows_of(
+    teacher: Tensor | Head | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number, kept: Tensor | None
+) -> TeacherRows:
+    if isinstance(teacher, Tensor):
+        return LogitRows(teacher.reshape(1, rows.count, teacher.shape[-1]), div, kept)
+    if isinstance(teacher, Head):
+        teacher = _flat_head(teacher, kept)
+        return _head_rows(teacher.hidden, teacher.layer, div, teacher.dtype)
+    if kept is not None:
+        teacher = teacher[kept]
+    if teacher.kind == "hidden":
+        return _head_rows(teacher.values, teacher.require_head(), div, torch.float32)
+    if teacher.kind == "dense":
+        return LogitRows(teacher.values[None], div)
+    return SparseRows(_sparse(teacher, rows, div, tau_t))
+
+
+def _head_rows(hidden: Tensor, layer: OutputLayer, div: Divergence, dtype: torch.dtype) -> HeadRows:
+    bias = None if layer.bias is None else layer.bias.detach()
+    return HeadRows(hidden.detach(), Layer(layer.weight.detach(), bias, layer.scale, layer.softcap), div, dtype)

@@ -76,7 +76,7 @@ def load_row(at, KIND: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, WI
     """All tiles of both sides' logits. Of several, each is worked on before the next: one large one would spill."""
     tiles = ()
     for i in tl.static_range(HELD):
-        tiles += (load_tile(at, i * BLOCK, KIND, "logits", BLOCK, WIDTH),)
+        tiles += (load_tile(at, i * BLOCK, KIND, "logits", BLOCK, WIDTH),)  # type: ignore[assignment]
     return tiles
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from kdfast.cache.builder import BLOCK_ROWS, SHARD_BYTES
@@ -17,7 +18,9 @@ __all__ = ["salvage"]
 JOURNAL_NAME = re.compile(r"shard-([A-Za-z0-9_]+)\.journal")
 
 
-def salvage(path: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None) -> int:
+def salvage(
+    path: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None, keep: Collection[str] = ()
+) -> int:
     """Seal every unfinished shard of a cache that no live writer holds, up to its last good block.
 
     A writer that will be started again needs no salvage: it goes on by itself, and its shards then come out as if it
@@ -26,6 +29,7 @@ def salvage(path: str | os.PathLike[str], *, staging: str | os.PathLike[str] | N
     Args:
         path: the cache's directory or URL.
         staging: as ``Writer`` was given it.
+        keep: names of writers that will go on themselves.
 
     Returns:
         The number of records sealed.
@@ -35,8 +39,9 @@ def salvage(path: str | os.PathLike[str], *, staging: str | os.PathLike[str] | N
     """
     storage = open_storage(path)
     folder = work_folder(storage, staging)
-    names = [match[1] for name in LocalStorage(folder).list() if (match := JOURNAL_NAME.fullmatch(name))]
-    sealed = sum(_salvage(storage, folder, writer) for writer in names)
+    files = LocalStorage(folder).list() if folder.is_dir() else []
+    names = {match[1] for name in files if (match := JOURNAL_NAME.fullmatch(name))}
+    sealed = sum(_salvage(storage, folder, writer) for writer in sorted(names - set(keep)))
     if sealed:
         write_manifest(storage)
     return sealed

@@ -18,7 +18,7 @@ from kdfast.cli.progress import bar
 if TYPE_CHECKING:
     from kdfast.cache.convert import BiasReport, Source
 
-__all__ = ["convert"]
+__all__ = ["convert", "option_of"]
 
 
 class Format(str, Enum):
@@ -51,7 +51,7 @@ def convert(
     drop_broken: Annotated[bool, typer.Option("--drop-broken", help="Leave out records with a broken row.")] = False,
 ) -> None:
     """Import labels that another tool has stored, or store a kdfast cache in another way; and say what is left out."""
-    options = dict(_option(text) for text in option or ())
+    options = dict(option_of(text) for text in option or ())
     if k is not None:
         options["k"] = k
     with failing(ValueError, TypeError):
@@ -93,7 +93,7 @@ def _source(form: Format, path: Path, config: Path | None, alignment: str | None
     return Megatron(path, tokens)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option_of(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise typer.BadParameter(f"an option is NAME=VALUE, such as value_dtype=float32; got {text!r}")

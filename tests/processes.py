@@ -1,0 +1,28 @@
+"""Runs a function on several processes of this machine that form a group; a dead one fails the test in bounded time."""
+
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 120  # that a process waits for another
+
+
+def run(function, world, *arguments):
+    """``function(rank, world, *arguments)`` on each of them. Raises what the first one to fail has raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (world, f"file://{Path(folder, 'store')}", function, arguments), nprocs=world)
+
+
+def _enter(rank, world, store, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=SECONDS)}
+    dist.init_process_group("gloo", init_method=store, **options)
+    function(rank, world, *arguments)
+    dist.barrier()  # nobody leaves while another still listens to it
+    dist.destroy_process_group()
