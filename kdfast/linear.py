@@ -85,7 +85,6 @@ class _Outcome:
             self.parts[:, first:last] = parts
 
 
-@torch.compiler.disable  # whose graphs would unroll the chunks
 def loss_by_chunks(
     student: Tensor | Head,
     teacher: TeacherRows,
