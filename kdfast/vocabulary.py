@@ -6,8 +6,8 @@ The oracle is written in them, so that one set of formulas serves both.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -129,9 +129,15 @@ def _sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-@cache
+# Of a group that is still there: held any longer its threads would outlive it.
+_known: WeakKeyDictionary[dist.ProcessGroup, dict[int, list[int]]] = WeakKeyDictionary()
+
+
 def _widths(group: dist.ProcessGroup, width: int) -> list[int]:
     """Of all processes' shards. They ask once: a vocabulary's shards do not change without all of them changing."""
-    widths: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(widths, width, group=group)
-    return widths
+    known = _known.setdefault(group, {})
+    if width not in known:
+        widths: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(widths, width, group=group)
+        known[width] = widths
+    return known[width]
