@@ -368,8 +368,9 @@ def _arguments(student: Tensor, grad: Tensor | None, call: SparseCall) -> tuple[
     _check(call.ids, call.offsets, rows, call.shape, shapes, call.kind)
     constants = {**constants_of(call.kind, call.a, call.b), "STANDARDIZE": False, "SMOOTH": call.smoothing != 0.0}
     load = load_of(constants, columns, call.label_probs is not None, student, call.label_probs, grad)
-    # A tail's shape is a second row to read, with a logarithm per column.
-    tile, width = tile_for("heavy" if load == "light" and shapes is not None else load, columns, student)
+    if shapes is not None:  # a second row to read, with a logarithm per column
+        load = {"light": "heavy", "heavy": "heavy" if call.label_probs is None else "odd"}.get(load, load)
+    tile, width = tile_for(load, columns, student)
     del constants["STANDARDIZE"]
     programs = programs_for(rows, student.device, tile.programs)
     # A bit per column for each program, up to whole tiles.
