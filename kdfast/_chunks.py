@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kdfast import _ops
-from kdfast._projection import Layer
+from kdfast._projection import multiply_out
 from kdfast.divergences import Divergence
+from kdfast.head import OutputLayer
 
 __all__ = ["HeadRows", "LogitRows", "SparseRows", "TeacherRows", "rows_per_chunk", "workspace_bytes"]
 
@@ -60,7 +61,7 @@ class HeadRows:
     """A teacher's hidden states, whose logits exist a chunk at a time."""
 
     hidden: Tensor  # (rows, d)
-    layer: Layer
+    layer: OutputLayer
     divergence: Divergence
     dtype: torch.dtype  # of the logits
 
@@ -73,7 +74,7 @@ class HeadRows:
     def chunk(self, first: int, last: int, buffer: Tensor | None) -> _ops.Teacher:
         assert buffer is not None
         logits = buffer[: last - first]
-        self.layer.logits(self.hidden[first:last], logits)
+        multiply_out(self.layer, self.hidden[first:last], logits)
         return _ops.DenseTeacher(logits[None], self.divergence)
 
 

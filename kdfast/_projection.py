@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-__all__ = ["Layer", "WeightGrad"]
+from kdfast.head import OutputLayer
+
+__all__ = ["WeightGrad", "multiply_out", "slope_of_cap"]
 
 # Rows of a narrow weight that are made wide at a time, where no product of narrow numbers gives wide ones.
 WIDENED = 4096
 
 
-@dataclass(frozen=True)
-class Layer:
-    """``softcap * tanh(x / softcap)`` of ``x = scale * (hidden @ weight.T + bias)``; see ``kdfast.OutputLayer``."""
+def multiply_out(layer: OutputLayer, hidden: Tensor, out: Tensor) -> None:
+    """(rows, V) logits into ``out``, in whose dtype the products are summed: it may be wider than the weight's."""
+    _products(hidden, layer.weight, out)
+    if layer.bias is not None:
+        out += layer.bias
+    if layer.scale != 1.0:
+        out *= layer.scale
+    if layer.softcap is not None:
+        out.div_(layer.softcap).tanh_().mul_(layer.softcap)
 
-    weight: Tensor  # (V, d)
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
 
-    def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """(rows, V) into ``out``, whose dtype the products are summed in and which may be wider than the weight's."""
-        _products(hidden, self.weight, out)
-        if self.bias is not None:
-            out += self.bias
-        if self.scale != 1.0:
-            out *= self.scale
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def slope(self, logits: Tensor, out: Tensor) -> None:
-        """d logits / dx of capped logits."""
-        assert self.softcap is not None
-        torch.div(logits, self.softcap, out=out)
-        out.square_().neg_().add_(1.0)
+def slope_of_cap(logits: Tensor, softcap: float, out: Tensor) -> None:
+    """d logits / dx of capped logits."""
+    torch.div(logits, softcap, out=out)
+    out.square_().neg_().add_(1.0)
 
 
 def _products(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdfast import _ops
 from kdfast._chunks import TeacherRows, rows_per_chunk
-from kdfast._projection import Layer, WeightGrad
-from kdfast.head import Head
+from kdfast._projection import WeightGrad, multiply_out, slope_of_cap
+from kdfast.head import Head, OutputLayer
 from kdfast.parallel import in_group
 from kdfast.vocabulary import Shard
 
@@ -119,7 +119,7 @@ def loss_by_chunks(
 
 
 class _Student(NamedTuple):
-    layer: Layer
+    layer: OutputLayer
     hidden: Tensor  # (rows, d), of the weight's dtype
     dtype: torch.dtype  # of the logits
     weight_grad: Tensor | None = None  # the caller's own
@@ -146,7 +146,7 @@ def _losses(student: _Student, rows: _Rows) -> _Outcome:
     for first, last, buffer in rows.chunks(student.bytes_per_row(trains=False)):
         logits = student.buffer(last - first, student.dtype) if logits is None else logits
         x = logits[: last - first]
-        student.layer.logits(student.hidden[first:last], x)
+        multiply_out(student.layer, student.hidden[first:last], x)
         out.put(first, last, rows.loss(x, first, last, buffer))
     return out
 
@@ -158,7 +158,7 @@ def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) 
         if backward is None:
             backward = _Backward(student, last - first, rows.count, wanted)
         hidden, x = student.hidden[first:last], backward.logits[: last - first]
-        student.layer.logits(hidden, x)
+        multiply_out(student.layer, hidden, x)
         backward.before(x)
         out.put(first, last, rows.loss(x, first, last, buffer, "_inplace"))
         backward.add(x, hidden, first, last)
@@ -190,8 +190,8 @@ class _Backward:
 
     def before(self, logits: Tensor) -> None:
         """Keeps of the logits what their gradient, which takes their place, is missing."""
-        if self._slope is not None:
-            self._layer.slope(logits, self._slope[: len(logits)])
+        if self._slope is not None and self._layer.softcap is not None:
+            slope_of_cap(logits, self._layer.softcap, self._slope[: len(logits)])
 
     def add(self, grad: Tensor, hidden: Tensor, first: int, last: int) -> None:
         if self._slope is not None:
@@ -222,7 +222,8 @@ class _Options(NamedTuple):
     weight_grad: Tensor | None
 
     def student(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Student:
-        return _Student(Layer(weight, bias, self.scale, self.softcap), hidden, self.dtype, self.weight_grad)
+        layer = OutputLayer(weight, bias, scale=self.scale, softcap=self.softcap)
+        return _Student(layer, hidden, self.dtype, self.weight_grad)
 
 
 _UPSTREAM = "weight_grad is added to in the forward pass: the loss may not be scaled, but its weights and num_items may"

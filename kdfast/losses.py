@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from kdfast import _checks, _ops
 from kdfast._chunks import HeadRows, LogitRows, SparseRows, TeacherRows
-from kdfast._projection import Layer
 from kdfast.cache.codecs.serves import require_served
 from kdfast.cache.packed import PackedLabels
 from kdfast.divergences import Divergence
@@ -121,7 +120,7 @@ def kd_loss(
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
     if _checks.values_are_checked():
-        columns = student.shape[-1] if shard is None else shard.last
+        columns = student.shape[-1] if shard is None else shard.columns
         _checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
     weight = rows.weights(counted, row_weight, reduction, num_items)
     scaled = scale_by_t2 and div.name != "logit_mse"
@@ -297,7 +296,7 @@ def _check_divergence(
     if isinstance(teacher, SoftLabels):
         require_served(teacher, div, tau_t)
     columns = min(student.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1])
-    columns = columns if shard is None else shard.last
+    columns = columns if shard is None else shard.columns
     if div.name == "dkd" and columns < 3:
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
 
@@ -354,10 +353,7 @@ def _run_by_chunks(
         target = None if truth.target is None else truth.target[kept]
         probs = None if truth.probs is None else truth.probs[:, kept]
         truth = truth._replace(target=target, probs=probs)
-    if isinstance(student, Head):
-        flat: Tensor | Head = _flat_head(student, kept)
-    else:
-        flat = student.reshape(rows.count, student.shape[-1])
+    flat = _flat_head(student, kept) if isinstance(student, Head) else student.reshape(rows.count, student.shape[-1])
     source = _rows_of(teacher, rows, div, tau_t, kept)
     loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction, shard)
     if kept is None:
@@ -378,15 +374,11 @@ def _kept(student: Tensor | Head, coef: Tensor) -> Tensor | None:
 
 
 def _flat_head(head: Head, kept: Tensor | None) -> Head:
-    hidden, weight, bias = (
-        head.hidden.flatten(0, -2) if head.hidden.dim() > 1 else head.hidden[None],
-        head.weight,
-        head.bias,
-    )
+    hidden, weight = head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight, bias=bias)
+    return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight)
 
 
 def _rows_of(
@@ -408,4 +400,4 @@ def _rows_of(
 
 def _head_rows(hidden: Tensor, layer: OutputLayer, div: Divergence, dtype: torch.dtype) -> HeadRows:
     bias = None if layer.bias is None else layer.bias.detach()
-    return HeadRows(hidden.detach(), Layer(layer.weight.detach(), bias, layer.scale, layer.softcap), div, dtype)
+    return HeadRows(hidden.detach(), replace(layer, weight=layer.weight.detach(), bias=bias), div, dtype)

@@ -20,9 +20,7 @@ class Vocabulary:
     """Reductions of (rows, V) over the last dimension; column numbers are those of the whole vocabulary."""
 
     first = 0  # the number of the first column here
-
-    def __init__(self, columns: int | None = None) -> None:
-        self.columns = columns  # of the whole vocabulary, where that is not what a row has
+    columns: int | None = None  # of the whole vocabulary, where that is not what a row has
 
     def total(self, x: Tensor) -> Tensor:
         """Of the processes' partial sums."""
@@ -65,10 +63,11 @@ class Shard(Vocabulary):
     compute comes out as often as there are processes.
     """
 
+    columns: int
+
     def __init__(self, group: dist.ProcessGroup, width: int) -> None:
         widths = _widths(group, width)
-        self.last = sum(widths)  # as `columns`, which here is always known
-        super().__init__(self.last)
+        self.columns = sum(widths)
         self.group, self.width, self.widest = group, width, max(widths)
         self.first = sum(widths[: dist.get_rank(group)])
 
@@ -87,8 +86,8 @@ class Shard(Vocabulary):
 
     def argmax(self, x: Tensor) -> Tensor:
         x, most = x.detach(), self.max(x)
-        here = torch.where(x == most[:, None], torch.arange(self.width, device=x.device) + self.first, self.last)
-        least = here.amin(-1) if self.width else here.new_full(here.shape[:-1], self.last)
+        here = torch.where(x == most[:, None], torch.arange(self.width, device=x.device) + self.first, self.columns)
+        least = here.amin(-1) if self.width else here.new_full(here.shape[:-1], self.columns)
         return -self._largest(-least)
 
     def logsumexp(self, x: Tensor) -> Tensor:

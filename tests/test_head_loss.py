@@ -1,13 +1,12 @@
 """Heads: the loss and gradients of the logits that they stand for, whatever the chunks."""
 
 import pytest
+import teachers
 import torch
 
-from kdfast import Head, SoftLabels, kd_loss
-from kdfast.head import OutputLayer
+from kdfast import Head, kd_loss
 
 ROWS, VOCAB, WIDTH = 24, 97, 16
-TEACHERS = ["logits", "head", "topk", "weights", "prototype", "dense", "hidden"]
 
 
 @pytest.fixture(autouse=True, params=["1 chunk", "7 chunks"])
@@ -29,27 +28,9 @@ def logits_of(hidden, weight, bias=None, scale=1.0, softcap=None):
 
 def make_teacher(kind, dtype=torch.float64):
     """(as a head's loss takes it, as the loss of logits does)."""
-    hidden, weight = torch.randn(ROWS, 8, dtype=dtype), torch.randn(VOCAB, 8, dtype=dtype)
-    logits = logits_of(hidden, weight)
-    log_probs = logits.log_softmax(-1)
-    top, ids = log_probs.topk(5)
-    tail = torch.log1p(-top.exp().sum(-1))
-    if kind == "logits":
-        return logits, logits
-    if kind == "head":
-        return Head(hidden, weight), logits
-    if kind == "hidden":
-        labels = SoftLabels.hidden(hidden, OutputLayer(weight))
-    elif kind == "dense":
-        labels = SoftLabels.dense(logits)
-    elif kind == "topk":
-        labels = SoftLabels.topk(ids, top.float(), tail[None], vocab_size=VOCAB)
-    elif kind == "weights":
-        labels = SoftLabels.weights(ids, top.exp().float(), vocab_size=VOCAB)
-    else:
-        table, which = torch.rand(3, VOCAB), torch.randint(0, 3, (ROWS,))
-        labels = SoftLabels.prototype(ids, top.exp().float(), tail, which, table, vocab_size=VOCAB)
-    return labels, labels
+    states, layer = torch.randn(ROWS, 8, dtype=dtype), torch.randn(VOCAB, 8, dtype=dtype)
+    given = teachers.make_teacher(kind, states, layer)
+    return given, states @ layer.T if kind == "head" else given
 
 
 def check(leaves, options, given, expected, labels=None, tolerance=1e-9, **arguments):
@@ -65,7 +46,7 @@ def check(leaves, options, given, expected, labels=None, tolerance=1e-9, **argum
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())), name
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("kind", teachers.TEACHERS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "soft_ce", "jsd"])
 def test_every_teacher(kind, reduction, divergence):

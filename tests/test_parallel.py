@@ -8,15 +8,14 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from teachers import TEACHERS, make_teacher
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 import kdfast
 from kdfast import Head, SoftLabels, kd_loss
 from kdfast.divergences import DIVERGENCES
-from kdfast.head import OutputLayer
 
 ROWS, VOCAB, WIDTH = 6, 37, 8  # which no number of processes divides
-TEACHERS = ["logits", "head", "topk", "weights", "prototype", "dense", "hidden"]
 
 
 def make(seed=0):
@@ -29,26 +28,6 @@ def make(seed=0):
     labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
     labels[1] = -100
     return hidden, weight, bias, randn(ROWS, 5), randn(VOCAB, 5), labels
-
-
-def make_teacher(kind, states, layer):
-    logits = states @ layer.T
-    top, ids = logits.log_softmax(-1).topk(4)
-    tail = torch.log1p(-top.exp().sum(-1))
-    if kind == "logits":
-        return logits
-    if kind == "head":
-        return Head(states, layer)
-    if kind == "hidden":
-        return SoftLabels.hidden(states, OutputLayer(layer))
-    if kind == "dense":
-        return SoftLabels.dense(logits)
-    if kind == "topk":
-        return SoftLabels.topk(ids, top.float(), tail[None], vocab_size=VOCAB)
-    if kind == "weights":
-        return SoftLabels.weights(ids, top.exp().float(), vocab_size=VOCAB)
-    table = torch.rand(3, VOCAB, generator=torch.Generator().manual_seed(1))
-    return SoftLabels.prototype(ids, top.exp().float(), tail, torch.arange(ROWS) % 3, table, vocab_size=VOCAB)
 
 
 def gradients(loss, leaves):
