@@ -74,6 +74,8 @@ def _cases() -> Iterator[GpuCase]:
     yield GpuCase("decode-blocks", 1 << 16, 50257, torch.int32, "decode", 0)
     yield GpuCase("decode-plain", 1 << 16, 50257, torch.int32, "decode", 0)
     yield GpuCase("head-soft-ce", 4096, 128256, bf16, "head", 0, width=2048)
+    for rows, teacher in ((8192, "head"), (8192, "topk"), (512, "head"), (512, "topk")):
+        yield GpuCase(f"head-{teacher}", rows, 128256, bf16, "head", 0, compile=rows == 8192, width=4096)
     for rows, columns in ((8, 128256), (64, 32000)):
         yield GpuCase("kl-graph", rows, columns, bf16, "graph", 6)
 

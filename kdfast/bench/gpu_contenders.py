@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import SoftLabels, kd_loss
+from kdfast.bench.head_contenders import HeadCase, head_contenders
 from kdfast.bench.loss import Case, Loss, eager, ours
+from kdfast.bench.steps import Contenders, Run, compiled, step
 from kdfast.cache.codecs.weights import Sample
 
 if TYPE_CHECKING:
     from kdfast.bench.gpu_cases import GpuCase
 
-__all__ = ["Contenders", "Run", "contenders"]
-
-# Returns what it computes, which a test compares and a benchmark drops.
-Run = Callable[[], Any]
-Contenders = dict[str, Callable[[], Run]]
+__all__ = ["contenders"]
 
 
 def contenders(case: GpuCase, device: str) -> Contenders:
@@ -34,9 +32,8 @@ def contenders(case: GpuCase, device: str) -> Contenders:
         return _decode(case, device)
     labels = torch.randint(case.columns, (case.rows,), **options)
     if case.kind == "head":
-        hidden = torch.randn(case.rows, case.width, dtype=case.dtype, **options)
-        weight = torch.randn(case.columns, case.width, dtype=case.dtype, **options).mul_(3 * case.width**-0.5)
-        return _head(hidden, weight, torch.randn(shape, dtype=case.dtype, **options).mul_(3))
+        head = HeadCase(case.name.removeprefix("head-"), case.rows, case.columns, case.width, case.dtype)
+        return head_contenders(head, device, compile=case.compile)
     student, teacher = (torch.randn(shape, dtype=case.dtype, **options).mul_(3) for _ in range(2))
     if case.kind == "sparse":
         return _sparse(case, student, teacher, labels)
@@ -44,38 +41,6 @@ def contenders(case: GpuCase, device: str) -> Contenders:
         return _capture(teacher)
     tau = case.case.temperature or torch.rand(case.rows, **options) + 1.5
     return _dense(case, student, teacher, labels, tau)
-
-
-class _Computed(torch.autograd.Function):
-    """What a model has computed, and a loss may write over, for nothing: the tensor itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
-
-
-def _step(loss: Callable[..., Tensor], *leaves: Tensor, inplace: bool = False) -> Run:
-    """Loss and gradients; the gradients are dropped, as a training step that has used them would."""
-    leaves = tuple(x.requires_grad_() for x in leaves)
-
-    def run() -> tuple[Tensor, ...]:
-        inputs = tuple(map(_Computed.apply, leaves)) if inplace else leaves
-        value = loss(*inputs)
-        return value, *torch.autograd.grad(value, inputs)
-
-    return run
-
-
-def _compiled(make: Callable[[Any], Run], loss: Any) -> Callable[[], Run]:
-    def run() -> Run:
-        torch.compiler.reset()
-        return make(torch.compile(loss))
-
-    return run
 
 
 @contextmanager
@@ -105,18 +70,18 @@ def _by(kernels: str, run: Run) -> Run:
 def _dense(case: GpuCase, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any) -> Contenders:
     inplace = case.case.backward == "inplace"
 
-    def step(loss: Loss, inplace: bool = False) -> Run:
-        return _step(lambda s: loss(s, teacher, labels, tau), student, inplace=inplace)
+    def of(loss: Loss, inplace: bool = False) -> Run:
+        return step(lambda s: loss(s, teacher, labels, tau), student, inplace=inplace)
 
     made: Contenders = {
-        "ours": lambda: step(ours(case.case), inplace),
-        "eager": lambda: step(eager(case.case)),
-        "liger": lambda: step(_liger(case.case)),
+        "ours": lambda: of(ours(case.case), inplace),
+        "eager": lambda: of(eager(case.case)),
+        "liger": lambda: of(_liger(case.case)),
     }
     for kernels in case.others:
-        made[kernels] = lambda kernels=kernels: _by(kernels, step(ours(case.case), inplace))  # type: ignore[misc]
+        made[kernels] = lambda kernels=kernels: _by(kernels, of(ours(case.case), inplace))  # type: ignore[misc]
     if case.compile:
-        made["compile"] = _compiled(step, eager(case.case))
+        made["compile"] = compiled(of, eager(case.case))
     return made
 
 
@@ -157,26 +122,12 @@ def _sparse(case: GpuCase, student: Tensor, teacher: Tensor, labels: Tensor) -> 
     def fused(s: Tensor) -> Tensor:
         return kd_loss(s, soft, labels, ce_weight=1.0)  # type: ignore[no-any-return]
 
-    made: Contenders = {"ours": lambda: _step(fused, student), "eager": lambda: _step(gathered, student)}
+    made: Contenders = {"ours": lambda: step(fused, student), "eager": lambda: step(gathered, student)}
     for kernels in case.others:
-        made[kernels] = lambda kernels=kernels: _by(kernels, _step(fused, student))  # type: ignore[misc]
+        made[kernels] = lambda kernels=kernels: _by(kernels, step(fused, student))  # type: ignore[misc]
     if case.compile:
-        made["compile"] = _compiled(lambda loss: _step(loss, student), gathered)
+        made["compile"] = compiled(lambda loss: step(loss, student), gathered)
     return made
-
-
-def _head(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Contenders:
-    """A head and soft cross-entropy: what ``F.linear_cross_entropy`` does with class probabilities."""
-    probs = teacher.float().softmax(-1).to(teacher.dtype)
-
-    def fused(h: Tensor, w: Tensor) -> Tensor:
-        return kd_loss(F.linear(h, w), teacher, divergence="soft_ce", backward="inplace")  # type: ignore[no-any-return]
-
-    return {
-        "ours": lambda: _step(fused, hidden, weight),
-        "eager": lambda: _step(lambda h, w: F.cross_entropy(F.linear(h, w), probs), hidden, weight),
-        "linear_cross_entropy": lambda: _step(lambda h, w: F.linear_cross_entropy(h, w, probs), hidden, weight),
-    }
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

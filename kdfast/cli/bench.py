@@ -1,8 +1,7 @@
-"""``kdfast bench``: the loss against eager PyTorch and torch.compile, the cache against other systems' labels."""
+"""``kdfast bench``: losses against eager PyTorch and torch.compile, the cache against other systems' labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kdfast.cli.failing import failing
+from kdfast.cli.bench_head import head
+from kdfast.cli.failing import failing, known
 from kdfast.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 TABLE_WIDTH = 150  # of the cache's table, which nobody could read if it were folded
 
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+
+
+app.command()(head)
 
 
 @app.callback()
@@ -43,7 +46,7 @@ def loss(
 
     shapes = [_parse_shape(text) for text in shape] if shape else SHAPES
     plan = [
-        (_known(c, CASES), _known(d, DTYPES), *size) for c in case or CASES for d in dtype or DTYPES for size in shapes
+        (known(c, CASES), known(d, DTYPES), *size) for c in case or CASES for d in dtype or DTYPES for size in shapes
     ]
     console = Console()
     results = [measure(*item, repeats) for item in track(plan, "Timing", console=console)]
@@ -76,7 +79,7 @@ def cache(
     from kdfast.bench.cache_plot import plot_cache
     from kdfast.bench.cache_report import COLUMNS, LEGEND, cells, describe_access, save_cache
 
-    arms = [ARMS[_known(name, ARMS)] for name in arm or ARMS]
+    arms = [ARMS[known(name, ARMS)] for name in arm or ARMS]
     console = Console(width=max(Console().width, TABLE_WIDTH))
     with failing():
         rows, stored = _cache_rows(teacher, tokens, evaluated, arms, repeats)
@@ -135,9 +138,3 @@ def _parse_shape(text: str) -> tuple[int, int]:
     except ValueError:
         raise typer.BadParameter(f"a shape is ROWSxCOLUMNS, such as 512x32000; got {text!r}") from None
     return rows, columns
-
-
-def _known(name: str, names: Iterable[str]) -> str:
-    if name not in names:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}")
-    return name

@@ -1,8 +1,8 @@
-"""How a command ends when a cache or a file is at fault."""
+"""How a command ends when a cache, a file or a name is at fault."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from kdfast.cache import CacheError
 
-__all__ = ["failing"]
+__all__ = ["failing", "known"]
 
 
 @contextmanager
@@ -24,3 +24,10 @@ def failing(*also: type[Exception]) -> Iterator[None]:
             raise
         Console(stderr=True).print(f"[red]error[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def known(name: str, names: Iterable[str]) -> str:
+    """The name, if it is one of them."""
+    if name not in names:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}")
+    return name
