@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +10,11 @@ from torch import Tensor
 
 from kdfast import _ops
 from kdfast._projection import multiply_out
+from kdfast._workspace import Workspace, workspace_bytes
 from kdfast.divergences import Divergence
 from kdfast.head import OutputLayer
 
-__all__ = ["HeadRows", "LogitRows", "SparseRows", "TeacherRows", "rows_per_chunk", "workspace_bytes"]
-
-_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def workspace_bytes() -> int:
-    """KDFAST_WORKSPACE, such as "256MiB" or a number of bytes: what the logits of a chunk may take. 512 MiB without."""
-    text = os.environ.get("KDFAST_WORKSPACE", "512MiB")
-    match = re.fullmatch(r"(\d+)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE)
-    unit = None if match is None else _UNITS.get((match[2] or "").upper())
-    if match is None or unit is None or int(match[1]) < 1:
-        raise ValueError(f'KDFAST_WORKSPACE must be a size such as "512MiB", got {text!r}')
-    return int(match[1]) * unit
+__all__ = ["HeadRows", "LogitRows", "SparseRows", "TeacherRows", "rows_per_chunk"]
 
 
 def rows_per_chunk(rows: int, bytes_per_row: int) -> int:
@@ -47,7 +34,7 @@ class LogitRows:
     def bytes_per_row(self) -> int:
         return 0 if self.kept is None else self.logits.shape[2] * self.logits.element_size()
 
-    def buffer(self, rows: int) -> Tensor | None:
+    def buffer(self, rows: int, space: Workspace) -> Tensor | None:
         return None
 
     def chunk(self, first: int, last: int, buffer: Tensor | None) -> _ops.Teacher:
@@ -68,8 +55,8 @@ class HeadRows:
     def bytes_per_row(self) -> int:
         return self.layer.weight.shape[0] * self.dtype.itemsize
 
-    def buffer(self, rows: int) -> Tensor | None:
-        return torch.empty(rows, self.layer.weight.shape[0], dtype=self.dtype, device=self.hidden.device)
+    def buffer(self, rows: int, space: Workspace) -> Tensor | None:
+        return space.empty(rows, self.layer.vocab_size, self.dtype)
 
     def chunk(self, first: int, last: int, buffer: Tensor | None) -> _ops.Teacher:
         assert buffer is not None
@@ -87,7 +74,7 @@ class SparseRows:
     def bytes_per_row(self) -> int:
         return 0
 
-    def buffer(self, rows: int) -> Tensor | None:
+    def buffer(self, rows: int, space: Workspace) -> Tensor | None:
         return None
 
     def chunk(self, first: int, last: int, buffer: Tensor | None) -> _ops.Teacher:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdfast import _ops
 from kdfast._chunks import TeacherRows, rows_per_chunk
 from kdfast._projection import WeightGrad, multiply_out, slope_of_cap
+from kdfast._workspace import Workspace
 from kdfast.head import Head, OutputLayer
 from kdfast.parallel import in_group
 from kdfast.vocabulary import Shard
@@ -36,19 +37,22 @@ class _Rows:
     def count(self) -> int:
         return self.coef.shape[1]
 
+    def workspace(self) -> Workspace:
+        return Workspace(self.coef.device)
+
     def times(self, upstream: Tensor) -> _Rows:
         """Their gradient is the losses', each times its row's ``upstream``."""
         weights = torch.where(self.coef[2:] == 0.0, 0.0, self.coef[2:] * upstream)
         coef, truth = torch.cat([self.coef[:2], weights]), self.truth._replace(want_parts=False)
         return _Rows(self.teacher, coef, truth, self.shard)
 
-    def chunks(self, bytes_per_row: int) -> Iterator[tuple[int, int, Tensor | None]]:
+    def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
         """(first row, last row, the teacher's buffer) of each."""
         bytes_per_row += self.teacher.bytes_per_row()
         if self.shard is not None:  # the same on every process, as their chunks must be
             bytes_per_row = KEPT_IN_GROUP * self.shard.widest * self.coef.element_size()
         rows = rows_per_chunk(self.count, bytes_per_row)
-        buffer = self.teacher.buffer(rows)
+        buffer = self.teacher.buffer(rows, space)
         for first in range(0, self.count, max(1, rows)):
             yield first, min(first + rows, self.count), buffer
 
@@ -130,9 +134,6 @@ class _Student(NamedTuple):
         capped = self.layer.softcap is not None
         return self.layer.weight.shape[0] * (wide + trains * (narrow + wide * capped))
 
-    def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, self.layer.weight.shape[0], dtype=dtype, device=self.hidden.device)
-
 
 class _Gradients(NamedTuple):
     hidden: Tensor | None
@@ -143,28 +144,31 @@ class _Gradients(NamedTuple):
 def _losses(student: _Student, rows: _Rows) -> _Outcome:
     """Without a gradient: one matrix product."""
     out, logits = _Outcome(rows), None
-    for first, last, buffer in rows.chunks(student.bytes_per_row(trains=False)):
-        logits = student.buffer(last - first, student.dtype) if logits is None else logits
-        x = logits[: last - first]
-        multiply_out(student.layer, student.hidden[first:last], x)
-        out.put(first, last, rows.loss(x, first, last, buffer))
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(student.bytes_per_row(trains=False), space):
+            if logits is None:
+                logits = space.empty(last - first, student.layer.vocab_size, student.dtype)
+            x = logits[: last - first]
+            multiply_out(student.layer, student.hidden[first:last], x)
+            out.put(first, last, rows.loss(x, first, last, buffer))
     return out
 
 
 def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) -> tuple[_Outcome, _Gradients]:
     """With the gradients of the losses' sum, hidden states', weight's and bias's as ``wanted``: three products."""
     out, backward = _Outcome(rows), None
-    for first, last, buffer in rows.chunks(student.bytes_per_row(trains=True)):
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(student.bytes_per_row(trains=True), space):
+            if backward is None:
+                backward = _Backward(student, last - first, rows.count, wanted, space)
+            hidden, x = student.hidden[first:last], backward.logits[: last - first]
+            multiply_out(student.layer, hidden, x)
+            backward.before(x)
+            out.put(first, last, rows.loss(x, first, last, buffer, "_inplace"))
+            backward.add(x, hidden, first, last)
         if backward is None:
-            backward = _Backward(student, last - first, rows.count, wanted)
-        hidden, x = student.hidden[first:last], backward.logits[: last - first]
-        multiply_out(student.layer, hidden, x)
-        backward.before(x)
-        out.put(first, last, rows.loss(x, first, last, buffer, "_inplace"))
-        backward.add(x, hidden, first, last)
-    if backward is None:
-        backward = _Backward(student, 0, 0, wanted)
-    grads = backward.take()
+            backward = _Backward(student, 0, 0, wanted, space)
+        grads = backward.take()
     if rows.shard is not None and grads.hidden is not None:
         grads = grads._replace(hidden=rows.shard.add_up(grads.hidden))
     return out, grads
@@ -173,12 +177,14 @@ def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) 
 class _Backward:
     """From the logits' gradient to that of what made them, chunk after chunk of at most ``chunk`` rows."""
 
-    def __init__(self, student: _Student, chunk: int, rows: int, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, student: _Student, chunk: int, rows: int, wanted: tuple[bool, bool, bool], space: Workspace
+    ) -> None:
         layer, hidden = student.layer, student.hidden
         self._layer = layer
-        self.logits = student.buffer(chunk, student.dtype)
-        self._slope = None if layer.softcap is None else student.buffer(chunk, student.dtype)
-        self._narrow = None if hidden.dtype == student.dtype else student.buffer(chunk, hidden.dtype)
+        self.logits = space.empty(chunk, layer.vocab_size, student.dtype)
+        self._slope = None if layer.softcap is None else space.empty(chunk, layer.vocab_size, student.dtype)
+        self._narrow = None if hidden.dtype == student.dtype else space.empty(chunk, layer.vocab_size, hidden.dtype)
         self._hidden = torch.empty_like(hidden) if wanted[0] else None
         chunks = 0 if rows == 0 else -(-rows // chunk)
         self._weight = WeightGrad(layer.weight, chunks, student.weight_grad) if wanted[1] else None
@@ -272,11 +278,12 @@ class _Recomputed(torch.autograd.Function):
 def _gradient_of_logits(logits: Tensor, rows: _Rows, grad: Tensor) -> _Outcome:
     """Into ``grad``, which may be the logits' own memory."""
     out = _Outcome(rows)
-    for first, last, buffer in rows.chunks(0):
-        chunk = grad[first:last]
-        if grad is not logits:
-            chunk.copy_(logits[first:last])
-        out.put(first, last, rows.loss(chunk, first, last, buffer, "_inplace"))
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(0, space):
+            chunk = grad[first:last]
+            if grad is not logits:
+                chunk.copy_(logits[first:last])
+            out.put(first, last, rows.loss(chunk, first, last, buffer, "_inplace"))
     return out
 
 
@@ -300,8 +307,9 @@ class _RecomputedLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: _Rows) -> Any:
         out = _Outcome(rows)
-        for first, last, buffer in rows.chunks(0):
-            out.put(first, last, rows.loss(logits[first:last], first, last, buffer))
+        with rows.workspace() as space:
+            for first, last, buffer in rows.chunks(0, space):
+                out.put(first, last, rows.loss(logits[first:last], first, last, buffer))
         ctx.save_for_backward(logits)
         ctx.rows = rows
         ctx.mark_non_differentiable(out.parts)

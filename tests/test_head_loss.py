@@ -1,10 +1,12 @@
 """Heads: the loss and gradients of the logits that they stand for, whatever the chunks."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import teachers
 import torch
 
-from kdfast import Head, kd_loss
+from kdfast import Head, _workspace, kd_loss
 
 ROWS, VOCAB, WIDTH = 24, 97, 16
 
@@ -220,3 +222,31 @@ def test_autocast():
     assert [x.dtype for x in grads] == [torch.float32] * 2
     eager = kd_loss(hidden @ weight.T, given)
     assert torch.allclose(loss, eager, rtol=2e-2)
+
+
+def test_memory_is_used_again_and_bounded(monkeypatch):
+    monkeypatch.setattr(_workspace, "_POOL", _workspace._Pool())
+    hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
+    teacher = torch.randn(ROWS, VOCAB)
+    kd_loss(Head(hidden, weight), teacher)
+    (block,) = _workspace._POOL._kept
+    kd_loss(Head(hidden, weight), teacher)
+    assert _workspace._POOL._kept[0] is block
+    monkeypatch.setenv("KDFAST_WORKSPACE", str(block.numel() - 1))
+    kd_loss(Head(hidden, weight), teacher)
+    assert sum(kept.numel() for kept in _workspace._POOL._kept) < block.numel()
+
+
+def test_losses_of_several_threads():
+    torch.manual_seed(0)
+    weight = torch.randn(VOCAB, WIDTH)
+    inputs = [(torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(ROWS, VOCAB)) for _ in range(16)]
+
+    def gradient(pair):
+        hidden, teacher = pair
+        return torch.autograd.grad(kd_loss(Head(hidden, weight), teacher), hidden)[0]
+
+    alone = list(map(gradient, inputs))
+    with ThreadPoolExecutor(4) as pool:
+        for a, b in zip(pool.map(gradient, inputs), alone, strict=True):
+            assert torch.equal(a, b)
