@@ -11,21 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
+from kdfast.cache.codecs.base import FixedWidthCodec
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
+from kdfast.cache.select import top
 from kdfast.labels import SoftLabels
 
 __all__ = ["TopK"]
 
 VALUE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+TINY = 1e-30  # of a row's mass: sums of less have terms that underflow
 
 
 class TopK(FixedWidthCodec):
     """Ids and log-probabilities at T = 1 of the k largest columns, and the log-mass of all others per temperature.
 
     A row is k ids (u16; 3 bytes above 65536 columns), k log-probabilities (``value_dtype``: float16, whose relative
-    error is 2**-11, or float32) and one float32 tail per temperature. The tail is a log-sum-exp over the columns
-    left out, in float64. Columns at -inf are never entries, nor are those whose log-probability overflows
+    error is 2**-11, or float32) and one float32 tail per temperature: the log of the mass of all columns left out,
+    summed column by column. Columns at -inf are never entries, nor are those whose log-probability overflows
     ``value_dtype``: these stay in the tail, so that the split of the row's mass remains exact.
     """
 
@@ -50,16 +52,17 @@ class TopK(FixedWidthCodec):
         return {"k": self.k, "value_dtype": self.value_dtype}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
-        return SoftLabels.cat([self._select(chunk) for chunk in float64_chunks(logits)])
-
-    def _select(self, z: Tensor) -> SoftLabels:
-        """The labels of ``z``, (rows, vocab) in float64."""
-        top, ids = z.topk(self.k, dim=1)
-        log_probs = (top - z.logsumexp(1, keepdim=True)).float()
+        logits = logits.detach()
+        likeliest = top(logits, temperature=1.0, k=self.k)
+        ids, lost = likeliest.ids.long(), likeliest.probs[:, -1] == 0.0
+        if bool(lost.any()):  # columns whose probability underflows are columns still
+            ids[lost] = logits[lost].topk(self.k, dim=1).indices
+        entries = logits.gather(1, ids).double()
+        log_probs = (entries - entries[:, :1] + likeliest.probs[:, :1].log()).float()
         kept = log_probs.to(VALUE_DTYPES[self.value_dtype]).isfinite()
-        entries = top.masked_fill(~kept, -torch.inf)
-        rest = z.scatter(1, ids, top.masked_fill(kept, -torch.inf))
-        tails = torch.stack([_log_share(rest / t, entries / t) for t in self.temperatures])
+        rests = [likeliest.rest if t == 1.0 else top(logits, temperature=t, k=self.k).rest for t in self.temperatures]
+        columns = ids.where(kept, -1)
+        tails = torch.stack([_tail(logits, columns, rest, t) for rest, t in zip(rests, self.temperatures, strict=True)])
         offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
         return SoftLabels.topk(
             ids[kept],
@@ -104,7 +107,12 @@ class TopK(FixedWidthCodec):
         )
 
 
-def _log_share(rest: Tensor, entries: Tensor) -> Tensor:
-    """(rows,): the log of the softmax mass of ``rest`` in ``rest`` and ``entries`` together."""
-    left, right = rest.logsumexp(1), entries.logsumexp(1)
-    return left - torch.logaddexp(left, right)
+def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float) -> Tensor:
+    """(rows,): the log of the mass beside the columns ``ids``, which is ``rest`` where that has not lost its digits."""
+    tails = rest.log()
+    rows = (rest < TINY).nonzero()[:, 0]
+    if rows.numel():
+        z, entries = logits[rows].double() / temperature, ids[rows]
+        inside = torch.zeros_like(z).scatter_add(1, entries.clamp(min=0), (entries >= 0).double())
+        tails[rows] = z.masked_fill(inside > 0, -torch.inf).logsumexp(1) - z.logsumexp(1)
+    return tails
