@@ -20,12 +20,14 @@ from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.cache.lm import capture_lm, output_layer, windows
 from kdfast.cache.loader import CacheDataset, ElasticSampler
 from kdfast.cache.packed import PackedLabels
+from kdfast.cache.ray_capture import ray_capture
 from kdfast.cache.reader import CacheInfo, CacheReader
 from kdfast.cache.reader import open_cache as open
 from kdfast.cache.salvage import salvage
 from kdfast.cache.shapes import Shapes
 from kdfast.cache.spans import pack_spans
 from kdfast.cache.view import View
+from kdfast.cache.vllm import capture_vllm
 from kdfast.cache.writer import Writer
 
 __all__ = [
@@ -46,12 +48,14 @@ __all__ = [
     "Writer",
     "capture",
     "capture_lm",
+    "capture_vllm",
     "fingerprint",
     "head_fingerprint",
     "learn_shapes",
     "open",
     "output_layer",
     "pack_spans",
+    "ray_capture",
     "replica_key",
     "salvage",
     "windows",

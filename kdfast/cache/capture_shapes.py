@@ -12,7 +12,7 @@ from kdfast.cache.learn_shapes import learn_shapes
 from kdfast.cache.shapes import Shapes
 from kdfast.cache.storage import open_storage
 
-__all__ = ["SHAPES", "can_learn", "shapes_for"]
+__all__ = ["SHAPES", "can_learn", "shapes_for", "stored_shapes"]
 
 SHAPES = 256
 LEARN_ROWS = 65536
@@ -48,7 +48,7 @@ def shapes_for(
         return wanted
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ValueError(f"shapes must be a table or a positive number, got {wanted!r}")
-    found = _stored(path)
+    found = stored_shapes(path)
     if found is not None:
         return found
     if not can_learn(loader):
@@ -62,7 +62,7 @@ def shapes_for(
     )
 
 
-def _stored(path: Any) -> Shapes | None:
+def stored_shapes(path: Any) -> Shapes | None:
     """What an earlier session has learned: a capture that goes on must go on with it."""
     storage = open_storage(path)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdfast._digest import TensorDigest
 from kdfast.head import OutputLayer
 
-__all__ = ["fingerprint", "head_fingerprint", "tokenizer_fingerprint"]
+__all__ = ["fingerprint", "head_fingerprint", "tokenizer_fingerprint", "with_tokenizer"]
 
 # Of a configuration: where it came from and who saved it, not what it computes. Tensors bring their own dtype.
 UNRELATED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -56,6 +56,13 @@ def tokenizer_fingerprint(tokenizer: Any, add_special_tokens: bool) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.text(_json(tokenizer.get_vocab()) if backend is None else _rules(backend.to_str()))
     return digest.hex()
+
+
+def with_tokenizer(teacher: str, tokenizer: Any, add_special_tokens: bool) -> str:
+    """A language model's fingerprint and that of the tokenizer, if one makes its ids."""
+    return (
+        teacher if tokenizer is None else f"{teacher} tokenizer {tokenizer_fingerprint(tokenizer, add_special_tokens)}"
+    )
 
 
 def _rules(serialised: str) -> str:

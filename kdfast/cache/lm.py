@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdfast.cache import codecs
 from kdfast.cache.capture import CaptureReport, capture
-from kdfast.cache.fingerprint import fingerprint, tokenizer_fingerprint
+from kdfast.cache.fingerprint import fingerprint, with_tokenizer
 from kdfast.cache.teacher import call, device_of, evaluating
 from kdfast.divergences import Divergence
 from kdfast.head import OutputLayer
@@ -98,7 +98,7 @@ def capture_lm(
             vocab_size=size,
             codec=codec,
             temperatures=temperatures,
-            teacher=_fingerprint(model, tokenizer, add_special_tokens, teacher),
+            teacher=with_tokenizer(fingerprint(model) if teacher is None else teacher, tokenizer, add_special_tokens),
             outputs=outputs,
             targets=lambda batch: [next_tokens(ids) for ids in _padded(batch)],
             mask=None if mask is None else lambda batch: _masks(batch, mask),
@@ -187,13 +187,6 @@ def _check_agreement(model: Any, layer: OutputLayer, ids: Tensor) -> None:
             f"the last hidden states and the output layer of {type(model).__name__} do not give its logits: it does "
             "something to them that kdfast does not know of; take another codec"
         )
-
-
-def _fingerprint(model: nn.Module, tokenizer: Any, add_special_tokens: bool, teacher: str | None) -> str:
-    teacher = fingerprint(model) if teacher is None else teacher
-    return (
-        teacher if tokenizer is None else f"{teacher} tokenizer {tokenizer_fingerprint(tokenizer, add_special_tokens)}"
-    )
 
 
 def _last_hidden(output: Any, batch: Any) -> Tensor:

@@ -13,6 +13,7 @@ from rich.table import Table
 import kdfast.cache
 from kdfast.cache import CacheInfo
 from kdfast.cli.cache_capture import capture
+from kdfast.cli.cache_capture_vllm import capture_vllm
 from kdfast.cli.cache_convert import convert
 from kdfast.cli.cache_export import export
 from kdfast.cli.cache_merge import merge
@@ -26,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Look into caches of soft labels, a
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's directory.", show_default=False)]
 
 
-for command in (capture, stats, merge, convert, export):
+for command in (capture, capture_vllm, stats, merge, convert, export):
     app.command()(command)
 
 

@@ -17,7 +17,7 @@ from kdfast.cache.ranks import Ranks, capture_share
 from kdfast.cli.cache_convert import option_of
 from kdfast.cli.failing import failing
 
-__all__ = ["capture"]
+__all__ = ["capture", "documents", "load_tokenizer"]
 
 
 def capture(
@@ -42,7 +42,7 @@ def capture(
     ranks = Ranks.of_environment()
     with failing(ValueError, TypeError):
         teacher, tokenizer = _load(model, dtype)
-        corpus = windows(tokenizer, _documents(texts, field), max_length)
+        corpus = windows(tokenizer, documents(texts, field), max_length)
         report = capture_share(
             teacher,
             tokenizer,
@@ -63,17 +63,26 @@ def capture(
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise CacheError('a language model needs transformers: pip install "kdfast[lm]"') from error
+    tokenizer = load_tokenizer(name)
+    from transformers import AutoModelForCausalLM
+
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device), AutoTokenizer.from_pretrained(name)
+    return model.to(device), tokenizer
 
 
-def _documents(files: Sequence[Path], field: str) -> Iterator[str]:
+def load_tokenizer(name: str) -> Any:
+    """A Hugging Face tokenizer. Raises ``CacheError`` if transformers is not installed."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise CacheError('a language model needs transformers: pip install "kdfast[lm]"') from error
+    return AutoTokenizer.from_pretrained(name)
+
+
+def documents(files: Sequence[Path], field: str) -> Iterator[str]:
+    """A document per file, or per line of a .jsonl file. Raises ``CacheError`` for a line without ``field``."""
     for file in files:
         if file.suffix != ".jsonl":
             yield file.read_text()

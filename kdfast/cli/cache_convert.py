@@ -18,7 +18,7 @@ from kdfast.cli.progress import bar
 if TYPE_CHECKING:
     from kdfast.cache.convert import BiasReport, Source
 
-__all__ = ["convert", "option_of"]
+__all__ = ["convert", "option_of", "print_bias"]
 
 
 class Format(str, Enum):
@@ -64,7 +64,7 @@ def convert(
             records = _source(form, source, config, alignment, tokens)
             stored = {"vocab_size": vocab_size, "codec": codec, "teacher": teacher, **options}
             report = _import(records, destination, **checks, **stored)
-    _print(report)
+    print_bias(report)
 
 
 def _recompress(source: Path, destination: Path, **options: Any) -> BiasReport:
@@ -103,7 +103,7 @@ def option_of(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _print(report: BiasReport) -> None:
+def print_bias(report: BiasReport) -> None:
     console = Console()
     for line in report.lines():
         console.print(

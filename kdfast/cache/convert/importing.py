@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheError
 from kdfast.cache.writer import Writer
 
-__all__ = ["TOLERANCE", "import_records"]
+__all__ = ["TOLERANCE", "import_records", "store_records"]
 
 # How far above 1 a row's probabilities may add up. bfloat16 log-probabilities are off by up to 2**-9 of themselves,
 # which is .8 % of the probability for a row of 4 nats of entropy.
@@ -70,19 +71,41 @@ def import_records(
     value_dtype = value_dtype or source.value_dtype
     report = BiasReport(source.what)
     stored = {"codec": codec, "k": k, "value_dtype": value_dtype, "teacher": teacher, **options}
+    cut = partial(to_rows, vocab_size=vocab_size, k=k, value_dtype=value_dtype, tolerance=tolerance)
     with Writer(destination, vocab_size=vocab_size, **stored) as writer:
-        for record in source:
-            try:
-                rows = to_rows(record, vocab_size=vocab_size, k=k, value_dtype=value_dtype, tolerance=tolerance)
-            except BrokenRowError as error:
-                if not drop_broken:
-                    raise
-                report.dropped.append(str(error))
-            else:
-                _store(writer, record, rows, report)
-            if progress is not None:
-                progress()
+        store_records(source, cut, writer, report, drop_broken=drop_broken, progress=progress)
     return report
+
+
+def store_records(
+    records: Iterable[Record],
+    cut: Callable[[Record], Rows],
+    writer: Writer,
+    report: BiasReport,
+    *,
+    drop_broken: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Store what ``cut`` makes of each record, and count it in ``report``.
+
+    Args:
+        cut: ``to_rows`` with its options.
+        drop_broken, progress: as ``import_records`` takes them.
+
+    Raises:
+        CacheError: a record has a broken row.
+    """
+    for record in records:
+        try:
+            rows = cut(record)
+        except BrokenRowError as error:
+            if not drop_broken:
+                raise
+            report.dropped.append(str(error))
+        else:
+            _store(writer, record, rows, report)
+        if progress is not None:
+            progress()
 
 
 def _targets(record: Record) -> Tensor:

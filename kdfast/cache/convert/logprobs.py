@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,11 @@ from kdfast.cache.convert.parquet import parquet_records
 from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheError
 
-__all__ = ["ALIGNMENTS", "TopKLogProbs"]
+__all__ = ["ALIGNMENTS", "TopKLogProbs", "pairs_of"]
 
 ALIGNMENTS = ("position", "next")
 TOKEN = re.compile(r"(?:token_id:)?(\d+)")
+CLAMPED = -9999.0  # what vLLM writes for -inf, which JSON cannot say
 
 
 class TopKLogProbs(Source):
@@ -76,15 +78,7 @@ class TopKLogProbs(Source):
             None if element is None or len(element) == 0 else _entries(element, given[i] if given is not None else None)
             for i, element in enumerate(sample["logprobs"])
         ]
-        rows = self._aligned(name, elements, len(tokens))
-        pairs = [pair for row in rows for pair in row]
-        return Record(
-            name,
-            tokens,
-            np.array([len(row) for row in rows], np.int64),
-            np.array([token for token, _ in pairs], np.int64),
-            np.array([value for _, value in pairs], np.float64),
-        )
+        return Record.of(name, tokens, self._aligned(name, elements, len(tokens)))
 
     def _aligned(self, name: str, elements: list[Any], tokens: int) -> list[list[tuple[int, float]]]:
         """The elements that are rows: row i is what follows token i."""
@@ -122,13 +116,18 @@ def _entries(element: Any, given: Any) -> list[tuple[int, float]]:
     if given is not None:
         return [(_token(token), float(value)) for token, value in zip(given, element, strict=True)]
     if isinstance(element, Mapping):
-        return [(_token(token), _value(value)) for token, value in element.items()]
+        return pairs_of(element)
     if all(isinstance(entry, Mapping) and {"token", "logprob"} <= entry.keys() for entry in element):
         return [(_token(entry["token"]), _value(entry["logprob"])) for entry in element]
-    return [pair for entry in element for pair in _entries_of(entry)]
+    return [pair for entry in element for pair in pairs_of(entry)]
 
 
-def _entries_of(entry: Any) -> list[tuple[int, float]]:
+def pairs_of(entry: Any) -> list[tuple[int, float]]:
+    """The (id, log-probability) pairs of ``{id: log-probability}`` or ``{id: {"logprob": log-probability, ...}}``.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is neither.
+    """
     if not isinstance(entry, Mapping):
         raise TypeError(f"an entry of logprobs must name its token, got {entry!r:.60}")
     return [(_token(token), _value(value)) for token, value in entry.items()]
@@ -146,7 +145,8 @@ def _token(token: Any) -> int:
 
 
 def _value(value: Any) -> float:
-    return float(value["logprob"] if isinstance(value, Mapping) else value)
+    number = value["logprob"] if isinstance(value, Mapping) else value
+    return -math.inf if number is None or number == CLAMPED else float(number)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

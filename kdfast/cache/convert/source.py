@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,18 @@ class Record:
     counts: NDArray[np.int64]  # (rows,)
     ids: NDArray[np.int64]  # (entries,)
     log_probs: NDArray[np.float64]  # (entries,) at T = 1; -inf: not an entry
+
+    @classmethod
+    def of(cls, name: str, token_ids: NDArray[np.int64], rows: Sequence[Sequence[tuple[int, float]]]) -> Record:
+        """A record whose rows are lists of (id, log-probability)."""
+        pairs = [pair for row in rows for pair in row]
+        return cls(
+            name,
+            token_ids,
+            np.array([len(row) for row in rows], np.int64),
+            np.array([token for token, _ in pairs], np.int64),
+            np.array([value for _, value in pairs], np.float64),
+        )
 
     @property
     def key(self) -> Any:
