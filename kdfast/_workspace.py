@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-__all__ = ["Workspace", "workspace_bytes"]
+__all__ = ["Workspace", "release", "workspace_bytes"]
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -52,6 +52,11 @@ class Workspace:
         return block[:nbytes].view(dtype).view(rows, columns)
 
 
+def release() -> None:
+    """Give what is kept back to the system."""
+    _POOL.release()
+
+
 class _Pool:
     """Blocks that nobody uses, the latest first. Losses of several threads may ask at once."""
 
@@ -74,6 +79,10 @@ class _Pool:
                 if most < 0:
                     break
                 self._kept.append(block)
+
+    def release(self) -> None:
+        with self._lock:
+            self._kept = []
 
 
 _POOL = _Pool()

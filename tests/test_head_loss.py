@@ -235,6 +235,8 @@ def test_memory_is_used_again_and_bounded(monkeypatch):
     monkeypatch.setenv("KDFAST_WORKSPACE", str(block.numel() - 1))
     kd_loss(Head(hidden, weight), teacher)
     assert sum(kept.numel() for kept in _workspace._POOL._kept) < block.numel()
+    _workspace.release()
+    assert not _workspace._POOL._kept
 
 
 def test_losses_of_several_threads():
