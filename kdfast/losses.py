@@ -305,7 +305,7 @@ def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: N
     if isinstance(teacher, Tensor):
         return _ops.DenseTeacher(rows.lay_out(teacher), div)
     if teacher.kind in ("dense", "hidden"):
-        return _ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, -1)), div)
+        return _ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, teacher.vocab_size)), div)
     return _sparse(teacher, rows, div, tau_t)
 
 

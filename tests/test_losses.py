@@ -201,8 +201,10 @@ def test_nothing_counted_is_zero_with_a_graph():
         assert (grad == 0.0).all()
 
 
-def test_no_rows():
+@pytest.mark.parametrize("labels", [False, True])
+def test_no_rows(labels):
     student, teacher = torch.randn(0, 7, requires_grad=True), torch.randn(0, 7)
+    teacher = SoftLabels.dense(teacher) if labels else teacher
     loss = kd_loss(student, teacher)
     assert loss == 0.0
     loss.backward()
