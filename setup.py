@@ -53,6 +53,7 @@ if __name__ == "__main__":
             "kdfast.cli",
             "kdfast.demo",
             "kdfast.kernels",
+            "kdfast.objectives",
         ],
         package_dir={"kdfast": "kdfast", "kdfast.kernels": "kernels"},
         ext_modules=[extension()],

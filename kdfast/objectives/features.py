@@ -1,0 +1,107 @@
+"""Hints: features of the student that are to be the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdfast.objectives._vectors import check_features, mean_of, unit, widened
+
+__all__ = ["Hint", "Projector"]
+
+
+class Projector(nn.Module):
+    """A linear map of the student's features to the teacher's width; the identity where the widths agree.
+
+    Args:
+        student_width, teacher_width: number of features.
+        dim: the dimension that holds them: -1 for (N, D) and (N, T, D); 1 for (N, C, H, W), where the map is a
+            1 x 1 convolution.
+
+    Raises:
+        ValueError: a width below 1; on a call, features of another width.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, dim: int = -1) -> None:
+        super().__init__()
+        if student_width < 1 or teacher_width < 1:
+            raise ValueError(f"widths must be at least 1, got {student_width} and {teacher_width}")
+        self.student_width, self.teacher_width, self.dim = student_width, teacher_width, dim
+        same = student_width == teacher_width
+        self.map: nn.Module = nn.Identity() if same else nn.Linear(student_width, teacher_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.check(features, "student", self.student_width)
+        return self.map(features.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+    def check(self, features: Tensor, name: str, width: int) -> None:
+        if features.shape[self.dim :][:1] != (width,):
+            raise ValueError(f"{name} must have {width} features in dimension {self.dim}, got {tuple(features.shape)}")
+
+
+class Hint(nn.Module):
+    """The mean over positions of a distance between projected student and teacher features (FitNets, Romero 2015)::
+
+        hint = Hint(student_width=64, teacher_width=256, kind="cosine", dim=1)
+        loss = hint(student_features, teacher_features)
+
+    ``mse`` and ``smooth_l1`` are means over the features, too; ``cosine`` is 1 - cos, with cos 0 for a zero vector. The
+    projector's parameters are trained with the student's: give ``hint.parameters()`` to the optimizer.
+
+    Args:
+        student_width, teacher_width, dim: as ``Projector`` takes them.
+        kind: "mse", "cosine" or "smooth_l1".
+
+    Raises:
+        ValueError: an unknown kind; on a call, shapes that do not fit, or a teacher that requires grad.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, kind: str = "mse", dim: int = -1) -> None:
+        super().__init__()
+        if kind not in _DISTANCES:
+            raise ValueError(f"kind must be one of {', '.join(_DISTANCES)}, got {kind!r}")
+        self.kind = kind
+        self.projector = Projector(student_width, teacher_width, dim)
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss. ``mask`` is bool, of the features' shape without ``dim``: positions that count."""
+        check_features(student, teacher)
+        dim = self.projector.dim
+        self.projector.check(teacher, "teacher", self.projector.teacher_width)
+        positions = student.movedim(dim, -1).shape[:-1]
+        if positions != teacher.movedim(dim, -1).shape[:-1]:
+            raise ValueError(
+                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} may differ in dimension {dim} "
+                "only: pool or interpolate the larger"
+            )
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != positions:
+                raise ValueError(f"mask must be bool {tuple(positions)}, got {mask.dtype} {tuple(mask.shape)}")
+            # Before the map: a NaN must not reach its weights through a position that does not count.
+            student, teacher = (torch.where(mask.unsqueeze(dim), x, 0.0) for x in (student, teacher))
+        projected = widened(self.projector(student).movedim(dim, -1))
+        return mean_of(_DISTANCES[self.kind](projected, widened(teacher.movedim(dim, -1))), mask)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"
+
+
+def _mse(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().mean(-1)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return 1.0 - (unit(x) * unit(y)).sum(-1)
+
+
+def _smooth_l1(x: Tensor, y: Tensor) -> Tensor:
+    return F.smooth_l1_loss(x, y, reduction="none").mean(-1)
+
+
+_DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {"mse": _mse, "cosine": _cosine, "smooth_l1": _smooth_l1}
+)

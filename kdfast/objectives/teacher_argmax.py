@@ -1,0 +1,84 @@
+"""The teacher's likeliest class as a hard label."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.cache.packed import PackedLabels
+from kdfast.head import Head
+from kdfast.labels import SoftLabels
+from kdfast.losses import kd_loss
+from kdfast.objectives._rows import Teacher
+from kdfast.reference import _Entries
+
+__all__ = ["teacher_argmax", "teacher_argmax_ce"]
+
+
+def teacher_argmax(teacher: Teacher, ignore_index: int = -100) -> Tensor:
+    """The teacher's likeliest class of each row, int64: ``teacher.argmax(-1)``.
+
+    ``kd_loss(student, teacher, teacher_argmax(teacher), ce_weight=0.5)`` has both kinds of its labels in one sweep.
+
+    Args:
+        teacher: (..., C) logits or probabilities; or soft labels of R rows, for (R,) classes. Of top-k and prototype
+            labels it is the likeliest entry: they hold the k likeliest classes.
+        ignore_index: the class of rows that say nothing: absent ones, and top-k rows without an entry.
+
+    Raises:
+        TypeError: something else.
+        ValueError: labels of kind weights: the likeliest of a sampler's draws need not be the likeliest class.
+    """
+    if isinstance(teacher, Tensor):
+        if not teacher.is_floating_point() or teacher.dim() < 1 or teacher.shape[-1] < 1:
+            raise TypeError(f"teacher must be (..., C) logits, got {teacher.dtype} {tuple(teacher.shape)}")
+        return teacher.detach().argmax(-1)
+    if isinstance(teacher, PackedLabels):
+        teacher = teacher.unpack()
+    if not isinstance(teacher, SoftLabels):
+        raise TypeError(f"teacher must be a tensor of logits or soft labels, got {type(teacher).__name__}")
+    classes = _classes(teacher)
+    classes = classes.masked_fill(classes < 0, ignore_index)
+    return classes if teacher.present is None else classes.masked_fill(~teacher.present, ignore_index)
+
+
+def teacher_argmax_ce(student: Tensor | Head, teacher: Teacher, labels: Tensor | None = None, **options: Any) -> Any:
+    """-log q_c at the teacher's likeliest class c: ``F.cross_entropy(student, teacher.argmax(-1))``.
+
+    One article has -log max(q) in its place, which rewards the student for being sure of anything; another
+    -sum max(q) log p, which has student and teacher swapped.
+
+    Args:
+        student: (..., C) logits, or a ``Head``.
+        teacher: as ``teacher_argmax`` takes it, with a row for each of the student's.
+        labels: only for ``ignore_index``.
+        options: of ``kd_loss``, but ``divergence`` and ``teacher_temperature``.
+
+    Raises:
+        TypeError, ValueError: as ``teacher_argmax`` and ``kd_loss``.
+    """
+    classes = teacher_argmax(teacher, ignore_index=-1).reshape(-1, 1)
+    hard = SoftLabels.weights(
+        classes.clamp(min=0),
+        torch.ones_like(classes, dtype=torch.float32),
+        vocab_size=student.shape[-1],
+        present=(classes >= 0).squeeze(1),
+    )
+    return kd_loss(student, hard, labels, divergence="soft_ce", teacher_temperature=1.0, **options)
+
+
+def _classes(labels: SoftLabels) -> Tensor:
+    """(rows,) the likeliest class of each row; -1 where there is none."""
+    if labels.kind in ("dense", "hidden"):
+        return labels.to_dense().values.argmax(-1)
+    if labels.kind == "weights":
+        raise ValueError(
+            "weights soft labels hold a sampler's draws, the likeliest of which need not be the teacher's likeliest "
+            "class; topk, prototype, dense and hidden labels have it"
+        )
+    best = _Entries.of(labels._ids(), labels.values, labels._offsets()).best(len(labels))
+    if labels.shapes is None:
+        return best
+    return torch.where(best < 0, labels.shapes.argmax(-1)[labels._shape()], best)

@@ -1,0 +1,94 @@
+"""What the losses on rows of logits refuse, by name."""
+
+import pytest
+import torch
+
+from kdfast import Head, SoftLabels
+from kdfast.objectives import (
+    class_weighted_ce,
+    dist_loss,
+    entropy_matching,
+    margin_ce,
+    pairwise_hinge,
+    teacher_argmax,
+    teacher_argmax_ce,
+)
+
+S, T, Y, W = torch.randn(4, 7), torch.randn(4, 7), torch.tensor([0, 1, 2, 6]), torch.ones(7)
+HEAD = Head(torch.randn(4, 3), torch.randn(7, 3))
+PROBS = T.softmax(-1)
+TOPK = SoftLabels.topk(torch.tensor([[0, 3]] * 4), torch.full((4, 2), -1.0), torch.full((4,), -1.0), vocab_size=7)
+
+CASES = {
+    "margin of probabilities": (
+        lambda: margin_ce(S, PROBS),
+        TypeError,
+        "class indices for a margin, got torch.float32",
+    ),
+    "margin without labels": (lambda: margin_ce(S, None), ValueError, "labels are required by a margin"),
+    "negative margin": (lambda: pairwise_hinge(S, Y, -1.0), ValueError, "margin must be .*not negative, got -1.0"),
+    "margin type": (lambda: margin_ce(S, Y, "1"), TypeError, "margin must be a number, got str"),
+    "labels' shape": (lambda: pairwise_hinge(S, Y[:2]), ValueError, r"labels must be \(4,\).*got \(2,\)"),
+    "logits' type": (lambda: margin_ce(S.long(), Y), TypeError, "logits must be float32.*got torch.int64"),
+    "reduction": (lambda: pairwise_hinge(S, Y, reduction="batchmean"), ValueError, "got 'batchmean'"),
+    "row_weight": (lambda: entropy_matching(S, T, row_weight=torch.ones(3)), ValueError, r"row_weight .*got \(3,\)"),
+    "labels as probabilities": (
+        lambda: entropy_matching(S, T, PROBS),
+        TypeError,
+        "class indices here, got torch.float",
+    ),
+    "temperature": (lambda: entropy_matching(S, T, temperature=0.0), ValueError, "temperature must be positive"),
+    "temperature of DIST": (lambda: dist_loss(S, T, temperature=-1.0), ValueError, "temperature must be positive"),
+    "classes": (lambda: entropy_matching(S, T[:, :5]), ValueError, "student has 7 classes, teacher 5: they must agree"),
+    "classes of DIST": (lambda: dist_loss(S, T[:, :5]), ValueError, "student has 7 classes, teacher 5"),
+    "rows of DIST": (lambda: dist_loss(S, T[:3]), ValueError, "same leading dimensions"),
+    "rows of labels": (lambda: dist_loss(S, SoftLabels.dense(T[:3])), ValueError, "teacher has 3 rows"),
+    "top-k for entropies": (lambda: entropy_matching(S, TOPK), ValueError, "topk soft labels do not hold .*dense and"),
+    "top-k for DIST": (lambda: dist_loss(S, TOPK), ValueError, "topk soft labels do not hold .*dense and hidden"),
+    "teacher's gradient": (lambda: dist_loss(S, T.clone().requires_grad_()), ValueError, "teacher requires grad"),
+    "teacher is a list": (lambda: dist_loss(S, [1.0]), TypeError, "teacher must be a tensor of logits, got list"),
+    "teacher is a Head": (lambda: entropy_matching(S, HEAD), TypeError, "teacher must be a tensor.*got Head"),
+    "argmax of a list": (lambda: teacher_argmax([1.0]), TypeError, "tensor of logits or soft labels, got list"),
+    "argmax of integers": (lambda: teacher_argmax(Y), TypeError, r"\(..., C\) logits, got torch.int64"),
+    "argmax, other rows": (lambda: teacher_argmax_ce(S, T[:3]), ValueError, "teacher has 3 rows"),
+    "class weights as a list": (lambda: class_weighted_ce(S, T, [1.0]), TypeError, "class_weight must be .*got list"),
+    "class weights' shape": (
+        lambda: class_weighted_ce(S, T, W[:3]),
+        ValueError,
+        r"class_weight must be \(7,\) or \(4, 7\), got \(3,\)",
+    ),
+    "class weights train": (
+        lambda: class_weighted_ce(S, T, W.clone().requires_grad_()),
+        ValueError,
+        "class_weight requires grad",
+    ),
+    "class weights' device": (lambda: class_weighted_ce(S, T, W.to("meta")), ValueError, "class_weight on meta"),
+    "class weights, temperatures": (
+        lambda: class_weighted_ce(S, T, W, temperature=torch.ones(4)),
+        TypeError,
+        "temperature must be a number for class weights, got Tensor",
+    ),
+    "class weights, divergence": (
+        lambda: class_weighted_ce(S, T, W, divergence="reverse_kl"),
+        TypeError,
+        "multiple values for keyword argument 'divergence'",
+    ),
+    "class weights, classes": (lambda: class_weighted_ce(S, T[:, :5], W), ValueError, "student has 7 classes, teacher"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_named_error(case):
+    call, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_values_are_looked_at_on_request(monkeypatch):
+    monkeypatch.setenv("KDFAST_CHECK", "1")
+    with pytest.raises(ValueError, match="teacher holds probabilities"):
+        dist_loss(S, PROBS)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\).*to 9"):
+        pairwise_hinge(S, Y + 3)
+    with pytest.raises(ValueError, match=r"class_weight must be finite and not negative, got -1.0"):
+        class_weighted_ce(S, T, -W)
