@@ -52,6 +52,7 @@ if __name__ == "__main__":
             "kdfast.cache.convert",
             "kdfast.cli",
             "kdfast.demo",
+            "kdfast.distill",
             "kdfast.kernels",
             "kdfast.objectives",
         ],

@@ -6,12 +6,14 @@ from kdfast import _C, cache
 from kdfast._version import __version__
 from kdfast.cache.packed import PackedLabels
 from kdfast.data_parallel import global_items
+from kdfast.distill import Distiller
 from kdfast.divergences import Divergence, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.head import Head, OutputLayer
 from kdfast.labels import SoftLabels
 from kdfast.losses import KDLoss, LossParts, kd_loss
 
 __all__ = [
+    "Distiller",
     "Divergence",
     "Head",
     "KDLoss",

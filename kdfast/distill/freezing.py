@@ -1,0 +1,60 @@
+"""Freezing a part of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+__all__ = ["freeze", "still"]
+
+
+def freeze(module: nn.Module, patterns: Sequence[str | re.Pattern[str]]) -> list[str]:
+    """Take the parameters that a pattern names out of training; returns their names::
+
+        freeze(student, ["encoder.*", re.compile(r"layers\\.[0-3]\\.")])
+
+    A module of which that takes every parameter, and which has running statistics, is put in evaluation mode: a frozen
+    batch norm keeps its statistics, too.
+
+    Args:
+        module: whose.
+        patterns: each a glob over whole names, of which ``*`` also matches dots, or a compiled regular expression,
+            which is searched for.
+
+    Raises:
+        ValueError: a pattern matches no parameter.
+        TypeError: ``patterns`` is a single string.
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"freeze takes a list of patterns, got the string {patterns!r}")
+    names = [name for name, _ in module.named_parameters()]
+    frozen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if _matches(pattern, name)}
+        if not found:
+            raise ValueError(
+                f"freeze: {pattern!r} matches none of {', '.join(names[:8])}{', ...' if names[8:] else ''}"
+            )
+        frozen |= found
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    for part in still(module, frozen):
+        part.eval()
+    return sorted(frozen)
+
+
+def still(module: nn.Module, frozen: set[str]) -> list[nn.Module]:
+    """The parts with running statistics of which every parameter is frozen."""
+    found = []
+    for prefix, part in module.named_modules():
+        own = {f"{prefix}.{name}" if prefix else name for name, _ in part.named_parameters(recurse=False)}
+        if own and own <= frozen and any(True for _ in part.buffers(recurse=False)):
+            found.append(part)
+    return found
+
+
+def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    return fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.search(name) is not None

@@ -1,0 +1,106 @@
+"""What the teachers say of a batch, whether they are models, functions or a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.cache import CacheError, CacheReader, PackedLabels
+from kdfast.cache.teacher import call, device_of, evaluating, logits_of
+from kdfast.distill.fields import Fields, split, to_device
+
+__all__ = ["Teachers", "look_up"]
+
+
+class Teachers:
+    """One teacher, several, or none.
+
+    A module runs in evaluation mode and without gradients at every call, whatever mode it is in, and each of its
+    submodules has its own flag back afterwards. A cache is asked for the batch's keys. Labels that come with a batch,
+    from ``CacheDataset``, are the teacher's where there is none, or a cache.
+
+    Raises:
+        TypeError: something else, naming what it is.
+        ValueError: the student is its own teacher.
+    """
+
+    def __init__(self, teacher: Any, student: nn.Module, fields: Fields) -> None:
+        self.several = isinstance(teacher, (tuple, list))
+        self.members: list[Any] = list(teacher) if self.several else [] if teacher is None else [teacher]
+        self._fields = fields
+        for member in self.members:
+            if member is student:
+                raise ValueError(
+                    "the teacher is the student itself: give it copy.deepcopy(student), which stays as it is"
+                )
+            if not (isinstance(member, CacheReader) or callable(member)):
+                raise TypeError(
+                    "a teacher is a module, a function or a CacheReader (kdfast.cache.open), got "
+                    f"{type(member).__name__}"
+                )
+
+    def __call__(self, batch: Any, student: Any, device: torch.device | None, strict: bool = True) -> Any:
+        """What they say of ``batch``, of which the student says ``student``. A tuple of several; None of none.
+
+        Not ``strict``: None also where a cache does not hold the batch's records, or the batch has no keys.
+        """
+        inner, cached = split(batch)
+        if cached is not None:
+            if not all(isinstance(member, CacheReader) for member in self.members):
+                raise ValueError("the batch brings labels from a cache, and there is a teacher besides: give only one")
+            return cached
+        said = [self._ask(member, inner, student, device, strict) for member in self.members]
+        return tuple(said) if self.several else said[0] if said else None
+
+    def _ask(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
+        if isinstance(member, CacheReader):
+            try:
+                labels = look_up(member, self._fields.keys_of(batch), batch, logits_of(student).shape[:-1])
+            except CacheError:
+                raise
+            except (LookupError, ValueError):
+                if strict:
+                    raise
+                return None
+            return labels if device is None else labels.to(device)
+        own = device_of(member) or device
+        with evaluating(member):
+            said = call(member, to_device(self._fields.arguments(batch), own))
+        if any(x.requires_grad for x in _tensors(said)):
+            raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
+        return said if own == device else to_device(said, device)
+
+
+def look_up(cache: CacheReader, keys: Sequence[Any], batch: Any, rows: torch.Size) -> PackedLabels:
+    """A cache's labels for the student's ``rows``: one per record, or (records, length) with padding as absent rows.
+
+    Padding is where a mapping's ``attention_mask`` is 0, on either side. Without one every row of a record counts.
+
+    Raises:
+        KeyError: a key is not in the cache.
+        ValueError: a record has fewer rows than the batch has tokens of it.
+    """
+    real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if len(rows) < 2 or real is None:
+        return cache.pack(keys)
+    return cache.pack([span for key, row in zip(keys, real.bool(), strict=True) for span in _spans(key, row)])
+
+
+def _spans(key: Any, real: Tensor) -> Iterator[tuple[Any, int, int]]:
+    start = 0
+    for kept, run in groupby(real.tolist()):
+        count = len(list(run))
+        yield (key, start, count) if kept else (None, 0, count)
+        start += count if kept else 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

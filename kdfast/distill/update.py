@@ -1,0 +1,97 @@
+"""One step of the optimiser: gradients of several batches, as of one that has all their rows."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from kdfast.data_parallel import global_items
+from kdfast.distill import parallel
+from kdfast.distill.counting import Counting, leading
+from kdfast.distill.step import Step
+
+if TYPE_CHECKING:
+    from kdfast.distill.distiller import Distiller
+
+__all__ = ["Update"]
+
+
+class Update:
+    """``update(batches)`` for a distiller and its scheduler.
+
+    The loss is looked at before the weights change, so that one that is not finite leaves them as they are.
+    """
+
+    def __init__(self, distiller: Distiller, scheduler: Any) -> None:
+        self.distiller, self.scheduler = distiller, scheduler
+        device = distiller.device or torch.device("cpu")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=distiller.amp == torch.float16)
+
+    def __call__(self, batches: list[Any]) -> float:
+        """Train on batches as ``to_device`` makes them; returns the loss over the rows of all processes.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        d = self.distiller
+        step = d.forward(batches[0])
+        shares = self._shares(batches, step)
+        total = torch.zeros((), device=d.device)
+        for number, batch in enumerate(batches):
+            loss = d.loss(step if number == 0 else d.forward(batch))
+            loss = loss if shares is None else loss * shares[number].to(loss.dtype)
+            total = total + loss.detach()
+            with self._communicating(number == len(batches) - 1):
+                torch.autograd.backward(self.scaler.scale(loss))
+        value = self._mean(total)
+        if not value - value == 0.0:
+            raise FloatingPointError(f"the loss is {value}")
+        self._average()
+        self._move()
+        return value
+
+    def _shares(self, batches: list[Any], step: Step) -> Tensor | None:
+        """Each batch's share in the rows that count, over all processes; None where the only batch has them all."""
+        d = self.distiller
+        if len(batches) == 1 and parallel.world_size() == 1:
+            return None
+        counting, per_token = Counting.of(d.objective), len(leading(step)) > 1
+        rows = [counting.rows(batch, d.fields, per_token).to(d.device) for batch in batches]
+        items = global_items(*(x.long() for x in rows), ignore_index=0).double()
+        return torch.stack([x.sum() for x in rows]) / items.clamp(min=torch.finfo(torch.double).tiny)
+
+    def _communicating(self, last: bool) -> AbstractContextManager[Any]:
+        """DDP's processes talk in the last backward pass of a step only."""
+        student = self.distiller.student
+        return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
+
+    def _mean(self, loss: Tensor) -> float:
+        if parallel.world_size() > 1:
+            dist.all_reduce(loss)
+        return float(loss) / parallel.world_size()
+
+    def _average(self) -> None:
+        d = self.distiller
+        if parallel.world_size() == 1:
+            return
+        done = {id(x) for x in d.student.parameters()} if parallel.reduces_itself(d.student) else set()
+        parallel.average_gradients([x for x in d.parameters if id(x) not in done])
+
+    def _move(self) -> None:
+        d = self.distiller
+        if d.clip_norm is not None:
+            self.scaler.unscale_(d.optimizer)
+            nn.utils.clip_grad_norm_(d.parameters, d.clip_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(d.optimizer)
+        self.scaler.update()
+        d.optimizer.zero_grad()
+        taken = self.scaler.get_scale() >= scale  # else the scaler has left the step out
+        if taken and not isinstance(self.scheduler, ReduceLROnPlateau):  # which moves at evaluations
+            self.scheduler.step()
