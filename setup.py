@@ -55,6 +55,7 @@ if __name__ == "__main__":
             "kdfast.distill",
             "kdfast.kernels",
             "kdfast.objectives",
+            "kdfast.recipes",
         ],
         package_dir={"kdfast": "kdfast", "kdfast.kernels": "kernels"},
         ext_modules=[extension()],

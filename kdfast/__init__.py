@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (loads the libraries that the extension links)
 
-from kdfast import _C, cache
+from kdfast import _C, cache, recipes
 from kdfast._version import __version__
 from kdfast.cache.packed import PackedLabels
 from kdfast.data_parallel import global_items
@@ -28,6 +28,7 @@ __all__ = [
     "global_items",
     "jsd",
     "kd_loss",
+    "recipes",
     "skew_forward_kl",
     "skew_reverse_kl",
 ]

@@ -1,0 +1,93 @@
+"""What recipes ask of a step's rows: which count, and what the teacher says of whole ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.cache.packed import PackedLabels
+from kdfast.cache.teacher import logits_of
+from kdfast.distill.counting import Counting
+from kdfast.distill.fields import split
+from kdfast.distill.step import Step
+from kdfast.labels import SoftLabels
+
+__all__ = ["answers_of", "counted_rows", "decoded", "dense_logits", "several_teachers", "soft_labels", "wide"]
+
+IGNORE = -100
+
+
+def answers_of(step: Step) -> Any:
+    """The one teacher's. Raises ``ValueError`` where there is none, or several."""
+    if step.teacher is None:
+        raise ValueError("this objective needs a teacher, got a step without one")
+    if isinstance(step.teacher, tuple):
+        raise ValueError(f"this objective takes one teacher, got {len(step.teacher)}: an ensemble's takes several")
+    return step.teacher
+
+
+def several_teachers(step: Step) -> tuple[Any, ...]:
+    """Raises ``ValueError`` unless there are two or more."""
+    if not isinstance(step.teacher, tuple) or len(step.teacher) < 2:
+        got = len(step.teacher) if isinstance(step.teacher, tuple) else int(step.teacher is not None)
+        raise ValueError(f"an ensemble needs two teachers or more, got {got}: Distiller(student, [teacher, ...])")
+    return step.teacher
+
+
+def decoded(step: Step) -> Step:
+    """The step with a cache's labels unpacked, once for all who look at them."""
+    said = tuple(x.unpack() if isinstance(x, PackedLabels) else x for x in _each(step.teacher))
+    return replace(step, teacher=said if isinstance(step.teacher, tuple) else said[0])
+
+
+def soft_labels(answers: Any) -> SoftLabels | None:
+    """A cache's labels, decoded; None where a teacher's logits are at hand."""
+    if isinstance(answers, PackedLabels):
+        return answers.unpack()
+    return answers if isinstance(answers, SoftLabels) else None
+
+
+def dense_logits(answers: Any, like: Tensor) -> Tensor:
+    """(..., vocabulary) logits of a teacher's output or labels, with the leading dimensions of ``like``.
+
+    Raises:
+        ValueError: the labels do not hold whole rows, or logits require grad.
+    """
+    labels = soft_labels(answers)
+    if labels is not None:
+        return labels.to_dense().values.reshape(*like.shape[:-1], -1)
+    logits = logits_of(answers)
+    if logits.requires_grad:
+        raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
+    return logits
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 of narrower types, for a softmax."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = IGNORE) -> Tensor:
+    """(...) bool, ``kd_loss``'s rule: the label is not ignored, soft labels are present, and the row is no padding.
+
+    With ``shift`` a row's label is the next position's.
+    """
+    shape, counting = step.logits.shape[:-1], Counting(ignore_index, shift)
+    counted = torch.ones(shape, dtype=torch.bool, device=step.logits.device)
+    if shift:
+        counted[..., -1] = False
+    if step.labels is not None and not step.labels.is_floating_point():
+        counted = counted & (counting.labels(step.labels) != ignore_index)
+    real = counting.real(split(step.batch)[0], shape)
+    present = [x.present for x in _each(step.teacher) if isinstance(x, SoftLabels | PackedLabels)]
+    for mask in (real, *present):
+        if mask is not None:
+            counted = counted & mask.to(counted.device).view(shape)
+    return counted
+
+
+def _each(teacher: Any) -> tuple[Any, ...]:
+    return teacher if isinstance(teacher, tuple) else (teacher,)

@@ -1,0 +1,103 @@
+"""Students that become teachers: teacher assistants and born-again networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdfast.distill.distiller import Distiller
+from kdfast.recipes._rounds import History, check_options
+from kdfast.recipes.cohort import Cohort
+
+__all__ = ["BornAgain", "Chain", "TeacherAssistants"]
+
+
+class Chain:
+    """Each student learns from the one before it, the first from ``teacher``.
+
+    Args:
+        teacher: as ``Distiller`` takes it; None where the first student learns from labels alone.
+        students: in order. Each is trained to its end before the next one begins.
+        options: ``Distiller``'s and ``KD``'s, for each of them; ``folder`` has one per student inside.
+
+    Raises:
+        ValueError: no student, or one that occurs twice.
+        TypeError: an optimizer that exists already.
+    """
+
+    def __init__(
+        self, teacher: Any, students: Sequence[nn.Module], *, folder: str | Path | None = None, **options: Any
+    ) -> None:
+        check_options(options)
+        if not students or len({id(x) for x in (teacher, *students)}) <= len(students):
+            raise ValueError(f"a chain needs students, each a model of its own, got {len(students)}")
+        self.teacher, self.students = teacher, list(students)
+        self._folder, self._options = folder, options
+
+    def fit(self, loader: Iterable[Any], *, epochs: int, **plan: Any) -> list[History]:
+        """Train one after another; ``epochs`` and ``plan``, as ``Distiller.fit`` takes them, are each one's.
+
+        Returns each student's history.
+        """
+        teacher, histories = self.teacher, []
+        for number, student in enumerate(self.students, 1):
+            folder = None if self._folder is None else Path(self._folder) / f"student-{number}"
+            distiller = Distiller(student, teacher, folder=folder, **self._options)
+            histories.append(distiller.fit(loader, epochs=epochs, **plan))
+            teacher = student
+        return histories
+
+
+class TeacherAssistants(Chain):
+    """Teacher, assistants, student: each smaller than the one before (Mirzadeh et al. 2020).
+
+        TeacherAssistants(teacher, [assistant, student], temperature=4.0).fit(loader, epochs=20)
+
+    A student learns better from a teacher that it can nearly equal; an assistant of a size in between is one.
+
+    Raises:
+        ValueError: no assistant, or a model that is not smaller than the one before.
+    """
+
+    def __init__(self, teacher: Any, students: Sequence[nn.Module], **options: Any) -> None:
+        super().__init__(teacher, students, **options)
+        if len(students) < 2:
+            raise ValueError("a teacher's assistant comes before the student: pass [assistant, ..., student], got one")
+        sizes = [_size(x) for x in (teacher, *students) if isinstance(x, nn.Module)]
+        if any(after >= before for before, after in pairwise(sizes)):
+            raise ValueError(f"each model must have less parameters than the one before, got {sizes}")
+
+
+class BornAgain(Chain):
+    """Generations of one architecture, each taught by the one before (BAN, Furlanello et al. 2018).
+
+        born_again = BornAgain(None, [make() for _ in range(3)], temperature=1.0)
+        born_again.fit(loader, epochs=20)
+        born_again.ensemble(images).logits
+
+    The students are as large as their teacher, and often better; all of them together are better still. The first one
+    learns from labels where ``teacher`` is None. The article's soft labels are recorded while the teacher is trained;
+    here a generation is finished, and in evaluation mode, before it teaches.
+
+    Raises:
+        ValueError: generations of different sizes.
+    """
+
+    def __init__(self, teacher: Any, students: Sequence[nn.Module], **options: Any) -> None:
+        super().__init__(teacher, students, **options)
+        sizes = {_size(x) for x in students}
+        if len(sizes) > 1:
+            raise ValueError(f"generations are of one architecture, got {sorted(sizes)} parameters: use Chain")
+
+    @property
+    def ensemble(self) -> Cohort:
+        """All generations as one, their probabilities averaged. Raises ``ValueError`` where there is only one."""
+        return Cohort(*self.students)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,183 @@
+"""Several teachers as one: their probabilities or their logits, averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast._checks import values_are_checked
+from kdfast.cache.teacher import logits_of
+from kdfast.distill.objective import KD
+from kdfast.distill.step import Step
+from kdfast.divergences import Divergence
+from kdfast.labels import SoftLabels
+from kdfast.recipes._rows import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, wide
+
+__all__ = ["LogitEnsemble", "ProbabilityEnsemble", "label_trust"]
+
+Weights = Sequence[float] | Callable[[Step], Tensor] | None
+WHOLE = ("dense", "hidden")
+LINEAR_IN_P = ("forward_kl", "soft_ce")
+
+
+class ProbabilityEnsemble:
+    """KD to the averaged distribution (Hinton et al. 2015), over live teachers or caches::
+
+        p = sum_k w_k softmax(z_k / T)
+
+    Of logits, dense and hidden labels p itself is the teacher, of any divergence but ``logit_mse``. Labels that hold
+    some entries of a row cannot be averaged row by row; for those the loss is ``sum_k w_k KL(p_k || q)``, whose
+    gradient is that of ``KL(p || q)``: cross-entropy is linear in the teacher, and q only meets that. The two differ by
+    a constant, the teachers' disagreement. Unbiased labels stay unbiased; a top-k label has its own bound for each k.
+
+    Args:
+        weights: one per teacher, not negative, of sum 1; equal without. Or a function of the step that gives (..., K):
+            weights of each row, such as ``label_trust``.
+        options: ``KD``'s.
+
+    Raises:
+        ValueError: weights that are no average, one teacher, teachers of different vocabularies, a divergence that is
+            not linear in p over labels of a few entries.
+    """
+
+    def __init__(self, weights: Weights = None, **options: Any) -> None:
+        self.weights, self.options = _checked(weights), options
+        self.divergence = Divergence.of(options.get("divergence", "forward_kl"))
+        KD(**options)
+        if self.divergence.name == "logit_mse":
+            raise ValueError("logit_mse compares logits, and probabilities are averaged here: use LogitEnsemble")
+
+    def __call__(self, step: Step) -> Tensor:
+        answers = _decoded(step)
+        weights = _weights(self.weights, step, len(answers))
+        if all(not isinstance(x, SoftLabels) or x.kind in WHOLE for x in answers):
+            return KD(**self.options)(replace(step, teacher=self._average(step, answers, weights)))
+        return self._mixed(step, answers, weights)
+
+    def _mixed(self, step: Step, answers: tuple[SoftLabels, ...], weights: Tensor) -> Tensor:
+        if self.divergence.name not in LINEAR_IN_P or self.divergence.standardize:
+            raise ValueError(
+                f"labels of a few entries per row average under {' and '.join(LINEAR_IN_P)}, got "
+                f"{self.divergence.name}: their gradient is linear in the teacher's probabilities"
+            )
+        options = {name: option(step) if callable(option) else option for name, option in self.options.items()}
+        given, terms = options.pop("row_weight", None), []
+        for labels, weight in zip(answers, weights.to(step.logits.device).unbind(-1), strict=True):
+            if given is not None and given.dtype == torch.bool:  # rows that do not count, rather than weigh nothing
+                labels = replace(labels, present=labels.present & given.flatten())
+            elif given is not None:
+                weight = weight * given
+            terms.append(KD(**options, row_weight=weight)(replace(step, teacher=labels)))
+        return torch.stack(terms).sum()
+
+    def _average(self, step: Step, answers: tuple[Any, ...], weights: Tensor) -> Tensor | SoftLabels:
+        tau = self.options.get("teacher_temperature")
+        tau = KD(**self.options).options["temperature"] if tau is None else tau
+        tau = tau(step) if callable(tau) else tau
+        tau = tau[..., None] if isinstance(tau, Tensor) and tau.dim() else tau
+        logits = _stacked(step, answers)
+        log_probs = (logits / tau).log_softmax(-1).movedim(0, -1)
+        return _as_teacher(answers, tau * (log_probs + weights.to(logits)[..., None, :].log()).logsumexp(-1))
+
+
+class LogitEnsemble:
+    """KD to the averaged logits, ``z = sum_k w_k z_k``: the normalised geometric mean of the teachers' distributions.
+
+    Sharper than the average of the probabilities where teachers agree, and it vetoes what one of them rules out.
+
+    Args:
+        weights, options: as ``ProbabilityEnsemble`` takes them; the divergence may be any.
+
+    Raises:
+        ValueError: the same; or labels that do not hold the logits of whole rows.
+    """
+
+    def __init__(self, weights: Weights = None, **options: Any) -> None:
+        self.weights, self.options = _checked(weights), options
+        self._objective = KD(**options)
+
+    def __call__(self, step: Step) -> Tensor:
+        answers = _decoded(step)
+        weights = _weights(self.weights, step, len(answers))
+        logits = _stacked(step, answers).movedim(0, -1)
+        weights = weights.to(logits)[..., None, :]
+        # A weight of 0 must not meet a masked column's -inf.
+        weighted = torch.where(weights == 0.0, 0.0, logits * weights)
+        return self._objective(replace(step, teacher=_as_teacher(answers, weighted.sum(-1))))
+
+
+def label_trust(step: Step) -> Tensor:
+    """(..., K) weights that trust a teacher by its cross-entropy on the row's label (CA-MKD, Zhang et al. 2022)::
+
+        w_k = (1 - softmax_k(CE_k)) / (K - 1)
+
+    Rows without a label weigh all teachers alike. Raises ``ValueError`` without class indices as labels.
+    """
+    answers = several_teachers(step)
+    if step.labels is None or step.labels.is_floating_point():
+        raise ValueError("label_trust needs class indices as labels, got none")
+    losses = [_cross_entropy(dense_logits(x, step.logits), step.labels) for x in answers]
+    return (1.0 - torch.stack(losses, -1).softmax(-1)) / (len(answers) - 1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    rows = F.cross_entropy(wide(logits.flatten(0, -2)), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return rows.view(labels.shape)
+
+
+def _checked(weights: Weights) -> Weights:
+    if weights is None or callable(weights):
+        return weights
+    if not all(w >= 0.0 for w in weights) or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+        raise ValueError(f"weights of an ensemble must not be negative and must sum to 1, got {list(weights)}")
+    return tuple(weights)
+
+
+def _weights(weights: Weights, step: Step, count: int) -> Tensor:
+    """(K,), or (..., K) where a row has its own."""
+    if callable(weights):
+        rows = weights(step)
+        if rows.shape != (*step.logits.shape[:-1], count):
+            raise ValueError(
+                f"weights of {count} teachers must be {(*step.logits.shape[:-1], count)}, got {tuple(rows.shape)}"
+            )
+        if values_are_checked() and not bool(((rows >= 0).all(-1) & ((rows.sum(-1) - 1).abs() < 1e-4)).all()):
+            raise ValueError("weights of an ensemble must not be negative and must sum to 1 in every row")
+        return rows.detach()
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"{count} teachers need as many weights, got {len(weights)}")
+    return torch.tensor(weights or [1.0 / count] * count, dtype=torch.float64).to(step.logits.device)
+
+
+def _decoded(step: Step) -> tuple[Any, ...]:
+    """The teachers' logits, or labels of all of them where one has any: present where it is, and not padding."""
+    said = several_teachers(step)
+    labels = [soft_labels(x) for x in said]
+    if all(x is None for x in labels):
+        return said
+    present = counted_rows(replace(step, labels=None)).flatten()
+    rows = [
+        SoftLabels.dense(logits_of(x).flatten(0, -2)) if y is None else y for x, y in zip(said, labels, strict=True)
+    ]
+    return tuple(replace(x, present=present) for x in rows)
+
+
+def _stacked(step: Step, answers: tuple[Any, ...]) -> Tensor:
+    """(K, ..., vocabulary) logits."""
+    logits = [dense_logits(x, step.logits) for x in answers]
+    if len({x.shape for x in logits}) > 1:
+        raise ValueError(f"teachers of an ensemble must agree in shape, got {[tuple(x.shape) for x in logits]}")
+    return torch.stack([wide(x) for x in logits])
+
+
+def _as_teacher(answers: tuple[Any, ...], logits: Tensor) -> Tensor | SoftLabels:
+    """``logits``, or labels of them where the answers are labels."""
+    if not isinstance(answers[0], SoftLabels):
+        return logits
+    return SoftLabels.dense(logits.flatten(0, -2), present=answers[0].present)

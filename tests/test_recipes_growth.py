@@ -1,0 +1,123 @@
+"""Growth keeps the function, to rounding, and what has grown goes on learning."""
+
+import pytest
+import torch
+from recipe_toys import batches, blobs, mlp
+from torch import nn
+
+from kdfast.recipes import Growing, deepen, widen
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 3, stride=2, padding=1, bias=False),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(12, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+    ).double()
+
+
+def trained_statistics(model, x):
+    """Batch norms with something to remember."""
+    for _ in range(3):
+        model(x * 2 + 1)
+    for module in model:
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+    return model
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("layer", "width"), [(0, 11), (4, 7), (7, 6), (7, 20)])
+def test_widening_keeps_the_function(layer, width, train):
+    x = torch.randn(6, 2, 8, 8, dtype=torch.float64)
+    model = trained_statistics(convolutional(), x).train(train)
+    wide = widen(model, layer, width, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(wide(x), model(x), rtol=1e-12, atol=1e-13)
+    assert wide[layer].weight.shape[0] == width
+    assert model[layer].weight.shape[0] < width or width == 6
+    assert wide.training is train
+
+
+@pytest.mark.parametrize("layer", [0, 7])
+def test_deepening_keeps_the_function(layer):
+    x = torch.randn(6, 2, 8, 8, dtype=torch.float64)
+    model = trained_statistics(convolutional(), x).eval()
+    deep = deepen(model, layer)
+    assert len(deep) == len(model) + 2
+    assert torch.allclose(deep(x), model(x), rtol=1e-12, atol=1e-13)
+
+
+def test_growth_upon_growth_leaves_the_small_one_alone():
+    model, x = mlp().double(), torch.randn(9, 4, dtype=torch.float64)
+    before = model(x)
+    large = deepen(widen(model, 0, 32), 0)
+    large = widen(large, 2, 40)
+    assert torch.allclose(large(x), before, rtol=1e-12, atol=1e-13)
+    with torch.no_grad():
+        large[0].weight.zero_()
+    assert torch.equal(model(x), before)
+
+
+def test_copies_part_at_the_first_step():
+    model = widen(mlp().double(), 0, 16)
+    x, labels = blobs()
+    copies = [(i, j) for i in range(16) for j in range(i) if torch.equal(model[0].weight[i], model[0].weight[j])]
+    assert len(copies) >= 8
+    nn.functional.cross_entropy(model(x.double()), labels).backward()
+    gradients = model[0].weight.grad
+    active = [(i, j) for i, j in copies if gradients[i].abs().sum() > 0]
+    assert active
+    assert all(not torch.allclose(gradients[i], gradients[j], rtol=1e-3) for i, j in active)
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "message"),
+    [
+        (1, 9, r"one of the weight layers \[0, 2\], got 1"),
+        (0, 7, "8 outputs: widening to 7 would lose some"),
+        (2, 9, "layer 2 is the last: its outputs are the classes"),
+    ],
+)
+def test_what_cannot_be_widened(layer, width, message):
+    with pytest.raises(ValueError, match=message):
+        widen(mlp(), layer, width)
+
+
+def test_what_mixes_units_is_refused():
+    with pytest.raises(ValueError, match="module 1, a LayerNorm, may mix units"):
+        widen(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)), 0, 16)
+    with pytest.raises(ValueError, match="grouped convolution"):
+        widen(nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), 0, 16)
+    with pytest.raises(ValueError, match="has no ReLU right after it"):
+        deepen(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), 0)
+    with pytest.raises(ValueError, match=r"needs an nn\.Sequential, got Linear"):
+        deepen(nn.Linear(4, 8), 0)
+
+
+def test_a_student_that_grows_keeps_what_it_has_learned_and_goes_on():
+    torch.manual_seed(1)
+    data = batches(*blobs(samples=96))
+    growing = Growing(mlp(hidden=3), mlp(), grow=lambda model: deepen(widen(model, 0, 12), 0), ce_weight=1.0, lr=0.01)
+    before, after = growing.fit(data, epochs=8, at=0.5, eval_loader=data, progress=False)
+    assert [len(before), len(after)] == [4, 4]
+    assert len(growing.student) == 5
+    losses = [record["loss"] for record in (*before, *after)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_fresh_large_student_is_refused():
+    data = batches(*blobs())
+    growing = Growing(mlp(hidden=3), mlp(), grow=lambda model: mlp(hidden=12))
+    with pytest.raises(ValueError, match="growth changed what the student has learned"):
+        growing.fit(data, epochs=2, progress=False)
+    with pytest.raises(ValueError, match="both phases need an epoch, got 0 and 1 of 1"):
+        growing.fit(data, epochs=1, progress=False)
