@@ -53,6 +53,7 @@ if __name__ == "__main__":
             "kdfast.cli",
             "kdfast.demo",
             "kdfast.distill",
+            "kdfast.experiments",
             "kdfast.kernels",
             "kdfast.objectives",
             "kdfast.recipes",

@@ -6,8 +6,11 @@ import sys
 
 __all__ = ["main"]
 
-# What `pip install "kdfast[demo]"` brings, by import name.
-EXTRA = ("typer", "rich", "sklearn", "torchmetrics", "matplotlib")
+# The extra that brings a package, by import name.
+EXTRAS = {
+    **dict.fromkeys(("typer", "rich", "sklearn", "torchmetrics", "matplotlib"), "demo"),
+    **dict.fromkeys(("mlxtend", "scipy", "jinja2"), "experiments"),
+}
 
 
 def main() -> None:
@@ -18,6 +21,6 @@ def main() -> None:
         app()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
+        if package not in EXTRAS:
             raise
-        sys.exit(f'kdfast: the package {package} is missing: pip install "kdfast[demo]"')
+        sys.exit(f'kdfast: the package {package} is missing: pip install "kdfast[{EXTRAS[package]}]"')

@@ -11,6 +11,7 @@ from kdfast.cli.bench import app as bench_app
 from kdfast.cli.cache import app as cache_app
 from kdfast.cli.demo import demo
 from kdfast.cli.doctor import doctor
+from kdfast.cli.experiments import app as experiments_app
 
 __all__ = ["app"]
 
@@ -19,6 +20,7 @@ app.command()(demo)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
+app.add_typer(experiments_app, name="experiments")
 
 
 def _print_version(wanted: bool) -> None:

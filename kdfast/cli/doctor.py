@@ -22,6 +22,7 @@ VOCABULARIES = (1000, 32_000, 128_256, 262_144)
 # Extra: the distributions it brings. `dev` is for working on kdfast itself.
 EXTRAS = {
     "demo": ("scikit-learn", "torchmetrics", "rich", "matplotlib", "typer"),
+    "experiments": ("mlxtend", "scipy", "jinja2"),
     "lm": ("transformers", "gguf", "accelerate"),
     "triton": ("triton",),
 }

@@ -1,0 +1,89 @@
+"""``kdfast experiments``: every recipe against its controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kdfast.cli.failing import failing, known
+from kdfast.cli.progress import bar
+
+if TYPE_CHECKING:
+    from kdfast.experiments.catalogue import Experiment
+    from kdfast.experiments.settings import Settings
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Every recipe against its controls, on real data, with error bars.")
+
+OUT = Path("output/experiments")
+QUICK_OUT = Path("output/experiments-quick")
+Out = Annotated[Path | None, typer.Option(help=f"Folder of the results. [default: {OUT}, --quick: {QUICK_OUT}]")]
+Quick = Annotated[bool, typer.Option("--quick", help="Minutes: three seeds, short training, nothing tuned.")]
+
+
+@app.command()
+def run(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT]...", help="Default: all.")] = None,
+    out: Out = None,
+    quick: Quick = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs per arm.")] = 10,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
+) -> None:
+    """Run what is missing, then write the report. Interrupt it at will: the next call goes on."""
+    from kdfast.experiments.catalogue import EXPERIMENTS
+    from kdfast.experiments.settings import Settings
+
+    chosen = [EXPERIMENTS[known(name, EXPERIMENTS)] for name in names or EXPERIMENTS]
+    settings = Settings(seeds=seeds)
+    settings = settings.quick() if quick else settings
+    folder = out or (QUICK_OUT if quick else OUT)
+    with failing(ValueError):
+        for experiment in chosen:
+            _run(experiment, settings, folder, jobs)
+        _report(folder)
+
+
+@app.command("list")
+def list_(out: Out = None, quick: Quick = False) -> None:
+    """The experiments, their arms, and how many runs of each are done."""
+    from kdfast.experiments.catalogue import EXPERIMENTS
+    from kdfast.experiments.runner import file_of
+    from kdfast.experiments.store import read_runs
+
+    folder = out or (QUICK_OUT if quick else OUT)
+    table = Table("experiment", "title", "arms", "runs done")
+    with failing(ValueError):
+        for name, experiment in EXPERIMENTS.items():
+            done = len(read_runs(file_of(folder, name)))
+            table.add_row(name, experiment.title, ", ".join(arm.name for arm in experiment.arms), str(done))
+    Console().print(table)
+
+
+@app.command()
+def report(
+    out: Out = None,
+    quick: Quick = False,
+    page: Annotated[Path | None, typer.Option(help="The HTML file. [default: report.html in the folder]")] = None,
+) -> None:
+    """Tables, figures and verdicts as one HTML page, from the results that are there."""
+    with failing(ValueError):
+        _report(out or (QUICK_OUT if quick else OUT), page)
+
+
+def _run(experiment: Experiment, settings: Settings, folder: Path, jobs: int) -> None:
+    from kdfast.experiments.runner import complete, planned
+
+    with bar(experiment.name, planned(experiment, settings)) as advance:
+        complete(experiment, settings, folder, jobs=jobs, advance=lambda: advance(1))
+
+
+def _report(folder: Path, page: Path | None = None) -> None:
+    from kdfast.experiments.report import write_report
+
+    path = write_report(folder, page or folder / "report.html")
+    Console().print(f"Written to {path}", soft_wrap=True)

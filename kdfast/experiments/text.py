@@ -1,0 +1,72 @@
+"""Few labels, of text: the next character in Python's help topics, which are inside every Python."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pydoc_data.topics import topics
+
+import torch
+from torch import Generator, Tensor, nn
+
+from kdfast.demo import models
+from kdfast.experiments.ngram import NGram
+from kdfast.experiments.settings import Settings
+from kdfast.experiments.tasks import CLEAN, Labelled, Task
+
+__all__ = ["CONTEXT", "TextTask", "few_characters"]
+
+CONTEXT = 8  # characters that a student sees
+ALPHABET = 97  # printable ASCII, the newline, and one for all others
+SHARES = (0.7, 0.8)  # training, validation and test text end here, at the end, and follow one another
+LABELS, INPUTS, TESTED = 2_000, 20_000, 4_000  # windows
+
+
+class TextTask(Task):
+    """The student is an MLP over embeddings, the teacher counts n-grams."""
+
+    def student(self, offset: int = 0) -> nn.Module:
+        return models.build(_student, self.seed + 10_000 * offset, "cpu")
+
+    def teach(self, examples: Labelled, offset: int = 0) -> nn.Module:
+        return NGram(*examples, alphabet=ALPHABET)
+
+
+def few_characters(seed: int, settings: Settings, *, validation: bool) -> Task:
+    """2000 characters whose successor the student is told; the teacher counted all of the training text."""
+    train, tuning, test = _texts()
+    generator = Generator().manual_seed(seed)
+    inputs, following = _draw(train, INPUTS, generator)
+    tested = _draw(tuning if validation else test, TESTED, Generator().manual_seed(0))
+    labelled = inputs[:LABELS], following[:LABELS]
+    return TextTask(seed, settings, labelled, inputs, train, (inputs, following), {CLEAN: tested})
+
+
+def _student() -> nn.Module:
+    """30,577 parameters."""
+    return nn.Sequential(
+        nn.Embedding(ALPHABET, 16), nn.Flatten(), nn.Linear(16 * CONTEXT, 128), nn.ReLU(), nn.Linear(128, ALPHABET)
+    )
+
+
+@lru_cache(maxsize=1)
+def _texts() -> tuple[Labelled, Labelled, Labelled]:
+    """Every window of the training, the validation and the test text, and what follows it."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = torch.tensor([_id(character) for character in text])
+    first, second = (round(share * len(ids)) for share in SHARES)
+    return tuple(_windows(part) for part in (ids[:first], ids[first:second], ids[second:]))  # type: ignore[return-value]
+
+
+def _id(character: str) -> int:
+    if character == "\n":
+        return 95
+    return ord(character) - 32 if " " <= character <= "~" else 96
+
+
+def _windows(ids: Tensor) -> Labelled:
+    return ids[:-1].unfold(0, CONTEXT, 1), ids[CONTEXT:]
+
+
+def _draw(windows: Labelled, count: int, generator: Generator) -> Labelled:
+    rows = torch.randperm(len(windows[0]), generator=generator)[:count]
+    return windows[0][rows], windows[1][rows]
