@@ -111,6 +111,22 @@ def test_batch_norm_of_a_discriminator_sees_its_own_update_only():
     assert int(judge[0].num_batches_tracked) == 0
 
 
+def test_a_batch_without_a_row_that_counts_costs_nothing():
+    step = make_step()
+    step.labels.fill_(-100)
+    judge = discriminator(5).double()
+    loss = Adversarial(judge)(step)
+    assert loss.item() == 0.0
+    assert all(not x.any() for x in gradient(loss, step.student, *judge.parameters()))
+
+
+def test_columns_that_are_ruled_out_leave_the_loss_finite():
+    step, judge = make_step(), discriminator(5).double()
+    step.teacher[:, 1] = -torch.inf
+    loss = Adversarial(judge)(step)
+    assert all(x.isfinite().all() for x in (loss, *gradient(loss, step.student, *judge.parameters())))
+
+
 def test_misuse():
     with pytest.raises(ValueError, match=r"weight must be positive, got 0\.0"):
         Adversarial(discriminator(5), weight=0.0)

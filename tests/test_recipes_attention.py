@@ -113,9 +113,27 @@ def test_features_of_other_widths_and_rows_that_do_not_count():
     assert torch.allclose(GraphAttention()(step), graph(step.student[1:], step.teacher[1:], 0.1))
 
 
+def test_a_sample_without_features_has_no_gradient():
+    student, teacher = torch.randn(5, 3).relu(), torch.randn(5, 4)
+    student[1] = 0.0
+    student.requires_grad_()
+    found = gradient(GraphAttention(features=lambda step: (student, teacher))(make_step()), student)[0]
+    assert not found[1].any()
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_a_graph_of_too_few_samples_says_nothing(rows):
+    step = make_step(rows=rows)
+    loss = GraphAttention()(step)
+    assert loss.item() == 0.0
+    assert not gradient(loss, step.student)[0].any()
+
+
 def test_graph_misuse():
-    with pytest.raises(ValueError, match="three samples or more of both, got 2 and 2"):
-        GraphAttention()(make_step(rows=2))
+    features = torch.randn(4, 3), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="of the same samples, got 4 and 5"):
+        GraphAttention(features=lambda step: features)(make_step())
     with pytest.raises(ValueError, match="temperature must be positive"):
         GraphAttention(temperature=0.0)
     with pytest.raises(ValueError, match="needs a teacher"):

@@ -79,6 +79,15 @@ def test_mutual_learning_is_simultaneous():
         assert torch.allclose(grad, gradient(expected, mine)[0], rtol=1e-9, atol=1e-12)
 
 
+def test_peers_say_nothing_about_rows_that_their_objective_ignores():
+    students = tuple(torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    loss = MutualLearning(KD(ignore_index=0))(Step(CohortOutput(students), None, labels))
+    for grad in gradient(loss, *students):
+        assert not grad[labels == 0].any()
+        assert grad[labels != 0].any(1).all()
+
+
 def test_students_that_agree_teach_each_other_nothing():
     logits = torch.randn(6, 4, dtype=torch.float64)
     students = logits.clone().requires_grad_(), (logits + 3.0).requires_grad_()

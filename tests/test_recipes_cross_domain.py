@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recipe_toys import accuracy, batches, blobs, make_step, mlp, weights_of
+from recipe_toys import Counting, accuracy, batches, blobs, make_step, mlp, weights_of
 
 from kdfast import SoftLabels
 from kdfast.distill import KD
-from kdfast.recipes import CrossDomain, Unlabelled, confident
+from kdfast.recipes import Adversarial, CrossDomain, Unlabelled, confident, discriminator
 
 
 def test_confident_rows_only_and_the_mean_is_over_all():
@@ -77,6 +77,24 @@ def test_a_teacher_that_is_never_sure_teaches_nothing():
         None, [inputs], epochs=2, progress=False
     )
     assert torch.equal(weights_of(student), before)
+
+
+def test_what_the_objective_has_to_train_is_trained():
+    judge = discriminator(3)
+    before = weights_of(judge)
+    CrossDomain(mlp(), mlp(), objective=Adversarial(judge)).fit(None, [blobs()[0]], epochs=1, rounds=2, progress=False)
+    assert not torch.equal(weights_of(judge), before)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_teacher_resumes_where_the_student_does(tmp_path, resume):
+    source, calls = batches(*blobs()), []
+    for _ in range(2):
+        teacher = Counting(mlp())
+        recipe = CrossDomain(teacher, mlp(), folder=tmp_path)
+        recipe.fit(source, [blobs()[0]], epochs=1, resume=resume, progress=False)
+        calls.append(teacher.calls)
+    assert calls == [4, 0 if resume else 4]
 
 
 def test_misuse():

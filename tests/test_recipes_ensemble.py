@@ -9,6 +9,7 @@ from recipe_toys import CLASSES, blobs, gradient, make_step, mlp
 
 import kdfast
 from kdfast import Distiller, SoftLabels, kd_loss
+from kdfast.distill import Step
 from kdfast.recipes import LogitEnsemble, ProbabilityEnsemble, hardest, label_trust, soft_targets
 
 SOFT = {"kd_weight": 1.0, "ce_weight": 0.0}
@@ -133,6 +134,19 @@ def test_trust_falls_with_a_teachers_cross_entropy():
     assert torch.allclose(weights[counted], (1 - losses.softmax(-1)[counted]) / 2, rtol=1e-6)
     assert torch.allclose(weights[2], torch.full((3,), 1 / 3).to(weights))
     assert bool((weights.argmax(-1) == losses.argmin(-1))[counted].all())
+
+
+@pytest.mark.parametrize("ensemble", [ProbabilityEnsemble, LogitEnsemble])
+def test_trust_is_judged_by_the_labels_that_the_loss_has(ensemble):
+    ids = torch.tensor([[0, 1, 2, 0, -1]])
+    following = torch.tensor([[1, 2, 0, 0, 0]])
+    right, repeats = (5.0 * F.one_hot(x.clamp(min=0), 3).double() for x in (following, ids))
+    step = Step(torch.randn(1, 5, 3, dtype=torch.float64), (right, repeats), ids)
+    weights = label_trust(step, shift=True, ignore_index=-1)
+    assert bool((weights[0, :3, 0] > 0.9).all())
+    assert weights[0, 3:].tolist() == [[0.5, 0.5]] * 2
+    options = {"shift": True, "ignore_index": -1}
+    assert torch.equal(ensemble(label_trust, **options)(step), ensemble(lambda step: weights, **options)(step))
 
 
 @pytest.mark.parametrize("ensemble", [ProbabilityEnsemble, LogitEnsemble])

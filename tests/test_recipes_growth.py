@@ -56,6 +56,31 @@ def test_deepening_keeps_the_function(layer):
     assert torch.allclose(deep(x), model(x), rtol=1e-12, atol=1e-13)
 
 
+def test_units_of_every_position_are_widened():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    assert torch.allclose(widen(model, 0, 9)(x), model(x), rtol=1e-12, atol=1e-13)
+
+
+def test_a_layer_in_two_places_is_not_widened_and_stays_one_when_deepened():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(4, 3))
+    for layer in (0, 2):
+        with pytest.raises(ValueError, match="a Linear, is in two places: widening would change both"):
+            widen(model, layer, 6)
+    deep = deepen(model, 0)
+    assert deep[0] is deep[4]
+    assert deep[0] is not shared
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_deepening_leaves_each_part_in_its_mode(train):
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).train(train)
+    model[1].train(not train)
+    assert [module.training for module in deepen(model, 0)] == [train, not train, train, train, train, train]
+    assert deepen(model, 0).training is train
+
+
 def test_growth_upon_growth_leaves_the_small_one_alone():
     model, x = mlp().double(), torch.randn(9, 4, dtype=torch.float64)
     before = model(x)
@@ -95,6 +120,10 @@ def test_what_cannot_be_widened(layer, width, message):
 def test_what_mixes_units_is_refused():
     with pytest.raises(ValueError, match="module 1, a LayerNorm, may mix units"):
         widen(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)), 0, 16)
+    with pytest.raises(ValueError, match="module 1, a MaxPool2d, may mix units"):
+        widen(nn.Sequential(nn.Linear(4, 8), nn.MaxPool2d(2), nn.Linear(4, 3)), 0, 16)
+    with pytest.raises(ValueError, match="module 1 normalises 5 features, not layer 0's 8 units"):
+        widen(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(8, 3)), 0, 16)
     with pytest.raises(ValueError, match="grouped convolution"):
         widen(nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), 0, 16)
     with pytest.raises(ValueError, match="has no ReLU right after it"):
@@ -112,6 +141,14 @@ def test_a_student_that_grows_keeps_what_it_has_learned_and_goes_on():
     assert len(growing.student) == 5
     losses = [record["loss"] for record in (*before, *after)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_growth_is_not_judged_by_the_rounding_of_autocast():
+    torch.manual_seed(0)
+    data = batches(torch.randn(32, 16), torch.randint(3, (32,)))
+    small = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
+    growing = Growing(small, nn.Linear(16, 3), grow=lambda model: deepen(widen(model, 0, 64), 0), amp=torch.bfloat16)
+    assert [len(history) for history in growing.fit(data, epochs=2, progress=False)] == [1, 1]
 
 
 def test_a_fresh_large_student_is_refused():

@@ -54,6 +54,26 @@ def test_row_losses_of_a_sequence_are_shifted():
     assert hardest(0.5, shift=True)(step)[:, :-1].sum() == 3
 
 
+def test_probabilities_are_shifted_as_class_indices_are():
+    step = Step(torch.randn(2, 4, 5), None, torch.randn(2, 4, 5).softmax(-1))
+    expected = -(step.labels[:, 1:] * step.student[:, :-1].log_softmax(-1)).sum(-1)
+    losses = row_losses(step, shift=True)
+    assert torch.allclose(losses[:, :-1], expected)
+    assert not losses[:, -1].any()
+
+
+@pytest.mark.parametrize("weight", [hardest(0.5, ignore_index=-1), focal(2.0, ignore_index=-1)])
+def test_another_index_is_ignored(weight):
+    step = make_step()
+    step.labels[[1, 4]] = -1
+    rows = weight(step)
+    assert not rows[[1, 4]].any()
+    usual = replace(step, labels=step.labels.where(step.labels >= 0, IGNORE))
+    by = {True: hardest(0.5), False: focal(2.0)}[rows.dtype == torch.bool]
+    ours = KD(ignore_index=-1, row_weight=weight)(step)
+    assert torch.equal(ours, KD(row_weight=by)(usual))
+
+
 def test_padding_is_never_hard():
     step = Step(torch.randn(2, 4, 5), torch.randn(2, 4, 5), batch={"attention_mask": torch.tensor([[1, 1, 0, 0]] * 2)})
     mask = hardest(1.0, by="kd")(step)
@@ -128,6 +148,11 @@ def test_sample_attention_misuse():
         sample_attention(confidence, temperature=0.0)
     with pytest.raises(ValueError, match=r"one per row, \(6,\), got \(6, 5\)"):
         sample_attention(lambda step: step.teacher)(make_step())
+
+
+def test_confidence_of_a_narrow_teacher_is_computed_in_float32():
+    step = replace(make_step(), teacher=torch.randn(6, 5, dtype=torch.bfloat16))
+    assert torch.allclose(confidence(step), -entropy(step.teacher.float()), rtol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdfast import SoftLabels
+from kdfast import Distiller, SoftLabels
 from kdfast.recipes.detection import Detections, detection_kd
 from kdfast.recipes.recommendation import listwise_kd, ranking_distillation
 from kdfast.recipes.regression import gaussian_kd, regression_kd, teacher_bounded
@@ -65,7 +65,7 @@ def detections(n=2, anchors=7, classes=4):
     return Detections(randn(n, anchors, classes), randn(n, anchors, 4))
 
 
-CLASSES = torch.tensor([[0, 1, 0, 3, -1, 0, 0], [0, 0, 2, -1, 0, 0, 1]])
+CLASSES = torch.tensor([[0, 1, 0, 3, -100, 0, 0], [0, 0, 2, -100, 0, 0, 1]])
 
 
 def test_detection_is_a_weighted_mean_over_anchors_and_boxes_of_objects():
@@ -74,7 +74,7 @@ def test_detection_is_a_weighted_mean_over_anchors_and_boxes_of_objects():
         s, t, CLASSES, boxes, foreground_weight=5.0, bound_weight=0.25, box_weight=2.0, temperature=2.0, ce_weight=0.5
     )
     row = kl(t.logits, s.logits, 2.0) + 0.5 * F.cross_entropy(
-        s.logits.flatten(0, 1), CLASSES.flatten(), reduction="none", ignore_index=-1
+        s.logits.flatten(0, 1), CLASSES.flatten(), reduction="none"
     ).view(2, 7)
     weight = torch.where(CLASSES > 0, 5.0, 1.0) * (CLASSES >= 0)
     objects = CLASSES > 0
@@ -92,7 +92,35 @@ def test_images_without_objects_and_ignored_anchors_have_no_boxes():
     torch.testing.assert_close(loss, kl(t.logits, s.logits, 1.0)[CLASSES >= 0].mean())
     assert not s.boxes.grad.any()
     assert not s.logits.grad[CLASSES < 0].any()
-    assert detection_kd(s, t, torch.full_like(CLASSES, -1), boxes).item() == 0.0
+    assert detection_kd(s, t, torch.full_like(CLASSES, -100), boxes).item() == 0.0
+
+
+def test_a_distiller_takes_batches_with_ignored_anchors():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes, self.boxes = nn.Linear(3, 28), nn.Linear(3, 28)
+
+        def forward(self, x):
+            return Detections(self.classes(x).view(-1, 7, 4), self.boxes(x).view(-1, 7, 4))
+
+    distiller = Distiller(
+        Head(),
+        Head(),
+        objective=lambda step: detection_kd(step.student, step.teacher, *step.batch[1], ce_weight=0.5),
+        labels=lambda batch: batch[1][0],
+    )
+    loss = distiller.step((torch.randn(2, 3), (CLASSES, torch.randn(2, 7, 4))))
+    assert loss.isfinite()
+
+
+def test_a_matcher_s_own_number_for_ignored_anchors_is_named():
+    s, t, boxes = detections(), detections(), randn(2, 7, 4)
+    matched = CLASSES.clamp(min=-1)
+    with pytest.raises(ValueError, match="must not be negative but for ignore_index=-100, got -1"):
+        detection_kd(s, t, matched, boxes)
+    ours, usual = detection_kd(s, t, matched, boxes, ignore_index=-1), detection_kd(s, t, CLASSES, boxes)
+    torch.testing.assert_close(ours, usual)
 
 
 def test_a_cached_teacher_detects_too():
@@ -110,6 +138,23 @@ def test_segmentation_is_a_row_per_pixel_that_counts():
     found = segmentation_kd(s, t, labels, temperature=3.0, ce_weight=0.5)
     row = kl(t.movedim(1, -1), s.movedim(1, -1), 3.0)[labels != 255].mean()
     torch.testing.assert_close(found, row + 0.5 * F.cross_entropy(s, labels, ignore_index=255))
+
+
+def test_a_distiller_evaluates_segmentation_by_a_function():
+    networks = nn.Conv2d(1, 5, 1), nn.Conv2d(1, 5, 1)
+    data = [(torch.randn(2, 1, 3, 4), torch.randint(5, (2, 3, 4)))]
+
+    def pixels(distiller, loader):
+        return {
+            "accuracy": torch.stack([(distiller.student(x).argmax(1) == y).float().mean() for x, y in loader])
+            .mean()
+            .item()
+        }
+
+    history = Distiller(
+        *networks, objective=lambda step: segmentation_kd(step.logits, step.teacher, step.labels, temperature=4.0)
+    ).fit(data, epochs=1, eval_loader=data, metrics=pixels, progress=False)
+    assert 0.0 <= history[0]["accuracy"] <= 1.0
 
 
 def test_channels_last_logits_are_not_copied():

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdfast.distill.step import Step
+from kdfast.objectives._vectors import mean_of
 from kdfast.recipes._rows import answers_of, counted_rows, dense_logits, wide
 
 __all__ = ["Adversarial", "discriminator"]
+
+# Of log-probabilities, as in torch's BCELoss: a masked column's -inf would make D's logits NaN.
+LOWEST = -100.0
 
 
 class Adversarial(nn.Module):
@@ -33,6 +37,8 @@ class Adversarial(nn.Module):
         weight: lambda, of the student's term.
         features: of a step, the student's and the teacher's; their log-probabilities without, so that D cannot tell
             them by a constant that a softmax does not see.
+
+    A batch without a row that counts has the loss 0.
 
     Raises:
         ValueError: a weight that is not positive, or a discriminator that gives something else.
@@ -58,13 +64,13 @@ class Adversarial(nn.Module):
         """``mean -log D(f_s)``, without a gradient for D."""
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         frozen |= {name: buffer.clone() for name, buffer in self.discriminator.named_buffers()}
-        return F.softplus(-_verdict(functional_call(self.discriminator, frozen, (student,)), student)).mean()
+        return mean_of(F.softplus(-_verdict(functional_call(self.discriminator, frozen, (student,)), student)))
 
     def discriminator_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``mean -log D(f_t) - log(1 - D(f_s))``, without a gradient for the student."""
         real = _verdict(self.discriminator(teacher.detach()), teacher)
         fake = _verdict(self.discriminator(student.detach()), student)
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
+        return mean_of(F.softplus(-real)) + mean_of(F.softplus(fake))
 
 
 def discriminator(width: int, hidden: int = 64) -> nn.Sequential:
@@ -84,4 +90,4 @@ def _verdict(logits: Tensor, features: Tensor) -> Tensor:
 def _log_probs(step: Step) -> tuple[Any, Any]:
     counted = counted_rows(step)
     both = step.logits, dense_logits(answers_of(step), step.logits)
-    return tuple(wide(x[counted]).log_softmax(-1) for x in both)  # type: ignore[return-value]
+    return tuple(wide(x[counted]).log_softmax(-1).clamp(min=LOWEST) for x in both)  # type: ignore[return-value]

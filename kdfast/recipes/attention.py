@@ -10,7 +10,7 @@ from torch import Tensor
 from kdfast.distill.objective import teacher_of
 from kdfast.distill.step import Step
 from kdfast.objectives._rows import TeacherRows
-from kdfast.recipes._rows import answers_of, counted_rows, dense_logits
+from kdfast.recipes._rows import answers_of, counted_rows, dense_logits, wide
 from kdfast.recipes.hard_examples import row_losses
 
 __all__ = ["ClassAttention", "class_attention", "confidence", "disagreement", "sample_attention"]
@@ -46,7 +46,7 @@ def sample_attention(score: Callable[[Step], Tensor], *, temperature: float = 1.
 
 def confidence(step: Step) -> Tensor:
     """Minus the teacher's entropy, in nats: rows of which it is sure come first."""
-    log_p = dense_logits(answers_of(step), step.logits).log_softmax(-1)
+    log_p = wide(dense_logits(answers_of(step), step.logits)).log_softmax(-1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)
 
 
@@ -108,7 +108,7 @@ def class_attention(temperature: float = 1.0) -> Callable[[Step], Tensor]:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
     def weights(step: Step) -> Tensor:
-        teacher = dense_logits(answers_of(step), step.logits)
+        teacher = wide(dense_logits(answers_of(step), step.logits))
         return (teacher / temperature).softmax(-1) * teacher.shape[-1]
 
     return weights

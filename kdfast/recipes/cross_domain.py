@@ -35,14 +35,15 @@ def confident(threshold: float) -> Callable[[Step], Tensor]:
     return weights
 
 
-class Unlabelled:
+class Unlabelled(nn.Module):
     """An objective that never sees the batches' labels, which a loader may have for evaluation."""
 
     def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+        super().__init__()
+        self.objective = objective  # a module is trained along
         self.options = getattr(objective, "options", {})
 
-    def __call__(self, step: Step) -> Tensor:
+    def forward(self, step: Step) -> Tensor:
         return self.objective(replace(step, labels=None))
 
 
@@ -98,15 +99,16 @@ class CrossDomain:
     ) -> list[History]:
         """Train the teacher for ``teacher_epochs`` (``epochs`` if None), then the student, ``rounds`` times ``epochs``.
 
-        Returns the histories of the student's rounds; ``plan`` is theirs.
+        Returns the histories of the student's rounds; ``plan`` is theirs, of which the teacher gets ``resume`` and
+        ``progress``.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         if source is not None:
             folder = None if self._folder is None else self._folder / "teacher"
-            quiet = {"progress": plan.get("progress", True)}
+            shared = {name: plan[name] for name in ("resume", "progress") if name in plan}
             Distiller(self.teacher, folder=folder, **self._options).fit(
-                source, epochs=teacher_epochs or epochs, **quiet
+                source, epochs=teacher_epochs or epochs, **shared
             )
         teacher, histories = self.teacher, []
         for _ in range(rounds):

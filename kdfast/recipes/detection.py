@@ -29,7 +29,7 @@ def detection_kd(
     *,
     background: int = 0,
     foreground_weight: float = 1.0,
-    ignore_index: int = -1,
+    ignore_index: int = -100,
     box_weight: float = 1.0,
     bound_weight: float = 0.5,
     margin: float = 0.0,
@@ -49,20 +49,24 @@ def detection_kd(
         background: the class of anchors without an object.
         foreground_weight: of an anchor with an object in the mean over anchors; others weigh 1. Anchors without one
             are hundreds of times as many.
-        ignore_index: the class of anchors that do not count.
+        ignore_index: the class of anchors that do not count. -100 is what ``Distiller`` leaves out where it weighs the
+            batches that it accumulates: keep to it there, and map a matcher's -1 to it.
         box_weight: of smooth L1 against ``boxes``: summed over coordinates, the mean over anchors with an object.
         bound_weight: of ``teacher_bounded``, whose ``margin`` is that, over the same anchors.
         options: ``kd_loss``'s: ``temperature``, ``ce_weight``, ``divergence``, ...
 
     Raises:
-        TypeError, ValueError: parts that do not fit one another.
+        TypeError, ValueError: parts that do not fit one another, or classes that are negative and not ignored.
     """
     require_alike(
         "teacher's boxes", **{"student's boxes": student.boxes, "teacher's boxes": teacher.boxes, "boxes": boxes}
     )
-    objects = (classes != background) & (classes != ignore_index)
+    counted = classes != ignore_index
+    if bool((counted & (classes < 0)).any()):
+        raise ValueError(f"classes must not be negative but for ignore_index={ignore_index}, got {int(classes.min())}")
+    objects = (classes != background) & counted
     weight = torch.where(objects, foreground_weight, 1.0)
-    total = weight[classes != ignore_index].sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    total = weight[counted].sum().clamp(min=torch.finfo(weight.dtype).tiny)
     loss: Tensor = kd_loss(
         student.logits,
         teacher.logits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kdfast._checks import values_are_checked
 from kdfast.cache.teacher import logits_of
+from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
@@ -38,7 +40,7 @@ class ProbabilityEnsemble:
 
     Args:
         weights: one per teacher, not negative, of sum 1; equal without. Or a function of the step that gives (..., K):
-            weights of each row, such as ``label_trust``.
+            weights of each row, such as ``label_trust``, which gets the options' ``shift`` and ``ignore_index``.
         options: ``KD``'s.
 
     Raises:
@@ -47,7 +49,7 @@ class ProbabilityEnsemble:
     """
 
     def __init__(self, weights: Weights = None, **options: Any) -> None:
-        self.weights, self.options = _checked(weights), options
+        self.weights, self.options = _checked(weights, options), options
         self.divergence = Divergence.of(options.get("divergence", "forward_kl"))
         KD(**options)
         if self.divergence.name == "logit_mse":
@@ -99,7 +101,7 @@ class LogitEnsemble:
     """
 
     def __init__(self, weights: Weights = None, **options: Any) -> None:
-        self.weights, self.options = _checked(weights), options
+        self.weights, self.options = _checked(weights, options), options
         self._objective = KD(**options)
 
     def __call__(self, step: Step) -> Tensor:
@@ -112,26 +114,33 @@ class LogitEnsemble:
         return self._objective(replace(step, teacher=_as_teacher(answers, weighted.sum(-1))))
 
 
-def label_trust(step: Step) -> Tensor:
+def label_trust(step: Step, *, shift: bool = False, ignore_index: int = IGNORE) -> Tensor:
     """(..., K) weights that trust a teacher by its cross-entropy on the row's label (CA-MKD, Zhang et al. 2022)::
 
         w_k = (1 - softmax_k(CE_k)) / (K - 1)
 
-    Rows without a label weigh all teachers alike. Raises ``ValueError`` without class indices as labels.
+    Rows without a label weigh all teachers alike. With ``shift`` position i is judged by label i + 1.
+
+    Raises:
+        ValueError: no labels, or labels that are no class indices.
     """
     answers = several_teachers(step)
     if step.labels is None or step.labels.is_floating_point():
         raise ValueError("label_trust needs class indices as labels, got none")
-    losses = [_cross_entropy(dense_logits(x, step.logits), step.labels) for x in answers]
+    labels = Counting(ignore_index, shift).labels(step.labels)
+    losses = [_cross_entropy(dense_logits(x, step.logits), labels, ignore_index) for x in answers]
     return (1.0 - torch.stack(losses, -1).softmax(-1)) / (len(answers) - 1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    rows = F.cross_entropy(wide(logits.flatten(0, -2)), labels.flatten(), ignore_index=IGNORE, reduction="none")
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    classes = labels.flatten().long()
+    rows = F.cross_entropy(wide(logits.flatten(0, -2)), classes, ignore_index=ignore_index, reduction="none")
     return rows.view(labels.shape)
 
 
-def _checked(weights: Weights) -> Weights:
+def _checked(weights: Weights, options: dict[str, Any]) -> Weights:
+    if weights is label_trust:  # it must judge a row by the label that the loss does
+        return partial(label_trust, **{name: options[name] for name in ("shift", "ignore_index") if name in options})
     if weights is None or callable(weights):
         return weights
     if not all(w >= 0.0 for w in weights) or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.distill.step import Step
 from kdfast.losses import kd_loss
-from kdfast.recipes._rows import answers_of, counted_rows, dense_logits, wide
+from kdfast.objectives._vectors import gram, unit, widened
+from kdfast.recipes._rows import answers_of, counted_rows, dense_logits
 
 __all__ = ["GraphAttention"]
 
@@ -31,8 +31,11 @@ class GraphAttention:
         features: of a step, the student's and the teacher's (samples, ...); their logits without. Only rows that count
             have a part where they are the logits.
 
+    Less than three samples, as the last batch of an epoch may have, give 0: a single neighbour has all attention,
+    whatever the features.
+
     Raises:
-        ValueError: less than three samples: a single neighbour has all attention, whatever the features.
+        ValueError: a temperature that is not positive, or features of different numbers of samples.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class GraphAttention:
 
     def __call__(self, step: Step) -> Tensor:
         student, teacher = _logits(step) if self.features is None else self.features(step)
-        if len(student) != len(teacher) or len(student) < 3:
-            raise ValueError(f"a graph needs three samples or more of both, got {len(student)} and {len(teacher)}")
+        if len(student) != len(teacher):
+            raise ValueError(f"a graph is of the same samples, got {len(student)} and {len(teacher)}")
+        if len(student) < 3:
+            return widened(student[:0]).sum()
         return kd_loss(  # type: ignore[no-any-return]
             affinities(student), affinities(teacher.detach()), temperature=self.temperature, scale_by_t2=False
         )
@@ -53,9 +58,9 @@ class GraphAttention:
 
 def affinities(features: Tensor) -> Tensor:
     """(n, n) cosines of (n, ...) features, the diagonal masked."""
-    rows = F.normalize(wide(features.flatten(1)), dim=1)
-    own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    return (rows @ rows.T).masked_fill(own, -torch.inf)
+    cosines = gram(unit(widened(features.flatten(1))))
+    own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    return cosines.masked_fill(own, -torch.inf)
 
 
 def _logits(step: Step) -> tuple[Any, Any]:

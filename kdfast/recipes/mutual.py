@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.cache.teacher import logits_of
+from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
 from kdfast.losses import kd_loss
@@ -43,7 +44,8 @@ class MutualLearning(nn.Module):
     def forward(self, step: Step) -> Tensor:
         steps = each_student(step)
         logits = [logits_of(one.student) for one in steps]
-        counted = counted_rows(step, shift=bool(self.options.get("shift", False)))
+        rule = Counting.of(self)
+        counted = counted_rows(step, shift=rule.shift, ignore_index=rule.ignore_index)
         terms = [self.own(one) for one in steps]
         for i, mine in enumerate(logits):
             for peer in logits[:i] + logits[i + 1 :]:

@@ -13,8 +13,9 @@ __all__ = ["deepen", "widen"]
 
 # What acts on each unit alone, whatever its place.
 _FUNCTIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Identity)
-_POOLING = (nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-UNITWISE = (*_FUNCTIONS, *_POOLING)
+_UNITWISE = (*_FUNCTIONS, nn.Flatten, nn.Dropout)
+# Over a picture per unit, which a Linear does not make: its units are the last dimension.
+_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def widen(model: nn.Sequential, layer: int, width: int, *, generator: torch.Generator | None = None) -> nn.Sequential:
@@ -32,11 +33,12 @@ def widen(model: nn.Sequential, layer: int, width: int, *, generator: torch.Gene
         generator: of g and s.
 
     Raises:
-        ValueError: no such layer, less outputs than it has, grouped convolutions, or a module in between that mixes
-            units.
+        ValueError: no such layer, less outputs than it has, grouped convolutions, a module in between that mixes units
+            or normalises anything but them, or a layer that is in ``model`` twice.
     """
     old, following = _weighted(model, layer), _next(model, layer)
     units = old.weight.shape[0]
+    _check_between(model, layer, following, units)
     if width < units:
         raise ValueError(f"layer {layer} has {units} outputs: widening to {width} would lose some")
     copied = torch.cat([torch.arange(units), torch.randint(units, (width - units,), generator=generator)])
@@ -48,7 +50,7 @@ def widen(model: nn.Sequential, layer: int, width: int, *, generator: torch.Gene
     for between in range(layer + 1, following):
         if _is_norm(grown[between]):
             _set_units(grown[between], copied)
-    _set_inputs(grown[following], units, copied, share)
+    _set_inputs(grown[following], copied, share, last=isinstance(old, nn.Linear))
     return grown
 
 
@@ -68,8 +70,11 @@ def deepen(model: nn.Sequential, layer: int) -> nn.Sequential:
     if place == len(model) or not isinstance(model[place], nn.ReLU):
         raise ValueError(f"layer {layer} has no ReLU right after it, which alone is the same when it is applied again")
     new = _identity(old)
-    modules = [copy.deepcopy(module) for module in model]
-    return nn.Sequential(*modules[: place + 1], new, nn.ReLU(), *modules[place + 1 :]).train(model.training)
+    modules = list(copy.deepcopy(model))  # as one, so that a layer in two places stays one
+    added = [module.train(model.training) for module in (new, nn.ReLU())]
+    grown = nn.Sequential(*modules[: place + 1], *added, *modules[place + 1 :])
+    grown.training = model.training  # not train(), which would forget which parts are in another mode
+    return grown
 
 
 def _identity(like: Any) -> nn.Module:
@@ -96,15 +101,25 @@ def _weighted(model: nn.Sequential, layer: int) -> Any:
 
 
 def _next(model: nn.Sequential, layer: int) -> int:
+    unitwise = _UNITWISE if isinstance(model[layer], nn.Linear) else (*_UNITWISE, *_POOLING)
     for i in range(layer + 1, len(model)):
         if isinstance(model[i], nn.Linear | nn.Conv2d):
             _weighted(model, i)
             return i
-        if not (isinstance(model[i], UNITWISE) or _is_norm(model[i])):
+        if not (isinstance(model[i], unitwise) or _is_norm(model[i])):
             raise ValueError(
                 f"module {i}, a {type(model[i]).__name__}, may mix units: widening would change the function"
             )
     raise ValueError(f"layer {layer} is the last: its outputs are the classes")
+
+
+def _check_between(model: nn.Sequential, layer: int, following: int, units: int) -> None:
+    for i in range(layer, following + 1):
+        module: Any = model[i]
+        if module.state_dict() and sum(other is module for other in model) > 1:
+            raise ValueError(f"module {i}, a {type(module).__name__}, is in two places: widening would change both")
+        if _is_norm(module) and module.num_features != units:
+            raise ValueError(f"module {i} normalises {module.num_features} features, not layer {layer}'s {units} units")
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -124,12 +139,16 @@ def _set_units(module: Any, copied: Tensor) -> None:
 
 
 @torch.no_grad()
-def _set_inputs(module: Any, units: int, copied: Tensor, share: Tensor) -> None:
-    """Take the copies' outputs. A unit may be several inputs, which a Flatten has put side by side."""
-    weight = module.weight
-    apart = weight.unflatten(1, (units, -1)) if isinstance(module, nn.Linear) else weight
+def _set_inputs(module: Any, copied: Tensor, share: Tensor, *, last: bool) -> None:
+    """Take the copies' outputs. After a Flatten a unit is several: side by side, or apart where it was ``last``."""
+    weight, units = module.weight, int(copied.max()) + 1
     copied, share = copied.to(weight.device), share.to(weight)
-    wide = apart[:, copied] * share.view(1, -1, *[1] * (apart.dim() - 2))
-    module.weight = nn.Parameter(wide.flatten(1) if isinstance(module, nn.Linear) else wide, weight.requires_grad)
+    if isinstance(module, nn.Linear):
+        apart = weight.unflatten(1, (-1, units)).mT if last else weight.unflatten(1, (units, -1))
+        wide = apart[:, copied] * share[:, None]
+        wide = (wide.mT if last else wide).flatten(1)
+    else:
+        wide = weight[:, copied] * share[:, None, None]
+    module.weight = nn.Parameter(wide, weight.requires_grad)
     name = "in_features" if isinstance(module, nn.Linear) else "in_channels"
     setattr(module, name, module.weight.shape[1])

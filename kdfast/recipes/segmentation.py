@@ -29,6 +29,9 @@ def segmentation_kd(
 
         objective=lambda step: segmentation_kd(step.logits, step.teacher, step.labels, temperature=4.0)
 
+    ``Distiller``'s own metrics want the classes last: to ``fit`` with an ``eval_loader`` pass ``metrics``, a function
+    (distiller, eval_loader) giving numbers by name, such as the share of pixels that are right.
+
     Args:
         student, teacher: (N, C, H, W) logits. Cached labels of a teacher have a row per pixel of the student's, or of
             what it is resized to, images one after another.
