@@ -4,6 +4,7 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from distill_toys import CLASSES, FEATURES, data, loader, states_equal, student, teacher
@@ -298,3 +299,39 @@ def test_one_s_own_loop():
         distiller.optimizer.zero_grad()
         losses.append(loss.detach())
     assert losses[-1] < losses[0]
+
+
+def test_gradients_that_were_there_before_do_not_count():
+    """Those of a loop of one's own, and of a step whose loss was not finite."""
+    start = nn.Linear(FEATURES, CLASSES).state_dict()
+    ends = []
+    for before in ("nothing", "own", "nan"):
+        model = Breaks(at=1 if before == "nan" else 0)
+        model.layer.load_state_dict(start)
+        distiller = Distiller(model, optimizer=lambda parameters: torch.optim.SGD(parameters, 1.0))
+        if before == "own":
+            distiller.step(data()).backward()
+        if before == "nan":
+            with pytest.raises(FloatingPointError):
+                fit(distiller, [data()])
+            assert all(x.grad is None for x in model.parameters())
+        fit(distiller, [data()], epochs=1)
+        ends.append(model.layer.weight.detach())
+    assert torch.equal(ends[1], ends[0])
+    assert torch.equal(ends[2], ends[0])
+
+
+def test_one_s_own_metrics_may_be_numpy_s_and_tensors(tmp_path):
+    measure = lambda *_: {"accuracy": np.float64(0.5), "f1": torch.tensor(0.25)}  # noqa: E731
+    for epochs in (1, 2):
+        history = fit(
+            Distiller(student(), folder=tmp_path), loader(), epochs=epochs, eval_loader=loader(), metrics=measure
+        )
+    assert [(record["accuracy"], record["f1"]) for record in history] == [(0.5, 0.25)] * 2
+    assert all(type(record[name]) is float for record in history for name in ("accuracy", "f1"))
+
+
+def test_what_an_objective_of_one_s_own_takes_for_labels_need_not_be_classes():
+    ages = torch.tensor([31, 45, 22])
+    distiller = Distiller(nn.Linear(FEATURES, 1), objective=lambda s: (s.logits[:, 0] - s.labels).square().mean())
+    assert distiller.step((data(3)[0], ages)).isfinite()

@@ -7,6 +7,7 @@ import torch
 from distill_toys import CLASSES, FEATURES, data, student
 from sklearn import metrics as sk
 from torch import nn
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from kdfast import Distiller, SoftLabels
@@ -125,3 +126,18 @@ def test_a_footprint_counts_and_times():
     assert model.training
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         footprint(model, torch.randn(16, FEATURES), repeats=0)
+
+
+def test_a_shifted_distribution_is_of_the_next_token():
+    model, ids = Causal(), torch.tensor([[0, 1, 2, 3]])
+    following = model.embed.weight.argmax(-1)[ids].roll(1, -1)  # what each position's predecessor says
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    distiller = Distiller(model, shift=True)
+    for labels in (following, nn.functional.one_hot(following, 7).float()):
+        assert evaluate(distiller, [{**batch, "labels": labels}], ["accuracy"]) == {"accuracy": 1.0}
+
+
+def test_metrics_of_torchmetrics_have_names():
+    for metric in (MulticlassAccuracy(CLASSES), MetricCollection([MulticlassAccuracy(CLASSES)])):
+        with pytest.raises(TypeError, match=f"got {type(metric).__name__}: give"):
+            evaluate(Distiller(student()), [data(8)], metric)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kdfast import SoftLabels, kd_loss
 from kdfast.distill import KD, Step
+from kdfast.recipes import HardTargets
 
 LABELS = torch.tensor([0, 2, -100, 3])
 
@@ -81,3 +82,28 @@ def test_mistakes_are_named(said):
     with pytest.raises(TypeError, match="without logits"):
         KD()(Step(3.0, said[1], LABELS))
     assert repr(KD(shift=True)) == "KD(temperature=2.0, kd_weight=0.5, ce_weight=0.5, shift=True)"
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("objective", [KD, HardTargets])
+def test_padding_does_not_count_whatever_the_row_weights_say(objective, shift):
+    """Of bool weights it leaves the denominator, of numbers too; both give what sequences without padding give."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, 7, dtype=torch.double)
+    ids, weight = torch.randint(0, 7, (2, 5)), torch.rand(2, 5, dtype=torch.double)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    make = lambda **options: objective(shift=shift, **options)  # noqa: E731
+    for weights in (weight, weight > 0.3):
+        padded = Step(student, teacher, ids, {"input_ids": ids, "attention_mask": mask})
+        loss = make(row_weight=weights)(padded)
+        parts, counts = [], []
+        for i, a in ((0, 2), (1, 0)):
+            own = weights[i, a:]
+            rows = own[: len(own) - shift]
+            counts.append(int(rows.sum()) if rows.dtype == torch.bool else len(rows))
+            parts.append(make(row_weight=own)(Step(student[i, a:], teacher[i, a:], ids[i, a:])) * counts[-1])
+        torch.testing.assert_close(loss, sum(parts) / sum(counts))
+    if shift:
+        torch.testing.assert_close(make(row_weight=weight[:, :-1])(padded), make(row_weight=weight)(padded))
+    with pytest.raises(ValueError, match="row_weight must be"):
+        make(row_weight=weight[0])(padded)

@@ -121,3 +121,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path, "default", resume=False)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_workers_that_persist_are_refused_where_a_run_is_to_go_on(tmp_path):
+    batches = loader(num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers=False, or a sampler with a state_dict"):
+        Distiller(student(), folder=tmp_path).fit(batches, epochs=1, progress=False)

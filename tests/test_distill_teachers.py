@@ -1,5 +1,8 @@
 """Teachers that are modules, functions and caches say the same, and are as they were afterwards."""
 
+from collections import UserDict
+from typing import NamedTuple
+
 import pytest
 import torch
 from distill_toys import CLASSES, FEATURES, data, student, teacher
@@ -9,6 +12,7 @@ from torch.utils.data import DataLoader
 import kdfast.cache
 from kdfast import Distiller, PackedLabels, kd_loss
 from kdfast.distill import KD
+from kdfast.distill.fields import to_device
 
 VOCAB = 13
 
@@ -149,3 +153,40 @@ def test_a_causal_model_s_cache_says_what_the_model_does(tmp_path, side):
         for t in (model, kdfast.cache.open(tmp_path))
     ]
     torch.testing.assert_close(kd[1], kd[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_method_of_a_module_is_in_evaluation_mode_too():
+    model, (x, y) = teacher(), data(16)
+    statistics = model[1].running_mean.clone()
+    said = Distiller(student(), model.forward).forward((x, y)).teacher
+    assert torch.equal(model[1].running_mean, statistics)
+    assert model.training
+    assert torch.equal(said, model.eval()(x))
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+class Output(dict):
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+def test_batches_and_outputs_stay_what_they_are():
+    x, y = data(8)
+    distiller = Distiller(student(), teacher(), inputs=lambda batch: batch.image, labels=lambda batch: batch.label)
+    assert distiller.step(Pair(x, y)).isfinite()
+    given = Output(logits=x, more=[y])
+    for moved in (to_device(kind, torch.device("cpu")) for kind in (given, UserDict(given))):
+        assert type(moved) in (Output, UserDict)
+        assert torch.equal(moved["logits"], x)
+        assert isinstance(moved["more"], tuple)
+    assert isinstance(given["more"], list)
+
+
+def test_the_device_is_the_weights():
+    model = student()
+    assert Distiller(model, device="cpu:0").device == next(model.parameters()).device

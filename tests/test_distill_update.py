@@ -11,8 +11,10 @@ from distill_toys import CLASSES, FEATURES, data, loader, student, teacher
 from torch import nn
 from torch.nn import functional as F
 
-from kdfast import Distiller, kd_loss
+from kdfast import Distiller, SoftLabels, kd_loss
 from kdfast.distill import freeze, inverse_decay
+from kdfast.distill.counting import Counting
+from kdfast.distill.fields import Fields
 
 OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.5}
 
@@ -260,3 +262,92 @@ def test_a_compiled_student_is_the_same_student(monkeypatch):
         losses.append(history[-1]["loss"])
         assert counter.frame_count == compiled
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+class Flagged(nn.Module):
+    """Called with something that is no tensor first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, scale, x):
+        return self.layer(x) * scale
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed, self.head = nn.Embedding(9, 5, dtype=torch.double), nn.Linear(5, 9, dtype=torch.double)
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+
+def test_batches_share_by_what_counts_whatever_they_are():
+    """Against the gradient of the summed loss over the number of rows."""
+    torch.manual_seed(0)
+    x, ids = torch.randn(10, FEATURES).double(), [torch.randint(9, (2, length)) for length in (3, 7)]
+    shifted = {"shift": True, "kd_weight": 1.0, "ce_weight": 0.0}
+    soft = [torch.rand(*rows.shape, 9, dtype=torch.double).softmax(-1) for rows in ids]
+    cases = [
+        (Flagged, [{"scale": 2, "x": x[:9]}, {"scale": 2, "x": x[9:]}], {"ce_weight": 0.0}, 10),
+        (Tokens, [{"input_ids": rows} for rows in ids], shifted, 2 * 2 + 2 * 6),
+        (Tokens, [(rows,) for rows in ids], {"ce_weight": 0.0}, 2 * 3 + 2 * 7),
+        (Tokens, [{"input_ids": a, "labels": b} for a, b in zip(ids, soft, strict=True)], {"shift": True}, 16),
+    ]
+    for make, batches, options, count in cases:
+        model, reference, guide = make(), make(), make()
+        next(guide.parameters()).data += 1.0
+        distiller = Distiller(model, guide, optimizer=Recorder, accumulate=2, **options)
+        distiller.fit(batches, epochs=1, progress=False)
+        summed = Distiller(reference, guide, **options)
+        for batch in batches:
+            step = summed.forward(batch)
+            loss = kd_loss(step.logits, step.teacher, step.labels, reduction="sum", **{**OPTIONS, **options})
+            (loss / count).backward()
+        for grad, parameter in zip(distiller.optimizer.seen[0], reference.parameters(), strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_a_cache_s_rows_are_counted_as_positions():
+    """Of a shifted sequence the last one predicts nothing, and neither does the one before padding."""
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    cached = SoftLabels.weights(torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1), vocab_size=4)
+    batch = ({"input_ids": ids, "attention_mask": mask}, cached)
+    rows = Counting(shift=True).rows(batch, Fields(), per_token=True)
+    assert rows.tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_a_cosine_of_more_epochs_goes_on_down(tmp_path):
+    def rates(epochs):
+        distiller = Distiller(student(), schedule="cosine", lr=0.5, folder=tmp_path)
+        return [record["lr"] for record in distiller.fit(loader(batch=16), epochs=epochs, progress=False)]
+
+    rates(2)
+    assert rates(4)[2:] == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 12)) for step in (9, 12)])
+
+
+def test_a_plateau_needs_something_to_watch():
+    make = lambda optimizer, *_: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)  # noqa: E731
+    distiller = Distiller(student(), schedule=make)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau needs an eval_loader"):
+        distiller.fit(loader(), epochs=1, progress=False)
+    with pytest.raises(ValueError, match="monitor 'accuracy' is none of epoch"):
+        distiller.fit(loader(), epochs=1, eval_loader=loader(), metrics=["f1"], progress=False)
+    assert len(distiller.fit(loader(), epochs=2, monitor="loss", progress=False)) == 2
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_of_a_frozen_part_stay_also_where_its_owner_calls_train(affine):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(8, affine=affine)
+    model = nn.Sequential(nn.Sequential(nn.Linear(FEATURES, 8), norm), nn.Linear(8, CLASSES))
+    distiller = Distiller(model, freeze=["0.*"])
+    assert not norm.training
+    model.train()
+    distiller.fit(loader(), epochs=1, progress=False)
+    assert torch.equal(norm.running_mean, torch.zeros(8))
+    assert norm.training

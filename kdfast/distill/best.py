@@ -10,7 +10,7 @@ from torch import nn
 from kdfast.distill import parallel
 from kdfast.distill.checkpoint import BEST, copy_of, load, restore, save
 
-__all__ = ["Best"]
+__all__ = ["Best", "monitored"]
 
 LESS_IS_BETTER = ("loss", "cross_entropy", "ece")
 
@@ -39,11 +39,10 @@ class Best:
 
     def offer(self, record: dict[str, Any]) -> None:
         """Look at an evaluation. Raises ``ValueError`` where it lacks the monitored number."""
-        if self._name not in record:
-            if self._patience is None:
-                return
-            raise ValueError(f"monitor {self._name!r} is none of {', '.join(record)}")
-        value = -record[self._name] if self._less else record[self._name]
+        if self._patience is None and self._name not in record:
+            return
+        found = monitored(record, self._name)
+        value = -found if self._less else found
         self.stale += 1
         if value == value and (self.value is None or value > self.value):
             self.value, self.stale = value, 0
@@ -75,3 +74,11 @@ class Best:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.value, self.stale = state["value"], state["stale"]
+
+
+def monitored(record: dict[str, Any], monitor: str) -> float:
+    """The number of that name, whose minus is not part of it. Raises ``ValueError`` where the record lacks it."""
+    name = monitor.removeprefix("-")
+    if name not in record:
+        raise ValueError(f"monitor {name!r} is none of {', '.join(record)}")
+    return float(record[name])

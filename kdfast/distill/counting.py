@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.distill.fields import Fields, samples, split
+from kdfast.cache import PackedLabels
+from kdfast.distill.fields import Fields, samples, split, tensors
 from kdfast.distill.step import Step
+from kdfast.labels import SoftLabels
 
-__all__ = ["Counting", "leading"]
+__all__ = ["Counting", "counted_rows", "leading", "without_padding"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,29 @@ class Counting:
         inner, cached = split(batch)
         labels = fields.labels_of(inner)
         if labels is None:
-            counted = _every(fields.arguments(inner), per_token) if cached is None else _present(cached)
+            counted = _every(fields.arguments(inner), per_token)
+            if cached is not None and len(cached) != counted.numel():
+                counted = _present(cached)
         elif labels.is_floating_point():
             counted = torch.ones(labels.shape[:-1], dtype=torch.bool, device=labels.device)
         else:
             counted = self.labels(labels) != self.ignore_index
+        if self.shift and counted.dim() > 1:
+            counted[..., -1] = False
         for mask in (self.real(inner, counted.shape), None if cached is None else _present(cached)):
             if mask is not None and mask.numel() == counted.numel():
                 counted = counted & mask.to(counted.device).view_as(counted)
         return counted
+
+    def of_step(self, step: Step) -> Tensor:
+        """(...) bool: which of the student's rows count, whatever the teacher says of them."""
+        counted = torch.ones(step.logits.shape[:-1], dtype=torch.bool, device=step.logits.device)
+        if self.shift:
+            counted[..., -1] = False
+        if step.labels is not None and not step.labels.is_floating_point():
+            counted = counted & (self.labels(step.labels) != self.ignore_index)
+        real = self.real(split(step.batch)[0], counted.shape)
+        return counted if real is None else counted & real.to(counted.device)
 
     def real(self, batch: Any, rows: torch.Size) -> Tensor | None:
         """Which rows are not padding, and predict none: by the batch's ``attention_mask``, if it is one of the rows."""
@@ -70,6 +86,43 @@ class Counting:
         return labels
 
 
+def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = -100) -> Tensor:
+    """(...) bool, ``kd_loss``'s rule: the label is not ignored, soft labels are present, and the row is no padding.
+
+    With ``shift`` a row's label is the next position's.
+    """
+    counted = Counting(ignore_index, shift).of_step(step)
+    for said in step.teacher if isinstance(step.teacher, tuple) else (step.teacher,):
+        if isinstance(said, (SoftLabels, PackedLabels)) and said.present is not None:
+            counted = counted & said.present.to(counted.device).view(counted.shape)
+    return counted
+
+
+def without_padding(step: Step, options: dict[str, Any]) -> dict[str, Any]:
+    """``kd_loss``'s options, with a ``row_weight`` that also leaves padding out; as they are without padding.
+
+    Weights that are numbers leave the denominator alone: the rows that count become their ``num_items``.
+    """
+    rule = {"shift": bool(options.get("shift", False)), "ignore_index": options.get("ignore_index", -100)}
+    real = Counting(**rule).real(split(step.batch)[0], step.logits.shape[:-1])
+    weight = options.get("row_weight")
+    if weight is None:
+        return {**options, "row_weight": real}
+    if real is None or not isinstance(weight, Tensor):
+        return options
+    if rule["shift"] and weight.shape == real[..., 1:].shape:
+        real = real[..., :-1]  # the last position has no label, and kd_loss takes weights without it
+    if weight.dim() and weight.shape != real.shape:
+        return options  # kd_loss says what is wrong with it
+    real = real.to(weight.device)
+    if weight.dtype == torch.bool:
+        return {**options, "row_weight": weight & real}
+    options = {**options, "row_weight": torch.where(real, weight, 0.0)}
+    if options.get("reduction", "mean") == "mean":
+        options.setdefault("num_items", counted_rows(step, **rule).sum().clamp(min=1))
+    return options
+
+
 def leading(step: Step) -> torch.Size:
     """The shape of the rows; of one dimension where the student's output has no logits."""
     try:
@@ -83,6 +136,13 @@ def _present(labels: Any) -> Tensor:
 
 
 def _every(arguments: Any, per_token: bool) -> Tensor:
-    if per_token and isinstance(arguments, Mapping) and "input_ids" in arguments:
-        return torch.ones_like(arguments["input_ids"], dtype=torch.bool)
-    return torch.ones(samples(arguments), dtype=torch.bool)
+    ids = _token_ids(arguments) if per_token else None
+    return torch.ones(samples(arguments) if ids is None else ids.shape, dtype=torch.bool)
+
+
+def _token_ids(arguments: Any) -> Tensor | None:
+    """A mapping's, or whole numbers (samples, length) in the first place."""
+    if isinstance(arguments, Mapping):
+        return arguments.get("input_ids")
+    first = next(tensors(arguments), None)
+    return first if first is not None and first.dim() == 2 and not first.is_floating_point() else None

@@ -23,7 +23,7 @@ from kdfast.distill.plan import Plan
 from kdfast.distill.schedules import Schedule, schedule_of
 from kdfast.distill.step import Objective, Step
 from kdfast.distill.tally import Record
-from kdfast.distill.teachers import Teachers
+from kdfast.distill.teachers import Teachers, owner
 
 __all__ = ["Distiller"]
 
@@ -60,7 +60,8 @@ class Distiller:
             and the records' keys in the cache.
         amp: the dtype of autocast, of student and teacher: torch.bfloat16, or torch.float16, whose gradients are
             scaled.
-        accumulate: batches of an optimiser step. Its gradient is that of one batch of all their rows.
+        accumulate: batches of an optimiser step. Its gradient is that of one batch of all their rows. Rows that a bool
+            ``row_weight`` leaves out count in a batch's share all the same.
         clip_norm: of the gradient, at most.
         compile: run the student through ``torch.compile`` while it is trained.
         folder: where ``fit`` leaves its log, curves and checkpoints. Nothing is written if None.
@@ -98,10 +99,11 @@ class Distiller:
         self.objective: Objective = KD(**options) if objective is None else objective
         self.fields = Fields(inputs, labels, key)
         self.teachers = Teachers(teacher, student, self.fields)
-        for model in (student, self.objective, *self.teachers.members) if device is not None else ():
+        for model in (student, self.objective, *map(owner, self.teachers.members)) if device is not None else ():
             if isinstance(model, nn.Module):
                 model.to(device)
-        self.device = device_of(student) if device is None else torch.device(device)
+        # Of "cuda" the weights say which one.
+        self.device = device_of(student) or (None if device is None else torch.device(device))
         self.still = _freeze(student, freeze)
         self.optimizer = optimizer_of(optimizer, lr, student, self.parameters)
         self.schedule = schedule_of(schedule)
@@ -189,9 +191,10 @@ class Distiller:
             on_epoch: is called with each record, before the checkpoint.
 
         Raises:
-            FloatingPointError: a loss that is not finite, naming epoch, step and the last checkpoint. The student is as
-                it was before that step.
-            ValueError: an empty loader, or a checkpoint of another run; and whatever a batch was refused for.
+            FloatingPointError: a loss that is not finite, naming epoch, step and the last checkpoint. The student's
+                weights are as they were before that step; its running statistics have seen the batch.
+            ValueError: an empty loader, a checkpoint of another run, persistent workers with a ``folder``,
+                ``ReduceLROnPlateau`` without anything to watch; and whatever a batch was refused for.
             ImportError: torchmetrics is not installed, and there is an ``eval_loader``.
         """
         plan = Plan(

@@ -11,8 +11,7 @@ from torch import Tensor
 from kdfast.cache import PackedLabels
 from kdfast.cache.teacher import evaluating, logits_of
 from kdfast.distill.counting import Counting
-from kdfast.distill.fields import split
-from kdfast.distill.metrics import Metrics
+from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 from kdfast.objectives.teacher_argmax import teacher_argmax
@@ -37,8 +36,8 @@ def evaluate(distiller: Distiller, loader: Iterable[Any], metrics: Any = None) -
         ValueError: the loader is empty.
     """
     with evaluating(distiller.student), torch.no_grad():
-        if callable(metrics):
-            return dict(metrics(distiller, loader))
+        if is_function(metrics):
+            return {name: float(value) for name, value in metrics(distiller, loader).items()}
         found = Metrics(metrics)
         counting = Counting.of(distiller.objective)
         empty = True
@@ -53,17 +52,13 @@ def evaluate(distiller: Distiller, loader: Iterable[Any], metrics: Any = None) -
 def _count(metrics: Metrics, step: Step, counting: Counting) -> None:
     logits = step.logits
     rows, classes = logits.shape[:-1], logits.shape[-1]
-    counted = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    real = counting.real(split(step.batch)[0], rows)
-    if real is not None:
-        counted &= real.to(logits.device)
     labels = step.labels
     if labels is not None:
-        labels = labels.argmax(-1) if labels.is_floating_point() else counting.labels(labels)
+        labels = counting.labels(labels.argmax(-1) if labels.is_floating_point() else labels)
         if labels.shape != rows:
             raise ValueError(f"labels must be {tuple(rows)} for this student, got {tuple(labels.shape)}")
-        counted &= labels != counting.ignore_index
-        labels = labels[counted]
+    counted = counting.of_step(step)
+    labels = None if labels is None else labels[counted]
     said = _likeliest(step.teacher) if metrics.need_teacher else None
     if said is not None:
         known = said.view(rows) >= 0

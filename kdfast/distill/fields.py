@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from kdfast.cache.batches import NOT_THE_MODEL_S
 from kdfast.cache.batches import Fields as CacheFields
 from kdfast.labels import SoftLabels
 
-__all__ = ["Fields", "apply", "samples", "split", "to_device"]
+__all__ = ["Fields", "apply", "samples", "split", "tensors", "to_device"]
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,42 @@ def split(batch: Any) -> tuple[Any, SoftLabels | PackedLabels | None]:
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """``value`` with its tensors and labels on ``device``, and its lists, which loaders make of tuples, as tuples."""
+    """``value`` with its tensors and labels on ``device``, and its lists, which loaders make of tuples, as tuples.
+
+    Named tuples and dicts of a class of their own, such as a model's output, stay what they are.
+    """
     if isinstance(value, (Tensor, SoftLabels, PackedLabels)):
         return value if device is None else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {name: to_device(item, device) for name, item in value.items()}
-    return tuple(to_device(item, device) for item in value) if isinstance(value, (tuple, list)) else value
+        return _filled(value, {name: to_device(item, device) for name, item in value.items()})
+    if not isinstance(value, (tuple, list)):
+        return value
+    items = [to_device(item, device) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _filled(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """``items`` in a mapping of the same type, where a copy of it has contents of its own; else as they are."""
+    if type(mapping) is dict or not isinstance(mapping, (dict, UserDict)):
+        return items
+    filled = copy(mapping)
+    for name, item in items.items():
+        filled[name] = item
+    return filled
 
 
 def samples(arguments: Any) -> int:
-    """How many samples a model is called with: the length of the first tensor; 1 without any."""
-    if isinstance(arguments, Tensor):
-        return len(arguments) if arguments.dim() else 1
-    if isinstance(arguments, (Mapping, tuple)):
-        for value in arguments.values() if isinstance(arguments, Mapping) else arguments:
-            return samples(value)
-    return 1
+    """How many samples a model is called with: the length of the first tensor that has one; else 1."""
+    return next((len(x) for x in tensors(arguments) if x.dim()), 1)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a tensor, mapping, tuple or list, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(item)
 
 
 def apply(model: Any, arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from kdfast.distill import parallel
-from kdfast.distill.best import Best
+from kdfast.distill.best import Best, monitored
 from kdfast.distill.curves import plot_curves
 from kdfast.distill.evaluation import evaluate
 from kdfast.distill.fields import samples, split, to_device
@@ -44,11 +44,14 @@ class Fit:
         plan.check(eval_loader is not None)
         self.distiller, self.eval_loader, self.plan = distiller, eval_loader, plan
         self.position = Position(loader)
+        if distiller.folder is not None:
+            self.position.require_exact()
         self.steps = _steps(loader, distiller)
         folder = distiller.folder if parallel.is_first() else None
         self.best = Best(parallel.bare(distiller.student), plan.monitor, plan.patience, distiller.folder)
         self.tally = Tally()
         self.update = Update(distiller, distiller.schedule(distiller.optimizer, self.steps or 1, plan.epochs))
+        self._check_plateau()
         self.saving = Saving(self)
         if plan.resume:
             self.saving.go_on()
@@ -136,10 +139,16 @@ class Fit:
             self._watch(record)
         return record
 
+    def _check_plateau(self) -> None:
+        """Raises ``ValueError`` where nothing would ever be measured for the schedule."""
+        plateau = isinstance(self.update.scheduler, ReduceLROnPlateau)
+        if plateau and self.eval_loader is None and self.plan.monitor != "loss":
+            raise ValueError('ReduceLROnPlateau needs an eval_loader, or monitor="loss", the loss of training')
+
     def _watch(self, record: Record) -> None:
         self.best.offer(record)
         if isinstance(self.update.scheduler, ReduceLROnPlateau):
-            self.update.scheduler.step(record[self.plan.monitor.removeprefix("-")])
+            self.update.scheduler.step(monitored(record, self.plan.monitor))
 
     def _rate(self) -> float:
         return float(self.distiller.optimizer.param_groups[0]["lr"])
@@ -157,8 +166,8 @@ def training(student: nn.Module, still: list[nn.Module]) -> Iterator[None]:
     flags = {module: module.training for module in student.modules()}
     if not student.training:
         student.train()
-        for module in still:
-            module.eval()
+    for module in still:  # its owner may have called train() since it was frozen
+        module.eval()
     try:
         yield
     finally:

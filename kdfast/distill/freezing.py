@@ -17,7 +17,7 @@ def freeze(module: nn.Module, patterns: Sequence[str | re.Pattern[str]]) -> list
         freeze(student, ["encoder.*", re.compile(r"layers\\.[0-3]\\.")])
 
     A module of which that takes every parameter, and which has running statistics, is put in evaluation mode: a frozen
-    batch norm keeps its statistics, too.
+    batch norm keeps its statistics, too. One without parameters goes by the nearest module around it that has some.
 
     Args:
         module: whose.
@@ -47,13 +47,25 @@ def freeze(module: nn.Module, patterns: Sequence[str | re.Pattern[str]]) -> list
 
 
 def still(module: nn.Module, frozen: set[str]) -> list[nn.Module]:
-    """The parts with running statistics of which every parameter is frozen."""
+    """The parts with running statistics of which every parameter is frozen.
+
+    One without parameters, such as a batch norm that is not affine, goes by what is around it.
+    """
     found = []
     for prefix, part in module.named_modules():
-        own = {f"{prefix}.{name}" if prefix else name for name, _ in part.named_parameters(recurse=False)}
-        if own and own <= frozen and any(True for _ in part.buffers(recurse=False)):
+        governing = _governing(module, prefix)
+        if governing and governing <= frozen and any(True for _ in part.buffers(recurse=False)):
             found.append(part)
     return found
+
+
+def _governing(module: nn.Module, prefix: str) -> set[str]:
+    """The names of a part's own parameters, or of all in the nearest module around it that has any."""
+    names = {name for name, _ in module.get_submodule(prefix).named_parameters(prefix, recurse=False)}
+    while not names and prefix:
+        prefix = prefix.rpartition(".")[0]
+        names = {name for name, _ in module.get_submodule(prefix).named_parameters(prefix)}
+    return names
 
 
 def _matches(pattern: str | re.Pattern[str], name: str) -> bool:

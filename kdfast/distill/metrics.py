@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast.distill.objective import MANY_CLASSES
 
-__all__ = ["FEW_CLASSES", "NAMES", "Metrics"]
+__all__ = ["FEW_CLASSES", "NAMES", "Metrics", "is_function"]
 
 FEW_CLASSES = ("precision", "recall", "f1", "auroc", "ece")  # whose cost or variance grows with the classes
 NAMES = ("accuracy", *FEW_CLASSES, "cross_entropy", "agreement")
@@ -38,10 +38,16 @@ class Metrics:
 
     Raises:
         ValueError: another name.
+        TypeError: torchmetrics' metrics without names.
         ImportError: torchmetrics is not installed.
     """
 
     def __init__(self, wanted: Iterable[str] | Mapping[str, Any] | None = None) -> None:
+        if isinstance(wanted, nn.Module):
+            raise TypeError(
+                "metrics must be names, a mapping of names to torchmetrics' metrics, or a function, got "
+                f"{type(wanted).__name__}: give {{name: metric}}"
+            )
         self._given = dict(wanted) if isinstance(wanted, Mapping) else {}
         self.names = None if wanted is None else () if self._given else tuple(wanted)
         unknown = set(self.names or ()) - set(NAMES)
@@ -97,6 +103,11 @@ class Metrics:
         if name not in self._metrics:
             self._metrics[name] = _make(self._package, name, logits.shape[-1]).to(logits.device)
         return self._metrics[name]
+
+
+def is_function(metrics: Any) -> bool:
+    """Whether it measures by itself: torchmetrics' metrics can be called, too, but are none of these."""
+    return callable(metrics) and not isinstance(metrics, nn.Module)
 
 
 def _make(package: Any, name: str, classes: int) -> Any:

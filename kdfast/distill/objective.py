@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kdfast.cache import PackedLabels
 from kdfast.cache.teacher import logits_of
-from kdfast.distill.counting import Counting
-from kdfast.distill.fields import split
+from kdfast.distill.counting import without_padding
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 from kdfast.losses import kd_loss
@@ -27,9 +26,10 @@ class KD:
         objective = KD(temperature=4.0, kd_weight=0.9, ce_weight=0.1)
         loss = objective(step)
 
-    Where a batch's mapping has an ``attention_mask`` of the rows' shape, padding does not count. An option may be a
-    function of the step, such as ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher the loss is the
-    labels' cross-entropy alone, with weight 1 whatever ``ce_weight`` says.
+    Where a batch's mapping has an ``attention_mask`` of the rows' shape, padding does not count, whatever
+    ``row_weight`` says. An option may be a function of the step, such as
+    ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher the loss is the labels' cross-entropy alone,
+    with weight 1 whatever ``ce_weight`` says.
 
     Args:
         temperature, kd_weight, ce_weight: as ``kd_loss`` takes them; these three have other defaults.
@@ -53,8 +53,7 @@ class KD:
             TypeError, ValueError: as ``kd_loss``.
         """
         options = {name: value(step) if callable(value) else value for name, value in self.options.items()}
-        if options.get("row_weight") is None:
-            options["row_weight"] = Counting.of(self).real(split(step.batch)[0], step.logits.shape[:-1])
+        options = without_padding(step, options)
         if step.teacher is None:
             options |= {"kd_weight": 0.0, "ce_weight": 1.0}
             return kd_loss(step.logits, step.logits.detach(), step.labels, **options)  # type: ignore[no-any-return]

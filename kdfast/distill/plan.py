@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kdfast.distill.metrics import Metrics
+from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.tally import Record
 
 __all__ = ["Plan"]
@@ -35,5 +35,5 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.patience is not None and not evaluates and self.monitor != "loss":
             raise ValueError('patience needs an eval_loader, or monitor="loss", the loss of training')
-        if evaluates and not callable(self.metrics):
+        if evaluates and not is_function(self.metrics):
             Metrics(self.metrics)

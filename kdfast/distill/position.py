@@ -31,6 +31,14 @@ class Position:
         self._began: dict[str, Any] = {}
         self._consumed = self._behind = 0
 
+    def require_exact(self) -> None:
+        """Raises ``ValueError`` where an epoch cannot be begun again: persistent workers go on with their numbers."""
+        if self._stateful is None and getattr(self._loader, "persistent_workers", False):
+            raise ValueError(
+                "a run with a folder cannot go on exactly with persistent_workers=True: give the loader "
+                "persistent_workers=False, or a sampler with a state_dict (kdfast.cache.ElasticSampler)"
+            )
+
     def batches(self, epoch: int) -> Iterator[Any]:
         """Those of an epoch, or what is left of it after ``load_state_dict``. Call ``consume`` after each.
 

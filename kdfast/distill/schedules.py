@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = ["Schedule", "constant", "cosine", "inverse_decay", "schedule_of"]
 
@@ -19,9 +20,13 @@ def constant(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> LambdaL
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
-def cosine(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> CosineAnnealingLR:
-    """Half a cosine from the optimizer's rate to 0 (Loshchilov & Hutter, 2017)."""
-    return CosineAnnealingLR(optimizer, max(1, steps_per_epoch * epochs))
+def cosine(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> LambdaLR:
+    """Half a cosine from the optimizer's rate to 0 (Loshchilov & Hutter, 2017).
+
+    A run that goes on with other ``epochs`` follows their cosine: the number of steps is no part of its state.
+    """
+    steps = max(1, steps_per_epoch * epochs)
+    return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps)))
 
 
 def inverse_decay(decay: float) -> Schedule:

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from kdfast.cache import CacheError, CacheReader, PackedLabels
 from kdfast.cache.teacher import call, device_of, evaluating, logits_of
-from kdfast.distill.fields import Fields, split, to_device
+from kdfast.distill.fields import Fields, split, tensors, to_device
 
-__all__ = ["Teachers", "look_up"]
+__all__ = ["Teachers", "look_up", "owner"]
 
 
 class Teachers:
     """One teacher, several, or none.
 
-    A module runs in evaluation mode and without gradients at every call, whatever mode it is in, and each of its
-    submodules has its own flag back afterwards. A cache is asked for the batch's keys. Labels that come with a batch,
-    from ``CacheDataset``, are the teacher's where there is none, or a cache.
+    A module, or the one that a method is of, runs in evaluation mode and without gradients at every call, whatever mode
+    it is in, and each of its submodules has its own flag back afterwards. A cache is asked for the batch's keys. Labels
+    that come with a batch, from ``CacheDataset``, are the teacher's where there is none, or a cache.
 
     Raises:
         TypeError: something else, naming what it is.
@@ -67,12 +67,18 @@ class Teachers:
                     raise
                 return None
             return labels if device is None else labels.to(device)
-        own = device_of(member) or device
-        with evaluating(member):
+        own = device_of(owner(member)) or device
+        with evaluating(owner(member)):
             said = call(member, to_device(self._fields.arguments(batch), own))
-        if any(x.requires_grad for x in _tensors(said)):
+        if any(x.requires_grad for x in tensors(said)):
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
         return said if own == device else to_device(said, device)
+
+
+def owner(teacher: Any) -> Any:
+    """The module that a bound method is of; else the teacher itself."""
+    module = getattr(teacher, "__self__", None)
+    return module if isinstance(module, nn.Module) else teacher
 
 
 def look_up(cache: CacheReader, keys: Sequence[Any], batch: Any, rows: torch.Size) -> PackedLabels:
@@ -96,11 +102,3 @@ def _spans(key: Any, real: Tensor) -> Iterator[tuple[Any, int, int]]:
         count = len(list(run))
         yield (key, start, count) if kept else (None, 0, count)
         start += count if kept else 0
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ __all__ = ["Update"]
 class Update:
     """``update(batches)`` for a distiller and its scheduler.
 
-    The loss is looked at before the weights change, so that one that is not finite leaves them as they are.
+    The loss is looked at before the weights change, so that one that is not finite leaves them as they are. Gradients
+    that were there before, of a step that was broken off or a loop of one's own, do not count.
     """
 
     def __init__(self, distiller: Distiller, scheduler: Any) -> None:
@@ -40,6 +42,7 @@ class Update:
             FloatingPointError: it is not finite.
         """
         d = self.distiller
+        d.optimizer.zero_grad()
         step = d.forward(batches[0])
         shares = self._shares(batches, step)
         total = torch.zeros((), device=d.device)
@@ -50,7 +53,8 @@ class Update:
             with self._communicating(number == len(batches) - 1):
                 torch.autograd.backward(self.scaler.scale(loss))
         value = self._mean(total)
-        if not value - value == 0.0:
+        if not math.isfinite(value):
+            d.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {value}")
         self._average()
         self._move()

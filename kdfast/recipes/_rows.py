@@ -10,8 +10,7 @@ from torch import Tensor
 
 from kdfast.cache.packed import PackedLabels
 from kdfast.cache.teacher import logits_of
-from kdfast.distill.counting import Counting
-from kdfast.distill.fields import split
+from kdfast.distill.counting import counted_rows
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 
@@ -68,25 +67,6 @@ def dense_logits(answers: Any, like: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """float32 of narrower types, for a softmax."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = IGNORE) -> Tensor:
-    """(...) bool, ``kd_loss``'s rule: the label is not ignored, soft labels are present, and the row is no padding.
-
-    With ``shift`` a row's label is the next position's.
-    """
-    shape, counting = step.logits.shape[:-1], Counting(ignore_index, shift)
-    counted = torch.ones(shape, dtype=torch.bool, device=step.logits.device)
-    if shift:
-        counted[..., -1] = False
-    if step.labels is not None and not step.labels.is_floating_point():
-        counted = counted & (counting.labels(step.labels) != ignore_index)
-    real = counting.real(split(step.batch)[0], shape)
-    present = [x.present for x in _each(step.teacher) if isinstance(x, SoftLabels | PackedLabels)]
-    for mask in (real, *present):
-        if mask is not None:
-            counted = counted & mask.to(counted.device).view(shape)
-    return counted
 
 
 def _each(teacher: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdfast.distill.counting import without_padding
 from kdfast.distill.objective import KD, teacher_of
 from kdfast.distill.step import Step
 from kdfast.objectives.teacher_argmax import teacher_argmax_ce
@@ -30,7 +31,8 @@ class HardTargets:
     second has student and teacher swapped.
 
     Args:
-        options: ``kd_loss``'s, such as ``row_weight`` and ``ignore_index``, or functions of the step.
+        options: ``kd_loss``'s, such as ``row_weight`` and ``ignore_index``, or functions of the step. Padding does not
+            count, as in ``KD``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -39,4 +41,5 @@ class HardTargets:
     def __call__(self, step: Step) -> Tensor:
         answers_of(step)
         options = {name: option(step) if callable(option) else option for name, option in self.options.items()}
+        options = without_padding(step, options)
         return teacher_argmax_ce(step.logits, teacher_of(step), step.labels, **options)  # type: ignore[no-any-return]
