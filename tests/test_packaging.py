@@ -32,7 +32,7 @@ def test_wheel_holds_one_package(built):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"kdfast"}
     assert "kdfast/kernels/__init__.py" in names
-    assert "kdfast/py.typed" in names
+    assert {"kdfast/py.typed", "kdfast/experiments/report.html"} <= set(names)
     assert any(name.startswith("kdfast/_C.") for name in names)
     in_wheel = {name for name in names if name.endswith(".py")}
     in_tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kdfast").rglob("*.py")}
