@@ -18,11 +18,6 @@ from kdfast.head import OutputLayer
 
 __all__ = ["TEACHERS", "HeadCase", "head_contenders"]
 
-TEACHERS = {
-    "soft-ce": "soft cross-entropy with the teacher's logits",
-    "topk": "top-16 KL with a tail from cached labels, and CE",
-    "head": "KL from a teacher's own head of the same width, and CE",
-}
 K = 16
 
 
@@ -50,11 +45,7 @@ def head_contenders(case: HeadCase, device: str, *, compile: bool = True) -> Con
     hidden, weight = case.inputs(device)
     generator = torch.Generator(device).manual_seed(2)
     labels = torch.randint(case.columns, (case.rows,), generator=generator, device=device)
-    losses: dict[str, Callable[..., Tensor]] = {
-        "soft-ce": _soft_cross_entropy,
-        "topk": _top_k,
-        "head": _two_heads,
-    }[case.teacher](case, hidden, labels)
+    losses = TEACHERS[case.teacher](case, hidden, labels)
 
     def of(loss: Callable[..., Tensor]) -> Run:
         return step(loss, hidden, weight)
@@ -79,7 +70,7 @@ def _teacher_logits(case: HeadCase, like: Tensor) -> Tensor:
 
 
 def _soft_cross_entropy(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """What ``F.linear_cross_entropy`` computes of class probabilities."""
+    """With the teacher's logits: what ``F.linear_cross_entropy`` computes of class probabilities."""
     teacher = _teacher_logits(case, hidden)
     probs = teacher.float().softmax(-1).to(case.dtype)
     losses = {
@@ -92,6 +83,7 @@ def _soft_cross_entropy(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[
 
 
 def _top_k(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """KL to cached labels of a few entries and a tail, and CE."""
     some = min(64, case.rows)  # of whose labels the others' are repetitions
     logits = torch.randn(some, case.columns, generator=torch.Generator().manual_seed(1)).mul_(3)
     log_probs, ids = (x.repeat(-(-case.rows // some), 1)[: case.rows] for x in logits.log_softmax(-1).topk(K))
@@ -111,6 +103,7 @@ def _top_k(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable
 
 
 def _two_heads(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """KL to a teacher's own head of the same width, and CE."""
     teacher = Head(*(x.roll(1, 0) for x in case.inputs(str(hidden.device))), logits_dtype=case.logits_dtype)
 
     def eager(h: Tensor, w: Tensor) -> Tensor:
@@ -120,6 +113,13 @@ def _two_heads(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Call
         return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") + F.nll_loss(log_q, labels)
 
     return {"ours": _ours(case, teacher, labels, ce_weight=1.0), "eager": eager}
+
+
+TEACHERS: dict[str, Callable[[HeadCase, Tensor, Tensor], dict[str, Callable[..., Tensor]]]] = {
+    "soft-ce": _soft_cross_entropy,
+    "topk": _top_k,
+    "head": _two_heads,
+}
 
 
 def _products(case: HeadCase, hidden: Tensor, weight: Tensor) -> Run:

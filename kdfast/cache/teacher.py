@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "device_of", "evaluating", "logits_of", "move"]
+__all__ = ["apply", "call", "device_of", "evaluating", "logits_of", "move"]
 
 
 @contextmanager
@@ -26,15 +26,20 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
+def apply(model: Callable[..., Any], arguments: Any) -> Any:
+    """``model`` of a mapping's keywords, a tuple's positions, or one argument."""
+    if isinstance(arguments, Mapping):
+        return model(**arguments)
+    return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
+
+
 def call(model: Callable[..., Any], arguments: Any) -> Any:
-    """``model`` of a mapping's keywords, a tuple's positions, or one argument, without gradients.
+    """The same without gradients.
 
     ``no_grad`` and not ``inference_mode``, whose tensors could not be used under autograd by a caller's functions.
     """
     with torch.inference_mode(False), torch.no_grad():
-        if isinstance(arguments, Mapping):
-            return model(**arguments)
-        return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
+        return apply(model, arguments)
 
 
 def logits_of(output: Any) -> Any:

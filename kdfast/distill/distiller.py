@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.cache.teacher import device_of
+from kdfast.cache.teacher import apply, device_of
 from kdfast.distill.arguments import Optimizers, check_arguments, optimizer_of
-from kdfast.distill.fields import Fields, apply, split, to_device
+from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.first_batch import check_first
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, still

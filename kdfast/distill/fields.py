@@ -16,7 +16,7 @@ from kdfast.cache.batches import NOT_THE_MODEL_S
 from kdfast.cache.batches import Fields as CacheFields
 from kdfast.labels import SoftLabels
 
-__all__ = ["Fields", "apply", "samples", "split", "tensors", "to_device"]
+__all__ = ["Fields", "samples", "split", "tensors", "to_device"]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,3 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, tuple, list)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors(item)
-
-
-def apply(model: Any, arguments: Any) -> Any:
-    """``model`` of a mapping's keywords, a tuple's positions, or one argument."""
-    if isinstance(arguments, Mapping):
-        return model(**arguments)
-    return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
