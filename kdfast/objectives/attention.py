@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdfast.objectives._vectors import check_features, mean_of, unit, widened
+from kdfast.objectives._vectors import check_features, check_mask, mean_of, unit, widened
 
 __all__ = ["attention_transfer"]
 
@@ -38,7 +38,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     channel = -1 if student.dim() == 3 else 1
     if mask is not None:
         for x in (student, teacher):
-            _check_mask(mask, x.movedim(channel, -1).shape[:-1])
+            check_mask(mask, x.movedim(channel, -1).shape[:-1])
         # Before the square: its gradient would be NaN where a position that does not count is.
         student, teacher = (torch.where(mask.unsqueeze(channel), x, 0.0) for x in (student, teacher))
     a_s, a_t = (widened(x).square().sum(channel) for x in (student, teacher))
@@ -49,8 +49,3 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 
 def _pooled(a: Tensor, size: list[int]) -> Tensor:
     return a if list(a.shape[1:]) == size else _POOLS[len(size)](a, size)
-
-
-def _check_mask(mask: Tensor, positions: torch.Size) -> None:
-    if mask.dtype != torch.bool or mask.shape != positions:
-        raise ValueError(f"mask must be bool {tuple(positions)}, got {mask.dtype} {tuple(mask.shape)}")

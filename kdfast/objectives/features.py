@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdfast.objectives._vectors import check_features, mean_of, unit, widened
+from kdfast.objectives._vectors import check_features, check_mask, mean_of, unit, widened
 
 __all__ = ["Hint", "Projector"]
 
@@ -79,8 +79,7 @@ class Hint(nn.Module):
                 "only: pool or interpolate the larger"
             )
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != positions:
-                raise ValueError(f"mask must be bool {tuple(positions)}, got {mask.dtype} {tuple(mask.shape)}")
+            check_mask(mask, positions)
             # Before the map: a NaN must not reach its weights through a position that does not count.
             student, teacher = (torch.where(mask.unsqueeze(dim), x, 0.0) for x in (student, teacher))
         projected = widened(self.projector(student).movedim(dim, -1))
