@@ -10,7 +10,7 @@ import torch
 import kdfast.cache
 from kdfast.bench.cache import ARMS
 from kdfast.bench.cache_speed import one_thread
-from kdfast.cache.learn_shapes import learn_shapes
+from kdfast.cache.selection.learn_shapes import learn_shapes
 
 ROWS, VOCAB, RECORDS = 128, 8192, 8
 NAMES = [name for name in ARMS if "1024" not in name]

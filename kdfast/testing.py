@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast import SoftLabels, kd_loss, reference
+from kdfast import SoftLabels, kd_loss
 from kdfast.divergences import Divergence
+from kdfast.loss import reference
 
 __all__ = ["ROUNDING", "assert_close_to_eager", "loss_and_gradient", "oracle_gradient", "relative_error"]
 
@@ -39,7 +40,7 @@ def assert_close_to_eager(
 def oracle_gradient(
     student: Tensor, teacher: Tensor, coef: Tensor, labels: reference.Labels, divergence: Divergence
 ) -> tuple[Tensor, Tensor, reference.Parts]:
-    """(rows,) losses, the gradient of their sum, and the parts, by ``kdfast.reference`` in the dtypes given."""
+    """(rows,) losses, the gradient of their sum, and the parts, by ``kdfast.loss.reference`` in the dtypes given."""
     leaf = student.detach().clone().requires_grad_()
     loss, parts = reference.dense_rows(leaf, teacher, coef, labels, divergence)
     (grad,) = torch.autograd.grad(loss.sum(), leaf)

@@ -26,7 +26,7 @@ ABOVE = tl.constexpr(1 << 52)
 
 @triton.jit
 def mix(x):
-    """splitmix64's output function, as in kdfast/cache/select.py."""
+    """splitmix64's output function, as in kdfast/cache/selection/select.py."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)

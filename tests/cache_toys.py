@@ -9,7 +9,7 @@ import torch
 import kdfast.cache
 from kdfast.cache import codecs
 from kdfast.cache.codecs import Codec
-from kdfast.cache.view import View
+from kdfast.cache.format.view import View
 from kdfast.labels import SoftLabels
 
 VOCAB = 11

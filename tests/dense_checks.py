@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from kdfast import _C, _ops, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
+from kdfast import _C, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
-from kdfast.reference import Labels
+from kdfast.loss import ops
+from kdfast.loss.reference import Labels
 from kdfast.testing import assert_close_to_eager, oracle_gradient
 
 DIVERGENCES = [
@@ -47,8 +48,8 @@ def coefficients(rows, dtype, tau_s=1.0, tau_t=1.5):
 def run(op, student, teacher, coef, labels, divergence):
     """Loss, gradient and parts through the op that computes all three."""
     probs = None if labels.probs is None else labels.probs[None]
-    truth = _ops.Truth(labels.target, probs, labels.smoothing, True)
-    arguments = _ops.DenseTeacher(teacher[None], divergence).arguments(coef, truth)
+    truth = ops.Truth(labels.target, probs, labels.smoothing, True)
+    arguments = ops.DenseTeacher(teacher[None], divergence).arguments(coef, truth)
     loss, grad, parts = op(student[None], *arguments)
     return loss, grad[0], parts
 
@@ -208,6 +209,6 @@ def strided_rows_are_read_where_they_lie(op, columns, device="cpu"):
     coef = torch.ones(5, 12, device=device)
     coef[3:] = 0.0
     view = storage[:, 1:, :]
-    arguments = _ops.DenseTeacher(teacher, Divergence("forward_kl")).arguments(coef, _ops.Truth(None, None, 0.0, False))
+    arguments = ops.DenseTeacher(teacher, Divergence("forward_kl")).arguments(coef, ops.Truth(None, None, 0.0, False))
     for a, b in zip(op(view, *arguments), op(view.contiguous(), *arguments), strict=True):
         assert torch.equal(a, b)

@@ -2,7 +2,7 @@
 
 import torch
 
-from kdfast.cache.shapes import Shapes
+from kdfast.cache.selection.shapes import Shapes
 
 VOCAB = 300
 

@@ -1,6 +1,6 @@
 """Shards with contents that no writer makes and right checksums: what an attacker, not an accident, leaves."""
 
-from kdfast.cache.container import pack, read_container
+from kdfast.cache.format.container import pack, read_container
 
 
 def repack(path, metadata=None, payload=None, **tables):

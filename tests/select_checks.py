@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from kdfast.cache import select
+from kdfast.cache.selection import select
 
 EPS = 3e-6
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -2,13 +2,13 @@
 
 import torch
 
-from kdfast import _ops
+from kdfast.loss import ops
 from kdfast.testing import assert_close_to_eager
 
 
 def run(student, teacher, coef, labels, op=torch.ops.kdfast.sparse_rows_grad):
     teacher = teacher._replace(tail=None if teacher.tail is None else teacher.tail.to(coef.dtype))
-    truth = _ops.Truth(labels.target, labels.probs, labels.smoothing, True)
+    truth = ops.Truth(labels.target, labels.probs, labels.smoothing, True)
     loss, grad, parts = op(student[None], *teacher.arguments(coef, truth))
     return loss, grad[0], parts
 

@@ -3,7 +3,7 @@
 import torch
 
 from kdfast import Head, SoftLabels
-from kdfast.head import OutputLayer
+from kdfast.labels.head import OutputLayer
 
 TEACHERS = ["logits", "head", "topk", "weights", "prototype", "dense", "hidden"]
 

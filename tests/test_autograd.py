@@ -7,8 +7,9 @@ import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kdfast import _C, KDLoss, SoftLabels, _ops, alpha_beta, jsd, kd_loss, skew_forward_kl, skew_reverse_kl
+from kdfast import _C, KDLoss, SoftLabels, alpha_beta, jsd, kd_loss, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
+from kdfast.loss import ops
 from kdfast.testing import loss_and_gradient
 
 DIVERGENCES = [
@@ -25,21 +26,21 @@ DIVERGENCES = [
 
 def dense_arguments(requires_grad=True, want_parts=True, probs=False):
     student = torch.randn(2, 3, 9, requires_grad=requires_grad)
-    truth = _ops.Truth(
+    truth = ops.Truth(
         None if probs else torch.randint(0, 9, (6,)),
         torch.rand(2, 3, 9).softmax(-1) if probs else None,
         0.1,
         want_parts,
     )
-    return student, *_ops.DenseTeacher(torch.randn(2, 3, 9), Divergence("jsd")).arguments(torch.rand(5, 6), truth)
+    return student, *ops.DenseTeacher(torch.randn(2, 3, 9), Divergence("jsd")).arguments(torch.rand(5, 6), truth)
 
 
 def sparse_arguments(requires_grad=True, want_parts=True, tail=True):
     student = torch.randn(2, 3, 9, requires_grad=requires_grad)
     ids = torch.stack([torch.randperm(9)[:2] for _ in range(6)]).int().flatten()
     log_tail = torch.rand(6).log() if tail else None
-    teacher = _ops.SparseTeacher(ids, torch.rand(12), torch.arange(7) * 2, log_tail, 9, tail)
-    return student, *teacher.arguments(torch.rand(5, 6), _ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, want_parts))
+    teacher = ops.SparseTeacher(ids, torch.rand(12), torch.arange(7) * 2, log_tail, 9, tail)
+    return student, *teacher.arguments(torch.rand(5, 6), ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, want_parts))
 
 
 @pytest.mark.parametrize("suffix", ["", "_grad", "_inplace"])

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from sparse_checks import check, run
 from torch.library import opcheck
 
-from kdfast import SoftLabels, _ops, alpha_beta, jsd, kd_loss, reference, skew_forward_kl, skew_reverse_kl
+from kdfast import SoftLabels, alpha_beta, jsd, kd_loss, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
-from kdfast.reference import Labels
+from kdfast.loss import ops, reference
+from kdfast.loss.reference import Labels
 from kdfast.testing import loss_and_gradient, relative_error
 
 DIVERGENCES = [
@@ -44,8 +45,8 @@ def make_teacher(columns, vocab, divergence, counts=None, table=None):
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
     weights = torch.rand(len(ids)) / counts.repeat_interleave(counts) + 1e-4
     table = make_table(vocab) if table is None else table
-    background = _ops.Background(torch.randint(0, len(table), (len(counts),)), table, divergence)
-    return _ops.SparseTeacher(ids, weights, offsets, torch.rand(len(counts)).log(), vocab, False, background)
+    background = ops.Background(torch.randint(0, len(table), (len(counts),)), table, divergence)
+    return ops.SparseTeacher(ids, weights, offsets, torch.rand(len(counts)).log(), vocab, False, background)
 
 
 def coefficients(dtype, tau, rows=ROWS):
@@ -306,7 +307,7 @@ def test_gradcheck(divergence, k):
 def test_opcheck(suffix, divergence):
     student = torch.randn(2, 3, 9, requires_grad=suffix == "")
     teacher = make_teacher(9, 9, Divergence(divergence), counts=[0, 9, 1, 2, 3, 4])
-    truth = _ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, True)
+    truth = ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, True)
     arguments = teacher.arguments(torch.rand(5, 6) + 0.1, truth)
     opcheck(getattr(torch.ops.kdfast, "sparse_rows" + suffix), (student, *arguments))
 
@@ -314,7 +315,7 @@ def test_opcheck(suffix, divergence):
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_devices_without_a_kernel_run_the_reference(divergence):
     teacher = make_teacher(9, 9, Divergence(divergence), counts=[0, 9, 1, 2, 3, 4])
-    truth = _ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, True)
+    truth = ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, True)
     arguments = (torch.randn(2, 3, 9), *teacher.arguments(torch.rand(5, 6) + 0.1, truth))
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     native = torch.ops.kdfast.sparse_rows_grad

@@ -14,7 +14,7 @@ from kdfast.bench.cache_report import COLUMNS, cells, save_cache
 from kdfast.bench.layouts import LAYOUTS
 from kdfast.bench.quality import distributions, quality
 from kdfast.bench.teacher import Corpus
-from kdfast.cache.learn_shapes import learn_shapes
+from kdfast.cache.selection.learn_shapes import learn_shapes
 from kdfast.labels import SoftLabels
 
 VOCAB, WINDOWS, LENGTH, WIDTH = 500, 6, 100, 16

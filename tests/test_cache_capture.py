@@ -15,12 +15,12 @@ from torch import nn
 import kdfast.cache
 from kdfast.cache import CacheMismatchError, View, capture, codecs, replica_key
 from kdfast.cache.codecs.auto import LARGE_VOCAB, SMALL_VOCAB
-from kdfast.cache.codecs.serves import CODEC_KINDS, SERVES
 from kdfast.divergences import DIVERGENCES
 from kdfast.labels import SoftLabels
+from kdfast.labels.support import CODEC_KINDS, SERVES
 
 VOCAB, LENGTH = 9, 5
-module = importlib.import_module("kdfast.cache.capture")
+module = importlib.import_module("kdfast.cache.capture.capture")
 
 
 class Teacher(nn.Module):

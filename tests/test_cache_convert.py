@@ -184,7 +184,7 @@ def test_distillkit_single_file_and_training_config(tmp_path):
     source = DistillKit(tmp_path / "capture" / "data_0.parquet", config)
     assert (source.k, source.size) == (12, 1)
     import_records(source, tmp_path / "cache", vocab_size=VOCAB)
-    assert list(kdfast.cache.open(tmp_path / "cache")) == [kdfast.cache.keys.make_key(ids)]
+    assert list(kdfast.cache.open(tmp_path / "cache")) == [kdfast.cache.format.keys.make_key(ids)]
 
 
 def test_distillkit_legacy_columns(tmp_path):
@@ -492,7 +492,7 @@ def test_broken_rows_are_refused_or_dropped_with_their_record(tmp_path, row, fau
     assert (report.records, len(report.dropped)) == (1, 1)
     assert fault in report.dropped[0]
     assert "1 records were left out" in report.lines()[-1]
-    assert list(kdfast.cache.open(tmp_path / "other")) == [kdfast.cache.keys.make_key(np.array([0, 7, 8]))]
+    assert list(kdfast.cache.open(tmp_path / "other")) == [kdfast.cache.format.keys.make_key(np.array([0, 7, 8]))]
 
 
 @pytest.mark.parametrize(

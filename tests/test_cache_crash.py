@@ -14,9 +14,9 @@ from cache_toys import contents, install, logits, record, write
 from children import write_and_tell
 
 import kdfast.cache
-from kdfast.cache.journal import Journal
-from kdfast.cache.keys import make_key
-from kdfast.cache.unfinished import Unfinished
+from kdfast.cache.format.keys import make_key
+from kdfast.cache.write.journal import Journal
+from kdfast.cache.write.unfinished import Unfinished
 
 RECORDS = 120
 CODECS = ["topk", "toy"]

@@ -36,7 +36,7 @@ def test_two_writers_of_one_name_do_not_overwrite(tmp_path):
     with writer(tmp_path) as second:
         assert "a" in second
         second.add("b", logits(1))
-    assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.keys.make_key(key) for key in "ab"]
+    assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.format.keys.make_key(key) for key in "ab"]
 
 
 def test_a_shard_of_another_machine_is_not_overwritten(tmp_path):
@@ -46,7 +46,7 @@ def test_a_shard_of_another_machine_is_not_overwritten(tmp_path):
     os.replace(tmp_path / "other" / "shard-0-00000.safetensors", tmp_path / "shard-0-00000.safetensors")
     with pytest.raises(kdfast.cache.CacheError, match=r"shard-0-00000.safetensors appeared.* its own name"):
         w.close()
-    assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.keys.make_key("b")]
+    assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.format.keys.make_key("b")]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import kdfast.cache
 from kdfast import _C
-from kdfast.cache.container import read_container
+from kdfast.cache.format.container import read_container
 
 NAME = "shard-0-00000.safetensors"
 

@@ -14,7 +14,7 @@ import kdfast.cache
 from kdfast import _C
 from kdfast.cache import codecs
 from kdfast.cache.codecs import TopK
-from kdfast.cache.keys import make_key, make_keys
+from kdfast.cache.format.keys import make_key, make_keys
 from kdfast.labels import SoftLabels
 
 VOCAB = 11
@@ -118,7 +118,7 @@ def test_each_block_is_checked_once(tmp_path, monkeypatch):
         return _C.crc32c(data, *start)
 
     cache = write(tmp_path, [1] * 12, "dense", block_rows=4)
-    monkeypatch.setattr("kdfast.cache.shard.crc32c", crc32c)
+    monkeypatch.setattr("kdfast.cache.format.shard.crc32c", crc32c)
     cache.gather([0, 1, 0, 9])
     assert len(checked) == 2
     cache.gather(range(12))

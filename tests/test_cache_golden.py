@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plain_decoder import decode_entry_block, decode_row, read_tables
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import kdfast.cache
-from kdfast.cache.plain_decoder import decode_entry_block, decode_row, read_tables
 
 V1 = Path(__file__).parent / "fixtures" / "v1"
 NAMES = sorted(path.name for path in V1.iterdir())

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file
 import kdfast.cache
 from kdfast import _C
 from kdfast.cache.codecs import TopK
-from kdfast.cache.container import pack
-from kdfast.cache.keys import Key, make_key
-from kdfast.cache.meta import CacheMeta
-from kdfast.cache.shard import Shard
-from kdfast.cache.sorted_keys import INDEX, write_index
-from kdfast.cache.storage import open_storage
+from kdfast.cache.format.container import pack
+from kdfast.cache.format.keys import Key, make_key
+from kdfast.cache.format.meta import CacheMeta
+from kdfast.cache.format.shard import Shard
+from kdfast.cache.format.sorted_keys import INDEX, write_index
+from kdfast.cache.format.storage import open_storage
 
 VOCAB = 11
 

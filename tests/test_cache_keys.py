@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.cache.keys import Key, describe, make_key
+from kdfast.cache.format.keys import Key, describe, make_key
 
 
 def test_keys_of_different_types_do_not_collide():

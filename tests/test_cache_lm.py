@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import kdfast.cache
 from kdfast import kd_loss
 from kdfast.cache import CacheMismatchError, capture_lm, output_layer, windows
-from kdfast.cache.lm import next_tokens
+from kdfast.cache.capture.lm import next_tokens
 
 WORDS = ["<s>", "<unk>", *["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"]]
 TEXTS = ["the cat sat on a mat and then it ran", "a mat", "", "it ran and then the cat sat on the mat a cat", "cat"]
 IDS = [torch.arange(2, 9), torch.tensor([5]), torch.tensor([3, 4, 3, 4, 3]), torch.arange(11, 2, -1)]
-module = importlib.import_module("kdfast.cache.capture")
+module = importlib.import_module("kdfast.cache.capture.capture")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kdfast.cache
 from kdfast.cache import CacheDataset, ElasticSampler, pack_spans
-from kdfast.cache.loader import permute
+from kdfast.cache.read.loader import permute
 
 VOCAB = 11
 SIZES = [i % 4 for i in range(40)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdfast.cache
-from kdfast.cache.merge import merge
+from kdfast.cache.tools.merge import merge
 
 VOCAB = 11
 
@@ -37,7 +37,7 @@ def test_all_records_arrive_in_the_order_of_the_sources(tmp_path):
     report = merge([b, a], tmp_path / "all")
     cache = kdfast.cache.open(tmp_path / "all")
     cache.verify()
-    order = [kdfast.cache.keys.make_key(i) for i in [*range(8, 12), *range(8)]]
+    order = [kdfast.cache.format.keys.make_key(i) for i in [*range(8, 12), *range(8)]]
     assert list(cache) == order
     for i in range(12):
         assert torch.equal(cache[i].values, values(a if i < 8 else b, i))

@@ -7,8 +7,8 @@ from repack import repack
 
 import kdfast.cache
 from kdfast import SoftLabels
-from kdfast.cache.container import read_container
-from kdfast.cache.shapes import Shapes
+from kdfast.cache.format.container import read_container
+from kdfast.cache.selection.shapes import Shapes
 
 VOCAB = 50
 

@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kdfast.cache
-from kdfast.cache.ranks import Ranks, capture_share
+from kdfast.cache.capture.ranks import Ranks, capture_share
 
 VOCAB = 300
 EXAMPLE = Path(__file__).parents[1] / "examples" / "capture_torchrun.sh"
@@ -53,7 +53,7 @@ class Killed(BaseException):
 @pytest.fixture
 def alone(monkeypatch):
     """Processes one after another, who need not wait."""
-    module = importlib.import_module("kdfast.cache.ranks")
+    module = importlib.import_module("kdfast.cache.capture.ranks")
     monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(module.dist, "barrier", lambda: None)
     monkeypatch.setattr(module.dist, "destroy_process_group", lambda: None)

@@ -18,13 +18,13 @@ from children import Teacher
 
 import kdfast.cache
 from kdfast.cache import CacheBusyError, CacheError, capture, ray_capture
-from kdfast.cache.capture_shapes import LEARN_ROWS
-from kdfast.cache.ranks import Ranks
+from kdfast.cache.capture.capture_shapes import LEARN_ROWS
+from kdfast.cache.capture.ranks import Ranks
 
 # Ray Data warns of options of its own that nobody here has set.
 pytestmark = pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning:ray.data.context")
 
-module = importlib.import_module("kdfast.cache.ray_capture")
+module = importlib.import_module("kdfast.cache.capture.ray")
 SECONDS = 240  # after which a test hangs
 BATCH = 4
 CODECS = {
@@ -166,7 +166,7 @@ def test_a_worker_that_cannot_begin_does_not_keep_the_others_waiting(tmp_path, d
 
 def test_no_batch_spans_two_blocks(cluster):
     """Numbers come as tensors, names and rows of several lengths as lists."""
-    from kdfast.cache.ray_batches import Tensors, batches_of
+    from kdfast.cache.capture.ray_batches import Tensors, batches_of
 
     items = [{"name": f"r{i}", "x": np.full(2, i), "ragged": np.arange(i), "real": i % 2 == 0} for i in range(8)]
     data = cluster.data.from_items(items, override_num_blocks=2)
@@ -178,7 +178,7 @@ def test_no_batch_spans_two_blocks(cluster):
 
 
 def test_waiting_for_a_batch_ends_when_it_is_stopped_or_fails():
-    from kdfast.cache.ray_batches import Stoppable
+    from kdfast.cache.capture.ray_batches import Stoppable
 
     stopped, never = threading.Event(), threading.Event()
 
@@ -200,7 +200,7 @@ def test_waiting_for_a_batch_ends_when_it_is_stopped_or_fails():
 
 
 def test_writers_of_a_url_are_named_by_their_node(tmp_path):
-    from kdfast.cache.ray_worker import _writer_name
+    from kdfast.cache.capture.ray_worker import _writer_name
 
     assert _writer_name(str(tmp_path), Ranks(1, 2)) == _writer_name(f"file://{tmp_path}", Ranks(1, 2)) == "1of2"
     assert re.fullmatch("1of2_[A-Za-z0-9_]+", _writer_name("memory://cache", Ranks(1, 2)))

@@ -8,9 +8,9 @@ import torch
 
 import kdfast
 import kdfast.cache
-from kdfast.cache.export import export
-from kdfast.cache.plot import plot_stats
-from kdfast.cache.stats import MASS_BINS, cache_stats
+from kdfast.cache.tools.export import export
+from kdfast.cache.tools.plot import plot_stats
+from kdfast.cache.tools.stats import MASS_BINS, cache_stats
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -122,14 +122,14 @@ def read(path):
 
 @pytest.mark.parametrize("portion", [10, 2**20])
 def test_exported_topk_labels_are_those_of_the_cache(tmp_path, monkeypatch, portion):
-    monkeypatch.setattr("kdfast.cache.walk.PORTION_VALUES", portion)
+    monkeypatch.setattr("kdfast.cache.read.walk.PORTION_VALUES", portion)
     path = fill(tmp_path / "cache", k=4, temperatures=(1.0, 2.0), shard_bytes=100, block_rows=2)
     assert export(path, tmp_path / "out.parquet") == 5
     table, rows = read(tmp_path / "out.parquet")
     cache = kdfast.cache.open(path)
     assert [row["key"] for row in table.select(["key"]).to_pylist()] == [key.hex() for key in cache]
     for i in range(5):
-        row, labels = rows[kdfast.cache.keys.make_key(i).hex()], cache[i]
+        row, labels = rows[kdfast.cache.format.keys.make_key(i).hex()], cache[i]
         assert row["rows"] == len(labels) == i + 1
         back = kdfast.SoftLabels.topk(
             torch.tensor(row["ids"]),
@@ -161,7 +161,7 @@ def test_exported_dense_labels(tmp_path):
     export(path, tmp_path / "out.parquet")
     table, rows = read(tmp_path / "out.parquet")
     assert table.column_names == ["key", "rows", "log_probs"]
-    row = rows[kdfast.cache.keys.make_key(3).hex()]
+    row = rows[kdfast.cache.format.keys.make_key(3).hex()]
     want = kdfast.cache.open(path)[3].values.numpy()
     np.testing.assert_array_equal(np.array(row["log_probs"], np.float32).reshape(4, VOCAB), want)
 

@@ -15,9 +15,9 @@ from vllm_toys import FIXTURES, PICKY, VOCAB, WINDOWS, K, Replay, log_probs, ser
 
 import kdfast.cache
 from kdfast.cache import CacheError, CacheMismatchError, capture_lm, capture_vllm
-from kdfast.cache.fingerprint import with_tokenizer
-from kdfast.cache.lm import next_tokens
-from kdfast.cache.vllm import AHEAD, _in_order
+from kdfast.cache.capture.fingerprint import with_tokenizer
+from kdfast.cache.capture.lm import next_tokens
+from kdfast.cache.capture.vllm import AHEAD, _in_order
 
 testing = pytest.importorskip("typer.testing")
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 
 import kdfast.cache
 from kdfast._C import crc32c
-from kdfast.cache.container import read_container
-from kdfast.cache.keys import make_key
-from kdfast.cache.shard import Shard
-from kdfast.cache.storage import LocalStorage, open_storage
-from kdfast.cache.view import View, pack_views, unpack_views
+from kdfast.cache.format.container import read_container
+from kdfast.cache.format.keys import make_key
+from kdfast.cache.format.shard import Shard
+from kdfast.cache.format.storage import LocalStorage, open_storage
+from kdfast.cache.format.view import View, pack_views, unpack_views
 
 NAME = "shard-0-00000.safetensors"
 

@@ -8,9 +8,9 @@ import torch
 from native_rows import DTYPES, NVCC, WHERE, RowTask, load
 
 from kdfast import _C
-from kdfast._ops import _numbers
 from kdfast.divergences import Divergence, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
-from kdfast.reference import Labels
+from kdfast.loss.ops import _numbers
+from kdfast.loss.reference import Labels
 from kdfast.testing import assert_close_to_eager, oracle_gradient
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing, whose headers the kernels need")

@@ -8,7 +8,7 @@ import torch
 from native_rows import DTYPES, NVCC, WHERE, RowTask, load
 from test_sparse import coefficients, make_teacher, oracle
 
-from kdfast.reference import Labels
+from kdfast.loss.reference import Labels
 from kdfast.testing import assert_close_to_eager
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing, whose headers the kernels need")

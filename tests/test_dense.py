@@ -9,7 +9,7 @@ from dense_checks import DIVERGENCES, coefficients
 
 from kdfast import _C
 from kdfast.divergences import Divergence
-from kdfast.reference import Labels
+from kdfast.loss.reference import Labels
 
 # Below and above a vector, a tile (1024) and its whole vectors; both vocabularies wider.
 SHAPES = [(3, 3), (17, 17), (1000, 1000), (1023, 1030), (1030, 1023), (2500, 2500), (2051, 1024)]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_decoder import decode_entry_block, decode_row, read_tables
 
 from kdfast._C import EntryModel, RowBounds, RowLayout, count_symbols, locate_rows
 from kdfast.cache.codecs.model import Statistics, id_classes, pack_statistics, unpack_statistics
-from kdfast.cache.plain_decoder import decode_entry_block, decode_row, read_tables
 
 CONTEXTS = 24 * 12 * 2
 

@@ -11,10 +11,10 @@ import kdfast
 import kdfast.cache
 from kdfast import SoftLabels
 from kdfast.cache import codecs
-from kdfast.cache.keys import make_key
-from kdfast.cache.learn_shapes import learn_shapes
-from kdfast.cache.select import threshold, top
-from kdfast.cache.shapes import Shapes
+from kdfast.cache.format.keys import make_key
+from kdfast.cache.selection.learn_shapes import learn_shapes
+from kdfast.cache.selection.select import threshold, top
+from kdfast.cache.selection.shapes import Shapes
 
 
 def through_bytes(codec, labels, wanted=None):

@@ -6,7 +6,8 @@ import pytest
 import teachers
 import torch
 
-from kdfast import Head, _workspace, kd_loss
+from kdfast import Head, kd_loss
+from kdfast.loss import workspace
 
 ROWS, VOCAB, WIDTH = 24, 97, 16
 
@@ -225,18 +226,18 @@ def test_autocast():
 
 
 def test_memory_is_used_again_and_bounded(monkeypatch):
-    monkeypatch.setattr(_workspace, "_POOL", _workspace._Pool())
+    monkeypatch.setattr(workspace, "_POOL", workspace._Pool())
     hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
     teacher = torch.randn(ROWS, VOCAB)
     kd_loss(Head(hidden, weight), teacher)
-    (block,) = _workspace._POOL._kept
+    (block,) = workspace._POOL._kept
     kd_loss(Head(hidden, weight), teacher)
-    assert _workspace._POOL._kept[0] is block
+    assert workspace._POOL._kept[0] is block
     monkeypatch.setenv("KDFAST_WORKSPACE", str(block.numel() - 1))
     kd_loss(Head(hidden, weight), teacher)
-    assert sum(kept.numel() for kept in _workspace._POOL._kept) < block.numel()
-    _workspace.release()
-    assert not _workspace._POOL._kept
+    assert sum(kept.numel() for kept in workspace._POOL._kept) < block.numel()
+    workspace.release()
+    assert not workspace._POOL._kept
 
 
 def test_losses_of_several_threads():

@@ -20,7 +20,7 @@ from select_checks import (
     rows_of,
 )
 
-from kdfast.cache import select
+from kdfast.cache.selection import select
 
 # ---- the law --------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from select_checks import DTYPES, assert_top
 
-from kdfast.cache import select
+from kdfast.cache.selection import select
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

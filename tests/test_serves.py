@@ -7,8 +7,8 @@ import torch
 
 from kdfast import Divergence, OutputLayer, SoftLabels, kd_loss
 from kdfast.cache import codecs
-from kdfast.cache.codecs.serves import CODEC_KINDS, SERVES, served_by
 from kdfast.divergences import DIVERGENCES
+from kdfast.labels.support import CODEC_KINDS, SERVES, served_by
 
 VOCAB, ROWS = 7, 3
 STUDENT = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(1))

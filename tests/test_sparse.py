@@ -6,8 +6,9 @@ import pytest
 import torch
 from sparse_checks import check, run
 
-from kdfast import SoftLabels, _ops, kd_loss, reference
-from kdfast.reference import Labels
+from kdfast import SoftLabels, kd_loss
+from kdfast.loss import ops, reference
+from kdfast.loss.reference import Labels
 
 # Below a vector, a tile (1024) and its whole vectors; both vocabularies wider.
 SHAPES = [(5, 5), (1000, 1000), (1030, 1023), (1023, 1030), (2500, 2500), (2500, 1024)]
@@ -22,7 +23,7 @@ def make_teacher(rows, vocab, *, tail=True, counts=None, ids=None):
     weights = torch.rand(len(ids)) / 20
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
     log_tail = torch.rand(rows).log() if tail else None
-    return _ops.SparseTeacher(ids, weights, offsets, log_tail, vocab, tail)
+    return ops.SparseTeacher(ids, weights, offsets, log_tail, vocab, tail)
 
 
 def coefficients(rows, dtype, tau):

@@ -14,7 +14,7 @@ from triton_device import DEVICE
 
 from kdfast.cache import CacheCorruptError, PackedLabels, codecs
 from kdfast.cache.codecs import entries_on_device
-from kdfast.cache.decoder import Decoder
+from kdfast.cache.read.decoder import Decoder
 
 CODECS = {
     "one draw": ("sample", {"draws": 1}),

@@ -11,14 +11,15 @@ pytest.importorskip("triton")
 from dense_checks import DIVERGENCES, coefficients
 from triton_device import DEVICE
 
-from kdfast import _C, _ops
+from kdfast import _C
 from kdfast.divergences import Divergence
 from kdfast.kernels import dense, launch
-from kdfast.reference import Labels
+from kdfast.loss import ops
+from kdfast.loss.reference import Labels
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-OP = _ops._form(dense.dense_rows, "_grad")
+OP = ops._form(dense.dense_rows, "_grad")
 # (V_s, V_t) at a tile of 256: within one, across tiles, and either side wider.
 SHAPES = [(280, 280), (257, 262), (300, 264)]
 
@@ -136,20 +137,20 @@ def test_bad_labels_and_temperatures_make_their_own_row_nan():
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_the_gradient_may_take_the_students_place(divergence):
     student, teacher, target = make(300, 280, torch.float32, 280)
-    truth = _ops.Truth(target, None, 0.1, False)
+    truth = ops.Truth(target, None, 0.1, False)
     coef = coefficients(6, torch.float32, 2.0).to(DEVICE)
-    arguments = _ops.DenseTeacher(teacher[None], Divergence(divergence)).arguments(coef, truth)
+    arguments = ops.DenseTeacher(teacher[None], Divergence(divergence)).arguments(coef, truth)
     expected_loss, expected, no_parts = OP(student[None], *arguments)
     assert no_parts.shape == (4, 0)
     assert torch.equal(dense.dense_rows(student[None], None, *arguments)[0], expected_loss)
-    assert torch.equal(_ops._form(dense.dense_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(ops._form(dense.dense_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
     assert torch.equal(student, expected[0])
 
 
 def test_rows_of_other_strides_are_refused():
     student = torch.randn(1, 8, 4, device=DEVICE).transpose(1, 2)
-    arguments = _ops.DenseTeacher(student, Divergence("forward_kl")).arguments(
-        torch.ones(5, 4, device=DEVICE), _ops.Truth(None, None, 0.0, False)
+    arguments = ops.DenseTeacher(student, Divergence("forward_kl")).arguments(
+        torch.ones(5, 4, device=DEVICE), ops.Truth(None, None, 0.0, False)
     )
     with pytest.raises(ValueError, match=r"student must be .* unit stride .* got \(1, 4, 8\)"):
         OP(student, *arguments)

@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 
 from triton_device import DEVICE
 
-from kdfast import _ops, _triton
+from kdfast import _triton
 from kdfast.divergences import Divergence
-from kdfast.reference import Labels
+from kdfast.loss import ops
+from kdfast.loss.reference import Labels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -31,7 +32,7 @@ def fallback(*_):
 
 def run(dtype):
     student, coef = torch.randn(6, 40, device=DEVICE, dtype=dtype), laws.coefficients(6, torch.float32).to(DEVICE)
-    op = _ops._on_gpu("dense_rows", "_grad", fallback)
+    op = ops._on_gpu("dense_rows", "_grad", fallback)
     labels = Labels(torch.arange(6, device=DEVICE))
     return laws.run(op, student, student.clone(), coef, labels, Divergence("forward_kl"))
 
@@ -50,8 +51,8 @@ def test_without_triton_the_reference_runs(monkeypatch):
 
 def test_the_reference_differentiates_below_autograd():
     """Where an op's kernel runs, autograd records nothing."""
-    student, teacher = torch.randn(1, 3, 9), _ops.DenseTeacher(torch.randn(1, 3, 9), Divergence("jsd"))
-    truth = _ops.Truth(torch.zeros(3, dtype=torch.long), None, 0.0, False)
+    student, teacher = torch.randn(1, 3, 9), ops.DenseTeacher(torch.randn(1, 3, 9), Divergence("jsd"))
+    truth = ops.Truth(torch.zeros(3, dtype=torch.long), None, 0.0, False)
     arguments = (student, *teacher.arguments(torch.rand(5, 3) + 0.1, truth))
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     with torch._C._AutoDispatchBelowAutograd():

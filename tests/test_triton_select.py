@@ -16,7 +16,7 @@ from select_checks import assert_threshold_row, assert_top, probabilities, rows_
 from triton_device import DEVICE
 
 from kdfast import _triton
-from kdfast.cache import select
+from kdfast.cache.selection import select
 from kdfast.kernels import select_threshold, select_top, sort_candidates
 
 # The interpreter computes with NumPy, which warns of a hash's overflow and of inf - inf.

@@ -12,14 +12,14 @@ import test_sparse as plain
 from sparse_checks import check, run
 from triton_device import DEVICE
 
-from kdfast import _ops
 from kdfast.divergences import Divergence
 from kdfast.kernels import launch, sparse
-from kdfast.reference import Labels
+from kdfast.loss import ops
+from kdfast.loss.reference import Labels
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-OP = _ops._form(sparse.sparse_rows, "_grad")
+OP = ops._form(sparse.sparse_rows, "_grad")
 SHAPES = [(280, 280), (270, 262), (257, 300)]
 ALL_SHAPED = [*shaped.DIVERGENCES, *shaped.OTHERS]
 
@@ -147,17 +147,17 @@ def test_the_gradient_may_take_the_students_place(divergence):
         teacher = shaped.make_teacher(300, 300, divergence, counts=[0, 300, 1, 299, 5, 9])
     student, teacher = torch.randn(6, 300, device=DEVICE), to_device(teacher)
     coef = to_device(plain.coefficients(6, torch.float32, 2.0))
-    truth = _ops.Truth(torch.randint(0, 300, (6,), device=DEVICE), None, 0.1, False)
+    truth = ops.Truth(torch.randint(0, 300, (6,), device=DEVICE), None, 0.1, False)
     arguments = teacher.arguments(coef, truth)
     expected_loss, expected, no_parts = OP(student[None], *arguments)
     assert no_parts.shape == (4, 0)
     assert torch.equal(sparse.sparse_rows(student[None], None, *arguments)[0], expected_loss)
-    assert torch.equal(_ops._form(sparse.sparse_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(ops._form(sparse.sparse_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
     assert torch.equal(student, expected[0])
 
 
 def test_a_shape_less_tail_serves_forward_divergences_only():
-    arguments = list(plain.make_teacher(6, 300).arguments(torch.ones(5, 6), _ops.Truth(None, None, 0.0, False)))
+    arguments = list(plain.make_teacher(6, 300).arguments(torch.ones(5, 6), ops.Truth(None, None, 0.0, False)))
     arguments[7] = 2
     with pytest.raises(ValueError, match="divergence reverse_kl needs the shapes of the tails"):
         OP(torch.randn(1, 6, 300), *arguments)

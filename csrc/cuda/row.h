@@ -5,7 +5,7 @@
 
 namespace kdfast::cuda {
 
-// What a row asks for; kdfast/reference.py says what it means.
+// What a row asks for; kdfast/loss/reference.py says what it means.
 struct RowCoefficients {
   float tau_s = 1, tau_t = 1;
   float kd = 0, ce = 0, z = 0;  // 0 takes the term out

@@ -18,9 +18,9 @@ from kdfast.bench.layouts import LAYOUTS, Label, bytes_per_token
 from kdfast.bench.quality import Source, distributions, quality
 from kdfast.bench.teacher import Corpus
 from kdfast.cache.codecs.base import Codec
-from kdfast.cache.codecs.serves import CODEC_KINDS
-from kdfast.cache.shapes import Shapes
-from kdfast.cache.stats import cache_stats
+from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.tools.stats import cache_stats
+from kdfast.labels.support import CODEC_KINDS
 
 __all__ = ["ARMS", "Arm", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
 

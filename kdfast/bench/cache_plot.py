@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.bench.cache import ARMS, Row
-from kdfast.cache.packages import need
+from kdfast.cache.errors import optional_package
 
 __all__ = ["plot_cache"]
 
@@ -27,8 +27,8 @@ def plot_cache(rows: list[Row], path: Path, title: str) -> None:
         CacheError: matplotlib is not installed.
         OSError: ``path`` cannot be written.
     """
-    figure_module = need("matplotlib.figure", "plotting")
-    agg = need("matplotlib.backends.backend_agg", "plotting")
+    figure_module = optional_package("matplotlib.figure", "plotting")
+    agg = optional_package("matplotlib.backends.backend_agg", "plotting")
     figure = figure_module.Figure(figsize=(15, 7), layout="constrained")
     agg.FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     noise, kl = figure.subplots(1, 2)

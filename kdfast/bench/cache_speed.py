@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.codecs.base import Codec
-from kdfast.cache.packed import PackedLabels
+from kdfast.cache.read.packed import PackedLabels
 
 __all__ = ["Speed", "one_thread", "speed"]
 

@@ -134,7 +134,7 @@ def _sparse(case: GpuCase, student: Tensor, teacher: Tensor, labels: Tensor) -> 
 
 
 def _capture(teacher: Tensor) -> Contenders:
-    from kdfast.cache.select import threshold, top
+    from kdfast.cache.selection.select import threshold, top
 
     return {
         "ours": lambda: lambda: threshold(teacher, temperature=1.0, tau=0.02, seed=0),

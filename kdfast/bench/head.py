@@ -16,7 +16,7 @@ from kdfast import kd_loss
 from kdfast.bench.head_contenders import HeadCase, head_contenders
 from kdfast.bench.memory import extra_mib
 from kdfast.bench.steps import Run
-from kdfast.head import Head
+from kdfast.labels.head import Head
 from kdfast.testing import relative_error
 
 __all__ = ["CASES", "MEMORY_CASES", "HeadMeasurement", "HeadMemory", "measure_head", "measure_memory"]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import Head, SoftLabels, kd_loss
-from kdfast._chunks import rows_per_chunk
-from kdfast._projection import WeightGrad, multiply_out
 from kdfast.bench.steps import Contenders, Run, compiled, step
-from kdfast.head import OutputLayer
+from kdfast.labels.head import OutputLayer
+from kdfast.loss.chunks import rows_per_chunk
+from kdfast.loss.projection import WeightGrad, multiply_out
 
 __all__ = ["TEACHERS", "HeadCase", "head_contenders"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from kdfast._workspace import release
 from kdfast.bench.steps import Run
+from kdfast.loss.workspace import release
 
 __all__ = ["extra_mib"]
 

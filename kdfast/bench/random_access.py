@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import kdfast.cache
-from kdfast.cache.builder import BLOCK_ROWS
+from kdfast.cache.write.builder import BLOCK_ROWS
 from kdfast.labels import SoftLabels
 
 __all__ = ["RandomAccess", "random_access"]

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdfast.cache.learn_shapes import learn_shapes
-from kdfast.cache.shapes import Shapes
+from kdfast.cache.selection.learn_shapes import learn_shapes
+from kdfast.cache.selection.shapes import Shapes
 
 __all__ = ["LEARN_WINDOWS", "LENGTH", "Corpus", "load_shapes", "load_teacher"]
 

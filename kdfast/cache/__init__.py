@@ -11,24 +11,29 @@
 ``FORMAT.md`` gives the files byte by byte. ``kdfast.cache.codecs`` lists what a row can be stored as.
 """
 
-from kdfast.cache.capture import CaptureReport, capture
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from kdfast._optional import lazy_attributes as _lazy_attributes
+from kdfast.cache.capture.capture import CaptureReport, capture
+from kdfast.cache.capture.fingerprint import fingerprint, head_fingerprint
+from kdfast.cache.capture.lm import capture_lm, output_layer, windows
 from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
-from kdfast.cache.fingerprint import fingerprint, head_fingerprint
-from kdfast.cache.index import RecordIndex
-from kdfast.cache.keys import Key, replica_key
-from kdfast.cache.learn_shapes import learn_shapes
-from kdfast.cache.lm import capture_lm, output_layer, windows
-from kdfast.cache.loader import CacheDataset, ElasticSampler
-from kdfast.cache.packed import PackedLabels
-from kdfast.cache.ray_capture import ray_capture
-from kdfast.cache.reader import CacheInfo, CacheReader
-from kdfast.cache.reader import open_cache as open
-from kdfast.cache.salvage import salvage
-from kdfast.cache.shapes import Shapes
-from kdfast.cache.spans import pack_spans
-from kdfast.cache.view import View
-from kdfast.cache.vllm import capture_vllm
-from kdfast.cache.writer import Writer
+from kdfast.cache.format.keys import Key, replica_key
+from kdfast.cache.format.view import View
+from kdfast.cache.read.index import RecordIndex
+from kdfast.cache.read.loader import CacheDataset, ElasticSampler
+from kdfast.cache.read.packed import PackedLabels
+from kdfast.cache.read.reader import CacheInfo, CacheReader
+from kdfast.cache.read.reader import open_cache as open
+from kdfast.cache.read.spans import pack_spans
+from kdfast.cache.selection.learn_shapes import learn_shapes
+from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.write.salvage import salvage
+from kdfast.cache.write.writer import Writer
+
+if _TYPE_CHECKING:
+    from kdfast.cache.capture.ray import ray_capture
+    from kdfast.cache.capture.vllm import capture_vllm
 
 __all__ = [
     "CacheBusyError",
@@ -60,3 +65,11 @@ __all__ = [
     "salvage",
     "windows",
 ]
+
+__getattr__ = _lazy_attributes(
+    __name__, {"capture_vllm": "kdfast.cache.capture.vllm", "ray_capture": "kdfast.cache.capture.ray"}
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
-__all__ = ["CacheBusyError", "CacheCorruptError", "CacheError", "CacheMismatchError", "naming"]
+from kdfast._optional import import_optional
+
+__all__ = ["CacheBusyError", "CacheCorruptError", "CacheError", "CacheMismatchError", "optional_package"]
 
 
 class CacheError(ValueError):
@@ -26,12 +25,11 @@ class CacheMismatchError(CacheError):
     """Two parts of a cache, or a cache and its writer, differ in codec, vocabulary, temperatures or teacher."""
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an ``OSError`` the file it is about: ``write`` and ``fsync`` know only a descriptor."""
+def optional_package(module: str, purpose: str) -> Any:
+    """The module, imported. Raises ``CacheError`` naming the package to install if it is not there."""
     try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror or os.strerror(error.errno or 0), str(path)) from error
+        return import_optional(module, purpose)
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        raise CacheError(str(error)) from error

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from kdfast.cache import CacheError, windows
-from kdfast.cache.ranks import Ranks, capture_share
+from kdfast.cache.capture.ranks import Ranks, capture_share
 from kdfast.cli.cache_convert import option_of
 from kdfast.cli.failing import failing
 

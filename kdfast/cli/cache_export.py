@@ -20,7 +20,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file to write.", show_default=False)],
 ) -> None:
     """Write the labels as Parquet, one record per row, for tools that know nothing of kdfast."""
-    from kdfast.cache.export import export
+    from kdfast.cache.tools.export import export
 
     with failing(), bar("Records", len(kdfast.cache.open(folder))) as advance:
         records = export(folder, out, progress=advance)

@@ -23,7 +23,7 @@ def merge(
     link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
 ) -> None:
     """Bring caches together: shards are checked and copied as they are. Can be run again after a crash."""
-    from kdfast.cache.merge import merge
+    from kdfast.cache.tools.merge import merge
 
     if len(folders) < 2:
         raise typer.BadParameter("give at least one source and the destination")

@@ -14,7 +14,7 @@ from kdfast.cli.failing import failing
 from kdfast.cli.progress import bar
 
 if TYPE_CHECKING:
-    from kdfast.cache.stats import CacheStats
+    from kdfast.cache.tools.stats import CacheStats
 
 __all__ = ["stats"]
 
@@ -24,14 +24,14 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="Write the distributions as a PNG.")] = None,
 ) -> None:
     """What the bytes go to, and how entries and tails are distributed. Every row is read."""
-    from kdfast.cache.stats import cache_stats
+    from kdfast.cache.tools.stats import cache_stats
 
     with failing():
         with bar("Records", len(kdfast.cache.open(folder))) as advance:
             found = cache_stats(folder, progress=advance)
         Console().print(_table(found))
         if plot is not None:
-            from kdfast.cache.plot import plot_stats
+            from kdfast.cache.tools.plot import plot_stats
 
             plot_stats(found, plot)
             Console().print(f"Plotted to {plot}", soft_wrap=True)

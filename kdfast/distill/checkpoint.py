@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.publish import publish
+from kdfast._atomic import publish
 
 __all__ = ["BEST", "LAST", "load", "restore", "save"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.cache.teacher import apply, device_of
 from kdfast.distill.arguments import Optimizers, check_arguments, optimizer_of
 from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.first_batch import check_first
@@ -24,6 +23,7 @@ from kdfast.distill.schedules import Schedule, schedule_of
 from kdfast.distill.step import Objective, Step
 from kdfast.distill.tally import Record
 from kdfast.distill.teachers import Teachers, owner
+from kdfast.models import apply, device_of
 
 __all__ = ["Distiller"]
 

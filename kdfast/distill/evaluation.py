@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kdfast.cache import PackedLabels
-from kdfast.cache.teacher import evaluating, logits_of
 from kdfast.distill.counting import Counting
 from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
+from kdfast.models import evaluating, logits_of
 from kdfast.objectives.teacher_argmax import teacher_argmax
 
 if TYPE_CHECKING:

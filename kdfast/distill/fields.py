@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kdfast.cache import PackedLabels
-from kdfast.cache.batches import NOT_THE_MODEL_S
-from kdfast.cache.batches import Fields as CacheFields
+from kdfast.cache.capture.batches import NOT_THE_MODEL_S
+from kdfast.cache.capture.batches import Fields as CacheFields
 from kdfast.labels import SoftLabels
 
 __all__ = ["Fields", "samples", "split", "tensors", "to_device"]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast._checks import _look_like_probabilities
 from kdfast.cache import PackedLabels
-from kdfast.cache.teacher import logits_of
 from kdfast.distill.counting import Counting
 from kdfast.distill.fields import split
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
+from kdfast.loss.checks import _look_like_probabilities
+from kdfast.models import logits_of
 
 __all__ = ["check_first"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdfast.cache.teacher import call, device_of, evaluating
 from kdfast.distill.fields import samples
+from kdfast.models import call, device_of, evaluating
 
 __all__ = ["Footprint", "footprint", "peak_memory"]
 

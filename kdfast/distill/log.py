@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdfast.cache.publish import publish
+from kdfast._atomic import publish
 
 __all__ = ["LOG", "Log"]
 

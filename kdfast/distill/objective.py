@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from kdfast.cache import PackedLabels
-from kdfast.cache.teacher import logits_of
 from kdfast.distill.counting import without_padding
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
+from kdfast.models import logits_of
 
 __all__ = ["KD", "MANY_CLASSES"]
 

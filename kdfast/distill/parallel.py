@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdfast.head import _is_distributed
+from kdfast.labels.head import _is_distributed
 
 __all__ = [
     "all_of",

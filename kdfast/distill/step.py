@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdfast.cache.teacher import logits_of
+from kdfast.models import logits_of
 
 __all__ = ["Objective", "Step"]
 

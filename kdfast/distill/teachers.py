@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.cache import CacheError, CacheReader, PackedLabels
-from kdfast.cache.teacher import call, device_of, evaluating, logits_of
 from kdfast.distill.fields import Fields, split, tensors, to_device
+from kdfast.models import call, device_of, evaluating, logits_of
 
 __all__ = ["Teachers", "look_up", "owner"]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kdfast.data_parallel import global_items
 from kdfast.distill import parallel
 from kdfast.distill.counting import Counting, leading
 from kdfast.distill.step import Step
+from kdfast.loss.data_parallel import global_items
 
 if TYPE_CHECKING:
     from kdfast.distill.distiller import Distiller

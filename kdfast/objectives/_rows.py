@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast import _checks
-from kdfast.cache.packed import PackedLabels
-from kdfast.head import Head
 from kdfast.labels import SoftLabels
-from kdfast.losses import _Rows
+from kdfast.labels.head import Head
+from kdfast.labels.packed import Packed, unpacked
+from kdfast.loss import checks
+from kdfast.loss.kd_loss import _Rows
+from kdfast.models import check_logits
 
 __all__ = ["CountedRows", "Teacher", "TeacherRows", "check_classes", "whole_rows"]
 
-Teacher = Tensor | SoftLabels | PackedLabels
+Teacher = Tensor | SoftLabels | Packed
 
 
 def whole_rows(student: Tensor | Head, teacher: Teacher) -> Tensor | SoftLabels:
@@ -22,10 +23,9 @@ def whole_rows(student: Tensor | Head, teacher: Teacher) -> Tensor | SoftLabels:
     Raises:
         TypeError, ValueError: something else, labels that do not hold whole rows, or a teacher that requires grad.
     """
-    if isinstance(teacher, PackedLabels):
-        teacher = teacher.unpack()
-    rows = teacher.to_dense() if isinstance(teacher, SoftLabels) else _checks.check_logits("teacher", teacher)
-    _checks.check_teacher(_checks.check_student(student), rows, student.shape[:-1].numel())
+    teacher = unpacked(teacher)
+    rows = teacher.to_dense() if isinstance(teacher, SoftLabels) else check_logits("teacher", teacher)
+    checks.check_teacher(checks.check_student(student), rows, student.shape[:-1].numel())
     check_classes(student, rows.vocab_size if isinstance(rows, SoftLabels) else rows.shape[-1])
     return rows
 
@@ -53,20 +53,20 @@ class CountedRows:
         num_items: int | Tensor | None = None,
         teacher: Tensor | SoftLabels | None = None,
     ) -> None:
-        _checks.check_logits("student", student)
-        _checks.check_labels(labels, student, None)
+        check_logits("student", student)
+        checks.check_labels(labels, student, None)
         if labels is not None and labels.is_floating_point():
             raise TypeError(f"labels must be class indices here, got {labels.dtype} probabilities")
-        _checks.check_backward("recompute", reduction, num_items, student)
-        _checks.check_numbers(1.0, 1.0, 1.0, 1.0, 1.0, row_weight)
+        checks.check_backward("recompute", reduction, num_items, student)
+        checks.check_numbers(1.0, 1.0, 1.0, 1.0, 1.0, row_weight)
         self._rows = _Rows(student, shift=False)
         self._reduction = reduction
         self.labels = None if labels is None else self._rows.labels(labels)
         target = student if teacher is None else teacher
         self.counted = self._rows.counted(self.labels, ignore_index, row_weight, target)
         self._weight = self._rows.weights(self.counted, row_weight, reduction, num_items)
-        if _checks.values_are_checked():
-            _checks.check_values(student, target, self.labels, self.counted, [], student.shape[-1])
+        if checks.values_are_checked():
+            checks.check_values(student, target, self.labels, self.counted, [], student.shape[-1])
         self.student = self.select(student)
 
     def select(self, x: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class TeacherRows(CountedRows):
         reduction: str = "mean",
         num_items: int | Tensor | None = None,
     ) -> None:
-        _checks.check_logits("student", student)
-        _checks.check_numbers(temperature, 1.0, 1.0, 1.0, 1.0, row_weight)
+        check_logits("student", student)
+        checks.check_numbers(temperature, 1.0, 1.0, 1.0, 1.0, row_weight)
         teacher = whole_rows(student, teacher)
         logits = teacher.values if isinstance(teacher, SoftLabels) else teacher
         super().__init__(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import _checks
-from kdfast.cache.packed import PackedLabels
-from kdfast.head import Head
 from kdfast.labels import SoftLabels
-from kdfast.losses import kd_loss
+from kdfast.labels.head import Head
+from kdfast.labels.packed import unpacked
+from kdfast.loss import checks
+from kdfast.loss.kd_loss import kd_loss
 from kdfast.objectives._rows import Teacher, check_classes, whole_rows
 
 __all__ = ["class_weighted_ce"]
@@ -50,8 +50,7 @@ def class_weighted_ce(
     _check_weight(class_weight, student)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature must be a number for class weights, got {type(temperature).__name__}")
-    if isinstance(teacher, PackedLabels):
-        teacher = teacher.unpack()
+    teacher = unpacked(teacher)
     soft_ce: dict[str, Any] = {"divergence": "soft_ce", "temperature": temperature}
     if isinstance(teacher, SoftLabels) and teacher.kind == "weights":
         check_classes(student, teacher.vocab_size)
@@ -62,7 +61,7 @@ def class_weighted_ce(
 
 
 def _check_weight(weight: object, student: Tensor | Head) -> None:
-    shape = _checks.check_student(student).shape
+    shape = checks.check_student(student).shape
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"class_weight must be a floating-point tensor, got {got}")
@@ -72,7 +71,7 @@ def _check_weight(weight: object, student: Tensor | Head) -> None:
         raise ValueError(f"student is on {student.device}, class_weight on {weight.device}")
     if weight.requires_grad:
         raise ValueError("class_weight requires grad, but kd_loss differentiates with respect to the student only")
-    if _checks.values_are_checked() and not bool(((weight >= 0) & (weight < math.inf)).all()):
+    if checks.values_are_checked() and not bool(((weight >= 0) & (weight < math.inf)).all()):
         raise ValueError(
             f"class_weight must be finite and not negative, got {float(weight.min())} to {float(weight.max())}"
         )

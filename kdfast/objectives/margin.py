@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import _checks
-from kdfast.losses import kd_loss
+from kdfast.loss import checks
+from kdfast.loss.kd_loss import kd_loss
+from kdfast.models import check_logits
 from kdfast.objectives._rows import CountedRows
 
 __all__ = ["margin_ce", "pairwise_hinge"]
@@ -77,8 +78,8 @@ def pairwise_hinge(
 
 
 def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
-    _checks.check_logits("logits", logits)
-    _checks.check_labels(labels, logits, "a margin")
+    check_logits("logits", logits)
+    checks.check_labels(labels, logits, "a margin")
     if labels.is_floating_point():
         raise TypeError(f"labels must be class indices for a margin, got {labels.dtype} probabilities")
     if isinstance(margin, bool) or not isinstance(margin, int | float):

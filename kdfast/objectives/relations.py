@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
 from kdfast.objectives._vectors import check_features, gram, mean_of, unit, widened
 
 __all__ = ["pkt", "rkd_angle", "rkd_distance", "similarity_preserving"]

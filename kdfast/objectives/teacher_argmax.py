@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.packed import PackedLabels
-from kdfast.head import Head
 from kdfast.labels import SoftLabels
-from kdfast.losses import kd_loss
+from kdfast.labels.head import Head
+from kdfast.labels.packed import unpacked
+from kdfast.loss.kd_loss import kd_loss
+from kdfast.loss.reference import _Entries
 from kdfast.objectives._rows import Teacher
-from kdfast.reference import _Entries
 
 __all__ = ["teacher_argmax", "teacher_argmax_ce"]
 
@@ -35,8 +35,7 @@ def teacher_argmax(teacher: Teacher, ignore_index: int = -100) -> Tensor:
         if not teacher.is_floating_point() or teacher.dim() < 1 or teacher.shape[-1] < 1:
             raise TypeError(f"teacher must be (..., C) logits, got {teacher.dtype} {tuple(teacher.shape)}")
         return teacher.detach().argmax(-1)
-    if isinstance(teacher, PackedLabels):
-        teacher = teacher.unpack()
+    teacher = unpacked(teacher)
     if not isinstance(teacher, SoftLabels):
         raise TypeError(f"teacher must be a tensor of logits or soft labels, got {type(teacher).__name__}")
     classes = _classes(teacher)

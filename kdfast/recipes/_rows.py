@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.packed import PackedLabels
-from kdfast.cache.teacher import logits_of
+from kdfast.cache.read.packed import PackedLabels
 from kdfast.distill.counting import counted_rows
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
+from kdfast.models import logits_of
 
 __all__ = ["answers_of", "counted_rows", "decoded", "dense_logits", "several_teachers", "soft_labels", "wide"]
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdfast.cache.keys import replica_key
-from kdfast.cache.view import View
+from kdfast.cache.format.keys import replica_key
+from kdfast.cache.format.view import View
 
 __all__ = ["crop_and_flip", "noise_tokens", "random_view"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.cache.teacher import logits_of
 from kdfast.distill.step import Objective, Step
+from kdfast.models import logits_of
 from kdfast.recipes._rows import decoded
 
 __all__ = ["Cohort", "CohortOutput", "EachStudent"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
 from kdfast.recipes._alike import require_alike
 from kdfast.recipes.regression import teacher_bounded
 

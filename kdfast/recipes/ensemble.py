@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast._checks import values_are_checked
-from kdfast.cache.teacher import logits_of
 from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
+from kdfast.loss.checks import values_are_checked
+from kdfast.models import logits_of
 from kdfast.recipes._rows import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, wide
 
 __all__ = ["LogitEnsemble", "ProbabilityEnsemble", "label_trust"]

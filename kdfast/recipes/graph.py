@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.distill.step import Step
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
 from kdfast.objectives._vectors import gram, unit, widened
 from kdfast.recipes._rows import answers_of, counted_rows, dense_logits
 

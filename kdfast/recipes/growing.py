@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdfast.cache.teacher import apply, evaluating, logits_of
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.fields import split, to_device
+from kdfast.models import apply, evaluating, logits_of
 from kdfast.recipes._rounds import History, check_options
 
 __all__ = ["Growing"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdfast.distill.counting import Counting
 from kdfast.distill.objective import teacher_of
 from kdfast.distill.step import Step
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
 from kdfast.recipes._rows import IGNORE, counted_rows, wide
 
 __all__ = ["focal", "hardest", "row_losses"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.cache.teacher import logits_of
 from kdfast.distill.step import Objective, Step
+from kdfast.models import logits_of
 
 __all__ = ["MultiTask", "TaskOutput"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kdfast.cache.teacher import logits_of
 from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
+from kdfast.models import logits_of
 from kdfast.recipes._rows import counted_rows
 from kdfast.recipes.cohort import each_student
 

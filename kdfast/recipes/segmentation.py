@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdfast.cache.packed import PackedLabels
+from kdfast.cache.read.packed import PackedLabels
 from kdfast.labels import SoftLabels
-from kdfast.losses import kd_loss
+from kdfast.loss.kd_loss import kd_loss
 
 __all__ = ["channel_wise_kd", "segmentation_kd"]
 

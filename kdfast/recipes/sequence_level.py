@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.cache.teacher import call, device_of, evaluating, move
 from kdfast.distill.objective import KD
+from kdfast.models import call, device_of, evaluating, move
 
 __all__ = ["pad_sequences", "sequence_level", "teacher_sequences"]
 

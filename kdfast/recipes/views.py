@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.capture import CaptureReport, capture
+from kdfast.cache.capture.capture import CaptureReport, capture
 from kdfast.cache.errors import CacheMismatchError
-from kdfast.cache.keys import describe
-from kdfast.cache.reader import CacheReader
-from kdfast.cache.teacher import device_of, logits_of, move
-from kdfast.cache.view import View
+from kdfast.cache.format.keys import describe
+from kdfast.cache.format.view import View
+from kdfast.cache.read.reader import CacheReader
+from kdfast.models import device_of, logits_of, move
 from kdfast.recipes.augmentation import random_view
 
 __all__ = ["ViewedExamples", "capture_views", "view_span"]

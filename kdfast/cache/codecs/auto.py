@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kdfast.cache.codecs.serves import SERVES
 from kdfast.divergences import Divergence
+from kdfast.labels.support import SERVES
 
 __all__ = ["LARGE_VOCAB", "SMALL_VOCAB", "WITH_SHAPES", "Choice", "choose"]
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
+from kdfast.labels.head import OutputLayer
 
 __all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "float64_chunks"]
 

@@ -18,7 +18,7 @@ from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.exact import require_exact
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
-from kdfast.cache.shapes import Shapes
+from kdfast.cache.selection.shapes import Shapes
 from kdfast.labels import SoftLabels
 
 __all__ = ["CODINGS", "EntryCodec", "EntryRows"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast._triton import kernel
-from kdfast.labels import SoftLabels, _table_on
+from kdfast.labels.soft_labels import SoftLabels, table_on
 
 if TYPE_CHECKING:
     from kdfast.cache.codecs.entries import EntryCodec
@@ -43,7 +43,7 @@ def decode(codec: EntryCodec, data: Tensor, units: NDArray[np.int64], wanted: ND
         raise IndexError(f"wanted rows {wanted.min()} to {wanted.max()} are out of range")
     limits = (codec.max_entries, codec.vocab_size, codec.value_limit)
     if codec.coding == "blocks":
-        slots = _table_on(codec.slots, data.device)
+        slots = table_on(codec.slots, data.device)
         decoded = run(data, units, slots, codec.columns, codec.total, *limits)
     else:
         decoded = run(data, units, *codec.field_widths, codec.coding == "rows", *limits)
@@ -78,7 +78,7 @@ class _Entries:
         ids = self._ids(self.decoded.ranks[at], row)
         values = self.decoded.values[at]
         if self.codec.levels is not None:
-            values = _table_on(self.codec.level_table, self.device)[values.long()]
+            values = table_on(self.codec.level_table, self.device)[values.long()]
         return self.codec.to_labels(self.columns, ids, values)
 
     def _require_sound(self) -> int:
@@ -94,7 +94,7 @@ class _Entries:
         return int(total)
 
     def _ids(self, ranks: Tensor, row: Tensor) -> Tensor:
-        order = _table_on(self.codec.order_table, self.device)
+        order = table_on(self.codec.order_table, self.device)
         at = ranks.long()
         if len(order) > 1:
             at += self.columns[:, 1].long()[row] * order.shape[1]

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdfast._C import count_symbols
-from kdfast.labels import SoftLabels, _same_table
+from kdfast.labels.soft_labels import SoftLabels, same_table
 
 if TYPE_CHECKING:
     from kdfast.cache.codecs.entries import EntryCodec
@@ -30,7 +30,7 @@ def require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
     if labels.shape is not None:
         assert codec.shapes is not None
         _require_below("shape", labels.shape.numpy(), len(codec.shapes))
-        if not _same_table(labels.shapes, codec.shapes.table):
+        if not same_table(labels.shapes, codec.shapes.table):
             raise ValueError(f"the labels refer to another table of shapes than the codec's, {codec.shapes.file_name}")
     if not bool(labels.values.isfinite().all()):
         raise ValueError(f"{codec.name}: a value is not one that this codec gives: it is not finite")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec
-from kdfast.head import OutputLayer
 from kdfast.labels import SoftLabels
+from kdfast.labels.head import OutputLayer
 
 __all__ = ["Hidden"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
-from kdfast.cache.select import Top, threshold, top
-from kdfast.cache.shapes import Shapes
-from kdfast.labels import SoftLabels, _table_on
+from kdfast.cache.selection.select import Top, threshold, top
+from kdfast.cache.selection.shapes import Shapes
+from kdfast.labels.soft_labels import SoftLabels, table_on
 
 __all__ = ["Prototype"]
 
@@ -155,7 +155,7 @@ class Prototype(EntryCodec):
 
     @staticmethod
     def _on(other: Tensor, table: Tensor) -> Tensor:
-        return _table_on(table, other.device)
+        return table_on(table, other.device)
 
 
 def _grid(step: float) -> NDArray[np.float64]:

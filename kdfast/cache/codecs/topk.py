@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
-from kdfast.cache.select import top
+from kdfast.cache.selection.select import top
 from kdfast.labels import SoftLabels
 
 __all__ = ["TopK"]

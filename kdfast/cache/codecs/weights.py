@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
-from kdfast.cache.select import record_seed, sample, threshold
-from kdfast.cache.shapes import Shapes
+from kdfast.cache.selection.select import record_seed, sample, threshold
+from kdfast.cache.selection.shapes import Shapes
 from kdfast.labels import SoftLabels
 
 __all__ = ["Sample", "Threshold", "WeightCodec"]

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdfast.cache.convert.bits import FLOAT_BYTES, id_bits, read_bits, read_floats, read_words
-from kdfast.cache.errors import CacheError
-from kdfast.cache.packages import need
+from kdfast.cache.errors import CacheError, optional_package
 
 __all__ = ["Layout", "LegacyLayout", "QuantizedLayout", "read_layout"]
 
@@ -181,7 +180,8 @@ def read_layout(path: Path) -> Layout:
     """
     text = path.read_text()
     try:
-        config = json.loads(text) if path.suffix == ".json" else need("yaml", "reading YAML").safe_load(text)
+        parse = json.loads if path.suffix == ".json" else optional_package("yaml", "reading YAML").safe_load
+        config = parse(text)
     except ValueError as error:
         raise CacheError(f"{path}: is not JSON: {error}") from error
     except Exception as error:

@@ -15,7 +15,7 @@ from kdfast.cache.convert.report import BiasReport
 from kdfast.cache.convert.rows import BrokenRowError, Rows, to_rows
 from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheError
-from kdfast.cache.writer import Writer
+from kdfast.cache.write.writer import Writer
 
 __all__ = ["TOLERANCE", "import_records", "store_records"]
 

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.convert.source import Record, Source
-from kdfast.cache.errors import CacheCorruptError, CacheError
-from kdfast.cache.packages import need
+from kdfast.cache.errors import CacheCorruptError, CacheError, optional_package
 
 __all__ = ["Megatron"]
 
@@ -55,7 +54,7 @@ class Megatron(Source):
     what = "Megatron-Core offline logits"
 
     def __init__(self, path: Path, tokens: Path) -> None:
-        need("zstandard", "reading Megatron-Core shards")
+        optional_package("zstandard", "reading Megatron-Core shards")
         self._tars = _tars(path)
         self._tokens = _Tokens(tokens)
         self.size = len(self._tokens)
@@ -162,7 +161,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _decode(where: str, data: bytes) -> Iterator[tuple[Tensor, Tensor]]:
     """Per microbatch: (tokens, samples, K) log-probabilities in float64, and ids."""
-    zstandard = need("zstandard", "reading Megatron-Core shards")
+    zstandard = optional_package("zstandard", "reading Megatron-Core shards")
     try:
         raw = zstandard.ZstdDecompressor().decompress(data)
         tensors = torch.load(io.BytesIO(raw), weights_only=True)

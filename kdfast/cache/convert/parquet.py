@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.cache.errors import CacheCorruptError, CacheError
-from kdfast.cache.packages import need
+from kdfast.cache.errors import CacheCorruptError, CacheError, optional_package
 
 __all__ = ["matrix", "parquet_files", "parquet_records", "row_count"]
 
@@ -63,7 +62,7 @@ def matrix(scalar: Any, width: int, what: str) -> NDArray[Any]:
 
 
 def _open(path: Path) -> Any:
-    arrow, parquet = need("pyarrow", "reading Parquet"), need("pyarrow.parquet", "reading Parquet")
+    arrow, parquet = (optional_package(name, "reading Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     try:
         return parquet.ParquetFile(path)
     except arrow.ArrowInvalid as error:

@@ -11,10 +11,10 @@ import torch
 
 from kdfast.cache.convert.report import BiasReport
 from kdfast.cache.errors import CacheError
-from kdfast.cache.keys import Key
-from kdfast.cache.reader import CacheInfo, open_cache
-from kdfast.cache.walk import walk
-from kdfast.cache.writer import Writer
+from kdfast.cache.format.keys import Key
+from kdfast.cache.read.reader import CacheInfo, open_cache
+from kdfast.cache.read.walk import walk
+from kdfast.cache.write.writer import Writer
 from kdfast.labels import SoftLabels
 
 __all__ = ["recompress"]

@@ -1,0 +1,36 @@
+"""What is imported only when it is asked for: optional packages, and the package's own heavier rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+__all__ = ["import_optional", "lazy_attributes"]
+
+
+def import_optional(module: str, purpose: str) -> Any:
+    """The module, imported. Raises ``ImportError`` naming the package to install if it is not there."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise ImportError(f"{purpose} needs the package {package}: pip install {package}") from error
+
+
+def lazy_attributes(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` (PEP 562) that imports a name's module when the name is first used.
+
+    Args:
+        where: for each name the module that holds it. A name that is the module's own last part is the module.
+    """
+
+    def find(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = import_module(where[name])
+        return module if where[name] == f"{package}.{name}" else getattr(module, name)
+
+    return find

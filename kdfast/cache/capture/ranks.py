@@ -1,0 +1,88 @@
+"""Which part of a capture is this process's, when several of them share it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kdfast.cache.capture.capture import CaptureReport
+from kdfast.cache.capture.capture_shapes import LEARN_ROWS
+from kdfast.cache.capture.lm import capture_lm
+from kdfast.cache.write.salvage import salvage
+
+__all__ = ["Ranks", "capture_share"]
+
+T = TypeVar("T")
+# A process waits as long for the first one, which learns shapes before the others begin.
+PATIENCE = timedelta(hours=12)
+
+
+class Ranks(NamedTuple):
+    """This process's number and how many there are, as ``torchrun`` says; alone without it."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def writer(self) -> str:
+        """Of a name that only captures with as many processes use: others leave their unfinished shards alone."""
+        return f"{self.rank}of{self.world}"
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        return items[self.rank :: self.world]
+
+
+def capture_share(
+    model: Any, tokenizer: Any, corpus: Sequence[Tensor], path: str | os.PathLike[str], ranks: Ranks, **options: Any
+) -> CaptureReport:
+    """``capture_lm`` of this process's windows into a cache that all of them write, each with a writer of its own.
+
+    Started again with as many processes each goes on where it was, byte for byte. With another number, what the earlier
+    ones have left unsealed is sealed first, and every process skips what any of them has stored.
+
+    Args:
+        corpus: all windows, the same list on every process (``windows`` makes it).
+        options: ``capture_lm``'s.
+    """
+    share, arguments = ranks.share(corpus), {**options, "writer": ranks.writer}
+    with _together(ranks) as wait:
+        if ranks.rank == 0:
+            salvage(path, keep=[Ranks(rank, ranks.world).writer for rank in range(ranks.world)])
+        wait()
+        if ranks.rank == 0 and ranks.world > 1:
+            # One table of shapes for all: who learns it stores some records, and it with them.
+            capture_lm(model, tokenizer, _rows(share, LEARN_ROWS), path, **arguments)
+        wait()
+        return capture_lm(model, tokenizer, share, path, **arguments)
+
+
+def _rows(windows: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """The first windows, up to so many rows."""
+    rows = 0
+    for i, ids in enumerate(windows):
+        if rows >= count:
+            return windows[:i]
+        rows += len(ids)
+    return windows
+
+
+@contextmanager
+def _together(ranks: Ranks) -> Iterator[Any]:
+    if ranks.world == 1:
+        yield lambda: None
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield dist.barrier
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""A vLLM server, asked over its OpenAI-compatible HTTP API."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from kdfast.cache.errors import CacheError, optional_package
+
+__all__ = ["Server"]
+
+SCHEMES = ("http://", "https://")
+BUSY = (429, 502, 503)
+BACKOFF = 0.5  # seconds, doubled with each retry, where the server does not say how long to wait
+BEYOND = 2  # tokens of a request that are no window's: one appended, one generated
+SHOWN = 500  # characters of an answer that is not understood
+
+
+class Server:
+    """A session with one server, which threads may share. Use it as a context manager.
+
+    Args:
+        url: ``http://host:8000``, with or without ``/v1``.
+        concurrency: connections to keep open.
+        timeout: seconds to wait for a connection, and for an answer to begin.
+        retries: how often to ask again after a lost connection, or an answer that the server is busy.
+        api_key: sent as a bearer token.
+
+    Raises:
+        ValueError: ``url`` is of another kind.
+        CacheError: requests is not installed.
+    """
+
+    def __init__(self, url: str, *, concurrency: int, timeout: float, retries: int, api_key: str | None) -> None:
+        if not url.startswith(SCHEMES):
+            raise ValueError(f"url must begin with http:// or https://, got {url!r}")
+        requests, urllib3 = (optional_package(name, "asking a vLLM server") for name in ("requests", "urllib3"))
+        self._root = f"{url.rstrip('/').removesuffix('/v1')}/v1"
+        self._timeout, self._failures = timeout, requests.RequestException
+        again = urllib3.Retry(
+            retries,
+            status_forcelist=BUSY,
+            allowed_methods=None,  # POST as well: a request leaves nothing behind on the server
+            backoff_factor=BACKOFF,
+            raise_on_status=False,  # the last answer says why
+        )
+        self._session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency, max_retries=again)
+        for scheme in SCHEMES:
+            self._session.mount(scheme, adapter)
+        if api_key is not None:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+
+    def choose_model(self, wanted: str | None, longest: int) -> str:
+        """The name of the model to ask: ``wanted``, or the only one that is served.
+
+        Args:
+            longest: the tokens of the longest window, which must fit into the model's context.
+
+        Raises:
+            CacheError: another model is served, or several are, or its context is too short.
+            OSError: the server does not answer.
+        """
+        answer = self._json("the list of models", "GET", "models")
+        try:
+            served = {model["id"]: model.get("max_model_len") for model in answer["data"]}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CacheError(f"{self._root}/models: is not a list of models: {str(answer)[:SHOWN]}") from error
+        name = next(iter(served)) if wanted is None and len(served) == 1 else wanted
+        if name is None or name not in served:
+            asked = "model=... is needed" if wanted is None else f"there is no model {wanted!r}"
+            raise CacheError(f"{self._root}: {asked}: it serves {', '.join(served) or 'none'}")
+        context = served[name]
+        if context is not None and longest + BEYOND > context:
+            raise CacheError(
+                f"{self._root}: a window of {longest} tokens, with one appended and one generated, takes a context of "
+                f"{longest + BEYOND}; {name} is served with max_model_len {context}"
+            )
+        return name
+
+    def prompt_logprobs(self, name: str, model: str, prompt: list[int], k: int) -> Any:
+        """The response to a completion request for ``prompt`` with the ``k`` likeliest tokens at each of its places.
+
+        Args:
+            name: of the window, for messages.
+
+        Raises:
+            CacheError: the server refuses, or the answer is not JSON; the message has the server's own.
+            OSError: the server does not answer.
+        """
+        request = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": 1,  # the least that every version takes
+            "prompt_logprobs": k,
+            # The model's generation_config.json may set these, and engines before V1 applied them to the prompt.
+            "temperature": 0,
+            "repetition_penalty": 1.0,
+        }
+        return self._json(name, "POST", "completions", json=request)
+
+    def _json(self, name: str, method: str, path: str, **options: Any) -> Any:
+        url = f"{self._root}/{path}"
+        try:
+            response = self._session.request(method, url, timeout=self._timeout, **options)
+        except self._failures as error:
+            raise ConnectionError(f"{name}: no answer from {url}: {error}") from error
+        if not response.ok:
+            raise CacheError(f"{name}: {url} answers HTTP {response.status_code}: {_message(response)}")
+        try:
+            return response.json()
+        except ValueError as error:
+            raise CacheError(f"{name}: {url} answers with what is not JSON: {response.text[:SHOWN]!r}") from error
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+
+
+def _message(response: Any) -> str:
+    """What the server says of an error: ``{"error": {"message": ...}}``, or in older versions ``{"message": ...}``."""
+    try:
+        body = response.json()
+        return str(body.get("error", body)["message"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return str(response.text[:SHOWN])

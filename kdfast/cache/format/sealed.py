@@ -1,0 +1,123 @@
+"""The shards a cache has, as a writer needs to know them: everything but their payloads."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast.cache.errors import CacheCorruptError, CacheError
+from kdfast.cache.format.container import MAX_HEADER, read_container
+from kdfast.cache.format.keys import number_keys
+from kdfast.cache.format.manifest import MANIFEST, SHARD_NAME, check_listed, entry_of, read_manifest, shard_names
+from kdfast.cache.format.meta import FORMAT, FORMAT_VERSION, HASH, RANGE, CacheMeta
+from kdfast.cache.format.shard import Outline
+from kdfast.cache.format.sorted_keys import write_index
+from kdfast.cache.format.storage import LocalStorage, Storage
+
+__all__ = ["Sealed", "scan", "write_manifest"]
+
+
+class Sealed:
+    """A sealed shard's tables.
+
+    Raises:
+        CacheCorruptError: the file is not what was written.
+        CacheError: it is, but of another format version.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.name = name
+        with _outline(storage, name) as path:
+            try:
+                container = read_container(path)
+                self.meta = CacheMeta.from_strings(container.metadata)
+                outline = Outline.of(container)
+            except CacheError as error:
+                message = str(error).removeprefix(f"{path}: ")
+                raise type(error)(f"{storage.describe(name)}: {message}") from error
+            except ValueError as error:
+                raise CacheCorruptError(f"{storage.describe(name)}: {error}") from error
+        tables = container.tables
+        self.keys: NDArray[np.uint8] = tables["record_keys"]
+        if self.meta.keys == RANGE:
+            self.keys = number_keys(outline.first_record, outline.records)
+        self.rows = int(tables["block_index"][:, 3].sum())
+        self.model = tables["codec_model"].tobytes() if "codec_model" in tables else b""
+        self.seal = container.seal.hex()
+        self.file_bytes = container.file_bytes
+        match = SHARD_NAME.fullmatch(name)
+        assert match is not None
+        self.writer, self.number = match[1], int(match[2])
+
+
+def scan(storage: Storage) -> list[Sealed]:
+    """The shards by writer and number, checked against each other and the manifest, if there is one.
+
+    Raises:
+        CacheCorruptError: a shard is corrupt, missing or replaced, or the manifest cannot be read.
+        CacheMismatchError: two shards are not of one cache.
+        OSError: a file or the directory cannot be read.
+    """
+    listed = read_manifest(storage)  # before the directory: another writer may be adding to both
+    shards = [Sealed(storage, name) for name in shard_names(storage)]
+    for shard in shards[1:]:
+        shard.meta.require_equal(shards[0].meta, storage.describe(shard.name), storage.describe(shards[0].name))
+    check_listed(storage, listed, {shard.name: _entry(shard) for shard in shards})
+    return shards
+
+
+def write_manifest(storage: Storage) -> None:
+    """List the shards that are there now, other writers' included, and sort their keys for readers."""
+    names: list[str] = []
+    # Of two that write at the same time the last one would win, and it may have looked first: so look again.
+    while shard_names(storage) != names:
+        shards = scan(storage)
+        entries = [_entry(shard) for shard in shards]
+        names = [str(entry["name"]) for entry in entries]
+        document = {"format": FORMAT, "version": FORMAT_VERSION, "shards": entries}
+        storage.publish(MANIFEST, [json.dumps(document, indent=1).encode()])
+        if shards and shards[0].meta.keys == HASH:
+            write_index(storage, shards)
+
+
+def _entry(shard: Sealed) -> dict[str, str | int]:
+    return entry_of(shard.name, len(shard.keys), shard.rows, shard.file_bytes, shard.seal)
+
+
+@contextmanager
+def _outline(storage: Storage, name: str) -> Iterator[Path]:
+    """A local file like ``name``; where that is far away, with a hole for its payload, which nothing here reads."""
+    if isinstance(storage, LocalStorage):
+        yield storage.fetch(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="kdfast-") as folder:
+        path = Path(folder) / name
+        with storage.open(name) as source, path.open("wb") as copy:
+            _copy_ends(source, copy, storage.size(name))
+        yield path
+
+
+def _copy_ends(source: BinaryIO, copy: BinaryIO, size: int) -> None:
+    """Header and tables, at their places in a file of ``size`` bytes. What is corrupt is left for others to find."""
+    prefix = source.read(8)
+    length = int.from_bytes(prefix, "little")
+    header = source.read(length if length <= min(size, MAX_HEADER) else 0)
+    copy.write(prefix + header)
+    try:
+        payload = int(json.loads(header)["payload"]["data_offsets"][1])
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        payload = 0
+    tables = min(size, 8 + length + max(0, payload))
+    source.seek(tables)
+    copy.seek(tables)
+    copy.write(source.read())
+    os.ftruncate(copy.fileno(), size)

@@ -1,0 +1,219 @@
+"""Where a cache's files lie: a directory, or any place that fsspec has a URL for."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from kdfast._atomic import publish, sync_directory, with_filename
+from kdfast.cache.errors import CacheError
+
+__all__ = ["LocalStorage", "RemoteStorage", "Storage", "open_storage"]
+
+TAIL = 8  # a shard ends with its seal, which tells it from another shard of its size
+
+
+def open_storage(path: str | os.PathLike[str], *, local: str | os.PathLike[str] | None = None) -> Storage:
+    """The storage that ``path`` names.
+
+    Args:
+        path: a directory, or a URL that fsspec knows: ``s3://bucket/cache``, ``memory://cache``. ``file://`` is local.
+        local: the folder for downloaded files of a remote cache. The user's cache folder if None.
+
+    Raises:
+        ValueError, ImportError: fsspec does not know the protocol, or lacks the package that serves it.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return LocalStorage(Path(text))
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    fs, root = url_to_fs(text)
+    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+        return LocalStorage(Path(root))
+    return RemoteStorage(text, fs, root, None if local is None else Path(local))
+
+
+class Storage(ABC):
+    """The files of one cache, by name. Errors of the place itself are ``OSError``."""
+
+    url: str
+
+    @abstractmethod
+    def list(self) -> list[str]:
+        """The names of all files, sorted. Raises ``FileNotFoundError`` if the directory is not there."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """A file's size in bytes."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file, open for reading and seeking: what is read of a remote one is what is asked for, or a little more."""
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file, for small ones."""
+        with self.open(name) as file:
+            return file.read()
+
+    @abstractmethod
+    def fetch(self, name: str) -> Path:
+        """A local file with the contents of ``name``, which never changes. Downloaded once, size and end checked."""
+
+    @abstractmethod
+    def create(self) -> None:
+        """Make the directory, if it is not there."""
+
+    @abstractmethod
+    def publish(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a small file, whole or not at all. One that is there is replaced."""
+
+    @abstractmethod
+    def deliver(self, file: Path, name: str) -> None:
+        """Move a finished local file here, whole or not at all. It is gone from its place only once it is here.
+
+        Raises:
+            CacheError: there is a file of this name already.
+        """
+
+    def describe(self, name: str) -> str:
+        """``name`` as an error message shows it."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def _require_absent(self, name: str) -> None:
+        if self.exists(name):
+            raise CacheError(
+                f"{self.describe(name)} appeared while this writer was at work: give each writer its own name"
+            )
+
+
+class LocalStorage(Storage):
+    """A directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.url = str(directory)
+
+    def list(self) -> list[str]:
+        return sorted(entry.name for entry in self.directory.iterdir())
+
+    def exists(self, name: str) -> bool:
+        return (self.directory / name).exists()
+
+    def size(self, name: str) -> int:
+        return (self.directory / name).stat().st_size
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.directory / name).open("rb")
+
+    def fetch(self, name: str) -> Path:
+        return self.directory / name
+
+    def create(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def publish(self, name: str, chunks: Iterable[bytes]) -> None:
+        publish(self.directory / name, chunks)
+
+    def deliver(self, file: Path, name: str) -> None:
+        path = self.directory / name
+        with with_filename(path):
+            if file.exists() or not path.exists():  # else it is there, but the directory could not be synced
+                self._require_absent(name)
+                os.replace(file, path)
+            sync_directory(self.directory)
+
+
+class RemoteStorage(Storage):
+    """A folder behind an fsspec URL. A file there appears by one complete PUT."""
+
+    def __init__(self, url: str, fs: Any, root: str, local: Path | None = None) -> None:
+        self.url = url
+        self._fs, self._root = fs, root.rstrip("/")
+        self._local = default_folder() / digest(url) if local is None else local
+
+    def list(self) -> list[str]:
+        self._fs.invalidate_cache()  # other writers add files
+        if not self._fs.exists(self._root):
+            raise FileNotFoundError(2, "No such directory", self.url)
+        entries = self._fs.ls(self._root, detail=True)
+        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+
+    def exists(self, name: str) -> bool:
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self._path(name)))
+
+    def size(self, name: str) -> int:
+        return int(self._fs.size(self._path(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self._fs.open(self._path(name), "rb"))
+
+    def fetch(self, name: str) -> Path:
+        path, size = self._local / name, self.size(name)
+        if path.exists() and path.stat().st_size == size and _tail(path) == self._tail(name, size):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        try:
+            self._fs.get_file(self._path(name), str(part))
+            if part.stat().st_size != size:
+                found = part.stat().st_size
+                raise OSError(f"{self.describe(name)}: {size} bytes announced, {found} downloaded to {path.parent}")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def create(self) -> None:
+        self._fs.makedirs(self._root, exist_ok=True)
+
+    def publish(self, name: str, chunks: Iterable[bytes]) -> None:
+        self._fs.pipe_file(self._path(name), b"".join(chunks))
+
+    def deliver(self, file: Path, name: str) -> None:
+        size = file.stat().st_size
+        # A PUT whose answer was lost has been made: its file is ours if it ends as ours does.
+        if not (self.exists(name) and self.size(name) == size and self._tail(name, size) == _tail(file)):
+            self._require_absent(name)
+            self._fs.put_file(str(file), self._path(name))
+            self._fs.invalidate_cache()
+            if self.size(name) != size:
+                raise OSError(f"{self.describe(name)}: {size} bytes sent, {self.size(name)} arrived")
+        file.unlink()
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _tail(self, name: str, size: int) -> bytes:
+        return bytes(self._fs.cat_file(self._path(name), start=max(0, size - TAIL), end=size))
+
+
+def default_folder() -> Path:
+    """Where downloaded files go: ``$XDG_CACHE_HOME/kdfast``, ``~/.cache/kdfast``, or a temporary folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(base) / "kdfast" if base else Path.home() / ".cache" / "kdfast"
+    except RuntimeError:  # no home
+        return Path(tempfile.gettempdir()) / f"kdfast-{os.getuid()}"
+
+
+def digest(url: str) -> str:
+    """A folder name of its own for each URL."""
+    return blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest()
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        return file.read()

@@ -1,0 +1,1 @@
+"""From sealed shards to soft labels, in any order. Nothing here writes."""

@@ -1,0 +1,110 @@
+"""From keys to record numbers, counted over all shards of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdfast.cache.format.keys import DIGEST_BYTES, Key, make_key, make_keys
+from kdfast.cache.format.shard import Shard
+from kdfast.cache.format.sorted_keys import SortedKeys, keys_of
+
+__all__ = ["HashLookup", "Lookup", "RangeLookup"]
+
+
+class Lookup(Protocol):
+    """Which record each key names. Of records with equal keys the first one counts."""
+
+    records: int  # that can be found
+    duplicates: int  # that cannot: another one has their key
+    note: str  # where it looks, for people
+
+    def find(self, keys: Any) -> NDArray[np.int64]:
+        """The record of each key; -1 where there is none."""
+
+    def __iter__(self) -> Iterator[Key | int]:
+        """The keys that can be found, in the order of their records."""
+
+
+class HashLookup:
+    """Keys by their digests: a search in sorted prefixes, and a look at the shard's own table."""
+
+    def __init__(self, shards: Sequence[Shard], starts: NDArray[np.int64], keys: SortedKeys, note: str) -> None:
+        self._shards, self._starts, self._sorted, self.note = shards, starts, keys, note
+        self.records, self.duplicates = len(keys.records), len(keys.duplicates)
+
+    def find(self, keys: Any) -> NDArray[np.int64]:
+        wanted = np.frombuffer(b"".join(make_keys(keys)), np.uint8).reshape(-1, DIGEST_BYTES)
+        found = np.full(len(wanted), -1)
+        prefixes, records = self._sorted.prefixes, self._sorted.records
+        first = wanted.view("<u8")[:, 0]
+        at = np.searchsorted(prefixes, first)
+        left = np.arange(len(wanted))  # keys whose record may still be ahead
+        while len(left):
+            left = left[at[left] < len(prefixes)]
+            left = left[prefixes[at[left]] == first[left]]
+            candidates = records[at[left]]
+            same = (keys_of(self._shards, self._starts, candidates) == wanted[left]).all(1)
+            found[left[same]] = candidates[same]
+            left = left[~same]
+            at[left] += 1  # other keys have this prefix too
+        return found
+
+    def __iter__(self) -> Iterator[Key]:
+        hidden = set(self._sorted.duplicates.tolist())
+        for start, shard in zip(self._starts.tolist(), self._shards, strict=False):
+            for number in range(shard.records):
+                if start + number not in hidden:
+                    yield Key(shard.keys[number].tobytes())
+
+
+class RangeLookup:
+    """Integer keys that are consecutive within each shard: arithmetic."""
+
+    note = "none: keys are consecutive integers"
+
+    def __init__(self, shards: Sequence[Shard], starts: NDArray[np.int64]) -> None:
+        first = np.array([shard.first_record for shard in shards])
+        end = first + np.diff(starts)
+        # Keys from points[i - 1] to points[i] - 1 are those of shard owner[i], -1 being none.
+        self._points = np.unique(np.concatenate([first, end]))
+        self._owner = np.full(len(self._points) + 1, -1)
+        for number in reversed(range(len(shards))):  # the first shard's are set last, and stay
+            low, high = np.searchsorted(self._points, [first[number], end[number]]).tolist()
+            self._owner[low + 1 : high + 1] = number
+        self._shift = starts[:-1] - first  # from keys to records
+        self.records = int(np.diff(self._points)[self._owner[1:-1] >= 0].sum())
+        self.duplicates = int(starts[-1]) - self.records
+
+    def find(self, keys: Any) -> NDArray[np.int64]:
+        numbers = _integers(keys)
+        owner = self._owner[np.searchsorted(self._points, numbers, side="right")]
+        return np.where(owner >= 0, numbers + self._shift[owner], -1)
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(len(self._shift)):
+            for at in np.flatnonzero(self._owner == number).tolist():
+                yield from range(int(self._points[at - 1]), int(self._points[at]))
+
+
+def _integers(keys: Any) -> NDArray[np.int64]:
+    """``keys`` as int64; -1, which no record has, for anything that is no integer in range."""
+    if isinstance(keys, Tensor):
+        keys = keys.detach().cpu().numpy()
+    if isinstance(keys, range):
+        return np.arange(keys.start, keys.stop, keys.step)
+    if isinstance(keys, np.ndarray) and keys.ndim == 1 and keys.dtype.kind in "iu":
+        return keys.astype(np.int64)
+    return np.array([_integer(key) for key in keys], np.int64)
+
+
+def _integer(key: Any) -> int:
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return int(key) if 0 <= int(key) < 2**63 else -1
+    make_key(key)  # raises what it is not
+    return -1

@@ -1,0 +1,73 @@
+"""Every record of a cache once, in order, in portions of bounded size: for what reads a cache from end to end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdfast.cache.format.keys import Key
+from kdfast.cache.format.manifest import load_shards
+from kdfast.cache.format.meta import RANGE
+from kdfast.cache.format.shard import Shard
+from kdfast.cache.format.storage import open_storage
+from kdfast.cache.read.reader import CacheReader
+from kdfast.labels import SoftLabels
+
+__all__ = ["Portion", "walk"]
+
+PORTION_VALUES = 2**20  # of one portion, unless a single record holds more
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Some records: their keys, the rows of each, and the labels of all, one after another."""
+
+    keys: list[Key | int]
+    rows: list[int]
+    labels: SoftLabels
+
+    def records(self) -> Iterator[tuple[Key | int, SoftLabels]]:
+        """Each record by itself."""
+        start = 0
+        for key, rows in zip(self.keys, self.rows, strict=True):
+            yield key, self.labels[start : start + rows]
+            start += rows
+
+
+def walk(path: str | os.PathLike[str], cache: CacheReader) -> Iterator[Portion]:
+    """The records of ``cache``, which ``path`` holds, duplicates left out; in rising order where keys are integers."""
+    per_row = 1
+    keys: list[Key | int] = []
+    rows: list[int] = []
+    total = 0
+    for key, count in _records(path):
+        if keys and (total + count) * per_row > PORTION_VALUES:
+            portion = Portion(keys, rows, cache.gather(keys))
+            per_row = max(1, portion.labels.values.numel() // max(1, len(portion.labels)))
+            yield portion
+            keys, rows, total = [], [], 0
+        keys.append(key)
+        rows.append(count)
+        total += count
+    if keys:
+        yield Portion(keys, rows, cache.gather(keys))
+
+
+def _records(path: str | os.PathLike[str]) -> Iterator[tuple[Key | int, int]]:
+    """Key and rows of each record, the first of equal keys alone."""
+    seen: set[Key | int] = set()
+    shards = [(at, shard) for at, shard in enumerate(load_shards(open_storage(path)))]
+    for _, shard in sorted(shards, key=lambda pair: (pair[1].first_record, pair[0])):
+        spans = shard.spans(np.arange(shard.records))
+        for number, rows in enumerate(spans[:, 1].tolist()):
+            key = _key(shard, number)
+            if key not in seen:
+                seen.add(key)
+                yield key, rows
+
+
+def _key(shard: Shard, number: int) -> Key | int:
+    return shard.first_record + number if shard.meta.keys == RANGE else Key(shard.keys[number].tobytes())

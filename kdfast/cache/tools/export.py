@@ -1,0 +1,115 @@
+"""``export``: a cache as one Parquet file, for tools that know nothing of kdfast."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdfast.cache.errors import CacheError, optional_package
+from kdfast.cache.format.keys import Key
+from kdfast.cache.read.reader import CacheInfo, open_cache
+from kdfast.cache.read.walk import Portion, walk
+from kdfast.labels import SoftLabels
+
+__all__ = ["export"]
+
+KINDS = ("topk", "weights", "dense")
+
+
+def export(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None
+) -> int:
+    """Write every record of a cache as a row of a Parquet file, duplicates left out. Returns how many.
+
+    Columns, the lists being ``large_list``, whose offsets have 64 bits:
+
+    ========= ====================== ========================================================================
+    key       string                 the record's key in hexadecimal; an integer in decimal
+    rows      int64                  its rows
+    counts    list of int32          the entries of each row (not for dense labels)
+    ids       list of int32          the entries' ids, row after row (not for dense labels)
+    log_probs list of float32        their log-probabilities at T = 1, or all columns' for dense labels
+    weights   list of float32        instead, for labels that are weights
+    tails     list of float32        for top-k labels: per row the log-mass outside, one for each temperature
+    ========= ====================== ========================================================================
+
+    The schema's metadata has ``kdfast``: kind, codec, options, vocabulary, temperatures and teacher, as JSON.
+
+    Args:
+        path: the cache's directory.
+        out: the file, which appears when it is whole.
+        progress: called with the number of records written since it was called last.
+
+    Raises:
+        CacheError: pyarrow is not installed, the cache is empty, or its labels are of a kind that no column can hold.
+        OSError: the file cannot be written.
+    """
+    arrow, parquet = (optional_package(name, "writing Parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    cache = open_cache(path)
+    records = 0
+    with _appearing(Path(out)) as part:
+        writer = None
+        for portion in walk(path, cache):
+            table = _table(arrow, portion, cache.info)
+            writer = writer or parquet.ParquetWriter(part, table.schema, compression="zstd")
+            writer.write_table(table)  # a row group, as small as the portion
+            records += len(portion.keys)
+            if progress is not None:
+                progress(len(portion.keys))
+        if writer is None:
+            raise CacheError(f"{path}: holds no record to export")
+        writer.close()
+    return records
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` at the end unless there was an error."""
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _table(arrow: Any, portion: Portion, about: CacheInfo) -> Any:
+    if portion.labels.kind not in KINDS:
+        raise CacheError(f"{portion.labels.kind} labels have no Parquet form: only {', '.join(KINDS)} can be exported")
+    rows = [_row(key, labels) for key, labels in portion.records()]
+    lists = {"counts": arrow.int32(), "ids": arrow.int32()}
+    columns = {
+        "key": arrow.array([row["key"] for row in rows], arrow.string()),
+        "rows": arrow.array([row["rows"] for row in rows], arrow.int64()),
+    }
+    for name in list(rows[0])[2:]:
+        of = arrow.large_list(lists.get(name, arrow.float32()))
+        columns[name] = arrow.array([row[name] for row in rows], of)
+    described = {
+        "kind": portion.labels.kind,
+        "codec": about.codec,
+        "config": about.config,
+        "vocab_size": about.vocab_size,
+        "temperatures": about.temperatures,
+        "teacher": about.teacher,
+    }
+    return arrow.table(columns).replace_schema_metadata({"kdfast": json.dumps(described)})
+
+
+def _row(key: Key | int, labels: SoftLabels) -> dict[str, Any]:
+    row: dict[str, Any] = {"key": key.hex() if isinstance(key, Key) else str(key), "rows": len(labels)}
+    if labels.ids is not None and labels.offsets is not None:
+        row["counts"] = labels.offsets.diff().int().numpy()
+        row["ids"] = labels.ids.numpy()
+    name = "weights" if labels.kind == "weights" else "log_probs"
+    row[name] = labels.values.float().reshape(-1).numpy()
+    if labels.tails is not None:
+        row["tails"] = labels.tails.T.contiguous().reshape(-1).numpy()
+    return row

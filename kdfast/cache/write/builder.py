@@ -1,0 +1,142 @@
+"""From records to shards: a codec learns from the first ones, blocks are cut, shards sealed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from kdfast.cache.codecs.base import Codec
+from kdfast.cache.format.storage import Storage
+from kdfast.cache.write.records import Record
+from kdfast.cache.write.unfinished import Unfinished
+from kdfast.labels import SoftLabels
+
+__all__ = ["BLOCK_ROWS", "MAX_BLOCK_VALUES", "SHARD_BYTES", "ShardBuilder"]
+
+BLOCK_ROWS = 1024
+SHARD_BYTES = 256 * 2**20
+MAX_BLOCK_VALUES = 2**22  # of a block not yet encoded: 16 MiB
+
+
+class ShardBuilder:
+    """Turns a writer's records into shards, one block in memory at a time.
+
+    Where blocks and shards end depends on the records and their order alone. ``advance`` does what is due; when it
+    fails nothing is lost, and the next ``advance`` tries again.
+
+    Args:
+        codec: with its model, if it is known already.
+        start: makes the n-th shard of this session, from 0.
+        storage: where sealed shards and the codec's assets go.
+        parked: records to come first, which the journal of the shard that goes on has noted already.
+        block_rows: a block closes after the record that brings it to as many rows, or as many records.
+        shard_bytes: a shard closes after the block that brings it to this size.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        start: Callable[[int], Unfinished],
+        storage: Storage,
+        parked: list[Record],
+        block_rows: int,
+        shard_bytes: int,
+    ) -> None:
+        self._codec, self._start, self._storage = codec, start, storage
+        self._block_rows, self._shard_bytes = block_rows, shard_bytes
+        self._learning = codec.learn_rows > 0 and not codec.model
+        self._waiting = deque(parked)  # for the model, or for the next ``advance``
+        self._waiting_rows = sum(len(record.labels) for record in parked)
+        self._noted = True  # whether the journal has all that is pending
+        self._assets_there = False
+        self._block: list[Record] = []  # the open one
+        self._block_used = self._block_values = 0
+        self._shard = start(0)
+        self._sealed = self._sealed_records = 0
+
+    @property
+    def durable(self) -> int:
+        """Records in complete blocks."""
+        return self._sealed_records + self._shard.tables.records
+
+    @property
+    def pending(self) -> list[Record]:
+        """Records in no block yet."""
+        return [*self._block, *self._waiting]
+
+    def push(self, record: Record) -> None:
+        """Take a record. It is for ``advance`` to write it."""
+        self._waiting.append(record)
+        self._waiting_rows += len(record.labels)
+        self._noted = False
+
+    def advance(self, *, final: bool = False) -> None:
+        """Write the blocks that are full, and seal the shards that are. ``final``: there will be no more records."""
+        if self._learning:
+            if not final and self._waiting_rows < self._codec.learn_rows:
+                return
+            self._learn()
+        self._settle()  # what failed the last time
+        while self._waiting:
+            self._fill(self._waiting.popleft())
+            self._settle()
+        if final:
+            self._write_block()
+            self._seal()
+
+    def park(self) -> None:
+        """Note the records that are in no block yet, for the next writer of this name."""
+        if self.pending and not self._noted:
+            self._publish_assets()
+            self._shard.park(self.pending)
+            self._noted = True
+
+    def close(self) -> None:
+        """Leave everything on disk as it is."""
+        self._shard.close()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left on disk but sealed shards."""
+        return not self._shard.tables.records and not self.pending
+
+    def _learn(self) -> None:
+        rows = [record.labels for record in self._waiting if len(record.labels)]
+        if rows:
+            self._codec.use_model(self._codec.learn(SoftLabels.cat(rows)))
+        self._learning = False
+
+    def _fill(self, record: Record) -> None:
+        self._waiting_rows -= len(record.labels)
+        self._block.append(record)
+        self._block_used += max(1, len(record.labels))
+        self._block_values += record.labels.values.numel()
+
+    def _settle(self) -> None:
+        if self._block_used >= self._block_rows or self._block_values >= MAX_BLOCK_VALUES:
+            self._write_block()
+        if self._shard.tables.nbytes >= self._shard_bytes:
+            self._seal()
+
+    def _write_block(self) -> None:
+        if self._block:
+            self._publish_assets()
+            self._shard.use_model(self._codec.model)
+            rows = [record.labels for record in self._block if len(record.labels)]
+            self._shard.append(self._block, self._codec.encode(SoftLabels.cat(rows)) if rows else b"")
+            self._block, self._block_used, self._block_values = [], 0, 0
+
+    def _seal(self) -> None:
+        if self._shard.tables.records:
+            self._shard.seal(self._storage)
+            self._sealed += 1
+            self._sealed_records += self._shard.tables.records
+            self._shard = self._start(self._sealed)
+            self._noted = False
+
+    def _publish_assets(self) -> None:
+        if not self._assets_there:
+            for name, data in self._codec.assets().items():
+                if not self._storage.exists(name):
+                    self._storage.publish(name, [data])
+            self._assets_there = True

@@ -1,0 +1,145 @@
+"""Records on their way into a shard, and the tables that grow with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdfast.cache.format.keys import DIGEST_BYTES, Key, number_of
+from kdfast.cache.format.meta import RANGE
+from kdfast.cache.format.shard import ONE_ROW_EACH
+from kdfast.cache.format.targets import Targets
+from kdfast.cache.format.view import VIEW_BYTES
+from kdfast.labels import SoftLabels
+
+__all__ = ["Columns", "Record", "Tables"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record, ready to be encoded."""
+
+    key: Key
+    labels: SoftLabels
+    targets: Targets | None = None
+    views: NDArray[np.uint8] | None = None  # (rows, 13)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """All but the labels of some records, one after another: what a journal holds of them, and a shard's tables."""
+
+    keys: NDArray[np.uint8]  # (records, 16)
+    rows: NDArray[np.int64]  # (records,)
+    target_crc: NDArray[np.int64] | None = None  # (records,)
+    cross_entropy: NDArray[np.float64] | None = None  # (records,) sums
+    target_count: NDArray[np.int64] | None = None  # (records,)
+    views: NDArray[np.uint8] | None = None  # (sum of rows, 13)
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Columns:
+        keys = np.frombuffer(b"".join(record.key for record in records), np.uint8).reshape(-1, DIGEST_BYTES)
+        rows = np.array([len(record.labels) for record in records], np.int64)
+        marks = [record.targets for record in records if record.targets is not None]
+        views = [record.views for record in records if record.views is not None]
+        columns = cls(keys, rows, views=np.concatenate(views) if views else None)
+        if not marks:
+            return columns
+        crc, loss, count = zip(*marks, strict=True)
+        return cls(keys, rows, np.array(crc), np.array(loss, np.float64), np.array(count), columns.views)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Those that are there, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+    def records(self, labels: SoftLabels) -> list[Record]:
+        """The reverse of ``of``. ``labels`` are those of all records, concatenated."""
+        ends = self.rows.cumsum().tolist()
+        result = []
+        for at, (end, rows) in enumerate(zip(ends, self.rows.tolist(), strict=True)):
+            marks = None
+            if self.target_crc is not None and self.cross_entropy is not None and self.target_count is not None:
+                marks = Targets(int(self.target_crc[at]), float(self.cross_entropy[at]), int(self.target_count[at]))
+            views = None if self.views is None else self.views[end - rows : end]
+            result.append(Record(Key(self.keys[at].tobytes()), labels[end - rows : end], marks, views))
+        return result
+
+
+class Tables:
+    """The tables of the shard being written. They take about 36 bytes per record, and 13 per row that has a view."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[int, int, int, int]] = []
+        self._crc: list[int] = []
+        self._columns: list[Columns] = []
+        self.payload_bytes = self.rows = self.records = self._target_count = 0
+        self._cross_entropy = 0.0
+
+    def add(self, columns: Columns, length: int, crc: int) -> None:
+        """The records of a block of ``length`` bytes; all of them are empty if it is 0."""
+        rows = int(columns.rows.sum())
+        if rows:
+            self._blocks.append((self.payload_bytes, length, self.rows, rows))
+            self._crc.append(crc)
+        self._columns.append(columns)
+        self.payload_bytes += length
+        self.rows += rows
+        self.records += len(columns.keys)
+        if columns.cross_entropy is not None and columns.target_count is not None:
+            for value in columns.cross_entropy.tolist():  # one by one: the sum does not depend on where blocks end
+                self._cross_entropy += value
+            self._target_count += int(columns.target_count.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """About the size of the file so far."""
+        return self.payload_bytes + 32 * self.records  # a key and a span
+
+    def keys(self) -> Iterable[Key]:
+        """Of the records, in order."""
+        for columns in self._columns:
+            yield from (Key(row.tobytes()) for row in columns.keys)
+
+    def arrays(self, model: bytes, keys: str) -> dict[str, NDArray[Any]]:
+        """As the shard stores them. Keys that are consecutive, and spans of one row each, are left out."""
+        rows = self._column("rows", np.int64)
+        spans = np.stack([rows.cumsum() - rows, rows], 1)
+        digests = self._column("keys", np.uint8).reshape(-1, DIGEST_BYTES)
+        tables: dict[str, NDArray[Any]] = {
+            "block_index": np.array(self._blocks, np.int64).reshape(-1, 4),
+            "record_spans": spans[:0] if self._one_row_each() else spans,
+            "record_keys": digests[:0] if keys == RANGE else digests,
+            "block_crc": np.array(self._crc, np.uint32),
+        }
+        if self.has("target_crc"):
+            tables["record_targets"] = self._column("target_crc", np.int64).astype(np.uint32)
+        if self.has("views"):
+            tables["row_views"] = self._column("views", np.uint8).reshape(-1, VIEW_BYTES)
+        if model:
+            tables["codec_model"] = np.frombuffer(model, np.uint8)
+        return tables
+
+    def metadata(self, keys: str) -> dict[str, str]:
+        """What the records add to the shard's metadata."""
+        metadata = dict(ONE_ROW_EACH) if self._one_row_each() else {}
+        if keys == RANGE:
+            metadata["first_record"] = str(number_of(next(iter(self.keys()))))
+        if self.has("target_crc"):
+            targets = {"cross_entropy_sum": self._cross_entropy, "count": self._target_count}
+            metadata["targets"] = json.dumps(targets)
+        return metadata
+
+    def has(self, name: str) -> bool:
+        """Whether the records have this column; all of a shard agree."""
+        return bool(self._columns) and getattr(self._columns[0], name) is not None
+
+    def _one_row_each(self) -> bool:
+        return all((columns.rows == 1).all() for columns in self._columns)
+
+    def _column(self, name: str, dtype: type) -> NDArray[Any]:
+        return np.concatenate([np.empty(0, dtype), *(getattr(part, name).reshape(-1) for part in self._columns)])

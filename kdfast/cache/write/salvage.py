@@ -1,0 +1,63 @@
+"""``salvage``: seal what killed writers have left."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from kdfast.cache.errors import CacheBusyError
+from kdfast.cache.format.sealed import write_manifest
+from kdfast.cache.format.storage import LocalStorage, Storage, open_storage
+from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES
+from kdfast.cache.write.session import Session, work_folder
+
+__all__ = ["salvage"]
+
+JOURNAL_NAME = re.compile(r"shard-([A-Za-z0-9_]+)\.journal")
+
+
+def salvage(
+    path: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None, keep: Collection[str] = ()
+) -> int:
+    """Seal every unfinished shard of a cache that no live writer holds, up to its last good block.
+
+    A writer that will be started again needs no salvage: it goes on by itself, and its shards then come out as if it
+    had never stopped. After salvage they hold the same records, in shards that end elsewhere.
+
+    Args:
+        path: the cache's directory or URL.
+        staging: as ``Writer`` was given it.
+        keep: names of writers that will go on themselves.
+
+    Returns:
+        The number of records sealed.
+
+    Raises:
+        CacheError, OSError: as ``Writer`` does when it opens the cache.
+    """
+    storage = open_storage(path)
+    folder = work_folder(storage, staging)
+    files = LocalStorage(folder).list() if folder.is_dir() else []
+    names = {match[1] for name in files if (match := JOURNAL_NAME.fullmatch(name))}
+    sealed = sum(_salvage(storage, folder, writer) for writer in sorted(names - set(keep)))
+    if sealed:
+        write_manifest(storage)
+    return sealed
+
+
+def _salvage(storage: Storage, folder: Path, writer: str) -> int:
+    try:
+        session = Session(storage, folder, writer, None)
+    except CacheBusyError:
+        return 0
+    builder = None
+    try:
+        if session.has_left:
+            assert session.meta is not None
+            builder = session.builder(session.meta.make_codec(storage.read_bytes), BLOCK_ROWS, SHARD_BYTES)
+            builder.advance(final=True)
+        return 0 if builder is None else builder.durable
+    finally:
+        session.close(builder)

@@ -1,0 +1,175 @@
+"""Taking up where a writer's name left off: its lock, its number, its model, and what a kill left unsealed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from kdfast.cache.codecs.base import Codec
+from kdfast.cache.errors import CacheError, CacheMismatchError
+from kdfast.cache.format.keys import Key
+from kdfast.cache.format.manifest import SHARD_NAME
+from kdfast.cache.format.meta import CacheMeta
+from kdfast.cache.format.sealed import scan
+from kdfast.cache.format.storage import LocalStorage, Storage, digest
+from kdfast.cache.write.builder import ShardBuilder
+from kdfast.cache.write.journal import Journal
+from kdfast.cache.write.records import Record
+from kdfast.cache.write.unfinished import Unfinished, shard_name
+
+__all__ = ["Session", "journal_name", "work_folder"]
+
+
+def journal_name(writer: str) -> str:
+    return f"shard-{writer}.journal"
+
+
+def work_folder(storage: Storage, staging: str | os.PathLike[str] | None) -> Path:
+    """The local folder where shards of the cache grow: the cache's own, or one below ``staging`` if it is remote."""
+    if isinstance(storage, LocalStorage):
+        if staging is not None:
+            raise ValueError(f"staging is for URLs: shards of {storage.url} grow there")
+        return storage.directory
+    base = Path(tempfile.gettempdir()) / f"kdfast-{os.getuid()}" if staging is None else Path(staging)
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if staging is None and base.stat().st_uid != os.getuid():
+        raise CacheError(f"{base} belongs to somebody else: give a staging folder")
+    folder = base / digest(storage.url)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class Session:
+    """What a writer of one name finds when it starts. It holds the name's lock until ``close``.
+
+    Args:
+        meta: the cache that the writer is for; None to take what is there.
+
+    Raises:
+        CacheMismatchError: there is another cache.
+        CacheCorruptError, OSError: as ``scan`` does.
+        CacheBusyError: the name's lock is held.
+        CacheError: what is left unsealed belongs to a shard that another writer has sealed.
+    """
+
+    def __init__(self, storage: Storage, folder: Path, writer: str, meta: CacheMeta | None) -> None:
+        self._storage, self._folder, self._writer = storage, folder, writer
+        self._journal = Journal(folder / journal_name(writer))
+        try:
+            self._sealed = scan(storage)
+            self._own = [shard for shard in self._sealed if shard.writer == writer]
+            self._unfinished, self._parked = self._restore()
+            self.meta = self._require_meta(meta)
+        except BaseException:
+            self._journal.close(remove=self._journal.empty)
+            raise
+
+    @property
+    def has_left(self) -> bool:
+        """Whether something is there that has not been sealed."""
+        return self._unfinished is not None or bool(self._parked)
+
+    @property
+    def own_records(self) -> int:
+        """In this writer's sealed shards, when it started."""
+        return sum(len(shard.keys) for shard in self._own)
+
+    @property
+    def model(self) -> bytes:
+        """The model that this writer's name has used so far, if any."""
+        left = b"" if self._unfinished is None else self._unfinished.model
+        return left or next((shard.model for shard in self._own if shard.model), b"")
+
+    def keys(self) -> set[Key]:
+        """Of every record that is there, other writers' and parked ones included."""
+        found = {Key(row.tobytes()) for shard in self._sealed for row in shard.keys}
+        if self._unfinished is not None:
+            found.update(self._unfinished.tables.keys())
+        return found | {record.key for record in self._parked}
+
+    @property
+    def last_key(self) -> Key | None:
+        """Of the shard that goes on, with the parked records that will be in it."""
+        keys = [] if self._unfinished is None else list(self._unfinished.tables.keys())
+        return self._parked[-1].key if self._parked else keys[-1] if keys else None
+
+    def accompanied(self) -> dict[str, bool]:
+        """Whether the records of the shard that goes on have ``targets`` and ``views``; empty if none goes on."""
+        if self._unfinished is not None and self._unfinished.tables.records:
+            tables = self._unfinished.tables
+            return {"targets": tables.has("target_crc"), "views": tables.has("views")}
+        return {name: getattr(record, name) is not None for record in self._parked[:1] for name in ("targets", "views")}
+
+    def builder(self, codec: Codec, block_rows: int, shard_bytes: int) -> ShardBuilder:
+        """The builder that goes on from here, with ``codec``, which is given the model."""
+        for name, data in codec.assets().items():
+            if self._storage.exists(name) and self._storage.read_bytes(name) != data:
+                raise CacheMismatchError(f"{self._storage.describe(name)} is not the asset that codec {codec.name} has")
+        if self.model:
+            codec.use_model(self.model)
+        return ShardBuilder(codec, self._start, self._storage, self._parked, block_rows, shard_bytes)
+
+    def close(self, builder: ShardBuilder | None) -> None:
+        """Give up the lock. What ``builder`` has not sealed stays where it is."""
+        if builder is not None:
+            builder.close()
+        self._journal.close(remove=builder is None or builder.empty)
+        if not isinstance(self._storage, LocalStorage):
+            with suppress(OSError):  # not empty: another writer is at work, or left something
+                self._folder.rmdir()
+
+    def _start(self, number: int) -> Unfinished:
+        """The ``number``-th shard of this session, from 0."""
+        if self._unfinished is not None and number == 0:
+            return self._unfinished
+        assert self.meta is not None
+        name = shard_name(self._writer, self._first + number)
+        return Unfinished(self._folder, name, self.meta.to_strings(), self._journal)
+
+    @property
+    def _first(self) -> int:
+        if self._unfinished is not None:
+            return _number(self._unfinished)
+        return max((shard.number + 1 for shard in self._own), default=0)
+
+    def _restore(self) -> tuple[Unfinished | None, list[Record]]:
+        """What the journal tells of, without what has been sealed all the same."""
+        left = Unfinished.restore(self._folder, self._journal)
+        if left is None:
+            return None, []
+        unfinished, parked = left
+        if SHARD_NAME.fullmatch(unfinished.name) is None:
+            raise CacheError(f"{self._journal.path} tells of {unfinished.name!r}, which is not a shard")
+        sealed = {row.tobytes() for shard in self._own for row in shard.keys}
+        if any(shard.name == unfinished.name for shard in self._own):
+            # A kill between the last two steps of sealing, unless somebody else has used the name.
+            if not {bytes(key) for key in unfinished.tables.keys()} <= sealed:  # noqa: SIM118
+                raise CacheError(
+                    f"{unfinished.path} holds records of a shard that another writer of this name has sealed: "
+                    "move it and its journal away, and give each writer its own name"
+                )
+            unfinished.discard()
+            return None, [record for record in parked if record.key not in sealed]
+        if not (unfinished.tables.records or parked):
+            unfinished.discard()
+            return None, []
+        return unfinished, parked
+
+    def _require_meta(self, meta: CacheMeta | None) -> CacheMeta | None:
+        """``meta``, or that of the cache if there is one, when everything here agrees with it."""
+        there = [(shard.meta, self._storage.describe(shard.name)) for shard in self._sealed[:1]]
+        if self._unfinished is not None:
+            there.append((CacheMeta.from_strings(self._unfinished.metadata), str(self._unfinished.path)))
+        if meta is not None:
+            there.insert(0, (meta, "this writer"))
+        for theirs, name in there[1:]:
+            there[0][0].require_equal(theirs, there[0][1], name)
+        return there[0][0] if there else None
+
+
+def _number(unfinished: Unfinished) -> int:
+    match = SHARD_NAME.fullmatch(unfinished.name)
+    assert match is not None
+    return int(match[2])

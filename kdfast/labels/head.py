@@ -1,0 +1,171 @@
+"""Output layers: what turns a model's last hidden states into logits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kdfast.labels.digest import TensorDigest
+
+__all__ = ["Head", "OutputLayer"]
+
+
+@dataclass(frozen=True, eq=False)
+class OutputLayer:
+    """``softcap * tanh(x / softcap)`` of ``x = scale * (hidden @ weight.T + bias)``; without ``softcap`` x itself.
+
+    Args:
+        weight: (vocab, d), any float type.
+        bias: (vocab,), or None.
+        scale: of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+        softcap: Gemma 2's ``final_logit_softcapping``.
+
+    Raises:
+        ValueError: shapes that do not fit, a scale or softcap that is not positive.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or not self.weight.is_floating_point():
+            raise ValueError(
+                f"weight must be floating-point (vocab, d), got {self.weight.dtype} {tuple(self.weight.shape)}"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(f"bias must be {tuple(self.weight.shape[:1])}, got {tuple(self.bias.shape)}")
+        if not self.scale > 0 or (self.softcap is not None and not self.softcap > 0):
+            raise ValueError(f"scale and softcap must be positive, got {self.scale} and {self.softcap}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """d: the width of the hidden states."""
+        return self.weight.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that change with any bit of the layer, whatever device it is on."""
+        digest = TensorDigest()
+        digest.text(json.dumps([self.scale, self.softcap]))
+        digest.tensor("weight", self.weight)
+        if self.bias is not None:
+            digest.tensor("bias", self.bias)
+        return digest.hex()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., vocab) float32 logits of (..., d) hidden states of any float type, without a gradient.
+
+        Raises:
+            ValueError: another width, or another device.
+        """
+        if hidden.shape[-1:] != (self.width,):
+            raise ValueError(f"hidden states must be (..., {self.width}) for this head, got {tuple(hidden.shape)}")
+        if hidden.device != self.weight.device:
+            raise ValueError(f"hidden states are on {hidden.device}, the head on {self.weight.device}")
+        with torch.no_grad():
+            logits = hidden.float() @ self.weight.float().T
+            if self.bias is not None:
+                logits += self.bias.float()
+            logits *= self.scale
+            return logits if self.softcap is None else (logits / self.softcap).tanh_().mul_(self.softcap)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Logits that have not been multiplied out: hidden states, and the output layer that they go through.
+
+    ``kd_loss`` takes it for the student's logits, the teacher's, or both, and multiplies out some rows at a time::
+
+        kd_loss(Head(hidden, model.lm_head.weight), teacher)   # kd_loss(model.lm_head(hidden), teacher)
+
+    Args:
+        hidden: (..., d), of the weight's dtype.
+        weight, bias, scale, softcap: the layer, as ``OutputLayer`` takes them.
+        logits_dtype: what the products are summed in and rounded to: float32 (float64 for float64). A narrow one saves
+            time where a processor has no products of narrow numbers with wide sums; near the teacher its gradient is
+            mostly rounding.
+        weight_grad: (vocab, d) float32, which a student's loss adds the weight's gradient to, in the forward pass and
+            instead of returning it. The loss may then be scaled by its weights and ``num_items`` only.
+
+    Raises:
+        TypeError, ValueError: what does not fit, naming what was passed.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+    logits_dtype: torch.dtype | None = None
+    weight_grad: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        for name, x in (("hidden", self.hidden), ("weight", self.weight)):
+            if _is_distributed(x):
+                raise TypeError(
+                    f"{name} is a DTensor, which may hold a part of the vocabulary or of the model: use the head "
+                    "inside the wrapped module's forward, where it is whole"
+                )
+        if self.hidden.dim() < 1 or self.hidden.shape[-1] != layer.width:
+            raise ValueError(f"hidden must be (..., {layer.width}) for this weight, got {tuple(self.hidden.shape)}")
+        if self.hidden.device != self.weight.device:
+            raise ValueError(f"hidden is on {self.hidden.device}, weight on {self.weight.device}")
+        if self.hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(self.weight.device.type):
+            raise TypeError(f"hidden is {self.hidden.dtype}, weight {self.weight.dtype}; they must agree")
+        if self.logits_dtype not in (None, torch.float32, self.weight.dtype):
+            raise TypeError(
+                f"logits_dtype must be float32 or the weight's {self.weight.dtype}, got {self.logits_dtype}"
+            )
+        _check_weight_grad(self.weight, self.weight_grad)
+
+    @property
+    def layer(self) -> OutputLayer:
+        return OutputLayer(self.weight, self.bias, scale=self.scale, softcap=self.softcap)
+
+    # What a tensor of the logits would say of itself.
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits_dtype or torch.promote_types(self.hidden.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def logits(self) -> Tensor:
+        """(..., vocab) in float32, without a gradient."""
+        return self.layer.logits(self.hidden)
+
+
+def _is_distributed(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there if it is one
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _check_weight_grad(weight: Tensor, grad: Tensor | None) -> None:
+    if grad is None:
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if grad.shape != weight.shape or grad.dtype != wide or grad.device != weight.device or not grad.is_contiguous():
+        raise ValueError(
+            f"weight_grad must be contiguous {wide} {tuple(weight.shape)} on {weight.device}, got {grad.dtype} "
+            f"{tuple(grad.shape)} on {grad.device}"
+        )

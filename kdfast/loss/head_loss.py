@@ -1,0 +1,324 @@
+"""Losses from hidden states: logits exist for a chunk of rows at a time, and become their gradient where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.labels.head import Head, OutputLayer
+from kdfast.loss import ops
+from kdfast.loss.chunks import TeacherRows, rows_per_chunk
+from kdfast.loss.projection import WeightGrad, multiply_out, slope_of_cap
+from kdfast.loss.vocab_parallel import in_group
+from kdfast.loss.vocabulary import Shard
+from kdfast.loss.workspace import Workspace
+
+__all__ = ["loss_by_chunks"]
+
+
+# Numbers per column that the formulas of a shared vocabulary keep for their gradient, logits and what they come with.
+KEPT_IN_GROUP = 20
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All rows of a loss: what the student's logits, which come in chunks, are compared with."""
+
+    teacher: TeacherRows
+    coef: Tensor  # (5, rows)
+    truth: ops.Truth
+    shard: Shard | None = None  # of the vocabulary that is here; None: all of it
+
+    @property
+    def count(self) -> int:
+        return self.coef.shape[1]
+
+    def workspace(self) -> Workspace:
+        return Workspace(self.coef.device)
+
+    def times(self, upstream: Tensor) -> _Rows:
+        """Their gradient is the losses', each times its row's ``upstream``."""
+        weights = torch.where(self.coef[2:] == 0.0, 0.0, self.coef[2:] * upstream)
+        coef, truth = torch.cat([self.coef[:2], weights]), self.truth._replace(want_parts=False)
+        return _Rows(self.teacher, coef, truth, self.shard)
+
+    def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
+        """(first row, last row, the teacher's buffer) of each."""
+        bytes_per_row += self.teacher.bytes_per_row()
+        if self.shard is not None:  # the same on every process, as their chunks must be
+            bytes_per_row = KEPT_IN_GROUP * self.shard.widest * self.coef.element_size()
+        rows = rows_per_chunk(self.count, bytes_per_row)
+        buffer = self.teacher.buffer(rows, space)
+        for first in range(0, self.count, max(1, rows)):
+            yield first, min(first + rows, self.count), buffer
+
+    def loss(
+        self, logits: Tensor, first: int, last: int, buffer: Tensor | None, form: str = ""
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and parts of (last - first, V) logits; `form` _inplace makes them their gradient."""
+        teacher = self.teacher.chunk(first, last, buffer)
+        target, probs, smoothing, want_parts = self.truth
+        truth = ops.Truth(
+            None if target is None else target[first:last],
+            None if probs is None else probs[:, first:last],
+            smoothing,
+            want_parts,
+        )
+        coef = self.coef[:, first:last].contiguous()
+        if self.shard is not None:
+            return in_group(logits, teacher, coef, truth, self.shard, form == "_inplace")
+        arguments = teacher.arguments(coef, truth)
+        return ops._op(teacher.op + form)(logits[None], *arguments)  # type: ignore[no-any-return]
+
+
+class _Outcome:
+    """Losses and parts, chunk after chunk."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self.loss = rows.coef.new_empty(rows.count)
+        self.parts = rows.coef.new_empty(4, rows.count if rows.truth.want_parts else 0)
+
+    def put(self, first: int, last: int, results: tuple[Tensor, Tensor]) -> None:
+        loss, parts = results
+        self.loss[first:last] = loss
+        if parts.shape[1]:
+            self.parts[:, first:last] = parts
+
+
+def loss_by_chunks(
+    student: Tensor | Head,
+    teacher: TeacherRows,
+    coef: Tensor,
+    truth: ops.Truth,
+    backward: str,
+    reduction: str,
+    shard: Shard | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The losses' sum, or (rows,) losses for ``reduction="none"``; and (4, rows) parts.
+
+    Args:
+        student: (rows, V) logits, or a head with (rows, d) hidden states.
+    """
+    rows, trains = _Rows(teacher, coef, truth, shard), torch.is_grad_enabled()
+    late = backward == "recompute" or reduction == "none" or student.dtype == torch.float64
+    with torch.autocast(coef.device.type, enabled=False):
+        if isinstance(student, Head):
+            late = late or student.hidden.dtype == torch.float16  # GradScaler has not scaled the gradient yet
+            options = _Options(student.scale, student.softcap, student.dtype, student.weight_grad)
+            arguments = student.hidden, student.weight, student.bias, options, rows
+            loss, parts = (_Recomputed if late else _Fused).apply(*arguments)  # type: ignore[no-untyped-call]
+        elif late or student.dtype == torch.float16 or not (trains and student.requires_grad):
+            late = True
+            loss, parts = _RecomputedLogits.apply(student, rows)  # type: ignore[no-untyped-call]
+        else:
+            loss, parts = _FusedLogits.apply(student, rows, backward == "inplace")  # type: ignore[no-untyped-call]
+    return loss.sum() if late and reduction != "none" else loss, parts
+
+
+# ---- the student has a head -----------------------------------------------------------------------------------------
+
+
+class _Student(NamedTuple):
+    layer: OutputLayer
+    hidden: Tensor  # (rows, d), of the weight's dtype
+    dtype: torch.dtype  # of the logits
+    weight_grad: Tensor | None = None  # the caller's own
+
+    def bytes_per_row(self, trains: bool) -> int:
+        """Logits, the slope of a cap, and the gradient in the weight's dtype."""
+        wide, narrow = self.dtype.itemsize, self.hidden.element_size() * (self.hidden.dtype != self.dtype)
+        capped = self.layer.softcap is not None
+        return self.layer.weight.shape[0] * (wide + trains * (narrow + wide * capped))
+
+
+class _Gradients(NamedTuple):
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def _losses(student: _Student, rows: _Rows) -> _Outcome:
+    """Without a gradient: one matrix product."""
+    out, logits = _Outcome(rows), None
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(student.bytes_per_row(trains=False), space):
+            if logits is None:
+                logits = space.empty(last - first, student.layer.vocab_size, student.dtype)
+            x = logits[: last - first]
+            multiply_out(student.layer, student.hidden[first:last], x)
+            out.put(first, last, rows.loss(x, first, last, buffer))
+    return out
+
+
+def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) -> tuple[_Outcome, _Gradients]:
+    """With the gradients of the losses' sum, hidden states', weight's and bias's as ``wanted``: three products."""
+    out, backward = _Outcome(rows), None
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(student.bytes_per_row(trains=True), space):
+            if backward is None:
+                backward = _Backward(student, last - first, rows.count, wanted, space)
+            hidden, x = student.hidden[first:last], backward.logits[: last - first]
+            multiply_out(student.layer, hidden, x)
+            backward.before(x)
+            out.put(first, last, rows.loss(x, first, last, buffer, "_inplace"))
+            backward.add(x, hidden, first, last)
+        if backward is None:
+            backward = _Backward(student, 0, 0, wanted, space)
+        grads = backward.take()
+    if rows.shard is not None and grads.hidden is not None:
+        grads = grads._replace(hidden=rows.shard.add_up(grads.hidden))
+    return out, grads
+
+
+class _Backward:
+    """From the logits' gradient to that of what made them, chunk after chunk of at most ``chunk`` rows."""
+
+    def __init__(
+        self, student: _Student, chunk: int, rows: int, wanted: tuple[bool, bool, bool], space: Workspace
+    ) -> None:
+        layer, hidden = student.layer, student.hidden
+        self._layer = layer
+        self.logits = space.empty(chunk, layer.vocab_size, student.dtype)
+        self._slope = None if layer.softcap is None else space.empty(chunk, layer.vocab_size, student.dtype)
+        self._narrow = None if hidden.dtype == student.dtype else space.empty(chunk, layer.vocab_size, hidden.dtype)
+        self._hidden = torch.empty_like(hidden) if wanted[0] else None
+        chunks = 0 if rows == 0 else -(-rows // chunk)
+        self._weight = WeightGrad(layer.weight, chunks, student.weight_grad) if wanted[1] else None
+        self._bias = (
+            layer.bias.new_zeros(layer.bias.shape, dtype=student.dtype)
+            if wanted[2] and layer.bias is not None
+            else None
+        )
+
+    def before(self, logits: Tensor) -> None:
+        """Keeps of the logits what their gradient, which takes their place, is missing."""
+        if self._slope is not None and self._layer.softcap is not None:
+            slope_of_cap(logits, self._layer.softcap, self._slope[: len(logits)])
+
+    def add(self, grad: Tensor, hidden: Tensor, first: int, last: int) -> None:
+        if self._slope is not None:
+            grad *= self._slope[: len(grad)]
+        if self._layer.scale != 1.0:
+            grad *= self._layer.scale
+        if self._bias is not None:
+            self._bias += grad.sum(0)
+        if self._narrow is not None:
+            grad = self._narrow[: len(grad)].copy_(grad)
+        if self._hidden is not None:
+            torch.mm(grad, self._layer.weight, out=self._hidden[first:last])
+        if self._weight is not None:
+            self._weight.add(grad, hidden)
+
+    def take(self) -> _Gradients:
+        weight = None if self._weight is None else self._weight.take()
+        bias = None if self._bias is None or self._layer.bias is None else self._bias.to(self._layer.bias.dtype)
+        return _Gradients(self._hidden, weight, bias)
+
+
+class _Options(NamedTuple):
+    """A student's head without the tensors that autograd knows of."""
+
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    weight_grad: Tensor | None
+
+    def student(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Student:
+        layer = OutputLayer(weight, bias, scale=self.scale, softcap=self.softcap)
+        return _Student(layer, hidden, self.dtype, self.weight_grad)
+
+
+_UPSTREAM = "weight_grad is added to in the forward pass: the loss may not be scaled, but its weights and num_items may"
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: _Rows) -> Any:
+        student, wanted = options.student(hidden, weight, bias), ctx.needs_input_grad[:3]
+        if any(wanted):
+            out, grads = _gradients(student, rows, wanted)
+            ctx.save_for_backward(*grads)
+            ctx.adds = options.weight_grad is not None
+        else:
+            out = _losses(student, rows)
+        ctx.mark_non_differentiable(out.parts)
+        return out.loss.sum(), out.parts
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        if ctx.adds:
+            torch._assert_async(upstream == 1.0, _UPSTREAM)
+        return *ops.scaled_once(ctx, upstream), None, None
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: _Rows) -> Any:
+        out = _losses(options.student(hidden, weight, bias), rows)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.options, ctx.rows = options, rows
+        ctx.mark_non_differentiable(out.parts)
+        return out.loss, out.parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        student, rows = ctx.options.student(*ctx.saved_tensors), ctx.rows.times(upstream)
+        grads = _gradients(student, rows, ctx.needs_input_grad[:3])[1]
+        return *grads, None, None
+
+
+# ---- the student's logits exist, the teacher's do not ---------------------------------------------------------------
+
+
+def _gradient_of_logits(logits: Tensor, rows: _Rows, grad: Tensor) -> _Outcome:
+    """Into ``grad``, which may be the logits' own memory."""
+    out = _Outcome(rows)
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(0, space):
+            chunk = grad[first:last]
+            if grad is not logits:
+                chunk.copy_(logits[first:last])
+            out.put(first, last, rows.loss(chunk, first, last, buffer, "_inplace"))
+    return out
+
+
+class _FusedLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: _Rows, inplace: bool) -> Any:
+        grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        out = _gradient_of_logits(logits, rows, grad)
+        if inplace:
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(out.parts)
+        return out.loss.sum(), out.parts
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        return *ops.scaled_once(ctx, upstream), None, None
+
+
+class _RecomputedLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: _Rows) -> Any:
+        out = _Outcome(rows)
+        with rows.workspace() as space:
+            for first, last, buffer in rows.chunks(0, space):
+                out.put(first, last, rows.loss(logits[first:last], first, last, buffer))
+        ctx.save_for_backward(logits)
+        ctx.rows = rows
+        ctx.mark_non_differentiable(out.parts)
+        return out.loss, out.parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        (logits,) = ctx.saved_tensors
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        _gradient_of_logits(logits, ctx.rows.times(upstream), grad)
+        return grad, None

@@ -1,0 +1,402 @@
+"""kd_loss and KDLoss: validate, lay out rows, dispatch, reduce."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kdfast.divergences import Divergence
+from kdfast.labels import SoftLabels
+from kdfast.labels.head import Head, OutputLayer
+from kdfast.labels.packed import Packed, unpacked
+from kdfast.labels.support import require_served
+from kdfast.loss import checks, ops
+from kdfast.loss.chunks import HeadRows, LogitRows, SparseRows, TeacherRows
+from kdfast.loss.head_loss import loss_by_chunks
+from kdfast.loss.vocab_parallel import part_of
+from kdfast.loss.vocabulary import Shard
+
+__all__ = ["KDLoss", "LossParts", "kd_loss"]
+
+Number = float | Tensor
+
+
+class LossParts(NamedTuple):
+    """Detached by-products of the sweep: per row for ``reduction="none"``, else the mean over the counted rows."""
+
+    kd: Tensor  # the divergence, nats, unweighted and without tau^2
+    ce: Tensor  # cross-entropy with label smoothing, nats, unweighted
+    entropy: Tensor  # of the student at its temperature, nats
+    top1: Tensor  # 1 where student and teacher agree on the most likely column, else 0
+
+
+def kd_loss(
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels | Packed,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = True,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    z_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    backward: str = "fused",
+    shift: bool = False,
+    return_parts: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Any:
+    """Temperature softmax, divergence, cross-entropy and z-loss of every row in one sweep over the logits.
+
+    For the defaults, with temperature T and row counts as usual in PyTorch::
+
+        T**2 * F.kl_div(F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1),
+                        log_target=True, reduction="batchmean")  # + ce_weight * F.cross_entropy(student, labels)
+
+    Args:
+        student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column. A ``Head`` holds
+            what they are made of: then they exist for a chunk of rows at a time, as many as KDFAST_WORKSPACE allows
+            ("512MiB" without), and the gradient reaches the hidden states, the weight and the bias.
+        teacher: (..., V_t) logits, a ``Head``, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s
+            and V_t may differ: the divergence is over the shared columns, both sides renormalised there; CE and z-loss
+            see all of V_s.
+        labels: (...,) int64 class indices, or (..., V_s) class probabilities. Needed by CE and ``dkd``.
+        divergence: a name of ``kdfast.divergences``, or a ``Divergence`` where it has parameters.
+        temperature: the student's, and the teacher's unless ``teacher_temperature`` is given. A number, or a tensor
+            of one per row.
+        scale_by_t2: multiply the divergence by temperature^2 (Hinton et al. 2015); never for ``logit_mse``.
+        kd_weight, ce_weight: numbers, or tensors of one per row.
+        z_weight: of log-sum-exp(student)^2 at temperature 1 (PaLM, Chowdhery et al. 2022).
+        label_smoothing: in [0, 1], averaged over the student's finite columns.
+        row_weight: (...,) scales a row's loss but not the denominator; a bool one is a mask, and does both.
+        ignore_index: rows with this label do not count at all, KD included.
+        reduction: "mean" over counted rows, "sum", or "none".
+        num_items: replaces the denominator of "mean" (gradient accumulation, data parallelism).
+        backward: "fused" computes the gradient in the forward pass; "recompute" keeps only the logits, allows several
+            backward passes, and is taken by itself for ``reduction="none"``, float16 and float64; "inplace"
+            overwrites the student's logits with their gradient.
+        shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
+            copying; the last position does not count. The teacher is not shifted: it predicts what the student does.
+        return_parts: also return ``LossParts``.
+        group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
+            its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
+            over the whole. A teacher is shared out alike, or whole. A few numbers per row cross between them.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): a scalar, or (...,) for ``reduction="none"`` ((..., length - 1)
+        with ``shift``). With ``return_parts`` a pair of it and the parts.
+
+    Raises:
+        TypeError, ValueError: bad arguments, naming what was passed and what was wanted, before any kernel runs.
+        Values inside tensors are checked under KDFAST_CHECK=1; otherwise a bad label or temperature makes its own row
+        NaN.
+    """
+    student = checks.check_student(student)
+    teacher = unpacked(teacher)
+    shard = None if group is None else Shard(group, student.shape[-1])
+    if shard is not None:
+        teacher = part_of(teacher, shard)
+    div = Divergence.of(divergence)
+    rows = _Rows(student, shift)
+    checks.check_teacher(student, teacher, rows.count)
+    checks.check_backward(backward, reduction, num_items, student)
+    checks.check_smoothing(label_smoothing)
+    checks.check_labels(labels, student, _needs_labels(div, ce_weight))
+    tau_t = temperature if teacher_temperature is None else teacher_temperature
+    _check_divergence(div, student, teacher, tau_t, shard)
+    checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
+
+    index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
+    counted = rows.counted(index, ignore_index, row_weight, teacher)
+    if checks.values_are_checked():
+        columns = student.shape[-1] if shard is None else shard.columns
+        checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
+    weight = rows.weights(counted, row_weight, reduction, num_items)
+    scaled = scale_by_t2 and div.name != "logit_mse"
+    coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
+    probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
+    truth = ops.Truth(index, probs, float(label_smoothing), return_parts)
+    if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
+        loss, parts = _run_by_chunks(student, teacher, rows, div, tau_t, coef, truth, backward, reduction, shard)
+    else:
+        target = _target(teacher, rows, div, tau_t)
+        loss, parts = _run(rows.lay_out(student), target, coef, truth, backward, reduction)
+    if reduction == "none":
+        loss = rows.unflatten(loss)
+    if not return_parts:
+        return loss
+    parts = parts.detach()
+    if reduction == "none":
+        return loss, LossParts(*(rows.unflatten(part) for part in parts))
+    return loss, LossParts(*(parts.sum(1) / counted.sum().clamp(min=1)))
+
+
+class KDLoss(nn.Module):
+    """``kd_loss`` with its options bound: ``KDLoss(temperature=2.0, ce_weight=0.5)(student, teacher, labels)``.
+
+    Options given to a call take precedence. Raises ``TypeError`` for an option that ``kd_loss`` lacks.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = set(options) - set(kd_loss.__kwdefaults__ or ())
+        if unknown:
+            raise TypeError(f"kd_loss has no option {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def forward(
+        self,
+        student: Tensor | Head,
+        teacher: Tensor | Head | SoftLabels | Packed,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        return kd_loss(student, teacher, labels, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class _Rows:
+    """The student's leading dimensions, as rows."""
+
+    def __init__(self, student: Tensor | Head, shift: bool) -> None:
+        if shift and len(student.shape) < 2:
+            raise ValueError(f"shift needs (..., length, vocabulary) logits, got {tuple(student.shape)}")
+        self.shift = shift
+        self.shape = student.shape[:-1]
+        self.count = self.shape.numel()
+        self.dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        self.device = student.device
+
+    @staticmethod
+    def lay_out(x: Tensor) -> Tensor:
+        """(..., V) as (outer, inner, V) with unit stride along V; a view wherever the strides allow one."""
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            x = x.contiguous()
+        return x.flatten(0, -3) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
+
+    def number(self, name: str, value: Number) -> Number:
+        """A float, or a tensor of one number per row, of a number, a 0-d tensor or a tensor of the rows' shape."""
+        if not isinstance(value, Tensor):
+            return float(value)
+        value = value.to(device=self.device, dtype=self.dtype)
+        if value.dim() == 0:
+            return value.expand(self.count)
+        if self.shift and value.shape == (*self.shape[:-1], self.shape[-1] - 1):
+            value = nn.functional.pad(value, (0, 1))
+        if value.shape != self.shape:
+            raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
+        return value.reshape(-1)
+
+    def coefficients(
+        self,
+        weight: Tensor,
+        scale_by_t2: bool,
+        temperature: Number,
+        teacher_temperature: Number,
+        kd_weight: Number,
+        ce_weight: Number,
+        z_weight: Number,
+    ) -> Tensor:
+        """The ops' (5, rows) ``coef``: two temperatures as they are, three weights times the rows' ``weight``.
+
+        A row that does not count has weight 0, and its products are exact zeros: they take its terms out.
+        """
+        tau, kd = self.number("temperature", temperature), self.number("kd_weight", kd_weight)
+        values = [
+            tau,
+            self.number("teacher_temperature", teacher_temperature),
+            kd * _squared(tau) if scale_by_t2 else kd,
+            self.number("ce_weight", ce_weight),
+            self.number("z_weight", z_weight),
+        ]
+        ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
+        rows = torch.cat([ones, weight.expand(3, -1)])
+        if any(isinstance(value, Tensor) for value in values):
+            full = [v if isinstance(v, Tensor) else torch.full_like(weight, v) for v in values]
+            # Selected, not multiplied: a weight that is NaN in a row that does not count must not count either.
+            return torch.where(rows == 0.0, 0.0, rows * torch.stack(full))
+        return rows * torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
+
+    def labels(self, labels: Tensor) -> Tensor:
+        return (labels.roll(-1, -1) if self.shift else labels).reshape(-1).long().contiguous()
+
+    def probabilities(self, labels: Tensor) -> Tensor:
+        return self.lay_out(labels.roll(-1, -2) if self.shift else labels)
+
+    def counted(
+        self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | Head | SoftLabels
+    ) -> Tensor:
+        if index is None:
+            counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
+        else:
+            counted = index != ignore_index
+        if self.shift:
+            last = torch.arange(self.shape[-1], device=self.device) == self.shape[-1] - 1
+            counted = counted & ~last.expand(self.shape).reshape(-1)
+        if row_weight is not None and row_weight.dtype == torch.bool:
+            counted = counted & self.per_row("row_weight", row_weight).bool()
+        if isinstance(teacher, SoftLabels) and teacher.present is not None:
+            counted = counted & teacher.present
+        return counted
+
+    def per_row(self, name: str, value: Tensor) -> Tensor:
+        number = self.number(name, value)
+        assert isinstance(number, Tensor)
+        return number
+
+    def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
+        """Row weights over the denominator, 0 in rows that do not count."""
+        ones = counted.to(self.dtype)
+        weight = ones
+        if row_weight is not None and row_weight.dtype != torch.bool:
+            weight = torch.where(counted, self.per_row("row_weight", row_weight), 0.0)
+        if reduction != "mean":
+            return weight
+        if num_items is None:
+            return weight / ones.sum().clamp(min=1)
+        items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
+        return torch.where(counted, weight / items, 0.0)
+
+    def unflatten(self, x: Tensor) -> Tensor:
+        x = x.reshape(self.shape)
+        return x[..., :-1] if self.shift else x
+
+
+def _squared(tau: Number) -> Number:
+    # The square of a temperature of 0 must not pass for a row that does not count.
+    return torch.where(tau > 0.0, tau**2, torch.nan) if isinstance(tau, Tensor) else tau**2
+
+
+def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
+    if isinstance(ce_weight, Tensor) or ce_weight != 0.0:
+        return "ce_weight"
+    return "divergence dkd" if div.name == "dkd" else None
+
+
+def _check_divergence(
+    div: Divergence,
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels,
+    tau_t: Number,
+    shard: Shard | None,
+) -> None:
+    if isinstance(teacher, SoftLabels):
+        require_served(teacher, div, tau_t)
+    columns = min(student.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1])
+    columns = columns if shard is None else shard.columns
+    if div.name == "dkd" and columns < 3:
+        raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
+
+
+def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> ops.Teacher:
+    if isinstance(teacher, Tensor):
+        return ops.DenseTeacher(rows.lay_out(teacher), div)
+    if teacher.kind in ("dense", "hidden"):
+        return ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, teacher.vocab_size)), div)
+    return _sparse(teacher, rows, div, tau_t)
+
+
+def _sparse(teacher: SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> ops.SparseTeacher:
+    weights, tail = teacher.at(tau_t)
+    tail = None if tail is None else tail.to(rows.dtype).contiguous()
+    background = None if teacher.shapes is None else ops.Background(teacher._shape(), teacher.shapes, div)
+    return ops.SparseTeacher(
+        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl", background
+    )
+
+
+def _run(
+    logits: Tensor, target: ops.Teacher, coef: Tensor, truth: ops.Truth, backward: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    trains = logits.requires_grad and torch.is_grad_enabled()
+    if trains and backward == "inplace":
+        return ops.row_loss_inplace(logits, target, coef, truth)
+    if trains and backward == "fused" and reduction != "none" and logits.dtype in (torch.float32, torch.bfloat16):
+        return ops.row_loss_fused(logits, target, coef, truth)
+    loss, parts = ops.row_loss(logits, target, coef, truth)
+    return (loss if reduction == "none" else loss.sum()), parts
+
+
+# ---- heads ----------------------------------------------------------------------------------------------------------
+
+
+def _run_by_chunks(
+    student: Tensor | Head,
+    teacher: Tensor | Head | SoftLabels,
+    rows: _Rows,
+    div: Divergence,
+    tau_t: Number,
+    coef: Tensor,
+    truth: ops.Truth,
+    backward: str,
+    reduction: str,
+    shard: Shard | None,
+) -> tuple[Tensor, Tensor]:
+    kept = _kept(student, coef)
+    if truth.probs is not None:
+        truth = truth._replace(probs=truth.probs.reshape(1, rows.count, student.shape[-1]))
+    if kept is not None:
+        coef = coef[:, kept]
+        target = None if truth.target is None else truth.target[kept]
+        probs = None if truth.probs is None else truth.probs[:, kept]
+        truth = truth._replace(target=target, probs=probs)
+    flat = _flat_head(student, kept) if isinstance(student, Head) else student.reshape(rows.count, student.shape[-1])
+    source = _rows_of(teacher, rows, div, tau_t, kept)
+    loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction, shard)
+    if kept is None:
+        return loss, parts
+    if reduction == "none":
+        loss = loss.new_zeros(rows.count).index_copy(0, kept, loss)
+    if truth.want_parts:
+        parts = parts.new_zeros(4, rows.count).index_copy(1, kept, parts)
+    return loss, parts
+
+
+def _kept(student: Tensor | Head, coef: Tensor) -> Tensor | None:
+    """The rows that count, where finding them costs less than multiplying the others out. Elsewhere the host waits."""
+    if not isinstance(student, Head) or coef.device.type != "cpu":
+        return None
+    counts = (coef[2:] != 0.0).any(0)
+    return None if bool(counts.all()) else counts.nonzero()[:, 0]
+
+
+def _flat_head(head: Head, kept: Tensor | None) -> Head:
+    hidden, weight = head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight)
+
+
+def _rows_of(
+    teacher: Tensor | Head | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number, kept: Tensor | None
+) -> TeacherRows:
+    if isinstance(teacher, Tensor):
+        return LogitRows(teacher.reshape(1, rows.count, teacher.shape[-1]), div, kept)
+    if isinstance(teacher, Head):
+        teacher = _flat_head(teacher, kept)
+        return _head_rows(teacher.hidden, teacher.layer, div, teacher.dtype)
+    if kept is not None:
+        teacher = teacher[kept]
+    if teacher.kind == "hidden":
+        return _head_rows(teacher.values, teacher.require_head(), div, torch.float32)
+    if teacher.kind == "dense":
+        return LogitRows(teacher.values[None], div)
+    return SparseRows(_sparse(teacher, rows, div, tau_t))
+
+
+def _head_rows(hidden: Tensor, layer: OutputLayer, div: Divergence, dtype: torch.dtype) -> HeadRows:
+    bias = None if layer.bias is None else layer.bias.detach()
+    return HeadRows(hidden.detach(), replace(layer, weight=layer.weight.detach(), bias=bias), div, dtype)

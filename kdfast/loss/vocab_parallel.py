@@ -1,0 +1,78 @@
+"""Losses of rows whose vocabulary the processes of a group share out: a few numbers per row cross between them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdfast.labels import SoftLabels
+from kdfast.labels.head import Head
+from kdfast.loss import ops, reference
+from kdfast.loss.vocabulary import Shard
+
+__all__ = ["in_group", "part_of"]
+
+
+def in_group(
+    logits: Tensor, teacher: ops.Teacher, coef: Tensor, truth: ops.Truth, shard: Shard, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(rows,) losses, the same on every process, and parts; with ``gradient`` that takes the place of the logits."""
+    leaf = logits.detach().requires_grad_(gradient)
+    labels = reference.Labels(truth.target, None if truth.probs is None else truth.probs[0], truth.smoothing)
+    with torch.set_grad_enabled(gradient):
+        loss, parts = _rows(leaf, teacher, coef, labels, shard)
+    if gradient and not loss.requires_grad:  # no row counts
+        logits.zero_()
+    elif gradient:
+        once = torch.full_like(loss, 1.0 / dist.get_world_size(shard.group))  # see Shard
+        (grad,) = torch.autograd.grad(loss, leaf, once)
+        logits.copy_(grad.masked_fill_(leaf == -math.inf, 0.0))
+    stacked = torch.stack(parts) if truth.want_parts else coef.new_empty(4, 0)
+    return loss.detach(), stacked
+
+
+def _rows(
+    logits: Tensor, teacher: ops.Teacher, coef: Tensor, labels: reference.Labels, shard: Shard
+) -> tuple[Tensor, reference.Parts]:
+    if isinstance(teacher, ops.DenseTeacher):
+        return reference.dense_rows(logits, teacher.logits[0], coef, labels, teacher.divergence, shard)
+    entries = teacher.ids, teacher.weights, teacher.offsets
+    if teacher.background is None or teacher.tail is None:
+        width, keep = logits.shape[1], teacher.subtract_entropy
+        return reference.sparse_rows(logits, *entries, teacher.tail, width, coef, labels, keep, shard)
+    background = reference.Background(teacher.background.shape, teacher.background.shapes)
+    divergence = teacher.background.divergence
+    return reference.background_rows(logits, *entries, teacher.tail, background, coef, labels, divergence, shard)
+
+
+def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head | SoftLabels:
+    """What a process needs of a teacher that is shared out like the student, or whole."""
+    here = slice(shard.first, shard.first + shard.width)
+    if isinstance(teacher, SoftLabels):
+        return _labels_of(teacher, shard, here)
+    columns = teacher.shape[-1]
+    if columns not in (shard.width, shard.columns):
+        raise ValueError(
+            f"a teacher in a group has this process's {shard.width} columns or all {shard.columns}, got {columns}"
+        )
+    if columns == shard.width:
+        return teacher
+    if isinstance(teacher, Tensor):
+        return teacher[..., here]
+    return replace(teacher, weight=teacher.weight[here], bias=None if teacher.bias is None else teacher.bias[here])
+
+
+def _labels_of(labels: SoftLabels, shard: Shard, here: slice) -> SoftLabels:
+    if labels.vocab_size != shard.columns:
+        raise ValueError(f"soft labels in a group are over all {shard.columns} columns, got {labels.vocab_size}")
+    if labels.kind == "dense":
+        return replace(labels, values=labels.values[:, here], vocab_size=shard.width)
+    if labels.kind == "hidden":
+        head = labels.require_head()
+        bias = None if head.bias is None else head.bias[here]
+        return replace(labels, head=replace(head, weight=head.weight[here], bias=bias), vocab_size=shard.width)
+    return labels
