@@ -82,7 +82,7 @@ def _build(out: Path) -> str:
 
 
 def _tests(out: Path) -> str:
-    files = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
+    files = [ROOT / "tests" / "kernels" / f"test_{name}.py" for name in TESTS]
     # Most of the time goes into compiling Triton's kernels.
     workers = ["-n", "8"] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *files]

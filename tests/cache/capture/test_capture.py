@@ -1,0 +1,482 @@
+"""capture: what is run, what is stored under which key, and what a second run makes of it."""
+
+import functools
+import importlib
+import multiprocessing
+import random
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import kdfast.cache
+from kdfast.cache import CacheMismatchError, View, capture, codecs, replica_key
+from kdfast.cache.codecs.auto import LARGE_VOCAB, SMALL_VOCAB
+from kdfast.divergences import DIVERGENCES
+from kdfast.labels import SoftLabels
+from kdfast.labels.support import CODEC_KINDS, SERVES
+from support.caches import contents
+from support.children import CAPTURE_BATCHES, CAPTURES, capture_and_tell, capture_until_killed
+
+VOCAB, LENGTH = 9, 5
+module = importlib.import_module("kdfast.cache.capture.capture")
+
+
+class Teacher(nn.Module):
+    """Causal, and of padding no notion: embeddings, a running mean, dropout."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed, self.drop, self.head = nn.Embedding(VOCAB, 8), nn.Dropout(0.5), nn.Linear(8, VOCAB)
+        self.calls = 0
+
+    def forward(self, input_ids, attention_mask=None):
+        self.calls += 1
+        assert not torch.is_grad_enabled()
+        x = self.embed(input_ids).cumsum(1) / torch.arange(1, input_ids.shape[1] + 1)[:, None]
+        return self.head(self.drop(x))
+
+
+@pytest.fixture
+def teacher():
+    return Teacher()
+
+
+def batches(count=6, size=3):
+    """Right-padded batches of random ids."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        ids = torch.randint(1, VOCAB, (size, LENGTH), generator=generator)
+        lengths = torch.randint(3, LENGTH + 1, (size, 1), generator=generator)
+        yield {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < lengths).long()}
+
+
+def records():
+    for batch in batches():
+        for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            yield ids[real]
+
+
+run = functools.partial(capture, vocab_size=VOCAB, codec="dense", progress=False)
+
+
+def files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.suffix == ".safetensors"}
+
+
+def test_records_are_the_teacher_s_rows_by_their_unpadded_ids(tmp_path, teacher):
+    report = run(teacher, batches(), tmp_path)
+    cache = kdfast.cache.open(tmp_path)
+    everything = list(records())
+    assert report == (6, 0, len(everything), sum(map(len, everything)))
+    assert len(cache) == len(everything)
+    teacher.eval()
+    for ids in everything:
+        with torch.no_grad():
+            expected = teacher(ids[None])[0].log_softmax(1)
+        step = (expected.amax(1) - expected.amin(1)) / 254
+        assert ((cache[ids].values - expected).abs().amax(1) <= step + 1e-5).all()
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(count):
+    for number, batch in enumerate(batches()):
+        if number == count:
+            raise Stopped
+        yield batch
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 60, "block_rows": 1}, {"shard_bytes": 200, "block_rows": 4}])
+def test_a_resumed_capture_leaves_the_files_of_an_uninterrupted_one(tmp_path, teacher, count, sizes):
+    run(teacher, batches(), tmp_path / "whole", **sizes)
+    with pytest.raises(Stopped):
+        run(teacher, stopping(count), tmp_path / "resumed", **sizes)
+    run(teacher, batches(), tmp_path / "resumed", **sizes)
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+
+
+class Again:
+    """The batches, any number of times; stops after so many in all."""
+
+    def __init__(self, limit=10**9):
+        self.left = limit
+
+    def __iter__(self):
+        return self._batches()
+
+    def _batches(self):
+        for batch in batches():
+            if not self.left:
+                raise Stopped
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("stop", [3, 18, 20, 23])  # the shapes are learned in three passes over six batches
+@pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 60, "block_rows": 4}])
+def test_a_resumed_capture_of_prototypes_goes_on_with_its_shapes(tmp_path, teacher, stop, sizes):
+    options = {"codec": "prototype", "k": 2, **sizes}
+    run(teacher, Again(), tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        run(teacher, Again(stop), tmp_path / "resumed", **options)
+    calls = teacher.calls
+    run(teacher, Again(), tmp_path / "resumed", **options)
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    if stop == 23:
+        assert teacher.calls - calls <= 6
+    cache = kdfast.cache.open(tmp_path / "whole")
+    assert {labels.kind for labels in map(cache.__getitem__, cache)} == {"prototype"}
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["kdfast.cache"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    paths = {name: tmp_path_factory.mktemp(name) for name in CAPTURES}
+    for name, path in paths.items():
+        capture_and_tell(path, name, lambda count: None)
+    return {name: contents(path) for name, path in paths.items()}
+
+
+def kill_at_batch(path, name, batch):
+    """Run a capture in a process of its own, and SIGKILL it at its batch ``batch``. It may have ended by itself."""
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=capture_until_killed, args=(path, name, sender))
+    process.start()
+    sender.close()
+    try:
+        while receiver.recv() < batch:
+            pass
+    except EOFError:
+        return
+    process.kill()
+    process.join()
+    assert process.exitcode in (-signal.SIGKILL, 0)
+
+
+def check_killed(path, name, batches_of_kills, uninterrupted):
+    for batch in batches_of_kills:
+        kill_at_batch(path, name, batch)
+    capture_and_tell(path, name, lambda count: None)
+    assert contents(path) == uninterrupted[name]
+    assert sum(file.startswith("shard-") for file in uninterrupted[name]) > 1
+
+
+KILLS = [("topk", [7]), ("sample", [12]), ("threshold", [29]), ("prototype", [50, 110]), ("sample", [2, 25])]
+
+
+@pytest.mark.parametrize(("name", "kills"), KILLS)
+def test_a_killed_capture_goes_on_byte_for_byte(tmp_path, uninterrupted, name, kills):
+    check_killed(tmp_path, name, kills, uninterrupted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(50))
+def test_captures_killed_at_many_points(tmp_path, uninterrupted, seed):
+    draw = random.Random(seed)
+    name = [*CAPTURES][seed % len(CAPTURES)]
+    last = CAPTURE_BATCHES * (4 if name == "prototype" else 1)  # its shapes are learned in three passes
+    check_killed(tmp_path, name, [draw.randint(1, last) for _ in range(draw.choice([1, 1, 2]))], uninterrupted)
+
+
+def test_prototypes_need_a_loader_that_starts_again(tmp_path, teacher):
+    with pytest.raises(ValueError, match="learning shapes takes several passes"):
+        run(teacher, batches(), tmp_path, codec="prototype")
+    with pytest.raises(ValueError, match="shapes must be a table or a positive number, got 0"):
+        run(teacher, Again(), tmp_path, codec="prototype", shapes=0)
+
+
+@pytest.mark.parametrize(("codec", "options"), [("sample", {"draws": 5}), ("threshold", {"tau": 0.2})])
+def test_a_resumed_capture_draws_the_same(tmp_path, teacher, codec, options):
+    run(teacher, batches(), tmp_path / "whole", codec=codec, shard_bytes=80, **options)
+    with pytest.raises(Stopped):
+        run(teacher, stopping(3), tmp_path / "resumed", codec=codec, shard_bytes=80, **options)
+    run(teacher, batches(), tmp_path / "resumed", codec=codec, shard_bytes=80, **options)
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+
+
+def test_batches_that_are_there_are_not_run(tmp_path, teacher):
+    run(teacher, list(batches())[:4], tmp_path)
+    teacher.calls = 0
+    assert run(teacher, batches(), tmp_path)[:3] == (2, 4, 6)
+    assert teacher.calls == 2
+    assert run(teacher, batches(), tmp_path)[:3] == (0, 6, 0)
+    assert teacher.calls == 2
+
+
+def test_a_batch_that_is_partly_there_is_run_whole(tmp_path):
+    shapes = []
+
+    def teacher(x):
+        shapes.append(tuple(x.shape))
+        return x * len(shapes)
+
+    x = torch.randn(4, VOCAB)
+    first = {"key": [0, 1], "x": x[:2]}
+    second = {"key": [1, 2, 3], "x": x[1:]}
+    report = run(teacher, [first, second], tmp_path, teacher="t", inputs=lambda batch: batch["x"])
+    assert shapes == [(2, VOCAB), (3, VOCAB)]
+    assert report == (2, 0, 4, 4)
+    cache = kdfast.cache.open(tmp_path)
+    assert cache.info.duplicates == 0
+    for key, factor in ((1, 1), (2, 2)):  # record 1 stays the first batch's
+        assert (cache[key].values - (x[key] * factor).log_softmax(0)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_flags_come_back(tmp_path, teacher, fails):
+    teacher.train()
+    teacher.embed.eval()
+    flags = [module.training for module in teacher.modules()]
+    if fails:
+        with pytest.raises(Stopped):
+            run(teacher, stopping(2), tmp_path)
+    else:
+        run(teacher, batches(), tmp_path)
+    assert [module.training for module in teacher.modules()] == flags
+    assert torch.is_grad_enabled()
+
+
+def test_mask_stores_supervised_rows_alone(tmp_path, teacher):
+    def mask(batch):
+        return batch["input_ids"] > 4
+
+    run(teacher, batches(), tmp_path / "whole")
+    run(teacher, batches(), tmp_path / "masked", mask=mask)
+    whole, masked = (kdfast.cache.open(tmp_path / name) for name in ("whole", "masked"))
+    assert masked.info.rows == sum(int((ids > 4).sum()) for ids in records()) < whole.info.rows
+    for ids in records():
+        assert torch.equal(masked[ids].values, whole[ids].values[ids > 4])
+
+
+def stored(monkeypatch):
+    """What reaches the writer."""
+    added = []
+
+    class Writer(kdfast.cache.Writer):
+        def add(self, key, logits, *, targets=None, views=None):
+            added.append((key, logits, targets, views))
+            super().add(key, logits, targets=targets, views=views)
+
+    monkeypatch.setattr(module, "Writer", Writer)
+    return added
+
+
+def test_targets_and_views_go_with_their_rows(tmp_path, teacher, monkeypatch):
+    added = stored(monkeypatch)
+    batch = next(batches(1))
+    views = [[View(seed=10 * i + j) for j in range(LENGTH)] for i in range(3)]
+    run(
+        teacher, [batch], tmp_path, mask=lambda b: b["input_ids"] % 2 == 0, targets=lambda b: b["input_ids"],
+        views=lambda b: views,
+    )  # fmt: skip
+    for i, (_, logits, targets, seen) in enumerate(added):
+        kept = batch["attention_mask"][i].bool() & (batch["input_ids"][i] % 2 == 0)
+        assert torch.equal(targets, batch["input_ids"][i][kept])
+        assert [view.seed for view in seen] == (10 * i + kept.nonzero().flatten()).tolist()
+        assert len(logits) == len(targets)
+
+
+def test_images_have_one_row_a_target_and_a_view_each(tmp_path, monkeypatch):
+    added = stored(monkeypatch)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, VOCAB)), torch.randn(4, 3, 2, 2)
+    views = [View(flip=bool(i % 2), seed=i) for i in range(4)]
+    batch = (images, torch.tensor([3, 1, 4, 1]), ["a", "b", "c", "d"])
+    run(
+        model, [batch], tmp_path, key=lambda b: b[2], targets=lambda b: b[1], views=lambda b: views,
+    )  # fmt: skip
+    assert [(targets.tolist(), seen) for _, _, targets, seen in added] == [
+        ([target], [view]) for target, view in zip([3, 1, 4, 1], views, strict=True)
+    ]
+    labels = kdfast.cache.open(tmp_path).gather(["d", "a"])
+    expected = model(images[[3, 0]]).log_softmax(1)
+    assert (labels.values - expected).abs().max() < 0.05
+
+
+def test_keys_of_a_tensor_are_the_numbers_in_it(tmp_path):
+    run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path, key=lambda batch: torch.tensor([7, 8]), teacher="t")
+    assert 7 in kdfast.cache.open(tmp_path)
+
+
+class Draws(codecs.FixedWidthCodec):
+    """Stands for the codecs that draw: keeps ``draws`` and what the key seeds."""
+
+    name = "draws for a test"
+
+    def __init__(self, vocab_size, temperatures, *, draws=4):
+        super().__init__(vocab_size, temperatures)
+        self.draws, self.row_dtype = draws, "<f4"
+        self.row_dtype = codecs.dense.np.dtype([("seed", "<f4")])
+
+    def config(self):
+        return {"draws": self.draws}
+
+    def select(self, logits, key):
+        seed = torch.full((len(logits), 1), float(int.from_bytes(key[:2], "little")))
+        return SoftLabels.weights(torch.zeros(len(logits), 1).long(), seed, vocab_size=self.vocab_size)
+
+    def encode(self, labels):
+        return labels.values.numpy().tobytes()
+
+    def unpack(self, packed):
+        values = torch.from_numpy(packed["seed"].copy())[:, None]
+        return SoftLabels.weights(torch.zeros(len(packed), 1).long(), values, vocab_size=self.vocab_size)
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    monkeypatch.setitem(codecs._registry, Draws.name, Draws)
+    monkeypatch.setitem(module._REFINED, Draws.name, module._REFINED["sample"])
+    return Draws.name
+
+
+def test_replicas_are_draws_of_their_own(tmp_path, teacher, draws):
+    report = run(teacher, batches(2), tmp_path, codec=draws, epochs=3, reuse="replicas")
+    cache = kdfast.cache.open(tmp_path)
+    assert cache.info.config == {"draws": 4}
+    assert len(cache) == report.records == 3 * 6
+    for ids in list(records())[:6]:
+        seeds = {float(cache[replica_key(ids, r)].values[0]) for r in range(3)}
+        assert len(seeds) == 3
+        assert torch.equal(cache[ids].values, cache[replica_key(ids, 0)].values)
+    teacher.calls = 0
+    assert run(teacher, batches(2), tmp_path, codec=draws, epochs=3, reuse="replicas").skipped == 2
+    # Two more epochs: the batches are run again, and only what lacks is added.
+    assert run(teacher, batches(2), tmp_path, codec=draws, epochs=5, reuse="replicas")[:3] == (2, 0, 12)
+
+
+def test_refining_draws_more(tmp_path, teacher, draws):
+    run(teacher, batches(2), tmp_path / "default", codec=draws, epochs=3)
+    run(teacher, batches(2), tmp_path / "given", codec=draws, epochs=3, draws=10)
+    for name, expected in (("default", 12), ("given", 30)):
+        cache = kdfast.cache.open(tmp_path / name)
+        assert (cache.info.config, len(cache)) == ({"draws": expected}, 6)
+    assert module._REFINED["threshold"][1](0.06, 3) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("reuse", ["refine", "replicas"])
+def test_epochs_change_nothing_for_a_codec_without_draws(tmp_path, teacher, reuse):
+    run(teacher, batches(), tmp_path / "once")
+    run(teacher, batches(), tmp_path / "often", epochs=5, reuse=reuse)
+    assert files(tmp_path / "often") == files(tmp_path / "once")
+
+
+def test_another_teacher_is_refused(tmp_path, teacher):
+    run(teacher, batches(), tmp_path)
+    with torch.no_grad():
+        teacher.head.bias[0] += 1e-3
+    with pytest.raises(CacheMismatchError, match="teacher="):
+        run(teacher, batches(), tmp_path)
+
+
+def test_fingerprints_change_with_config_names_types_and_bits():
+    def model(**changes):
+        made = nn.Linear(3, 2, dtype=changes.get("dtype"))
+        with torch.no_grad():
+            made.weight.copy_(torch.arange(6).reshape(2, 3))
+            made.bias.fill_(changes.get("bias", 0.0))
+        made.config = {"hidden_size": changes.get("size", 3), "_name_or_path": changes.get("path", "")}
+        return nn.ModuleDict({"x": made}) if "wrapped" in changes else made
+
+    same = kdfast.cache.fingerprint(model())
+    assert same == kdfast.cache.fingerprint(model(path="elsewhere"))
+    others = [{"bias": 1.0}, {"bias": -0.0}, {"size": 4}, {"dtype": torch.float64}, {"wrapped": True}]
+    found = {kdfast.cache.fingerprint(model(**change)) for change in others}
+    assert len(found | {same}) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": lambda **x: x}, ValueError, "no nn.Module needs teacher="),
+        ({"model": lambda **x: "x", "teacher": "t"}, TypeError, "the teacher returned a str without logits"),
+        ({"loader": [(torch.zeros(2, 3),)]}, ValueError, r"a tuple without input_ids or key needs key="),
+        ({"key": lambda batch: [1]}, ValueError, "the batch has 1 keys, but the teacher's output has 3 records"),
+        ({"targets": lambda batch: [torch.zeros(1)]}, ValueError, "3 keys, but targets has 1 records"),
+        ({"targets": lambda batch: torch.zeros(3, 2).long()}, ValueError, "targets of a record must .* 5, got 2"),
+        ({"mask": lambda batch: batch["input_ids"][:, 1:] > 0}, RuntimeError, "size"),
+        ({"outputs": lambda output, batch: output[..., None]}, ValueError, r"must be \(rows, vocab\) or"),
+        ({"epochs": 0}, ValueError, "epochs must be positive"),
+        ({"reuse": "again"}, ValueError, "reuse .* got 1 and 'again'"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, teacher, change, error, message):
+    arguments = {"model": teacher, "loader": batches(), "path": tmp_path, **change}
+    with pytest.raises(error, match=message):
+        run(**arguments)
+
+
+def test_the_bar_tells_batches_and_tokens(tmp_path, teacher, capsys):
+    capture(teacher, list(batches()), tmp_path, vocab_size=VOCAB, codec="dense")
+    shown = capsys.readouterr().err
+    assert "6/6 batches" in shown
+    assert "tokens/s" in shown
+
+
+# ---- codec="auto" ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_whole_rows_of_a_small_vocabulary(tmp_path, teacher):
+    run(teacher, batches(), tmp_path, codec="auto", bits=4)
+    info = kdfast.cache.open(tmp_path).info
+    assert (info.codec, info.config["bits"]) == ("dense", 4)
+    assert info.why.startswith("a small vocabulary")
+
+
+def test_auto_takes_topk_at_other_temperatures(tmp_path):
+    size = SMALL_VOCAB + 1
+    with kdfast.cache.Writer(tmp_path, vocab_size=size, codec="auto", temperatures=(1.0, 2.0), k=3) as writer:
+        writer.add(0, torch.randn(1, size))
+    info = kdfast.cache.open(tmp_path).info
+    assert (info.codec, info.config["k"]) == ("topk", 3)
+    assert "exact mass of the rest" in info.why
+
+
+@pytest.mark.parametrize("vocab_size", [10, SMALL_VOCAB, SMALL_VOCAB + 1, 2**20])
+@pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 4.0)])
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+@pytest.mark.parametrize("shapes", [False, True])
+def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, shapes):
+    name, options, why = codecs.choose(vocab_size, temperatures, divergence, shapes=shapes)
+    serves = SERVES[CODEC_KINDS[name]].divergences
+    # Draws have forward KL's gradient as soft_ce; the reason says so.
+    wanted = {"forward_kl": "soft_ce", None: "soft_ce"}.get(divergence, divergence)
+    assert wanted in serves
+    assert name == "dense" if vocab_size <= SMALL_VOCAB else name != "dense"
+    assert why
+    assert name != "prototype" or (shapes and len(temperatures) == 1)
+    if vocab_size <= SMALL_VOCAB:
+        return
+    if shapes and len(temperatures) == 1:
+        assert name == ("hidden" if divergence == "logit_mse" else "prototype")
+    elif temperatures == (1.0,) and wanted == "soft_ce":
+        assert (name, options) == LARGE_VOCAB[:2]
+        assert "soft_ce" in why
+
+
+def test_auto_learns_shapes_only_of_a_loader_that_can_be_iterated_again(tmp_path):
+    size, batch = SMALL_VOCAB + 1, {"input_ids": torch.arange(6).view(2, 3)}
+
+    def teacher(input_ids):
+        return torch.randn(2, 3, size, generator=torch.Generator().manual_seed(int(input_ids.sum())))
+
+    for name, loader in [("sample", iter([batch])), ("prototype", [batch])]:
+        run(teacher, loader, tmp_path / name, codec="auto", vocab_size=size, teacher="t")
+        assert kdfast.cache.open(tmp_path / name).info.codec == name
+
+
+def test_integer_keys_can_be_the_numbers_of_a_range(tmp_path):
+    x = torch.randn(6, VOCAB)
+    loader = [(x[:4], range(4)), (x[4:], range(4, 6))]
+    run(lambda x: x, loader, tmp_path, key=lambda batch: batch[1], teacher="t", keys="range")
+    cache = kdfast.cache.open(tmp_path)
+    assert cache.info.keys == "range"
+    assert (cache.gather([5, 0]).values - x[[5, 0]].log_softmax(1)).abs().max() < 0.05

@@ -1,0 +1,129 @@
+"""A run that is killed goes on to the same weights, bit by bit."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast import Distiller
+from kdfast.distill.position import Position
+from kdfast.distill.random_state import random_state
+from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
+from support.distillers import CLASSES, FEATURES, loader, states_equal, student, teacher
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["distill_runs", "torchmetrics"])
+
+
+def kill(folder, kind, batch, every):
+    process = SERVER.Process(target=die_at, args=(folder, kind, batch, every))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def measured(history):
+    return [[record[name] for name in ("epoch", "step", "loss", "lr", "accuracy")] for record in history]
+
+
+# Killed within the second epoch, after a checkpoint in it, at one of an epoch's end, and before there is any.
+@pytest.mark.parametrize(
+    ("kind", "batch", "every"),
+    [(kind, 11, 2) for kind in LOADERS] + [("default", 8, None), ("default", 2, 3), ("elastic", 13, 3)],
+)
+def test_it_goes_on_bit_by_bit(tmp_path, kind, batch, every):
+    expected, objective, history = run(tmp_path / "whole", kind)
+    kill(tmp_path / "killed", kind, batch, every)
+    assert (tmp_path / "killed" / "last.pt").exists() == ((batch, every) != (2, 3))
+    calls = []
+    model, again, resumed = run(tmp_path / "killed", kind, calls.append, checkpoint_every=every)
+    assert len(calls) < EPOCHS * BATCHES or batch == 2
+    states_equal(model.state_dict(), expected.state_dict())
+    states_equal(again.state_dict(), objective.state_dict())
+    assert measured(resumed) == measured(history)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    assert len(logs[0]) == len(logs[1])
+
+
+def test_early_stopping_goes_on_too(tmp_path):
+    """The best student is of the first epoch, and was measured by the process that is gone."""
+
+    def fit(folder, epochs):
+        model = student()
+        values = {1: 0.9, 2: 0.5, 3: 0.4}
+        distiller = Distiller(model, teacher(), folder=folder)
+        count = lambda d, _: {"accuracy": values[d.epoch + 1]}  # noqa: E731
+        options = {"eval_loader": loader(), "metrics": count, "patience": 2, "progress": False}
+        return model, distiller.fit(loader(), epochs=epochs, **options)
+
+    torch.manual_seed(0)
+    whole, _ = fit(tmp_path / "a", 9)
+    torch.manual_seed(0)
+    fit(tmp_path / "b", 2)
+    again, history = fit(tmp_path / "b", 9)
+    assert len(history) == 3
+    states_equal(whole.state_dict(), again.state_dict())
+
+
+def test_resume_false_starts_anew(tmp_path):
+    run(tmp_path, "default")
+    calls = []
+    run(tmp_path, "default", calls.append, resume=False)
+    assert len(calls) == EPOCHS * BATCHES
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == EPOCHS * (BATCHES + 1)
+
+
+def test_a_cut_line_of_the_log_is_made_again(tmp_path):
+    kill(tmp_path, "default", 11, 2)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 99, "ep')
+    run(tmp_path, "default")
+    assert [line.count("step") for line in log.read_text().splitlines()] == [1] * len(log.read_text().splitlines())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    Distiller(student(), teacher(), folder=tmp_path).fit(loader(), epochs=1, progress=False)
+
+    def go_on(message, model, **options):
+        with pytest.raises(ValueError, match=message):
+            Distiller(model, teacher(), folder=tmp_path, **options).fit(loader(), epochs=2, progress=False)
+
+    go_on(r"(?s)last.pt is of another student.*resume=False", nn.Linear(FEATURES, CLASSES))
+    go_on(r"last.pt is of another optimizer", student(), freeze=["0.*"])
+    go_on(r"holds .*this run has .*objective", student(), objective=Projected())
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    go_on(r"last.pt is not a checkpoint", student())
+    torch.save({"version": 99}, tmp_path / "last.pt")
+    go_on(r"not a checkpoint of version 1", student())
+
+
+def test_a_loader_that_is_another_is_refused(tmp_path):
+    kill(tmp_path, "default", 11, 2)
+    with pytest.raises(ValueError, match="one has a state_dict"):
+        run(tmp_path, "elastic")
+    position = Position([1, 2, 3])
+    position.load_state_dict({"consumed": 5, "began": random_state(), "own": None})
+    with pytest.raises(ValueError, match="has 3 batches, and 5 were trained on"):
+        next(position.batches(0))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    run(tmp_path, "default")
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, "default", resume=False)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_workers_that_persist_are_refused_where_a_run_is_to_go_on(tmp_path):
+    batches = loader(num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers=False, or a sampler with a state_dict"):
+        Distiller(student(), folder=tmp_path).fit(batches, epochs=1, progress=False)

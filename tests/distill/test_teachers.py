@@ -1,0 +1,192 @@
+"""Teachers that are modules, functions and caches say the same, and are as they were afterwards."""
+
+from collections import UserDict
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import kdfast.cache
+from kdfast import Distiller, PackedLabels, kd_loss
+from kdfast.distill import KD
+from kdfast.distill.fields import to_device
+from support.distillers import CLASSES, FEATURES, data, student, teacher
+
+VOCAB = 13
+
+
+def flags(model):
+    return [module.training for module in model.modules()]
+
+
+def test_a_module_is_in_evaluation_mode_and_as_it_was_afterwards():
+    model = teacher()
+    model.train()
+    model[1].eval()
+    before, (x, y) = flags(model), data(16)
+    statistics = model[1].running_mean.clone()
+    said = Distiller(student(), model).forward((x, y)).teacher
+    assert not said.requires_grad
+    assert flags(model) == before
+    assert torch.equal(model[1].running_mean, statistics)
+    assert torch.equal(said, model.eval()(x))
+
+
+def test_a_module_that_fails_is_as_it_was_too():
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="broken"):
+        Distiller(student(), model).forward(data(4))
+    assert model.training
+
+
+def test_several_teachers_are_a_tuple():
+    a, b = teacher(2), teacher(3)
+    said = Distiller(student(), (a, lambda x: b.eval()(x))).forward(data(8)).teacher
+    assert torch.equal(said[0], a.eval()(data(8)[0]))
+    assert torch.equal(said[1], b(data(8)[0]))
+
+
+def test_an_output_that_requires_grad_is_refused():
+    weight = torch.randn(FEATURES, CLASSES, requires_grad=True)
+
+    def sneaky(x):
+        with torch.enable_grad():
+            return {"logits": x @ weight}
+
+    with pytest.raises(ValueError, match="requires grad"):
+        Distiller(student(), sneaky).forward(data(4))
+
+
+def test_what_is_no_teacher_is_refused():
+    model = student()
+    with pytest.raises(ValueError, match="the student itself"):
+        Distiller(model, model)
+    with pytest.raises(TypeError, match=r"CacheReader.*got str"):
+        Distiller(model, "labels")
+    with pytest.raises(TypeError, match="student must be"):
+        Distiller(lambda x: x)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A cache of one row per image, keyed by position, and what it holds."""
+    x, y = data(32)
+    model = teacher().eval()
+    with kdfast.cache.Writer(tmp_path, vocab_size=CLASSES, codec="dense", bits=8, teacher="t") as writer:
+        for i, row in enumerate(model(x).detach()):
+            writer.add(i, row[None])
+    return kdfast.cache.open(tmp_path), x, y
+
+
+def test_a_cache_is_asked_for_the_keys(images):
+    cache, x, y = images
+    rows = torch.tensor([5, 2, 30])
+    expected = kd_loss(student().eval()(x[rows]), cache.gather([5, 2, 30]), y[rows], **KD().options)
+    batches = [
+        ({"key": rows, "input": x[rows], "labels": y[rows]}, {}),
+        ((x[rows], y[rows], rows), {"key": lambda batch: batch[2].tolist()}),
+    ]
+    for batch, options in batches:
+        distiller = Distiller(student().eval(), cache, **options)
+        assert torch.equal(distiller.step(batch), expected)
+
+
+def test_a_key_that_is_missing_is_named(images):
+    cache, x, y = images
+    distiller = Distiller(student(), cache, key=lambda batch: batch[2].tolist())
+    with pytest.raises(KeyError, match="99 is not in"):
+        distiller.step((x[:2], y[:2], torch.tensor([0, 99])))
+    with pytest.raises(ValueError, match="key=\\(lambda"):
+        Distiller(student(), cache).step((x[:2], y[:2]))
+
+
+def test_labels_that_come_with_a_batch_are_the_teacher_s(images):
+    cache, x, y = images
+    pairs = [(x[i], y[i]) for i in range(32)]
+    dataset = kdfast.cache.CacheDataset(cache, range(32), pairs)
+    batch = next(iter(DataLoader(dataset, 8, collate_fn=dataset.collate)))
+    assert isinstance(batch[1], PackedLabels)
+    expected = kd_loss(student().eval()(x[:8]), cache.gather(range(8)), y[:8], **KD().options)
+    for given in (None, cache):
+        assert torch.equal(Distiller(student().eval(), given).step(batch), expected)
+    with pytest.raises(ValueError, match="give only one"):
+        Distiller(student(), teacher()).step(batch)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 6), nn.Linear(6, VOCAB)
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.head((self.embed(input_ids) * attention_mask[..., None]).cumsum(1))}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_causal_model_s_cache_says_what_the_model_does(tmp_path, side):
+    """Row i of a record predicts token i + 1, as row i of the student's logits does."""
+    torch.manual_seed(0)
+    model, learner = LanguageModel(), LanguageModel()
+    documents = [torch.randint(0, VOCAB, (n,)) for n in (5, 3, 1)]
+    with kdfast.cache.Writer(
+        tmp_path, vocab_size=VOCAB, codec="topk", k=VOCAB, temperatures=(2.0,), teacher="t"
+    ) as writer:
+        for ids in documents:
+            logits = model(ids[None], torch.ones(1, len(ids)))["logits"]
+            writer.add(ids, logits[0].detach())
+    ids = torch.zeros(3, 6, dtype=torch.long)
+    mask = torch.zeros(3, 6, dtype=torch.long)
+    for i, document in enumerate(documents):
+        where = slice(6 - len(document), 6) if side == "left" else slice(0, len(document))
+        ids[i, where], mask[i, where] = document, 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    losses = [Distiller(learner, t, shift=True).step(batch) for t in (model, kdfast.cache.open(tmp_path))]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)  # the cache rounds
+    kd = [
+        Distiller(learner, t, ce_weight=0.0).step({**batch, "labels": None})
+        for t in (model, kdfast.cache.open(tmp_path))
+    ]
+    torch.testing.assert_close(kd[1], kd[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_method_of_a_module_is_in_evaluation_mode_too():
+    model, (x, y) = teacher(), data(16)
+    statistics = model[1].running_mean.clone()
+    said = Distiller(student(), model.forward).forward((x, y)).teacher
+    assert torch.equal(model[1].running_mean, statistics)
+    assert model.training
+    assert torch.equal(said, model.eval()(x))
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+class Output(dict):
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+def test_batches_and_outputs_stay_what_they_are():
+    x, y = data(8)
+    distiller = Distiller(student(), teacher(), inputs=lambda batch: batch.image, labels=lambda batch: batch.label)
+    assert distiller.step(Pair(x, y)).isfinite()
+    given = Output(logits=x, more=[y])
+    for moved in (to_device(kind, torch.device("cpu")) for kind in (given, UserDict(given))):
+        assert type(moved) in (Output, UserDict)
+        assert torch.equal(moved["logits"], x)
+        assert isinstance(moved["more"], tuple)
+    assert isinstance(given["more"], list)
+
+
+def test_the_device_is_the_weights():
+    model = student()
+    assert Distiller(model, device="cpu:0").device == next(model.parameters()).device

@@ -1,0 +1,68 @@
+// The one-read dense kernel's threads, one after another: its arithmetic and its way of sharing out a row.
+#include "../../../csrc/cuda/dense_row.h"
+
+#include "blocks.h"
+
+namespace {
+
+struct Task {
+  RowTask row;
+  const void* teacher;
+  int kind;
+  double a, b, scale;
+};
+
+template <Kind kKind, typename T>
+void run_row(const Task& task, int64_t row) {
+  const int columns = task.row.columns;
+  const T *x = static_cast<const T*>(task.row.student) + row * columns,
+          *y = static_cast<const T*>(task.teacher) + row * columns;
+  const GradientRow<T> to = gradient_row(task.row, x, row);
+  const Divergence divergence = {kKind, task.a, task.b, task.scale, false};
+  const RowCoefficients coef = coefficients(task.row, row);
+  const Blocks<T> blocks(x, y, columns, task.row.cluster);
+  task.row.loss[row] = 0;
+  if (!coef.counts()) return blocks.fill(0, to);
+  const bool teacher = coef.kd != 0;
+  const Scales scales = scales_of(coef, kKind);
+  const AtOne mode = at_one(coef);
+  const auto part = [&](const Slice<T>& s, int thread) {
+    return sweep<is_forward(kKind)>(s, thread, kTestThreads, scales, teacher, mode);
+  };
+  const auto merge_sums = [&](const Sums& l, const Sums& r) { return merge(l, r, scales, mode); };
+  const Sums sums = blocks.reduce(Sums(), part, merge_sums);
+  const Normaliser normaliser = normaliser_of(sums, scales, mode);
+  Values values = {0, 0};
+  if constexpr (!is_forward(kKind)) {
+    const auto values_part = [&](const Slice<T>& s, int thread) {
+      return values_of<kKind>(s, thread, kTestThreads, normaliser, divergence);
+    };
+    const auto add = [](const Values& l, const Values& r) { return Values{l.value + r.value, l.h + r.h}; };
+    if (teacher) values = blocks.reduce(values, values_part, add);
+  }
+  const int label = coef.label_column(columns);
+  const RowOutcome out = outcome_of(coef, divergence, columns, sums, normaliser, values, blocks.smoothing(),
+                                    label >= 0 ? to_float(x[label]) : 0);
+  task.row.loss[row] = out.loss;
+  if (out.gradient.failed) return blocks.fill(out.loss, to);
+  blocks.each_thread([&](const Slice<T>& slice, int thread) {
+    write_gradient<kKind>(slice, thread, kTestThreads, out.gradient, normaliser, divergence, teacher, label, mode, to);
+  });
+}
+
+template <typename T>
+void run(const Task& task) {
+  static constexpr void (*kRow[])(const Task&, int64_t) = {
+      run_row<Kind::kForwardKl, T>,     run_row<Kind::kSoftCe, T>, run_row<Kind::kReverseKl, T>,
+      run_row<Kind::kSymmetricKl, T>,   run_row<Kind::kJsd, T>,    run_row<Kind::kSkewForwardKl, T>,
+      run_row<Kind::kSkewReverseKl, T>, run_row<Kind::kTvd, T>,    run_row<Kind::kAlphaBeta, T>};
+  for (int64_t row = 0; row < task.row.rows; ++row) kRow[task.kind](task, row);
+}
+
+}  // namespace
+
+extern "C" void dense_cluster(const Task* task, int dtype) {
+  if (dtype == 0) run<float>(*task);
+  if (dtype == 1) run<__half>(*task);
+  if (dtype == 2) run<__nv_bfloat16>(*task);
+}

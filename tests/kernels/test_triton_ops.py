@@ -1,0 +1,66 @@
+"""Which kernel a CUDA call runs: Triton's, or the reference for what that does not serve."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from support import dense_checks as laws
+
+pytest.importorskip("triton")
+
+from kdfast import _triton
+from kdfast.divergences import Divergence
+from kdfast.loss import ops
+from kdfast.loss.reference import Labels
+from support.triton_device import DEVICE
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize(
+    "name", [op + suffix for op in ("dense_rows", "sparse_rows") for suffix in ("", "_grad", "_inplace")]
+)
+def test_cuda_has_a_kernel(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{name}", "CUDA")
+
+
+def fallback(*_):
+    raise LookupError("the reference")
+
+
+def run(dtype):
+    student, coef = torch.randn(6, 40, device=DEVICE, dtype=dtype), laws.coefficients(6, torch.float32).to(DEVICE)
+    op = ops._on_gpu("dense_rows", "_grad", fallback)
+    labels = Labels(torch.arange(6, device=DEVICE))
+    return laws.run(op, student, student.clone(), coef, labels, Divergence("forward_kl"))
+
+
+def test_narrow_logits_run_in_triton_and_float64_in_the_reference():
+    assert run(torch.float32)[1].isfinite().all()
+    with pytest.raises(LookupError):
+        run(torch.float64)
+
+
+def test_without_triton_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(_triton, "launchers", lambda name: None)
+    with pytest.raises(LookupError):
+        run(torch.float32)
+
+
+def test_the_reference_differentiates_below_autograd():
+    """Where an op's kernel runs, autograd records nothing."""
+    student, teacher = torch.randn(1, 3, 9), ops.DenseTeacher(torch.randn(1, 3, 9), Divergence("jsd"))
+    truth = ops.Truth(torch.zeros(3, dtype=torch.long), None, 0.0, False)
+    arguments = (student, *teacher.arguments(torch.rand(5, 3) + 0.1, truth))
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    with torch._C._AutoDispatchBelowAutograd():
+        slow = torch.ops.kdfast.dense_rows_grad.default.redispatch(keys, *arguments)
+    for a, b in zip(slow, torch.ops.kdfast.dense_rows_grad(*arguments), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_import_leaves_triton_alone():
+    code = "import sys, kdfast; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,162 @@
+"""The sparse Triton kernels keep the laws of the sparse row op: entries, tails, and tails that have a shape."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kdfast.divergences import Divergence
+from kdfast.kernels import launch, sparse
+from kdfast.loss import ops
+from kdfast.loss.reference import Labels
+from support import prototype_rows as shaped
+from support import sparse_rows as plain
+from support.sparse_checks import check, run
+from support.triton_device import DEVICE
+
+# The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+OP = ops._form(sparse.sparse_rows, "_grad")
+SHAPES = [(280, 280), (270, 262), (257, 300)]
+ALL_SHAPED = [*shaped.DIVERGENCES, *shaped.OTHERS]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    small = ((1 << 31, launch.Shape(256, 4, 1)),)
+    monkeypatch.setattr(launch, "SHAPES", dict.fromkeys(launch.SHAPES, small))
+    # Loops over the entries turn, too.
+    monkeypatch.setattr(sparse, "ENTRIES", 16)
+
+
+def to_device(x):
+    """A teacher, labels or a tensor."""
+    if isinstance(x, torch.Tensor):
+        return x.to(DEVICE)
+    return type(x)(*map(to_device, x)) if isinstance(x, tuple) else x
+
+
+def run_on_device(*case):
+    return run(*map(to_device, case), OP)
+
+
+def check_on_device(oracle, *case):
+    check(oracle, *map(to_device, case), OP)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("number", range(3))
+def test_matches_oracle(tail, number):
+    columns, vocab = SHAPES[number]
+    teacher = plain.make_teacher(6, min(columns, vocab), tail=tail)._replace(vocab=vocab)
+    coef = plain.coefficients(6, torch.float32, (1.0, 2.0, 3.3)[number])
+    labels = Labels(torch.randint(0, columns, (6,)), None, 0.1 * (number % 2))
+    check_on_device(plain.oracle, torch.randn(6, columns) * 3, teacher, coef, labels)
+
+
+@pytest.mark.parametrize("number", range(len(ALL_SHAPED)), ids=[str(d) for d in ALL_SHAPED])
+def test_shaped_tails_match_the_oracle(number):
+    columns, vocab = SHAPES[number % 3]
+    table = shaped.make_table(vocab, (torch.bfloat16, torch.float32)[number % 2])
+    teacher = shaped.make_teacher(columns, vocab, ALL_SHAPED[number], table=table)
+    labels = Labels(torch.randint(0, min(columns, vocab), (shaped.ROWS,)), None, 0.1 * (number % 2))
+    coef = shaped.coefficients(torch.float32, (2.0, 1.0, 3.3)[number % 3])
+    check_on_device(shaped.oracle, torch.randn(shaped.ROWS, columns) * 3, teacher, coef, labels)
+
+
+@pytest.mark.parametrize("gap", [-200.0, 200.0])
+def test_heads_far_from_the_tail(gap):
+    student = torch.randn(6, 300)
+    ids = torch.stack([torch.randperm(300)[:4] for _ in range(6)])
+    student.scatter_(1, ids, gap)
+    teacher = plain.make_teacher(6, 300, counts=[4] * 6, ids=ids.reshape(-1).int())
+    coef = plain.coefficients(6, torch.float32, 2.0)
+    check_on_device(plain.oracle, student, teacher, coef, Labels(torch.randint(0, 300, (6,))))
+
+
+@pytest.mark.parametrize("log_tail", [-70.0, -math.inf])
+def test_tiny_tails_and_none(log_tail):
+    teacher = plain.make_teacher(6, 300)._replace(tail=torch.full((6,), log_tail))
+    coef = plain.coefficients(6, torch.float32, 2.0)
+    check_on_device(plain.oracle, torch.randn(6, 300), teacher, coef, Labels(torch.arange(6)))
+
+
+def test_masked_students():
+    student, teacher = torch.randn(6, 300), plain.make_teacher(6, 300, counts=[3] * 6)
+    student[:, 20:140] = -math.inf
+    kept = torch.stack([torch.arange(i, i + 3) * 20 + 150 for i in range(6)])
+    teacher = teacher._replace(ids=kept.reshape(-1).int())
+    labels = Labels(torch.full((6,), 299), None, 0.1)
+    check_on_device(plain.oracle, student, teacher, plain.coefficients(6, torch.float32, 2.0), labels)
+    # Teacher mass on a masked column is an infinite divergence, and nobody's gradient at the mask.
+    ids = (kept * 0 + torch.tensor([25, 30, 35])).reshape(-1).int()
+    loss, grad, _ = run_on_device(student, teacher._replace(ids=ids), torch.ones(5, 6), Labels(torch.full((6,), 3)))
+    assert (loss == math.inf).all()
+    assert (grad[:, 20:140] == 0.0).all()
+
+
+@pytest.mark.parametrize("divergence", [None, *shaped.DIVERGENCES[:3]], ids=str)
+def test_bad_ids_and_offsets_make_their_own_row_nan(divergence):
+    for name, bad in (("ids", -1), ("ids", 300), ("ids", 2**31 - 1), ("offsets", 2**40)):
+        counts = [2, 2, 2]
+        if divergence is None:
+            teacher = plain.make_teacher(3, 300, counts=counts)
+        else:
+            teacher = shaped.make_teacher(300, 310, divergence, counts=counts)
+        getattr(teacher, name)[3 if name == "offsets" else 2] = bad
+        row = 2 if name == "offsets" else 1
+        labels = Labels(torch.zeros(3, dtype=torch.long))
+        loss, grad, _ = run_on_device(torch.randn(3, 300), teacher, torch.ones(5, 3), labels)
+        assert loss.isnan().nonzero()[:, 0].tolist() == [row]
+        assert torch.equal(grad.isnan().all(1), loss.isnan())
+        assert grad[~loss.isnan()].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["student", "shape", "shape beyond", "tail", "weight", "index"])
+def test_nan_reaches_its_row_only(where):
+    table = shaped.make_table(310, torch.float32)
+    teacher = shaped.make_teacher(300, 310, Divergence("forward_kl"), counts=[2, 2, 2], table=table)
+    teacher.background.shape[:] = torch.tensor([0, 1, 2])
+    student = torch.randn(3, 300)
+    free = next(j for j in range(300) if j not in teacher.ids)
+    targets = {
+        "student": (student, (1, free), math.nan),
+        "shape": (table, (1, free), math.nan),
+        "shape beyond": (table, (1, 309), math.inf),
+        "tail": (teacher.tail, 1, math.nan),
+        "weight": (teacher.weights, 2, math.nan),
+        "index": (teacher.background.shape, 1, 3),
+    }
+    tensor, index, value = targets[where]
+    tensor[index] = value
+    labels = Labels(torch.zeros(3, dtype=torch.long))
+    loss, grad, _ = run_on_device(student, teacher, torch.ones(5, 3), labels)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad[1].isnan().all()
+    assert grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", [None, Divergence("reverse_kl"), Divergence("dkd")], ids=str)
+def test_the_gradient_may_take_the_students_place(divergence):
+    if divergence is None:
+        teacher = plain.make_teacher(6, 300)
+    else:
+        teacher = shaped.make_teacher(300, 300, divergence, counts=[0, 300, 1, 299, 5, 9])
+    student, teacher = torch.randn(6, 300, device=DEVICE), to_device(teacher)
+    coef = to_device(plain.coefficients(6, torch.float32, 2.0))
+    truth = ops.Truth(torch.randint(0, 300, (6,), device=DEVICE), None, 0.1, False)
+    arguments = teacher.arguments(coef, truth)
+    expected_loss, expected, no_parts = OP(student[None], *arguments)
+    assert no_parts.shape == (4, 0)
+    assert torch.equal(sparse.sparse_rows(student[None], None, *arguments)[0], expected_loss)
+    assert torch.equal(ops._form(sparse.sparse_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(student, expected[0])
+
+
+def test_a_shape_less_tail_serves_forward_divergences_only():
+    arguments = list(plain.make_teacher(6, 300).arguments(torch.ones(5, 6), ops.Truth(None, None, 0.0, False)))
+    arguments[7] = 2
+    with pytest.raises(ValueError, match="divergence reverse_kl needs the shapes of the tails"):
+        OP(torch.randn(1, 6, 300), *arguments)

@@ -1,0 +1,37 @@
+"""Random sparse teachers and coefficients for the sparse row op, and its oracle."""
+
+import torch
+
+from kdfast.loss import ops, reference
+
+
+def make_teacher(rows, vocab, *, tail=True, counts=None, ids=None):
+    """Ragged, unsorted entries; a distribution with a tail, or unnormalised weights without."""
+    # At least one column outside: a tail without any is an infinite divergence.
+    counts = torch.randint(0, min(vocab, 40), (rows,)) if counts is None else torch.tensor(counts)
+    if ids is None:
+        ids = torch.cat([torch.randperm(vocab)[: int(c)] for c in counts]).int()
+    weights = torch.rand(len(ids)) / 20
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    log_tail = torch.rand(rows).log() if tail else None
+    return ops.SparseTeacher(ids, weights, offsets, log_tail, vocab, tail)
+
+
+def coefficients(rows, dtype, tau):
+    coef = torch.rand(5, rows, dtype=torch.float64) + 0.2
+    coef[0] = tau
+    coef[4] *= 0.1
+    coef[2, 1] = coef[3, 2] = coef[4, 3] = 0.0
+    coef[2:, 4] = 0.0
+    return coef.to(dtype)
+
+
+def oracle(student, teacher, coef, labels):
+    leaf = student.detach().clone().requires_grad_()
+    tail = None if teacher.tail is None else teacher.tail.to(coef.dtype)
+    vocab = min(teacher.vocab, student.shape[1])
+    loss, parts = reference.sparse_rows(
+        leaf, teacher.ids, teacher.weights, teacher.offsets, tail, vocab, coef, labels, teacher.subtract_entropy
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), grad, parts
