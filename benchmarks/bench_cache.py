@@ -10,7 +10,7 @@ import torch
 import kdfast.cache
 from kdfast.bench.cache import ARMS
 from kdfast.bench.cache_speed import one_thread
-from kdfast.cache.selection.learn_shapes import learn_shapes
+from kdfast.cache.selection.learn_prototypes import learn_prototypes
 
 ROWS, VOCAB, RECORDS = 128, 8192, 8
 NAMES = [name for name in ARMS if "1024" not in name]
@@ -25,15 +25,15 @@ def logits():
 
 
 @pytest.fixture(scope="module")
-def shapes(logits):
-    return learn_shapes(lambda: [logits], count=16)
+def prototypes(logits):
+    return learn_prototypes(lambda: [logits], count=16)
 
 
 @pytest.fixture
-def packed(logits, shapes, tmp_path, request):
+def packed(logits, prototypes, tmp_path, request):
     """Some records, from files and still compressed."""
     arm = ARMS[request.param]
-    extra = {"shapes": shapes} if arm.shapes else {}
+    extra = {"prototypes": prototypes} if arm.prototypes else {}
     with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec=arm.codec, **arm.options, **extra) as writer:
         for key in range(RECORDS):
             writer.add(key, logits)

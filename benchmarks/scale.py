@@ -107,8 +107,10 @@ def _cache(path: Path, rows: int, window: int) -> kdfast.cache.CacheReader:
     generator = torch.Generator().manual_seed(0)
     common = -1.2 * torch.arange(1, VOCAB + 1).log()
     typical = (torch.randn(8, VOCAB, generator=generator) + common).softmax(-1)
-    shapes = kdfast.cache.Shapes.of(typical, typical)
-    with kdfast.cache.Writer(path, vocab_size=VOCAB, codec="prototype", k=3, shapes=shapes, teacher="none") as writer:
+    prototypes = kdfast.cache.PrototypeTable.of(typical, typical)
+    with kdfast.cache.Writer(
+        path, vocab_size=VOCAB, codec="prototype", k=3, prototypes=prototypes, teacher="none"
+    ) as writer:
         for start in range(0, rows, window):
             writer.add(f"window {start}", torch.randn(window, VOCAB, generator=generator) + common)
     return kdfast.cache.open(path)

@@ -33,8 +33,8 @@ class SparseCall(NamedTuple):
     offsets: Tensor
     tail: Tensor | None
     vocab: int
-    shape: Tensor | None
-    shapes: Tensor | None
+    prototype_ids: Tensor | None
+    prototypes: Tensor | None
     kind: int
     a: float
     b: float

@@ -75,7 +75,7 @@ def takes(op: str, student: Tensor, arguments: tuple[Any, ...]) -> bool:
         wide = call.teacher.shape[2]
     else:
         call = SparseCall(*arguments)
-        served, wide = call.shapes is None, call.vocab
+        served, wide = call.prototypes is None, call.vocab
     served = served and call.label_probs is None and not call.want_parts and wide >= student.shape[2]
     return served and _size_for(op, student) > 0
 

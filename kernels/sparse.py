@@ -364,8 +364,8 @@ def _check(ids: Tensor, offsets: Tensor, rows: int, shape: Tensor | None, shapes
 def _arguments(student: Tensor, grad: Tensor | None, call: SparseCall) -> tuple[dict[str, Any], int]:
     """(the kernel's, its number of warps among them, and its programs)."""
     check_rows(student=student, label_probs=call.label_probs)
-    rows, columns, shapes = student.shape[0] * student.shape[1], student.shape[2], call.shapes
-    _check(call.ids, call.offsets, rows, call.shape, shapes, call.kind)
+    rows, columns, shapes = student.shape[0] * student.shape[1], student.shape[2], call.prototypes
+    _check(call.ids, call.offsets, rows, call.prototype_ids, shapes, call.kind)
     constants = {**constants_of(call.kind, call.a, call.b), "STANDARDIZE": False, "SMOOTH": call.smoothing != 0.0}
     load = load_of(constants, columns, call.label_probs is not None, student, call.label_probs, grad)
     if shapes is not None:  # a second row to read, with a logarithm per column
@@ -381,7 +381,7 @@ def _arguments(student: Tensor, grad: Tensor | None, call: SparseCall) -> tuple[
         "weights": call.weights,
         "offsets": call.offsets,
         "tail": call.tail,
-        "shape": call.shape,
+        "shape": call.prototype_ids,
         "shapes": shapes,
         "marks": torch.zeros(programs * words, dtype=torch.int32, device=student.device),
         "shared": min(columns, call.vocab),

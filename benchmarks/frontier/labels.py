@@ -14,7 +14,7 @@ from teacher import LENGTH, TRAIN_WINDOWS, Corpus
 from torch import Tensor
 
 from kdfast import SoftLabels
-from kdfast.bench.teacher import load_shapes
+from kdfast.bench.teacher import load_prototypes
 from kdfast.cache import codecs
 from kdfast.cache.codecs.base import Codec
 
@@ -58,11 +58,11 @@ def _labels(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Labels:
     if arm.codec in ("sample", "threshold"):
         options["seed"] = draw
     if arm.shapes:
-        options["shapes"] = load_shapes(corpus, folder, arm.shapes, options["k"])
+        options["prototypes"] = load_prototypes(corpus, folder, arm.shapes, options["k"])
     stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits)
     windows, payload, model, residual = stored.windows, float(stored.payload), stored.model, []
     if arm.residual:
-        draws = {"draws": arm.residual, "seed": draw, "shapes": options["shapes"]}
+        draws = {"draws": arm.residual, "seed": draw, "prototypes": options["prototypes"]}
         codec = codecs.create("sample", corpus.vocab_size, (1.0,), draws)
         residual, drawn = _residual(corpus, codec, windows)
         payload += drawn.payload + sum(part.extra_bytes for part in residual)

@@ -49,11 +49,11 @@ def densify(labels: SoftLabels) -> Tensor:
     """(rows, vocab) float32 probabilities of prototype labels."""
     assert labels.ids is not None
     assert labels.offsets is not None
-    assert labels.shapes is not None
-    assert labels.shape is not None
+    assert labels.prototypes is not None
+    assert labels.prototype_ids is not None
     assert labels.tails is not None
     at = torch.repeat_interleave(labels.offsets.diff()), labels.ids.long()
-    probs = labels.shapes[labels.shape].float().index_put(at, torch.zeros(()))
+    probs = labels.prototypes[labels.prototype_ids].float().index_put(at, torch.zeros(()))
     probs *= (labels.tails[0].exp() / probs.sum(1))[:, None]
     return probs.index_put(at, labels.values)
 

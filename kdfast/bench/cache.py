@@ -18,7 +18,7 @@ from kdfast.bench.layouts import LAYOUTS, Label, bytes_per_token
 from kdfast.bench.quality import Source, distributions, quality
 from kdfast.bench.teacher import Corpus
 from kdfast.cache.codecs.base import Codec
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.tools.stats import cache_stats
 from kdfast.labels.support import CODEC_KINDS
 
@@ -31,11 +31,11 @@ SPEED_WINDOWS = 32  # decoded at once for the rate
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to write a cache. ``shapes``: how many the table has that it chooses from, or orders ids by."""
+    """One way to write a cache. ``prototypes``: how many the table has that it chooses from, or orders ids by."""
 
     codec: str
     options: Mapping[str, Any]
-    shapes: int = 0
+    prototypes: int = 0
 
     @property
     def parameter(self) -> str:
@@ -53,8 +53,8 @@ class Arm:
 
     @property
     def series(self) -> str:
-        shapes = f", {self.shapes} shapes" if self.shapes else ""
-        return f"{self.codec}{shapes}{', rows' if self.options.get('coding') == 'rows' else ''}"
+        prototypes = f", {self.prototypes} prototypes" if self.prototypes else ""
+        return f"{self.codec}{prototypes}{', rows' if self.options.get('coding') == 'rows' else ''}"
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class Arm:
             return f"1/{self.options['draws']}"
         return {
             "threshold": f"{self.options.get('tau', 0):g}",
-            "prototype": f"{self.shapes} shapes",
+            "prototype": f"{self.prototypes} prototypes",
             "topk": "its mass",
         }[self.codec]
 
@@ -84,7 +84,7 @@ def _arms() -> list[Arm]:
         *draws,
         Arm("sample", {"draws": 23, "coding": "rows"}),
         Arm("topk", {"k": 16}),
-        *(replace(arm, shapes=256) for arm in draws),
+        *(replace(arm, prototypes=256) for arm in draws),
         Arm("sample", {"draws": 23, "coding": "rows"}, 256),
         *prototypes,
         Arm("prototype", {"k": 1, "coding": "rows"}, 256),
@@ -113,7 +113,7 @@ class Row:
     tail: str
     ours: bool = False
     file_bytes: float | None = None  # of all files but the fixed ones; rivals' are not known
-    fixed_bytes: int | None = None  # codec models and tables of shapes
+    fixed_bytes: int | None = None  # codec models and tables of prototypes
     speed: Speed | None = None
 
 
@@ -122,7 +122,7 @@ class Row:
 
 def measure_ours(
     corpus: Corpus,
-    tables: Mapping[int, Shapes],
+    tables: Mapping[int, PrototypeTable],
     arms: Iterable[Arm],
     folder: Path,
     *,
@@ -133,14 +133,14 @@ def measure_ours(
     """Write a cache of all of ``corpus`` per arm into ``folder``, read it back, and compare.
 
     Args:
-        tables: by the arms' ``shapes``.
+        tables: by the arms' ``prototypes``.
         sampled: positions that are compared with the teacher, counted over all windows.
         repeats: of each timing.
         advance: called with what has just been done.
     """
     logits, rows = corpus.logits_of(sampled), []
     for count in (0, *tables):  # an arm holds its table's ranks in memory: not all tables at once
-        group = [arm for arm in arms if arm.shapes == count]
+        group = [arm for arm in arms if arm.prototypes == count]
         _write(corpus, tables.get(count), group, folder, advance)
         for arm in group:
             rows.append(_measure(corpus, arm, folder / arm.name, sampled, logits, repeats))
@@ -155,10 +155,10 @@ def sampled_rows(corpus: Corpus, count: int) -> Tensor:
 
 
 def _write(
-    corpus: Corpus, shapes: Shapes | None, arms: list[Arm], folder: Path, advance: Callable[[str], None]
+    corpus: Corpus, prototypes: PrototypeTable | None, arms: list[Arm], folder: Path, advance: Callable[[str], None]
 ) -> None:
     """The caches of ``arms``, in one pass over the teacher."""
-    extra: dict[str, Any] = {} if shapes is None else {"shapes": shapes}
+    extra: dict[str, Any] = {} if prototypes is None else {"prototypes": prototypes}
     with ExitStack() as stack:
         writers = [
             stack.enter_context(

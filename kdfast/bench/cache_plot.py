@@ -66,13 +66,13 @@ def _panel(axes: Any, rows: list[Row], value: Callable[[Row], Any]) -> None:
 
 def _style(series: str) -> dict[str, Any]:
     codec = series.partition(",")[0]
-    filled = "shapes" in series or codec != "sample"
+    filled = "prototypes" in series or codec != "sample"
     marker = "s" if series.endswith("rows") else "D" if "1024" in series else "o"
     colour = COLOURS[codec]
     return {
         "color": colour,
         "marker": marker,
-        "ls": "-" if "shapes" in series else "--",
+        "ls": "-" if "prototypes" in series else "--",
         "markerfacecolor": colour if filled else "white",
         "lw": 1.2,
     }

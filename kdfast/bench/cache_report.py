@@ -26,7 +26,7 @@ COLUMNS = (
 )
 
 LEGEND = """\
-Per token, except `fixed B`: codec model and table of shapes, once per cache (above as many tokens as it has bytes,
+Per token, except `fixed B`: codec model and table of prototypes, once per cache (above as many tokens as it has bytes,
 it is less than 1 B/token). `files B`: all files but these; what a shard has once is in it, and spread over these
 few tokens. `noise`: E|label - p|^2. `bias`: |E label - p|^2, for draws from 8 of them, ± one standard error;
 without draws it is the noise. `KL`: of the teacher's distribution from the label; * where only the tail's mass is

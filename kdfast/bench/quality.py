@@ -13,7 +13,7 @@ from kdfast.labels import SoftLabels
 __all__ = ["Quality", "Source", "distributions", "quality"]
 
 CHUNK = 64  # rows whose whole distributions are in memory
-# What precision takes away (8 bits of a shape, a tail that float16 entries leave no room for) is below, cuts are above.
+# Rounding (8 bits of a prototype, a tail that float16 entries leave no room for) is below this, cuts are above.
 MISSED = 1e-4
 
 # (rows, draw) -> (rows, vocab) float64: what training sees of these rows. Draw 0 is what the cache holds, the others
@@ -77,9 +77,9 @@ def distributions(labels: SoftLabels) -> Tensor:
     counts = labels.offsets.diff()
     row, ids = torch.repeat_interleave(counts), labels.ids.long()
     if labels.kind == "prototype":
-        assert labels.shapes is not None
-        assert labels.shape is not None
-        p = labels.shapes[labels.shape].double().index_put((row, ids), torch.zeros((), dtype=torch.float64))
+        assert labels.prototypes is not None
+        assert labels.prototype_ids is not None
+        p = labels.prototypes[labels.prototype_ids].double().index_put((row, ids), torch.zeros((), dtype=torch.float64))
         p /= p.sum(1, keepdim=True)
     else:
         p = torch.ones(len(labels), labels.vocab_size, dtype=torch.float64)

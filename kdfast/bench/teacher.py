@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdfast.cache.selection.learn_shapes import learn_shapes
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.learn_prototypes import learn_prototypes
+from kdfast.cache.selection.prototypes import PrototypeTable
 
-__all__ = ["LEARN_WINDOWS", "LENGTH", "Corpus", "load_shapes", "load_teacher"]
+__all__ = ["LEARN_WINDOWS", "LENGTH", "Corpus", "load_prototypes", "load_teacher"]
 
 LENGTH = 256  # tokens per window
 HELD_OUT = 0.15
-LEARN_WINDOWS = 160  # 40,960 tokens, from which tables of shapes are learned
+LEARN_WINDOWS = 160  # 40,960 tokens, from which tables of prototypes are learned
 BATCH = 8  # windows at a time
 
 
@@ -76,7 +76,7 @@ def load_teacher(file: Path) -> Corpus:
     return Corpus(**tensors, train=len(tensors["ids"]) - round(HELD_OUT * len(tensors["ids"])))
 
 
-def load_shapes(corpus: Corpus, folder: Path, count: int, entries: int = 1) -> Shapes:
+def load_prototypes(corpus: Corpus, folder: Path, count: int, entries: int = 1) -> PrototypeTable:
     """For labels with so many ``entries``: ``shapes-<count>-<entries>.safetensors`` of ``folder``.
 
     Without that file they are learned from the first windows, which takes minutes.
@@ -84,11 +84,11 @@ def load_shapes(corpus: Corpus, folder: Path, count: int, entries: int = 1) -> S
     path = folder / f"shapes-{count}-{entries}.safetensors"
     if not path.exists():
         windows = range(0, LEARN_WINDOWS, BATCH)
-        shapes = learn_shapes(
+        prototypes = learn_prototypes(
             lambda: (corpus.logits(slice(i, i + BATCH)) for i in windows), count=count, entries=entries
         )
-        path.write_bytes(shapes.to_bytes())
-    return Shapes.from_bytes(path.read_bytes())
+        path.write_bytes(prototypes.to_bytes())
+    return PrototypeTable.from_bytes(path.read_bytes())
 
 
 def _run() -> dict[str, Tensor]:

@@ -26,14 +26,17 @@ from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheInfo, CacheReader
 from kdfast.cache.read.reader import open_cache as open
 from kdfast.cache.read.spans import pack_spans
-from kdfast.cache.selection.learn_shapes import learn_shapes
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.learn_prototypes import learn_prototypes
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.write.salvage import salvage
 from kdfast.cache.write.writer import Writer
 
 if _TYPE_CHECKING:
     from kdfast.cache.capture.ray import ray_capture
     from kdfast.cache.capture.vllm import capture_vllm
+
+Shapes = PrototypeTable  # the names before 0.2
+learn_shapes = learn_prototypes
 
 __all__ = [
     "CacheBusyError",
@@ -47,6 +50,7 @@ __all__ = [
     "ElasticSampler",
     "Key",
     "PackedLabels",
+    "PrototypeTable",
     "RecordIndex",
     "Shapes",
     "View",
@@ -56,6 +60,7 @@ __all__ = [
     "capture_vllm",
     "fingerprint",
     "head_fingerprint",
+    "learn_prototypes",
     "learn_shapes",
     "open",
     "output_layer",

@@ -104,17 +104,17 @@ def cache(
 
 
 def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], repeats: int) -> tuple[list[Row], int]:
-    """The rows, and how many positions were stored: windows that the shapes were not learned from."""
+    """The rows, and how many positions were stored: windows that the prototypes were not learned from."""
     from kdfast.bench.cache import measure_ours, measure_rivals, sampled_rows
     from kdfast.bench.layouts import LAYOUTS
-    from kdfast.bench.teacher import LEARN_WINDOWS, LENGTH, load_shapes, load_teacher
+    from kdfast.bench.teacher import LEARN_WINDOWS, LENGTH, load_prototypes, load_teacher
 
     whole = load_teacher(teacher)
-    counts = sorted({a.shapes for a in arms if a.shapes})
-    tables = {count: load_shapes(whole, teacher.parent, count) for count in counts}
+    counts = sorted({a.prototypes for a in arms if a.prototypes})
+    tables = {count: load_prototypes(whole, teacher.parent, count) for count in counts}
     corpus = whole.part(LEARN_WINDOWS, -(-tokens // LENGTH))
     sampled = sampled_rows(corpus, evaluated)
-    passes = len({a.shapes for a in arms})
+    passes = len({a.prototypes for a in arms})
     with (
         TemporaryDirectory(prefix="kdfast-bench-") as folder,
         bar("Caches", passes * len(corpus) + len(arms) + len(LAYOUTS)) as step,

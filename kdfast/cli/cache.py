@@ -60,7 +60,7 @@ def _table(about: CacheInfo) -> Table:
         "shards": f"{about.shards:,}",
         "labels": f"{about.payload_bytes:,} bytes, {about.payload_bytes / per_row:.1f} per row",
         "shards' files": f"{about.file_bytes:,} bytes, {about.file_bytes / per_row:.1f} per row",
-        "table of shapes": f"{about.asset_bytes:,} bytes" if about.asset_bytes else "",
+        "table of prototypes": f"{about.asset_bytes:,} bytes" if about.asset_bytes else "",
         "index": f"{about.index_bytes:,} bytes; {about.index}",
         "teacher's cross-entropy": "" if about.cross_entropy is None else f"{about.cross_entropy:.4f} nats",
     }

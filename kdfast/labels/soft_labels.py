@@ -28,8 +28,8 @@ class SoftLabels:
     weights    K (id, weight), unnormalised, as unbiased     soft_ce (and forward_kl, whose gradient is the same)
                samplers give them, at one temperature
     prototype  K (id, probability), the log-mass of the      every divergence but logit_mse, not standardized:
-               rest, and the shape of the rest: a row of     a distribution over the whole vocabulary, at one
-               a table that all rows share                   temperature
+               rest, and its prototype: a row of a table      a distribution over the whole vocabulary, at one
+               that all rows share                           temperature
     dense      log-probabilities of the whole vocabulary     every divergence, every temperature
     hidden     the teacher's last hidden state; the labels   every divergence, every temperature
                share its output layer
@@ -50,8 +50,10 @@ class SoftLabels:
     tails: Tensor | None = None  # topk, prototype: (len(temperatures), rows) log-mass outside the entries
     present: Tensor | None = None  # (rows,) bool; None: all
     width: int | None = None  # entries per row where every row has as many
-    shape: Tensor | None = None  # prototype: (rows,) int64, each row's row of `shapes`
-    shapes: Tensor | None = None  # prototype: (S, vocab) bfloat16 or float32, shared by whatever is made of the labels
+    prototype_ids: Tensor | None = None  # prototype: (rows,) int64, each row's row of `prototypes`
+    prototypes: Tensor | None = (
+        None  # prototype: (S, vocab) bfloat16 or float32, shared by whatever is made of the labels
+    )
     head: OutputLayer | None = None  # hidden: what makes logits of the values, shared in the same way
 
     # ---- constructors -------------------------------------------------------------------------------------------
@@ -124,34 +126,36 @@ class SoftLabels:
         ids: Tensor,
         probs: Tensor,
         tails: Tensor,
-        shape: Tensor,
-        shapes: Tensor,
+        prototype_ids: Tensor,
+        prototypes: Tensor,
         *,
         vocab_size: int,
         temperature: float = 1.0,
         offsets: Tensor | None = None,
         present: Tensor | None = None,
     ) -> SoftLabels:
-        """A few entries exactly, and the rest of the mass spread like one of a table's shapes.
+        """A few entries exactly, and the rest of the mass spread like one of a table's prototypes.
 
-        Row i is p_j = probs_j on its entries and c_i * shapes[shape_i, j] on every other column, where c_i makes the
-        other columns' mass what ``tails`` says. Where the shape has no mass outside the entries, they take all of it. A
-        column that a shape has at 0 makes reverse KL infinite, unless the student masks it.
+        Row i is p_j = probs_j on its entries and c_i * prototypes[prototype_ids[i], j] on every other column, where c_i
+        makes the other columns' mass what ``tails`` says. Where the prototype has no mass outside the entries, they
+        take all of it. A column that a prototype has at 0 makes reverse KL infinite, unless the student masks it.
 
         Args:
             ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids; K may be 0.
             probs: same shape: the teacher's probabilities at ``temperature``.
             tails: (rows,) log of the probability that the entries leave out (-inf: nothing is left out).
-            shape: (rows,) integers in [0, S).
-            shapes: (S, vocab_size) contiguous bfloat16 or float32, non-negative; a row need not sum to 1.
+            prototype_ids: (rows,) integers in [0, S).
+            prototypes: (S, vocab_size) contiguous bfloat16 or float32, non-negative; a row need not sum to 1.
         """
         width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
         ids, probs, offsets = _ragged(ids, probs, offsets)
         rows = offsets.numel() - 1
         _check_temperatures((temperature,))
-        _check_shapes(tails, shape, shapes, rows, int(vocab_size))
-        if not ids.device == shape.device == shapes.device:
-            raise ValueError(f"ids are on {ids.device}, shape on {shape.device}, shapes on {shapes.device}")
+        _check_prototypes(tails, prototype_ids, prototypes, rows, int(vocab_size))
+        if not ids.device == prototype_ids.device == prototypes.device:
+            raise ValueError(
+                f"ids are on {ids.device}, prototype_ids on {prototype_ids.device}, prototypes on {prototypes.device}"
+            )
         return cls(
             "prototype",
             int(vocab_size),
@@ -162,8 +166,8 @@ class SoftLabels:
             tails.float()[None],
             _check_present(present, rows),
             width,
-            shape.long(),
-            shapes,
+            prototype_ids.long(),
+            prototypes,
         )
 
     @classmethod
@@ -212,15 +216,15 @@ class SoftLabels:
 
     @classmethod
     def cat(cls, parts: Sequence[SoftLabels]) -> SoftLabels:
-        """Concatenate along rows; kinds, vocabularies, temperatures and tables of shapes must agree."""
+        """Concatenate along rows; kinds, vocabularies, temperatures and tables of prototypes must agree."""
         if not parts:
             raise ValueError("SoftLabels.cat needs at least one part")
         first = parts[0]
         for part in parts[1:]:
             if (part.kind, part.vocab_size, part.temperatures) != (first.kind, first.vocab_size, first.temperatures):
                 raise ValueError(f"cannot concatenate {first!r} with {part!r}: kind, vocabulary or temperatures differ")
-            if not same_table(part.shapes, first.shapes):
-                raise ValueError(f"cannot concatenate {first!r} with {part!r}: their tables of shapes differ")
+            if not same_table(part.prototypes, first.prototypes):
+                raise ValueError(f"cannot concatenate {first!r} with {part!r}: their tables of prototypes differ")
             if part.head is not first.head:
                 raise ValueError(f"cannot concatenate {first!r} with {part!r}: their heads are not the same object")
         present = None
@@ -233,7 +237,7 @@ class SoftLabels:
         tails = None if first.tails is None else torch.cat([part._tails() for part in parts], dim=1)
         ids = torch.cat([part._ids() for part in parts])
         width = first.width if all(part.width == first.width for part in parts) else None
-        shape = None if first.shape is None else torch.cat([part._shape() for part in parts])
+        prototype_ids = None if first.prototype_ids is None else torch.cat([part._prototype_ids() for part in parts])
         return replace(
             first,
             values=values,
@@ -242,7 +246,7 @@ class SoftLabels:
             tails=tails,
             present=present,
             width=width,
-            shape=shape,
+            prototype_ids=prototype_ids,
         )
 
     # ---- rows ---------------------------------------------------------------------------------------------------
@@ -257,12 +261,12 @@ class SoftLabels:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftLabels:
         """The same labels on another device."""
         moved = self._map(lambda x: x.to(device, non_blocking=non_blocking))
-        return moved if self.shapes is None else replace(moved, shapes=table_on(self.shapes, moved.device))
+        return moved if self.prototypes is None else replace(moved, prototypes=table_on(self.prototypes, moved.device))
 
     def pin_memory(self) -> SoftLabels:
         """The same labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this.
 
-        A table of shapes stays where it is: a copy per batch would cost more than the batch.
+        A table of prototypes stays where it is: a copy per batch would cost more than the batch.
         """
         return self._map(lambda x: x.pin_memory())
 
@@ -277,7 +281,7 @@ class SoftLabels:
             offsets=optional(self.offsets),
             tails=optional(self.tails),
             present=optional(self.present),
-            shape=optional(self.shape),
+            prototype_ids=optional(self.prototype_ids),
         )
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> SoftLabels:
@@ -292,9 +296,11 @@ class SoftLabels:
         entries = shift + torch.arange(shift.numel(), device=self.device)
         tails = None if self.tails is None else self.tails[:, index]
         ids = self._ids()[entries]
-        shape = None if self.shape is None else self.shape[index]
+        prototype_ids = None if self.prototype_ids is None else self.prototype_ids[index]
         values = self.values[entries]
-        return replace(self, values=values, ids=ids, offsets=offsets, tails=tails, present=present, shape=shape)
+        return replace(
+            self, values=values, ids=ids, offsets=offsets, tails=tails, present=present, prototype_ids=prototype_ids
+        )
 
     # ---- what a loss takes ----------------------------------------------------------------------------------------
 
@@ -360,9 +366,9 @@ class SoftLabels:
 
     def __repr__(self) -> str:
         entries = "" if self.ids is None else f", entries={self.values.numel()}"
-        shapes = "" if self.shapes is None else f", shapes={len(self.shapes)}"
+        prototypes = "" if self.prototypes is None else f", prototypes={len(self.prototypes)}"
         return (
-            f"SoftLabels({self.kind}, rows={len(self)}, vocab_size={self.vocab_size}{entries}{shapes}, "
+            f"SoftLabels({self.kind}, rows={len(self)}, vocab_size={self.vocab_size}{entries}{prototypes}, "
             f"temperatures={self.temperatures})"
         )
 
@@ -380,9 +386,9 @@ class SoftLabels:
         assert self.tails is not None
         return self.tails
 
-    def _shape(self) -> Tensor:
-        assert self.shape is not None
-        return self.shape
+    def _prototype_ids(self) -> Tensor:
+        assert self.prototype_ids is not None
+        return self.prototype_ids
 
     def _counts(self) -> Tensor:
         offsets = self._offsets()
@@ -450,19 +456,19 @@ def _check_present(present: Tensor | None, rows: int) -> Tensor | None:
     return present
 
 
-def _check_shapes(tails: Tensor, shape: Tensor, shapes: Tensor, rows: int, vocab_size: int) -> None:
+def _check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, rows: int, vocab_size: int) -> None:
     if tails.shape != (rows,):
         raise ValueError(f"tails must be ({rows},) log-masses, got {tuple(tails.shape)}")
-    if shape.is_floating_point() or shape.dtype == torch.bool:
-        raise TypeError(f"shape must hold integers, got {shape.dtype}")
-    if shape.shape != (rows,):
-        raise ValueError(f"shape must name one row of shapes for each of {rows} rows, got {tuple(shape.shape)}")
-    if shapes.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"shapes must be float32 or bfloat16 probabilities, got {shapes.dtype}")
-    if shapes.dim() != 2 or shapes.shape[1] != vocab_size or not shapes.is_contiguous():
+    if prototype_ids.is_floating_point() or prototype_ids.dtype == torch.bool:
+        raise TypeError(f"prototype_ids must be integers, got {prototype_ids.dtype}")
+    if prototype_ids.shape != (rows,):
+        raise ValueError(f"prototype_ids must be ({rows},), a row of prototypes each, got {tuple(prototype_ids.shape)}")
+    if prototypes.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"prototypes must be float32 or bfloat16 probabilities, got {prototypes.dtype}")
+    if prototypes.dim() != 2 or prototypes.shape[1] != vocab_size or not prototypes.is_contiguous():
         raise ValueError(
-            f"shapes must be a contiguous (S, {vocab_size}) table, got {tuple(shapes.shape)} with strides "
-            f"{shapes.stride()}"
+            f"prototypes must be a contiguous (S, {vocab_size}) table, got {tuple(prototypes.shape)} with strides "
+            f"{prototypes.stride()}"
         )
 
 

@@ -192,17 +192,20 @@ def _check_entries(labels: SoftLabels, columns: int) -> None:
             f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
             f"{int(ids.max())}"
         )
-    if labels.shapes is not None:
-        _check_shapes(labels._shape(), labels.shapes)
+    if labels.prototypes is not None:
+        _check_prototypes(labels._prototype_ids(), labels.prototypes)
     row = torch.repeat_interleave(torch.arange(len(labels), device=ids.device), labels._counts())
     if torch.unique(row * labels.vocab_size + ids).numel() != ids.numel():
         raise ValueError("soft labels must name a token once per row, got a token twice")
 
 
-def _check_shapes(shape: Tensor, shapes: Tensor) -> None:
-    if bool(((shape < 0) | (shape >= len(shapes))).any()):
+def _check_prototypes(prototype_ids: Tensor, prototypes: Tensor) -> None:
+    if bool(((prototype_ids < 0) | (prototype_ids >= len(prototypes))).any()):
         raise ValueError(
-            f"soft labels must name shapes in [0, {len(shapes)}), got {int(shape.min())} to {int(shape.max())}"
+            f"soft labels must name prototypes in [0, {len(prototypes)}), got {int(prototype_ids.min())} to "
+            f"{int(prototype_ids.max())}"
         )
-    if not bool(((shapes >= 0) & (shapes < math.inf)).all()):
-        raise ValueError(f"shapes must be finite and not negative, got {float(shapes.min())} to {float(shapes.max())}")
+    if not bool(((prototypes >= 0) & (prototypes < math.inf)).all()):
+        raise ValueError(
+            f"prototypes must be finite and not negative, got {float(prototypes.min())} to {float(prototypes.max())}"
+        )

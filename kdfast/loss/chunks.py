@@ -81,10 +81,10 @@ class SparseRows:
         """Offsets stay what they are: the entries of all rows are there, and nobody waits for where some begin."""
         all_rows, rows = self.labels, slice(first, last)
         tail = None if all_rows.tail is None else all_rows.tail[rows]
-        background = all_rows.background
-        if background is not None:
-            background = background._replace(shape=background.shape[rows])
-        return all_rows._replace(offsets=all_rows.offsets[first : last + 1], tail=tail, background=background)
+        tail_prototypes = all_rows.tail_prototypes
+        if tail_prototypes is not None:
+            tail_prototypes = tail_prototypes._replace(prototype_ids=tail_prototypes.prototype_ids[rows])
+        return all_rows._replace(offsets=all_rows.offsets[first : last + 1], tail=tail, tail_prototypes=tail_prototypes)
 
 
 TeacherRows = LogitRows | HeadRows | SparseRows

@@ -311,9 +311,11 @@ def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: N
 def _sparse(teacher: SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> ops.SparseTeacher:
     weights, tail = teacher.at(tau_t)
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
-    background = None if teacher.shapes is None else ops.Background(teacher._shape(), teacher.shapes, div)
+    tail_prototypes = (
+        None if teacher.prototypes is None else ops.TailPrototypes(teacher._prototype_ids(), teacher.prototypes, div)
+    )
     return ops.SparseTeacher(
-        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl", background
+        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl", tail_prototypes
     )
 
 

@@ -21,7 +21,7 @@ from kdfast.divergences import Divergence
 from kdfast.kernels import cluster
 from kdfast.loss import reference
 
-__all__ = ["Background", "DenseTeacher", "SparseTeacher", "Teacher", "Truth", "row_loss", "row_loss_fused"]
+__all__ = ["DenseTeacher", "SparseTeacher", "TailPrototypes", "Teacher", "Truth", "row_loss", "row_loss_fused"]
 __all__ += ["row_loss_inplace", "scaled_once"]
 
 _KINDS: tuple[str, ...] = _C.divergences()
@@ -46,11 +46,11 @@ class DenseTeacher(NamedTuple):
         return (self.logits, coef, *truth[:3], *numbers, self.divergence.standardize, truth.want_parts)
 
 
-class Background(NamedTuple):
+class TailPrototypes(NamedTuple):
     """What the tail of every row looks like, and the divergence from the whole distribution that this makes."""
 
-    shape: Tensor  # (rows,) int64
-    shapes: Tensor  # (S, vocab)
+    prototype_ids: Tensor  # (rows,) int64
+    prototypes: Tensor  # (S, vocab)
     divergence: Divergence
 
 
@@ -60,16 +60,16 @@ class SparseTeacher(NamedTuple):
     offsets: Tensor  # (rows + 1,) int64
     tail: Tensor | None  # (rows,) log-mass
     vocab: int
-    subtract_entropy: bool  # without a background: forward KL rather than soft cross-entropy
-    background: Background | None = None
+    subtract_entropy: bool  # without prototypes: forward KL rather than soft cross-entropy
+    tail_prototypes: TailPrototypes | None = None
     op: str = "sparse_rows"
 
     def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
         div = Divergence.of("forward_kl" if self.subtract_entropy else "soft_ce")
-        shape = shapes = None
-        if self.background is not None:
-            shape, shapes, div = self.background
-        return (*self[:5], shape, shapes, *_numbers(div), coef, *truth)
+        prototype_ids = prototypes = None
+        if self.tail_prototypes is not None:
+            prototype_ids, prototypes, div = self.tail_prototypes
+        return (*self[:5], prototype_ids, prototypes, *_numbers(div), coef, *truth)
 
 
 Teacher = DenseTeacher | SparseTeacher
@@ -308,10 +308,10 @@ def _reference_sparse(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
     call = SparseCall(*arguments)
     labels = reference.Labels(call.label, _flat(call.label_probs), call.smoothing)
     entries, divergence = call[:3], _divergence(call.kind, call.a, call.b, call.scale)
-    if call.shape is not None and call.shapes is not None and call.tail is not None:
-        background = reference.Background(call.shape, call.shapes)
-        loss, parts = reference.background_rows(
-            _rows(student), *entries, call.tail, background, call.coef, labels, divergence
+    if call.prototype_ids is not None and call.prototypes is not None and call.tail is not None:
+        tail_prototypes = reference.TailPrototypes(call.prototype_ids, call.prototypes)
+        loss, parts = reference.prototype_rows(
+            _rows(student), *entries, call.tail, tail_prototypes, call.coef, labels, divergence
         )
     else:
         keep = divergence.name == "forward_kl"

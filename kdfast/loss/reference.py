@@ -18,7 +18,7 @@ from torch import Tensor
 from kdfast.divergences import Divergence
 from kdfast.loss.vocabulary import WHOLE, Vocabulary
 
-__all__ = ["Background", "Labels", "Parts", "background_rows", "dense_rows", "sparse_rows"]
+__all__ = ["Labels", "Parts", "TailPrototypes", "dense_rows", "prototype_rows", "sparse_rows"]
 
 
 class Labels(NamedTuple):
@@ -112,43 +112,43 @@ class _Entries(NamedTuple):
         return torch.cat([self.id, self.id.new_full((1,), -1)])[first]
 
 
-class Background(NamedTuple):
-    """What the tail of a sparse row looks like: a row of a table of non-negative shapes."""
+class TailPrototypes(NamedTuple):
+    """What the tail of a sparse row looks like: a row of a table of non-negative prototypes."""
 
-    shape: Tensor  # (rows,) int64, each row's row of `shapes`
-    shapes: Tensor  # (S, V_t)
+    prototype_ids: Tensor  # (rows,) int64, each row's row of `prototypes`
+    prototypes: Tensor  # (S, V_t)
 
 
-def background_rows(
+def prototype_rows(
     student: Tensor,
     ids: Tensor,
     weights: Tensor,
     offsets: Tensor,
     tail: Tensor,
-    background: Background,
+    tail_prototypes: TailPrototypes,
     coef: Tensor,
     labels: Labels,
     divergence: Divergence,
     v: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Parts]:
-    """Per-row loss against K (id, weight) entries and a tail of (rows,) log-mass spread like a shape.
+    """Per-row loss against K (id, weight) entries and a tail of (rows,) log-mass spread like its row's prototype.
 
     The same as against the logits log p of the whole distribution, at teacher temperature 1.
     """
     entries = _Entries.of(ids, weights.to(coef.dtype), offsets)
-    p = _expand(entries, tail.to(coef.dtype), background, student.shape[1], v)
+    p = _expand(entries, tail.to(coef.dtype), tail_prototypes, student.shape[1], v)
     coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
     return dense_rows(student, p.log(), coef, labels, divergence, v)
 
 
-def _expand(entries: _Entries, tail: Tensor, background: Background, columns: int, v: Vocabulary) -> Tensor:
-    """Distributions over the teacher's columns, up to a factor; NaN where an id or a shape is out of range."""
-    index, shapes = background
-    missing = (index < 0) | (index >= shapes.shape[0])
-    last = shapes.shape[1] if v.columns is None else v.first + columns
-    rest = shapes[index.masked_fill(missing, 0), v.first : last].to(tail.dtype)
+def _expand(entries: _Entries, tail: Tensor, tail_prototypes: TailPrototypes, columns: int, v: Vocabulary) -> Tensor:
+    """Distributions over the teacher's columns, up to a factor; NaN where an id or a prototype is out of range."""
+    index, prototypes = tail_prototypes
+    missing = (index < 0) | (index >= prototypes.shape[0])
+    last = prototypes.shape[1] if v.columns is None else v.first + columns
+    rest = prototypes[index.masked_fill(missing, 0), v.first : last].to(tail.dtype)
     row, column, w = entries
-    outside = (column < 0) | (column >= (v.columns or min(columns, shapes.shape[1])))
+    outside = (column < 0) | (column >= (v.columns or min(columns, prototypes.shape[1])))
     bad = missing.index_put((row[outside],), missing.new_ones(()))
     here = (column >= v.first) & (column < last)
     place = row[here], column[here] - v.first

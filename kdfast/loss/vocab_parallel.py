@@ -41,12 +41,14 @@ def _rows(
     if isinstance(teacher, ops.DenseTeacher):
         return reference.dense_rows(logits, teacher.logits[0], coef, labels, teacher.divergence, shard)
     entries = teacher.ids, teacher.weights, teacher.offsets
-    if teacher.background is None or teacher.tail is None:
+    if teacher.tail_prototypes is None or teacher.tail is None:
         width, keep = logits.shape[1], teacher.subtract_entropy
         return reference.sparse_rows(logits, *entries, teacher.tail, width, coef, labels, keep, shard)
-    background = reference.Background(teacher.background.shape, teacher.background.shapes)
-    divergence = teacher.background.divergence
-    return reference.background_rows(logits, *entries, teacher.tail, background, coef, labels, divergence, shard)
+    tail_prototypes = reference.TailPrototypes(
+        teacher.tail_prototypes.prototype_ids, teacher.tail_prototypes.prototypes
+    )
+    divergence = teacher.tail_prototypes.divergence
+    return reference.prototype_rows(logits, *entries, teacher.tail, tail_prototypes, coef, labels, divergence, shard)
 
 
 def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head | SoftLabels:

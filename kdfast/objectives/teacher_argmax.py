@@ -78,6 +78,6 @@ def _classes(labels: SoftLabels) -> Tensor:
             "class; topk, prototype, dense and hidden labels have it"
         )
     best = _Entries.of(labels._ids(), labels.values, labels._offsets()).best(len(labels))
-    if labels.shapes is None:
+    if labels.prototypes is None:
         return best
-    return torch.where(best < 0, labels.shapes.argmax(-1)[labels._shape()], best)
+    return torch.where(best < 0, labels.prototypes.argmax(-1)[labels._prototype_ids()], best)

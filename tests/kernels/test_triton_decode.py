@@ -12,18 +12,18 @@ pytest.importorskip("triton")
 from kdfast.cache import CacheCorruptError, PackedLabels, codecs
 from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.read.decoder import Decoder
-from support.entry_checks import VOCAB, learned, make_logits, make_shapes
+from support.entry_checks import VOCAB, learned, make_logits, make_prototypes
 from support.triton_device import DEVICE
 
 CODECS = {
     "one draw": ("sample", {"draws": 1}),
     "sample": ("sample", {"draws": 12}),
-    "sample by shape": ("sample", {"draws": 12, "shapes": make_shapes()}),
+    "sample by shape": ("sample", {"draws": 12, "prototypes": make_prototypes()}),
     "threshold": ("threshold", {"tau": 0.1}),
-    "threshold by shape": ("threshold", {"tau": 0.2, "steps": 64, "shapes": make_shapes()}),
-    "shapes alone": ("prototype", {"k": 0, "shapes": make_shapes()}),
-    "prototype": ("prototype", {"k": 1, "shapes": make_shapes()}),
-    "fine prototype": ("prototype", {"k": 5, "tail_step": 0.01, "share_step": 0.01, "shapes": make_shapes()}),
+    "threshold by shape": ("threshold", {"tau": 0.2, "steps": 64, "prototypes": make_prototypes()}),
+    "prototypes alone": ("prototype", {"k": 0, "prototypes": make_prototypes()}),
+    "prototype": ("prototype", {"k": 1, "prototypes": make_prototypes()}),
+    "fine prototype": ("prototype", {"k": 5, "tail_step": 0.01, "share_step": 0.01, "prototypes": make_prototypes()}),
 }
 
 

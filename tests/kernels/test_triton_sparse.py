@@ -118,7 +118,7 @@ def test_bad_ids_and_offsets_make_their_own_row_nan(divergence):
 def test_nan_reaches_its_row_only(where):
     table = shaped.make_table(310, torch.float32)
     teacher = shaped.make_teacher(300, 310, Divergence("forward_kl"), counts=[2, 2, 2], table=table)
-    teacher.background.shape[:] = torch.tensor([0, 1, 2])
+    teacher.tail_prototypes.prototype_ids[:] = torch.tensor([0, 1, 2])
     student = torch.randn(3, 300)
     free = next(j for j in range(300) if j not in teacher.ids)
     targets = {
@@ -127,7 +127,7 @@ def test_nan_reaches_its_row_only(where):
         "shape beyond": (table, (1, 309), math.inf),
         "tail": (teacher.tail, 1, math.nan),
         "weight": (teacher.weights, 2, math.nan),
-        "index": (teacher.background.shape, 1, 3),
+        "index": (teacher.tail_prototypes.prototype_ids, 1, 3),
     }
     tensor, index, value = targets[where]
     tensor[index] = value

@@ -1,4 +1,4 @@
-"""Labels whose tail has a shape: the sparse row op with a background against the oracle in float64, gradients first."""
+"""Labels whose tails are prototypes: the sparse row op against the oracle in float64, gradients first."""
 
 import math
 
@@ -116,8 +116,8 @@ def test_rows_without_a_distribution_or_a_student_are_zero(divergence):
     student[0] = -math.inf
     teacher = make_teacher(40, 40, divergence, counts=[2, 0, 0, 2], table=make_table(40, count=2))
     teacher.tail[1] = -math.inf  # nothing at all
-    teacher.background.shapes[1] = 0.0
-    teacher.background.shape[:] = torch.tensor([0, 0, 1, 1])  # no shape to spread in; in row 3 the entries take all
+    teacher.tail_prototypes.prototypes[1] = 0.0
+    teacher.tail_prototypes.prototype_ids[:] = torch.tensor([0, 0, 1, 1])  # a prototype of no mass
     labels, coef = Labels(torch.zeros(4, dtype=torch.long)), torch.ones(5, 4)
     loss, grad, _ = run(student, teacher, coef, labels)
     coef[2, :3] = 0.0
@@ -139,7 +139,7 @@ def test_shapes_below_the_normal_range_and_far_apart():
 
 
 def test_logits_far_from_zero():
-    """The sums over the background are taken relative to each tile's origin."""
+    """The sums over a prototype are taken relative to each tile's origin."""
     for divergence in DIVERGENCES:
         teacher = make_teacher(2100, 2100, divergence)
         student = torch.randn(ROWS, 2100).half().float() + 3e4
@@ -148,12 +148,12 @@ def test_logits_far_from_zero():
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES[:3], jsd(0.5)], ids=str)
 def test_bad_rows_are_nan_and_touch_nothing_else(divergence):
-    for name, bad in [("ids", -1), ("ids", 1000), ("ids", 2**31 - 1), ("shape", -1), ("shape", 3), ("shape", 2**62)]:
+    for name, bad in [*(("ids", i) for i in (-1, 1000, 2**31 - 1)), *(("prototype_ids", i) for i in (-1, 3, 2**62))]:
         teacher = make_teacher(1000, 1020, divergence, counts=[2, 2, 2])
         if name == "ids":
             teacher.ids[2] = bad
         else:
-            teacher.background.shape[1] = bad
+            teacher.tail_prototypes.prototype_ids[1] = bad
         labels = Labels(torch.zeros(3, dtype=torch.long))
         loss, grad, _ = run(torch.randn(3, 1000), teacher, torch.ones(5, 3), labels)
         assert torch.equal(loss.isnan(), torch.tensor([False, True, False]))
@@ -170,7 +170,7 @@ def test_bad_rows_are_nan_and_touch_nothing_else(divergence):
 def test_nan_propagates_to_its_row(divergence, where):
     table = make_table(1030, torch.float32)
     teacher = make_teacher(1000, 1030, divergence, counts=[2, 2, 2], table=table)
-    teacher.background.shape[:] = torch.tensor([0, 1, 2])
+    teacher.tail_prototypes.prototype_ids[:] = torch.tensor([0, 1, 2])
     student = torch.randn(3, 1000)
     free = next(j for j in range(1000) if j not in teacher.ids)
     targets = {
@@ -206,7 +206,7 @@ def expand(labels, temperature):
     p = torch.zeros(len(labels), labels.vocab_size, dtype=torch.float64)
     for i in range(len(labels)):
         entries = slice(int(labels.offsets[i]), int(labels.offsets[i + 1]))
-        p[i] = labels.shapes[labels.shape[i]].double()
+        p[i] = labels.prototypes[labels.prototype_ids[i]].double()
         p[i, labels.ids[entries].long()] = 0.0
         if p[i].any():
             p[i] *= tail[i].double().exp() / p[i].sum()
@@ -278,7 +278,7 @@ def test_compiles_without_breaks(ragged):
     torch._dynamo.reset()
     labels = make_labels(6, 50, 5)
     if ragged:
-        labels = SoftLabels.cat([labels[:3], make_labels(3, 50, 2, table=labels.shapes)])
+        labels = SoftLabels.cat([labels[:3], make_labels(3, 50, 2, table=labels.prototypes)])
     student = torch.randn(6, 50)
     for divergence in ("forward_kl", "reverse_kl"):
         step = torch.compile(
@@ -355,26 +355,26 @@ def test_no_rows_and_no_shapes():
 def test_rows_share_the_table():
     labels = make_labels(6, 20, 3)
     both = SoftLabels.cat([labels[:2], labels[torch.tensor([5, 2])]])
-    assert both.shapes is labels.shapes
-    assert torch.equal(both.shape, labels.shape[[0, 1, 5, 2]])
+    assert both.prototypes is labels.prototypes
+    assert torch.equal(both.prototype_ids, labels.prototype_ids[[0, 1, 5, 2]])
     assert torch.equal(both.at(1.0)[0].view(4, 3), labels.at(1.0)[0].view(6, 3)[[0, 1, 5, 2]])
-    assert labels.to("cpu").shapes is labels.shapes
-    assert labels.to("meta").shapes is labels[:1].to("meta").shapes
-    assert repr(labels) == "SoftLabels(prototype, rows=6, vocab_size=20, entries=18, shapes=3, temperatures=(1.0,))"
+    assert labels.to("cpu").prototypes is labels.prototypes
+    assert labels.to("meta").prototypes is labels[:1].to("meta").prototypes
+    assert repr(labels) == "SoftLabels(prototype, rows=6, vocab_size=20, entries=18, prototypes=3, temperatures=(1.0,))"
 
 
 def test_a_table_that_changed_is_moved_again():
     labels = make_labels(6, 20, 3)
-    first = labels.to("meta").shapes
-    labels.shapes.mul_(2)
-    assert labels.to("meta").shapes is not first
+    first = labels.to("meta").prototypes
+    labels.prototypes.mul_(2)
+    assert labels.to("meta").prototypes is not first
 
 
 def test_equal_tables_concatenate_and_others_do_not():
     a, b = make_labels(2, 20, 3), make_labels(2, 20, 3)
-    copy = make_labels(2, 20, 3, table=a.shapes.clone())
+    copy = make_labels(2, 20, 3, table=a.prototypes.clone())
     assert len(SoftLabels.cat([a, copy])) == 4
-    with pytest.raises(ValueError, match="their tables of shapes differ"):
+    with pytest.raises(ValueError, match="their tables of prototypes differ"):
         SoftLabels.cat([a, b])
 
 
@@ -385,7 +385,7 @@ def test_entries_and_tail_are_a_distribution():
     assert torch.allclose(weights[0] / weights[1], labels.values[0] / labels.values[1])
     ids = torch.tensor([[0, 1], [2, 3]])
     impossible = SoftLabels.prototype(
-        ids, torch.zeros(2, 2), torch.tensor([-0.5, 0.0]), torch.zeros(2).int(), labels.shapes, vocab_size=30
+        ids, torch.zeros(2, 2), torch.tensor([-0.5, 0.0]), torch.zeros(2).int(), labels.prototypes, vocab_size=30
     )
     assert (impossible.at(1.0)[0] == 0.0).all()
     assert kd_loss(torch.randn(2, 30), impossible, divergence="reverse_kl") == math.inf
@@ -396,18 +396,26 @@ IDS, PROBS, TAILS = torch.tensor([[0, 3], [1, 2]]), torch.full((2, 2), 0.1), tor
 TABLE = torch.full((3, 7), 0.125)
 
 
-def prototype(ids=IDS, probs=PROBS, tails=TAILS, shape=IDS[1], shapes=TABLE, **options):
-    return SoftLabels.prototype(ids, probs, tails, shape, shapes, **{"vocab_size": 7, **options})
+def prototype(ids=IDS, probs=PROBS, tails=TAILS, prototype_ids=IDS[1], prototypes=TABLE, **options):
+    return SoftLabels.prototype(ids, probs, tails, prototype_ids, prototypes, **{"vocab_size": 7, **options})
 
 
 ERRORS = {
     "tails": (lambda: prototype(tails=TAILS[None]), ValueError, r"tails must be \(2,\) log-masses, got \(1, 2\)"),
-    "shape type": (lambda: prototype(shape=TAILS), TypeError, "shape must hold integers, got torch.float32"),
-    "shape rows": (lambda: prototype(shape=IDS), ValueError, r"each of 2 rows, got \(2, 2\)"),
-    "table type": (lambda: prototype(shapes=TABLE.half()), TypeError, "float32 or bfloat16 .*got torch.float16"),
-    "table width": (lambda: prototype(shapes=TABLE[:, :6]), ValueError, r"\(S, 7\) table, got \(3, 6\)"),
-    "table strides": (lambda: prototype(shapes=TABLE.t().contiguous().t()), ValueError, r"with strides \(1, 3\)"),
-    "devices": (lambda: prototype(shapes=TABLE.to("meta")), ValueError, "ids are on cpu, .* shapes on meta"),
+    "shape type": (
+        lambda: prototype(prototype_ids=TAILS),
+        TypeError,
+        "prototype_ids must be integers, got torch.float32",
+    ),
+    "shape rows": (
+        lambda: prototype(prototype_ids=IDS),
+        ValueError,
+        r"must be \(2,\), a row of prototypes each, got \(2, 2\)",
+    ),
+    "table type": (lambda: prototype(prototypes=TABLE.half()), TypeError, "float32 or bfloat16 .*got torch.float16"),
+    "table width": (lambda: prototype(prototypes=TABLE[:, :6]), ValueError, r"\(S, 7\) table, got \(3, 6\)"),
+    "table strides": (lambda: prototype(prototypes=TABLE.t().contiguous().t()), ValueError, r"with strides \(1, 3\)"),
+    "devices": (lambda: prototype(prototypes=TABLE.to("meta")), ValueError, "ids are on cpu, .* prototypes on meta"),
     "temperature": (lambda: prototype(temperature=-1.0), ValueError, "temperatures must be positive"),
     "not held": (
         lambda: kd_loss(torch.randn(2, 7), prototype(), temperature=2.0),
@@ -437,9 +445,9 @@ def test_named_error(case):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (prototype(shape=torch.tensor([0, 3])), r"shapes in \[0, 3\), got 0 to 3"),
-        (prototype(shapes=-TABLE), "shapes must be finite and not negative, got -0.125 to -0.125"),
-        (prototype(shapes=TABLE / 0), "shapes must be finite and not negative, got inf to inf"),
+        (prototype(prototype_ids=torch.tensor([0, 3])), r"prototypes in \[0, 3\), got 0 to 3"),
+        (prototype(prototypes=-TABLE), "prototypes must be finite and not negative, got -0.125 to -0.125"),
+        (prototype(prototypes=TABLE / 0), "prototypes must be finite and not negative, got inf to inf"),
         (prototype(ids=IDS + 6), r"tokens in \[0, 7\), got 6 to 9"),
     ],
     ids=str,

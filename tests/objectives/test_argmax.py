@@ -23,13 +23,13 @@ def sparse(teacher, k=3):
 
 def kinds(teacher):
     ids, log_probs, tails = sparse(teacher)
-    shape, shapes = torch.zeros(5, dtype=torch.long), torch.full((1, 9), 1 / 9)
+    shape, prototypes = torch.zeros(5, dtype=torch.long), torch.full((1, 9), 1 / 9)
     head = OutputLayer(torch.eye(9))
     return {
         "dense": SoftLabels.dense(teacher),
         "hidden": SoftLabels.hidden(teacher.float(), head),
         "topk": SoftLabels.topk(ids, log_probs, tails, vocab_size=9, temperatures=(2.0,)),
-        "prototype": SoftLabels.prototype(ids, log_probs.exp(), tails, shape, shapes, vocab_size=9),
+        "prototype": SoftLabels.prototype(ids, log_probs.exp(), tails, shape, prototypes, vocab_size=9),
     }
 
 
@@ -82,9 +82,9 @@ def test_rows_that_say_nothing_do_not_count():
 
 
 def test_a_prototype_without_entries_has_its_shapes_argmax():
-    shapes = torch.tensor([[0.1, 0.7, 0.2], [0.6, 0.3, 0.1]])
+    prototypes = torch.tensor([[0.1, 0.7, 0.2], [0.6, 0.3, 0.1]])
     none = torch.empty(2, 0)
-    labels = SoftLabels.prototype(none.long(), none, torch.zeros(2), torch.tensor([1, 0]), shapes, vocab_size=3)
+    labels = SoftLabels.prototype(none.long(), none, torch.zeros(2), torch.tensor([1, 0]), prototypes, vocab_size=3)
     assert teacher_argmax(labels).tolist() == [0, 1]
 
 

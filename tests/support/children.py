@@ -27,7 +27,7 @@ CAPTURES = {
     "topk": {"codec": "topk", "k": 3},
     "sample": {"codec": "sample", "draws": 6},
     "threshold": {"codec": "threshold", "tau": 0.1, "coding": "rows"},
-    "prototype": {"codec": "prototype", "k": 2, "shapes": 2},
+    "prototype": {"codec": "prototype", "k": 2, "prototypes": 2},
 }
 
 

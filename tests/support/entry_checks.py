@@ -1,8 +1,8 @@
-"""Rows, shapes and codecs that the tests of entry codecs share."""
+"""Rows, prototype tables and codecs that the tests of entry codecs share."""
 
 import torch
 
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.prototypes import PrototypeTable
 
 VOCAB = 300
 
@@ -17,9 +17,9 @@ def make_logits(rows, vocab=VOCAB, seed=0, scale=3.0, masked=0.0):
     return z
 
 
-def make_shapes(vocab=VOCAB, count=4, seed=9):
+def make_prototypes(vocab=VOCAB, count=4, seed=9):
     probs = make_logits(count, vocab, seed).softmax(1)
-    return Shapes.of(0.99 * probs + 0.01 / vocab, probs)
+    return PrototypeTable.of(0.99 * probs + 0.01 / vocab, probs)
 
 
 def learned(codec, labels):

@@ -19,7 +19,7 @@ ROWS = 7
 
 
 def make_table(vocab, dtype=torch.bfloat16, count=3):
-    """Shapes over many orders of magnitude, whose rows do not sum to 1."""
+    """Prototypes over many orders of magnitude, whose rows do not sum to 1."""
     return (torch.randn(count, vocab) * 2).exp().div(vocab).to(dtype)
 
 
@@ -34,8 +34,8 @@ def make_teacher(columns, vocab, divergence, counts=None, table=None):
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
     weights = torch.rand(len(ids)) / counts.repeat_interleave(counts) + 1e-4
     table = make_table(vocab) if table is None else table
-    background = ops.Background(torch.randint(0, len(table), (len(counts),)), table, divergence)
-    return ops.SparseTeacher(ids, weights, offsets, torch.rand(len(counts)).log(), vocab, False, background)
+    tail_prototypes = ops.TailPrototypes(torch.randint(0, len(table), (len(counts),)), table, divergence)
+    return ops.SparseTeacher(ids, weights, offsets, torch.rand(len(counts)).log(), vocab, False, tail_prototypes)
 
 
 def coefficients(dtype, tau, rows=ROWS):
@@ -52,9 +52,9 @@ def coefficients(dtype, tau, rows=ROWS):
 
 def oracle(student, teacher, coef, labels):
     leaf = student.detach().clone().requires_grad_()
-    shape, shapes, divergence = teacher.background
-    background = reference.Background(shape, shapes)
+    prototype_ids, prototypes, divergence = teacher.tail_prototypes
+    tail_prototypes = reference.TailPrototypes(prototype_ids, prototypes)
     entries = (teacher.ids, teacher.weights, teacher.offsets, teacher.tail)
-    loss, parts = reference.background_rows(leaf, *entries, background, coef, labels, divergence)
+    loss, parts = reference.prototype_rows(leaf, *entries, tail_prototypes, coef, labels, divergence)
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), grad, parts

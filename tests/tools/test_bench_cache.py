@@ -14,7 +14,7 @@ from kdfast.bench.cache_report import COLUMNS, cells, save_cache
 from kdfast.bench.layouts import LAYOUTS
 from kdfast.bench.quality import distributions, quality
 from kdfast.bench.teacher import Corpus
-from kdfast.cache.selection.learn_shapes import learn_shapes
+from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.labels import SoftLabels
 
 VOCAB, WINDOWS, LENGTH, WIDTH = 500, 6, 100, 16
@@ -24,10 +24,10 @@ NAMES = [
     "sample-23, rows",
     "threshold-.05",
     "topk-16",
-    "sample-50, 256 shapes",
-    "prototype-1, 256 shapes",
-    "prototype-1, 256 shapes, rows",
-    "prototype-1, 1024 shapes",
+    "sample-50, 256 prototypes",
+    "prototype-1, 256 prototypes",
+    "prototype-1, 256 prototypes, rows",
+    "prototype-1, 1024 prototypes",
 ]
 
 
@@ -43,9 +43,9 @@ def corpus():
 @pytest.fixture(scope="module")
 def measured(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
-    # The arms' numbers of shapes are names here: 600 rows do not have 1024 shapes.
+    # The arms' numbers of prototypes are names here: 600 rows do not have 1024 prototypes.
     tables = {
-        count: learn_shapes(lambda: [corpus.logits(slice(0, WINDOWS))], count=count // 16) for count in (256, 1024)
+        count: learn_prototypes(lambda: [corpus.logits(slice(0, WINDOWS))], count=count // 16) for count in (256, 1024)
     }
     arms = [ARMS[name] for name in NAMES]
     rows = measure_ours(corpus, tables, arms, folder, sampled=sampled_rows(corpus, 600), repeats=1)
@@ -73,15 +73,15 @@ def test_noise_of_draws_falls_as_one_over_their_number(corpus, measured):
 
 def test_the_same_labels_whatever_their_bytes(measured):
     rows = measured[1]
-    assert rows["sample-50"].noise == rows["sample-50, 256 shapes"].noise
-    assert rows["prototype-1, 256 shapes"].kl == rows["prototype-1, 256 shapes, rows"].kl
-    assert rows["sample-50"].payload_bytes != rows["sample-50, 256 shapes"].payload_bytes
+    assert rows["sample-50"].noise == rows["sample-50, 256 prototypes"].noise
+    assert rows["prototype-1, 256 prototypes"].kl == rows["prototype-1, 256 prototypes, rows"].kl
+    assert rows["sample-50"].payload_bytes != rows["sample-50, 256 prototypes"].payload_bytes
 
 
 def test_kl_is_of_distributions(measured):
     rows = measured[1]
     assert rows["sample-50"].kl is None
-    assert 0 < rows["prototype-1, 256 shapes"].kl < 5
+    assert 0 < rows["prototype-1, 256 prototypes"].kl < 5
     assert rows["topk-16"].kl_of == "tail spread evenly"
     assert cells(rows["topk-16"])[COLUMNS.index("KL")].endswith("*")
 
@@ -93,13 +93,13 @@ def test_distributions_sum_to_one(kind):
         labels = SoftLabels.topk(ids, torch.tensor([[0.25, 0.25], [0.5, 0.25]]).log(), tail.log(), vocab_size=4)
         expected = [[0.25, 0.25, 0.25, 0.25], [0.5, 0.125, 0.25, 0.125]]
     else:
-        shapes = torch.tensor([[0.5, 0.125, 0.25, 0.125]])
+        prototypes = torch.tensor([[0.5, 0.125, 0.25, 0.125]])
         labels = SoftLabels.prototype(
             ids,
             torch.tensor([[0.25, 0.25], [0.5, 0.25]]),
             tail.log(),
             torch.zeros(2, dtype=torch.int64),
-            shapes,
+            prototypes,
             vocab_size=4,
         )
         expected = [[1 / 3, 0.25, 1 / 6, 0.25], [0.5, 0.125, 0.25, 0.125]]
@@ -153,7 +153,7 @@ def test_names_are_told_apart():
 class TestCommand:
     @pytest.fixture
     def teacher(self, tmp_path, monkeypatch):
-        """A file such as ``load_teacher`` makes: two windows more than tables of shapes are learned from."""
+        """A file such as ``load_teacher`` makes: two windows more than tables of prototypes are learned from."""
         monkeypatch.setattr("kdfast.bench.teacher.LEARN_WINDOWS", 4)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(140, (4 + 2, 256), generator=generator)
@@ -170,14 +170,14 @@ class TestCommand:
         return testing.CliRunner().invoke(app, ["bench", "cache", *map(str, arguments)])
 
     def test_from_a_teacher_to_a_table_and_files(self, teacher, tmp_path):
-        arms = "--arm", "sample-10", "--arm", "prototype-1, 256 shapes"
+        arms = "--arm", "sample-10", "--arm", "prototype-1, 256 prototypes"
         few = "--tokens", 600, "--evaluated", 60, "--repeats", 1, "--random-access", 300
         result = self.invoke(
             "--teacher", teacher, *arms, *few, "--out", tmp_path / "out", "--remark", "a loaded machine"
         )
         assert result.exit_code == 0, result.output
         assert (tmp_path / "shapes-256-1.safetensors").exists()
-        for expected in ("sample-10", "prototype-1, 256 shapes", *LAYOUTS, "300 single-row records", "opened in"):
+        for expected in ("sample-10", "prototype-1, 256 prototypes", *LAYOUTS, "300 single-row records", "opened in"):
             assert expected in result.output
         (path,) = (tmp_path / "out").glob("cache-cpu-*.json")
         document = json.loads(path.read_text())

@@ -13,8 +13,8 @@ from torch import nn
 
 from kdfast.cache import codecs
 from kdfast.cache.capture.batches import Fields
-from kdfast.cache.capture.capture_shapes import can_learn, shapes_for
 from kdfast.cache.capture.fingerprint import fingerprint
+from kdfast.cache.capture.prototypes import can_learn, prototypes_for
 from kdfast.cache.format.keys import replica_key
 from kdfast.cache.write.writer import Writer
 from kdfast.divergences import Divergence
@@ -101,7 +101,7 @@ def capture(
         reuse: "refine" or "replicas".
         progress: show a bar with rows per second and the time left.
         options: the codec's and the writer's: ``k``, ``draws``, ``writer``, ``keys``, ``shard_bytes``, ... For
-            ``prototype``, ``shapes`` is a table or how many shapes to learn from the first rows (256): the loader is
+            ``prototype``, ``prototypes`` is a table or how many to learn from the first rows (256): the loader is
             then iterated more than once.
 
     Raises:
@@ -112,16 +112,17 @@ def capture(
     if epochs < 1 or reuse not in ("refine", "replicas"):
         raise ValueError(f'epochs must be positive and reuse "refine" or "replicas", got {epochs} and {reuse!r}')
     fields = Fields(inputs, outputs, key, targets, mask, views)
+    options = codecs.current_options(options)
     if codec == "auto":
-        shapes = "shapes" in options or can_learn(loader)
-        codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, shapes=shapes)
+        prototypes = "prototypes" in options or can_learn(loader)
+        codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
         options = {**chosen, **options}
     if codec == "prototype":
         with evaluating(model):
-            table = shapes_for(
+            table = prototypes_for(
                 path, model, loader, fields, vocab_size=vocab_size, temperature=temperatures[0], options=options
             )
-        options = {**options, "shapes": table}
+        options = {**options, "prototypes": table}
     replicas = epochs if reuse == "replicas" and codec in _REFINED else 1
     if reuse == "refine":
         options = refined(codec, options, epochs)

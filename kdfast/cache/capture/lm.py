@@ -81,7 +81,7 @@ def capture_lm(
     layer = _layer(model)
     size = layer.vocab_size if layer is not None else _vocab_size(model)
     if codec == "auto":
-        codec, chosen, _ = codecs.choose(size, temperatures, divergence, shapes=True)
+        codec, chosen, _ = codecs.choose(size, temperatures, divergence, prototypes=True)
         options = {**chosen, **options}
     runs, outputs = _Causal(model), None
     if codec == "hidden":

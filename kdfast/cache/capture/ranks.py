@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast.cache.capture.capture import CaptureReport
-from kdfast.cache.capture.capture_shapes import LEARN_ROWS
 from kdfast.cache.capture.lm import capture_lm
+from kdfast.cache.capture.prototypes import LEARN_ROWS
 from kdfast.cache.write.salvage import salvage
 
 __all__ = ["Ranks", "capture_share"]
 
 T = TypeVar("T")
-# A process waits as long for the first one, which learns shapes before the others begin.
+# A process waits as long for the first one, which learns prototypes before the others begin.
 PATIENCE = timedelta(hours=12)
 
 
@@ -60,7 +60,7 @@ def capture_share(
             salvage(path, keep=[Ranks(rank, ranks.world).writer for rank in range(ranks.world)])
         wait()
         if ranks.rank == 0 and ranks.world > 1:
-            # One table of shapes for all: who learns it stores some records, and it with them.
+            # One table of prototypes for all: who learns it stores some records, and it with them.
             capture_lm(model, tokenizer, _rows(share, LEARN_ROWS), path, **arguments)
         wait()
         return capture_lm(model, tokenizer, share, path, **arguments)

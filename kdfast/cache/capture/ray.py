@@ -12,11 +12,11 @@ from torch import nn
 
 from kdfast.cache import codecs
 from kdfast.cache.capture.capture import CaptureReport
-from kdfast.cache.capture.capture_shapes import stored_shapes
+from kdfast.cache.capture.prototypes import stored_prototypes
 from kdfast.cache.capture.ranks import Ranks
 from kdfast.cache.errors import CacheError
 from kdfast.cache.format.storage import LocalStorage, open_storage
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.prototypes import PrototypeTable
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -55,11 +55,11 @@ def ray_capture(
     in the same blocks, the same labels to the bit, a row's entries perhaps in another order. For no batch spans two
     blocks, which also means that blocks of few rows make small batches: ``dataset.repartition`` gives others. Which
     worker stores a record, and when, is only the same if the dataset's ``execution_options.preserve_order`` is set. A
-    table of shapes is learned of the records that come first, and is another one if these are.
+    table of prototypes is learned of the records that come first, and is another one if these are.
 
     Args:
         make_teacher: called once in each worker; returns an ``nn.Module`` or any callable.
-        dataset: of one row per record. It is read once more, from the start, if shapes are learned.
+        dataset: of one row per record. It is read once more, from the start, if prototypes are learned.
         path: the cache: a URL that fsspec knows, or a folder that all nodes see. Of a worker that died, the shard that
             it was writing to a URL is found again only by a worker on that node.
         workers: how many. The dataset is read on what they leave of the cluster's CPUs.
@@ -69,7 +69,7 @@ def ray_capture(
         options: ``capture``'s, but ``writer`` and ``progress``; Ray has a bar of its own.
 
     Returns:
-        The sum of the workers' reports. Batches that shapes were learned of are run, and skipped later on.
+        The sum of the workers' reports. Batches that prototypes were learned of are run, and skipped later on.
 
     Raises:
         CacheError: Ray Data is not installed.
@@ -89,7 +89,7 @@ def ray_capture(
     try:
         ray.get([one.prepare.remote() for one in actors])
         reports = []
-        if _learns_shapes(where, **options):
+        if _learns_prototypes(where, **options):
             reports.append(ray.get(actors[0].learn.remote(dataset.iterator())))
         reports += _run(ray, actors, parts)
     finally:
@@ -115,7 +115,7 @@ def _run(ray: Any, actors: list[Any], parts: list[Any]) -> list[CaptureReport]:
     return ray.get(list(running))
 
 
-def _learns_shapes(
+def _learns_prototypes(
     path: str,
     *,
     vocab_size: int,
@@ -126,8 +126,12 @@ def _learns_shapes(
 ) -> bool:
     """Whether this capture begins by learning a table: it takes one, none is given, and none is there."""
     if codec == "auto":
-        codec = codecs.choose(vocab_size, temperatures, divergence, shapes=True).name
-    return codec == "prototype" and not isinstance(others.get("shapes"), Shapes) and stored_shapes(path) is None
+        codec = codecs.choose(vocab_size, temperatures, divergence, prototypes=True).name
+    return (
+        codec == "prototype"
+        and not isinstance(codecs.current_options(others).get("prototypes"), PrototypeTable)
+        and stored_prototypes(path) is None
+    )
 
 
 def _everywhere(path: str | os.PathLike[str]) -> str:

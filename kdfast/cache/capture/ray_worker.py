@@ -43,7 +43,7 @@ class Worker:
         self._teacher = self._make_teacher()
 
     def learn(self, blocks: DataIterator) -> CaptureReport:
-        """Learn a table of shapes from the first records of all, and store these, and with them the table."""
+        """Learn a table of prototypes from the first records of all, and store these, and with them the table."""
         return self._capture(Replayed(batches_of(blocks, self._batch_size)))
 
     def run(self, blocks: DataIterator) -> CaptureReport:

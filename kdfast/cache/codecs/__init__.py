@@ -27,6 +27,7 @@ __all__ = [
     "TopK",
     "choose",
     "create",
+    "current_options",
     "find",
     "register",
     "restore",
@@ -49,6 +50,11 @@ def find(name: str) -> type[Codec]:
     return _registry[name]
 
 
+def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A codec's options under their present names. Before 0.2 ``prototypes`` was called ``shapes``."""
+    return {"prototypes" if name == "shapes" else name: value for name, value in options.items()}
+
+
 def create(name: str, vocab_size: int, temperatures: Sequence[float], options: Mapping[str, Any]) -> Codec:
     """The codec ``name`` with its options. "auto" is the one that ``choose`` names, with the options that it lacks.
 
@@ -56,6 +62,7 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         ValueError: an unknown codec, or an option out of range.
         TypeError: an option that the codec does not have.
     """
+    options = current_options(options)
     if name == "auto":
         name, chosen, _ = choose(vocab_size, temperatures)
         options = {**chosen, **options}

@@ -25,14 +25,14 @@ SMALL_VOCAB = 4096  # up to here whole rows are at most 4 KB
 WITH_SHAPES = Choice(
     "prototype",
     {},
-    "a large vocabulary: the likeliest ids, and for the rest one of a table of typical shapes, train the best student "
+    "a large vocabulary: the likeliest ids, and for the rest one of a table of prototypes, train the best student "
     "per byte, with any divergence but logit_mse; the table takes some MB, whatever the cache's size",
 )
 LARGE_VOCAB = Choice(
     "sample",
     {"draws": 50},
-    "a large vocabulary at temperature 1, and no table of shapes: draws from the teacher are unbiased in a few bytes "
-    "per entry; their gradient is forward KL's, taken as divergence soft_ce",
+    "a large vocabulary at temperature 1, and no table of prototypes: draws from the teacher are unbiased in a few "
+    "bytes per entry; their gradient is forward KL's, taken as divergence soft_ce",
 )
 
 _WHOLE_ROWS = "a small vocabulary: whole rows serve every divergence and temperature, and cost no more than a few draws"
@@ -51,7 +51,7 @@ def choose(
     temperatures: Sequence[float],
     divergence: str | Divergence | None = None,
     *,
-    shapes: bool = False,
+    prototypes: bool = False,
 ) -> Choice:
     """What ``codec="auto"`` stands for.
 
@@ -60,12 +60,12 @@ def choose(
         temperatures: those that the student will be trained at.
         divergence: the student's loss; None stands for forward KL. ``hidden`` comes without its options, ``width`` and
             ``head``, which only the model has (``capture_lm`` gives them).
-        shapes: whether there is a table of shapes, or one can be learned: ``capture`` can, a ``Writer`` cannot.
+        prototypes: whether there is a table of prototypes, or one can be learned: ``capture`` can, a ``Writer`` cannot.
     """
     if vocab_size <= SMALL_VOCAB:
         return Choice("dense", {}, _WHOLE_ROWS)
     wanted = Divergence.of(divergence or "forward_kl")
-    if shapes and len(temperatures) == 1 and _serves("prototype", wanted):
+    if prototypes and len(temperatures) == 1 and _serves("prototype", wanted):
         return WITH_SHAPES
     if not _serves("topk", wanted):
         return Choice("hidden", {}, _STATES)

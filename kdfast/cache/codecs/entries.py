@@ -18,7 +18,7 @@ from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.exact import require_exact
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.labels import SoftLabels
 
 __all__ = ["CODINGS", "EntryCodec", "EntryRows"]
@@ -31,36 +31,43 @@ LEARN_ROWS = 16384
 class EntryRows:
     """Rows as the bit layer takes them. Entries of a row are in ascending order of rank."""
 
-    columns: NDArray[np.int32]  # (rows, columns): the number of entries, the shape if there are shapes, others
+    columns: NDArray[
+        np.int32
+    ]  # (rows, columns): the number of entries, the prototype if there is a table of them, others
     ranks: NDArray[np.int32]  # (entries,)
     values: NDArray[np.int32]  # (entries,)
 
 
 class EntryCodec(Addressable):
-    """Rows of ids with a small integer each. Ids are coded by rank, in one order for all rows or one per shape.
+    """Rows of ids with a small integer each. Ids are coded by rank, in one order for all rows or one per prototype.
 
     Args:
         coding: ``"blocks"`` (entropy-coded, decoded block by block), ``"rows"`` (every row by itself in whole bytes:
             for random access to single rows) or ``"plain"`` (the same in whole bytes per field, without an order).
-        shapes: a table whose orders ids are ranked by.
+        prototypes: a table whose orders ids are ranked by.
     """
 
     def __init__(
-        self, vocab_size: int, temperatures: Sequence[float], *, coding: str = "blocks", shapes: Shapes | None = None
+        self,
+        vocab_size: int,
+        temperatures: Sequence[float],
+        *,
+        coding: str = "blocks",
+        prototypes: PrototypeTable | None = None,
     ) -> None:
         super().__init__(vocab_size, temperatures)
         if len(self.temperatures) != 1:
             raise ValueError(f"it holds one temperature, got {self.temperatures}")
         if coding not in CODINGS:
             raise ValueError(f"coding must be one of {CODINGS}, got {coding!r}")
-        if shapes is not None and shapes.vocab_size != self.vocab_size:
-            raise ValueError(f"the shapes have {shapes.vocab_size} columns, the logits {self.vocab_size}")
-        self.coding, self.shapes = coding, shapes
+        if prototypes is not None and prototypes.vocab_size != self.vocab_size:
+            raise ValueError(f"the prototypes have {prototypes.vocab_size} columns, the logits {self.vocab_size}")
+        self.coding, self.prototypes = coding, prototypes
         self.addressable = coding != "blocks"
         # A row has at least a byte of an index, or a symbol of at most 4095 in 4096: that is 1 / 22,700 byte.
         self.rows_per_byte = 1 if self.addressable else 2**15
         self._bounded: RowBounds | None = None
-        self.learn_rows = 0 if coding == "plain" or (coding == "rows" and shapes is not None) else LEARN_ROWS
+        self.learn_rows = 0 if coding == "plain" or (coding == "rows" and prototypes is not None) else LEARN_ROWS
 
     # ---- what a codec of this kind defines -----------------------------------------------------------------------
 
@@ -87,26 +94,27 @@ class EntryCodec(Addressable):
     # ---- options -------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        return {"coding": self.coding} | ({"shapes": self.shapes.digest} if self.shapes is not None else {})
+        return {"coding": self.coding} | ({"shapes": self.prototypes.digest} if self.prototypes is not None else {})
 
     @classmethod
     def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
         if "shapes" not in config:
             return dict(config)
-        shapes = Shapes.from_bytes(read_asset(f"shapes-{config['shapes']}.safetensors"))
-        if shapes.digest != config["shapes"]:
-            raise ValueError(f"the shapes have the digest {shapes.digest}, expected {config['shapes']}")
-        return {**config, "shapes": shapes}
+        prototypes = PrototypeTable.from_bytes(read_asset(f"shapes-{config['shapes']}.safetensors"))
+        if prototypes.digest != config["shapes"]:
+            raise ValueError(f"the prototypes have the digest {prototypes.digest}, expected {config['shapes']}")
+        others = {name: value for name, value in config.items() if name != "shapes"}
+        return {**others, "prototypes": prototypes}
 
     def assets(self) -> dict[str, bytes]:
-        return {} if self.shapes is None else {self.shapes.file_name: self.shapes.to_bytes()}
+        return {} if self.prototypes is None else {self.prototypes.file_name: self.prototypes.to_bytes()}
 
     # ---- the model -----------------------------------------------------------------------------------------------
 
     def learn(self, labels: SoftLabels) -> bytes:
         assert labels.ids is not None
         classes = None
-        if self.shapes is None:
+        if self.prototypes is None:
             classes = id_classes(labels.ids.numpy(), labels.values.numpy(), self.vocab_size)
         rows = self.to_rows(labels, self._order_of(classes))
         counts = count_symbols(rows.columns, rows.ranks, rows.values, self.total)
@@ -116,7 +124,7 @@ class EntryCodec(Addressable):
         if not self.learn_rows:  # rows coded without statistics
             super().use_model(model)
             return
-        vocab_size = None if self.shapes is not None else self.vocab_size
+        vocab_size = None if self.prototypes is not None else self.vocab_size
         self._statistics = unpack_statistics(model, self.columns, vocab_size)
         self._model = self._statistics.entry_model(self.columns, self.total)
         self.model = model
@@ -126,8 +134,8 @@ class EntryCodec(Addressable):
 
     @cached_property
     def orders(self) -> IdOrder:
-        """Those of the shapes, or without shapes that of the ids themselves: what can be had without a model."""
-        if self.shapes is not None:
+        """The prototypes' orders, or without them that of the ids themselves: what can be had without a model."""
+        if self.prototypes is not None:
             return self._shape_order
         return _ascending(self.vocab_size)
 
@@ -135,18 +143,18 @@ class EntryCodec(Addressable):
     def order(self) -> IdOrder:
         if self.coding == "plain":
             return _ascending(self.vocab_size)
-        return self._order_of(None if self.shapes is not None else self._statistics.classes)
+        return self._order_of(None if self.prototypes is not None else self._statistics.classes)
 
     def _order_of(self, classes: NDArray[np.uint8] | None) -> IdOrder:
-        if self.shapes is not None:
+        if self.prototypes is not None:
             return self._shape_order
         assert classes is not None
         return IdOrder.by_class(classes)
 
     @cached_property
     def _shape_order(self) -> IdOrder:
-        assert self.shapes is not None
-        return IdOrder.of(self.shapes.order)
+        assert self.prototypes is not None
+        return IdOrder.of(self.prototypes.order)
 
     def check(self, labels: SoftLabels) -> None:
         require_exact(self, labels)

@@ -27,18 +27,20 @@ def require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
     ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
     _require_below("ids", ids, codec.vocab_size)
     _require_below("numbers of entries", counts, codec.max_entries + 1)
-    if labels.shape is not None:
-        assert codec.shapes is not None
-        _require_below("shape", labels.shape.numpy(), len(codec.shapes))
-        if not same_table(labels.shapes, codec.shapes.table):
-            raise ValueError(f"the labels refer to another table of shapes than the codec's, {codec.shapes.file_name}")
+    if labels.prototype_ids is not None:
+        assert codec.prototypes is not None
+        _require_below("prototype", labels.prototype_ids.numpy(), len(codec.prototypes))
+        if not same_table(labels.prototypes, codec.prototypes.table):
+            raise ValueError(
+                f"the labels refer to another table of prototypes than the codec's, {codec.prototypes.file_name}"
+            )
     if not bool(labels.values.isfinite().all()):
         raise ValueError(f"{codec.name}: a value is not one that this codec gives: it is not finite")
     rows = codec.to_rows(labels, codec.orders)
     if (rows.columns < 0).any() or (rows.columns >= np.array(codec.column_limits)).any():
         raise ValueError(f"{codec.name}: a row is not one that this codec gives")
     count_symbols(rows.columns, rows.ranks, rows.values, codec.total)  # refuses a token twice and a wrong total
-    which = np.repeat(rows.columns[:, 1], counts) if codec.shapes is not None else np.zeros_like(rows.ranks)
+    which = np.repeat(rows.columns[:, 1], counts) if codec.prototypes is not None else np.zeros_like(rows.ranks)
     levels = rows.values if codec.levels is None else codec.levels[rows.values]
     numbers = (rows.columns, codec.orders.ids[which, rows.ranks], levels)
     back = codec.to_labels(*(torch.from_numpy(x) for x in numbers))

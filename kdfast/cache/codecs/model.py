@@ -1,4 +1,4 @@
-"""The model of an entry codec: the frequencies of its symbols, and the order of ids where no shape gives one."""
+"""The model of an entry codec: the frequencies of its symbols, and the order of ids where no prototype gives one."""
 
 from __future__ import annotations
 

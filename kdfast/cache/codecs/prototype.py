@@ -13,27 +13,27 @@ from torch import Tensor
 
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import Top, threshold, top
-from kdfast.cache.selection.shapes import Shapes
 from kdfast.labels.soft_labels import SoftLabels, table_on
 
 __all__ = ["Prototype"]
 
 CHUNK = 512  # rows at a time
-ASSIGN_TAU = 1 / 512  # a sample so fine finds shapes whose labels' KL is 5e-4 nats above the best ones'
+ASSIGN_TAU = 1 / 512  # a sample so fine finds prototypes whose labels' KL is 5e-4 nats above the best ones'
 REACH = 12.0  # logits of shares and tails are cut to [-REACH, REACH] nats
 
 
 class Prototype(EntryCodec):
-    """The k likeliest ids, the mass of all others, and the number of the shape that these are closest to.
+    """The k likeliest ids, the mass of all others, and the number of the prototype that these are closest to.
 
-    The label is a distribution over the whole vocabulary: the entries, and ``tail mass * shape`` on the rest. The
-    shape is the one whose label is closest to the row in forward KL. Probabilities are rounded: the tail as a logit,
-    the entries as logits of their shares in what the entries before them leave.
+    The label is a distribution over the whole vocabulary: the entries, and ``tail mass * prototype`` on the rest. The
+    prototype is the one whose label is closest to the row in forward KL. Probabilities are rounded: the tail as a
+    logit, the entries as logits of their shares in what the entries before them leave.
 
     Args:
-        shapes: the table, of ``kdfast.cache.learn_shapes``.
-        k: entries per row; 0: the shape alone.
+        prototypes: the table, of ``kdfast.cache.learn_prototypes``.
+        k: entries per row; 0: the prototype alone.
         tail_step: resolution of the tail mass, in nats of its logit.
         share_step: resolution of the entries, likewise.
     """
@@ -46,15 +46,15 @@ class Prototype(EntryCodec):
         vocab_size: int,
         temperatures: Sequence[float],
         *,
-        shapes: Shapes,
+        prototypes: PrototypeTable,
         k: int = 3,
         tail_step: float = 0.5,
         share_step: float = 0.5,
         coding: str = "blocks",
     ) -> None:
-        if not isinstance(shapes, Shapes):
-            raise TypeError(f"shapes must be a kdfast.cache.Shapes, got {type(shapes).__name__}")
-        super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
+        if not isinstance(prototypes, PrototypeTable):
+            raise TypeError(f"prototypes must be a kdfast.cache.PrototypeTable, got {type(prototypes).__name__}")
+        super().__init__(vocab_size, temperatures, coding=coding, prototypes=prototypes)
         if index(k) < 0:
             raise ValueError(f"k must not be negative, got {k}")
         if not (1e-3 <= tail_step <= 2 and 1e-3 <= share_step <= 2):
@@ -70,8 +70,8 @@ class Prototype(EntryCodec):
 
     @property
     def column_limits(self) -> tuple[int, ...]:
-        assert self.shapes is not None
-        return (self.k + 1, len(self.shapes), len(self._tails) + 1)  # the last tail code: there is none
+        assert self.prototypes is not None
+        return (self.k + 1, len(self.prototypes), len(self._tails) + 1)  # the last tail code: there is none
 
     def config(self) -> dict[str, Any]:
         return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
@@ -82,27 +82,27 @@ class Prototype(EntryCodec):
 
     def _select(self, logits: Tensor, first_row: int) -> SoftLabels:
         likeliest = top(logits, temperature=self.temperatures[0], k=self.k)
-        shape = self._assign(logits, first_row, likeliest).cpu().numpy()
+        prototype = self._assign(logits, first_row, likeliest).cpu().numpy()
         probs = likeliest.probs.cpu().numpy()
         kept = probs > 0  # a masked column is no entry
         counts = kept.sum(1)
         flat, mass = likeliest.ids.cpu().numpy()[kept], probs[kept]
-        sort, _ = by_rank(flat, counts, self.order, shape)
+        sort, _ = by_rank(flat, counts, self.order, prototype)
         # So much below the others an entry would be rounded away, and the product of many such shares underflow.
         floor = np.repeat(_sums(mass, counts), counts) * np.exp(-REACH)
         values = _nearest(self._shares, _logits_of_shares(np.maximum(mass, floor)[sort], counts), _last(counts))
         tail = self._tail_code(likeliest.rest.cpu().numpy(), mass, counts)
-        columns = np.stack([counts, shape, tail], 1).astype(np.int32)
+        columns = np.stack([counts, prototype, tail], 1).astype(np.int32)
         return self.to_labels(*(torch.from_numpy(x) for x in (columns, flat[sort], values)))
 
     def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
-        """(rows,): each row's shape."""
-        assert self.shapes is not None
+        """(rows,): each row's prototype."""
+        assert self.prototypes is not None
         temperature = self.temperatures[0]
         if logits.device.type == "cpu":
             drawn = threshold(logits, temperature=temperature, tau=ASSIGN_TAU, seed=0, first_row=first_row)
-            return self.shapes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
-        return self.shapes.assign((logits.float() / temperature).softmax(1), likeliest.ids.long())
+            return self.prototypes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
+        return self.prototypes.assign((logits.float() / temperature).softmax(1), likeliest.ids.long())
 
     def _tail_code(self, tail: NDArray[np.float64], mass: NDArray[np.float64], counts: NDArray[np.int64]) -> Any:
         head = _sums(mass, counts)
@@ -114,18 +114,18 @@ class Prototype(EntryCodec):
         assert labels.ids is not None
         assert labels.offsets is not None
         assert labels.tails is not None
-        assert labels.shape is not None
+        assert labels.prototype_ids is not None
         ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
-        shape = labels.shape.numpy()
-        sort, ranks = by_rank(ids, counts, order, shape)
+        prototype = labels.prototype_ids.numpy()
+        sort, ranks = by_rank(ids, counts, order, prototype)
         mass = labels.values.double().numpy()[sort]
         values = _nearest(self._shares, _logits_of_shares(mass, counts), _last(counts))
         log_tail = labels.tails[0].double().numpy()
         code = self._tail_code(np.exp(log_tail), mass, counts)
-        return EntryRows(np.stack([counts, shape, code], 1).astype(np.int32), ranks, values)
+        return EntryRows(np.stack([counts, prototype, code], 1).astype(np.int32), ranks, values)
 
     def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
-        assert self.shapes is not None
+        assert self.prototypes is not None
         counts, tail = columns[:, 0].long(), columns[:, 2].long()
         log_tail = self._on(ids, self._log_tail)[tail].masked_fill(counts == 0, 0.0)
         return SoftLabels.prototype(
@@ -133,7 +133,7 @@ class Prototype(EntryCodec):
             self._probs(self._on(ids, self._head)[tail], values, counts),
             log_tail,
             columns[:, 1].long(),
-            self._on(ids, self.shapes.table),
+            self._on(ids, self.prototypes.table),
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
             offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import record_seed, sample, threshold
-from kdfast.cache.selection.shapes import Shapes
 from kdfast.labels import SoftLabels
 
 __all__ = ["Sample", "Threshold", "WeightCodec"]
@@ -28,7 +28,7 @@ class WeightCodec(EntryCodec):
 
     @property
     def columns(self) -> int:  # type: ignore[override]
-        return 1 + (self.shapes is not None)
+        return 1 + (self.prototypes is not None)
 
     @property
     def value_limit(self) -> int:  # type: ignore[override]
@@ -36,26 +36,26 @@ class WeightCodec(EntryCodec):
 
     @property
     def column_limits(self) -> tuple[int, ...]:
-        return (self.max_entries + 1, *(() if self.shapes is None else (len(self.shapes),)))
+        return (self.max_entries + 1, *(() if self.prototypes is None else (len(self.prototypes),)))
 
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
         assert labels.ids is not None
         assert labels.offsets is not None
         ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
-        columns, shape = [counts], None
-        if self.shapes is not None:
-            shape = self._nearest(ids, counts)
-            columns.append(shape)
-        sort, ranks = by_rank(ids, counts, order, shape)
+        columns, prototype = [counts], None
+        if self.prototypes is not None:
+            prototype = self._nearest(ids, counts)
+            columns.append(prototype)
+        sort, ranks = by_rank(ids, counts, order, prototype)
         values = self._value(labels.values.numpy()[sort])
         if (self.levels[values] != labels.values.numpy()[sort]).any():
             raise ValueError(f"{self.name}: a weight is not one that this codec gives")
         return EntryRows(np.stack(columns, 1).astype(np.int32), ranks, values)
 
     def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(rows,): the shape that finds a row's ids the likeliest: it needs the fewest bits."""
-        assert self.shapes is not None
-        totals = np.zeros((len(counts), len(self.shapes)), np.int32)
+        """(rows,): the prototype that finds a row's ids the likeliest: it needs the fewest bits."""
+        assert self.prototypes is not None
+        totals = np.zeros((len(counts), len(self.prototypes)), np.int32)
         first = counts.cumsum() - counts
         for t in range(int(counts.max(initial=0))):  # the t-th ids of all rows: far faster than np.add.reduceat
             rows = np.flatnonzero(counts > t)
@@ -65,8 +65,8 @@ class WeightCodec(EntryCodec):
     @property
     def _codes_by_id(self) -> NDArray[np.uint8]:
         if not hasattr(self, "_transposed"):
-            assert self.shapes is not None
-            self._transposed = np.ascontiguousarray(self.shapes.codes.T)
+            assert self.prototypes is not None
+            self._transposed = np.ascontiguousarray(self.prototypes.codes.T)
         return self._transposed
 
     def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
@@ -108,9 +108,9 @@ class Sample(WeightCodec):
         draws: int = 50,
         seed: int = 0,
         coding: str = "blocks",
-        shapes: Shapes | None = None,
+        prototypes: PrototypeTable | None = None,
     ) -> None:
-        super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
+        super().__init__(vocab_size, temperatures, coding=coding, prototypes=prototypes)
         if not 1 <= index(draws) < 2**17:
             raise ValueError(f"draws must lie in [1, 2**17), got {draws}")
         self.draws, self.seed = index(draws), index(seed)
@@ -155,9 +155,9 @@ class Threshold(WeightCodec):
         steps: int = 8,
         seed: int = 0,
         coding: str = "blocks",
-        shapes: Shapes | None = None,
+        prototypes: PrototypeTable | None = None,
     ) -> None:
-        super().__init__(vocab_size, temperatures, coding=coding, shapes=shapes)
+        super().__init__(vocab_size, temperatures, coding=coding, prototypes=prototypes)
         if not 2**-16 <= tau <= 1:
             raise ValueError(f"tau must lie in [2**-16, 1], got {tau}")
         if not 1 <= index(steps) <= 1024:

@@ -53,7 +53,7 @@ class CacheInfo:
     rows: int
     payload_bytes: int
     file_bytes: int  # of the shards
-    asset_bytes: int  # of what lies beside them and does not grow with them: a table of shapes
+    asset_bytes: int  # of what lies beside them and does not grow with them: a table of prototypes
     index_bytes: int  # of index.safetensors, which can be made again
     index: str  # what a key is looked up in: index.safetensors, or memory (and why), or none for keys="range"
     cross_entropy: float | None  # the teacher's on the targets, in nats, mean over all; None if no shard has any
@@ -62,7 +62,7 @@ class CacheInfo:
     @property
     def why(self) -> str:
         """Why ``codec="auto"`` takes this codec for such a teacher; empty where it takes another one."""
-        choice = choose(self.vocab_size, self.temperatures, shapes=self.asset_bytes > 0)
+        choice = choose(self.vocab_size, self.temperatures, prototypes=self.asset_bytes > 0)
         return choice.why if choice.name == self.codec else ""
 
 

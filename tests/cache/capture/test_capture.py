@@ -118,7 +118,7 @@ class Again:
             yield batch
 
 
-@pytest.mark.parametrize("stop", [3, 18, 20, 23])  # the shapes are learned in three passes over six batches
+@pytest.mark.parametrize("stop", [3, 18, 20, 23])  # the prototypes are learned in three passes over six batches
 @pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 60, "block_rows": 4}])
 def test_a_resumed_capture_of_prototypes_goes_on_with_its_shapes(tmp_path, teacher, stop, sizes):
     options = {"codec": "prototype", "k": 2, **sizes}
@@ -183,15 +183,15 @@ def test_a_killed_capture_goes_on_byte_for_byte(tmp_path, uninterrupted, name, k
 def test_captures_killed_at_many_points(tmp_path, uninterrupted, seed):
     draw = random.Random(seed)
     name = [*CAPTURES][seed % len(CAPTURES)]
-    last = CAPTURE_BATCHES * (4 if name == "prototype" else 1)  # its shapes are learned in three passes
+    last = CAPTURE_BATCHES * (4 if name == "prototype" else 1)  # its prototypes are learned in three passes
     check_killed(tmp_path, name, [draw.randint(1, last) for _ in range(draw.choice([1, 1, 2]))], uninterrupted)
 
 
 def test_prototypes_need_a_loader_that_starts_again(tmp_path, teacher):
-    with pytest.raises(ValueError, match="learning shapes takes several passes"):
+    with pytest.raises(ValueError, match="learning prototypes takes several passes"):
         run(teacher, batches(), tmp_path, codec="prototype")
-    with pytest.raises(ValueError, match="shapes must be a table or a positive number, got 0"):
-        run(teacher, Again(), tmp_path, codec="prototype", shapes=0)
+    with pytest.raises(ValueError, match="prototypes must be a table or a positive number, got 0"):
+        run(teacher, Again(), tmp_path, codec="prototype", prototypes=0)
 
 
 @pytest.mark.parametrize(("codec", "options"), [("sample", {"draws": 5}), ("threshold", {"tau": 0.2})])
@@ -443,19 +443,19 @@ def test_auto_takes_topk_at_other_temperatures(tmp_path):
 @pytest.mark.parametrize("vocab_size", [10, SMALL_VOCAB, SMALL_VOCAB + 1, 2**20])
 @pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 4.0)])
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
-@pytest.mark.parametrize("shapes", [False, True])
-def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, shapes):
-    name, options, why = codecs.choose(vocab_size, temperatures, divergence, shapes=shapes)
+@pytest.mark.parametrize("prototypes", [False, True])
+def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, prototypes):
+    name, options, why = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
     serves = SERVES[CODEC_KINDS[name]].divergences
     # Draws have forward KL's gradient as soft_ce; the reason says so.
     wanted = {"forward_kl": "soft_ce", None: "soft_ce"}.get(divergence, divergence)
     assert wanted in serves
     assert name == "dense" if vocab_size <= SMALL_VOCAB else name != "dense"
     assert why
-    assert name != "prototype" or (shapes and len(temperatures) == 1)
+    assert name != "prototype" or (prototypes and len(temperatures) == 1)
     if vocab_size <= SMALL_VOCAB:
         return
-    if shapes and len(temperatures) == 1:
+    if prototypes and len(temperatures) == 1:
         assert name == ("hidden" if divergence == "logit_mse" else "prototype")
     elif temperatures == (1.0,) and wanted == "soft_ce":
         assert (name, options) == LARGE_VOCAB[:2]

@@ -15,7 +15,7 @@ import torch
 
 import kdfast.cache
 from kdfast.cache import CacheBusyError, CacheError, capture, ray_capture
-from kdfast.cache.capture.capture_shapes import LEARN_ROWS
+from kdfast.cache.capture.prototypes import LEARN_ROWS
 from kdfast.cache.capture.ranks import Ranks
 from support import ROOT
 from support.caches import VOCAB
@@ -30,7 +30,7 @@ BATCH = 4
 CODECS = {
     "topk": {"codec": "topk", "k": 3},
     "sample": {"codec": "sample", "draws": 6},
-    "prototype": {"codec": "prototype", "k": 2, "shapes": 3},
+    "prototype": {"codec": "prototype", "k": 2, "prototypes": 3},
 }
 
 
@@ -102,11 +102,11 @@ def parts(labels):
     values[torch.arange(len(labels)).repeat_interleave(labels.offsets.diff()), labels.ids.long()] = (
         labels.values.float()
     )
-    return [values, *(part for part in (labels.tails, labels.shape, labels.shapes) if part is not None)]
+    return [values, *(part for part in (labels.tails, labels.prototype_ids, labels.prototypes) if part is not None)]
 
 
-def test_workers_store_what_capture_stores_with_one_table_of_shapes(tmp_path, dataset):
-    """Shapes are learned of the first records by one worker; then two of them store the rest."""
+def test_workers_store_what_capture_stores_with_one_table_of_prototypes(tmp_path, dataset):
+    """Prototypes are learned of the first records by one worker; then two of them store the rest."""
     data = ids(48, 2048)
     learned, count = LEARN_ROWS // data[:BATCH].numel(), len(data) // BATCH
     assert learned < count - 1

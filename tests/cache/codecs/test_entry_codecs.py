@@ -11,10 +11,10 @@ import kdfast.cache
 from kdfast import SoftLabels
 from kdfast.cache import codecs
 from kdfast.cache.format.keys import make_key
-from kdfast.cache.selection.learn_shapes import learn_shapes
+from kdfast.cache.selection.learn_prototypes import learn_prototypes
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import threshold, top
-from kdfast.cache.selection.shapes import Shapes
-from support.entry_checks import VOCAB, learned, make_logits, make_shapes
+from support.entry_checks import VOCAB, learned, make_logits, make_prototypes
 
 
 def through_bytes(codec, labels, wanted=None):
@@ -32,7 +32,7 @@ def by_id(labels):
     """Everything of the labels, entries by id within each row."""
     rows = np.repeat(np.arange(len(labels)), np.diff(labels.offsets.numpy()))
     order = np.lexsort((labels.ids.numpy(), rows))
-    extra = [getattr(labels, name) for name in ("offsets", "tails", "shape")]
+    extra = [getattr(labels, name) for name in ("offsets", "tails", "prototype_ids")]
     return [labels.ids[order], labels.values[order], *(x for x in extra if x is not None)]
 
 
@@ -61,17 +61,17 @@ CODECS = st.sampled_from(
 @given(
     codec=CODECS,
     coding=st.sampled_from(["blocks", "rows", "plain"]),
-    with_shapes=st.booleans(),
+    with_table=st.booleans(),
     vocab=st.sampled_from([1, 2, 3, 50, VOCAB, 2**16 + 3, 2**17 + 3]),
     rows=st.sampled_from([1, 7, 33]),
     seed=st.integers(0, 2**16),
     scale=st.sampled_from([0.0, 1.0, 4.0, 40.0]),
     masked=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_bytes_lose_nothing_of_what_was_selected(codec, coding, with_shapes, vocab, rows, seed, scale, masked):
+def test_bytes_lose_nothing_of_what_was_selected(codec, coding, with_table, vocab, rows, seed, scale, masked):
     name, options = codec
-    if with_shapes or name == "prototype":
-        options = {**options, "shapes": make_shapes(vocab)}
+    if with_table or name == "prototype":
+        options = {**options, "prototypes": make_prototypes(vocab)}
     codec = codecs.create(name, vocab, (1.0,), {**options, "coding": coding})
     labels = codec.select(make_logits(rows, vocab, seed, scale, masked), b"key")
     learned(codec, labels)
@@ -82,14 +82,14 @@ def test_bytes_lose_nothing_of_what_was_selected(codec, coding, with_shapes, voc
 
 @pytest.mark.parametrize("coding", ["blocks", "rows", "plain"])
 @pytest.mark.parametrize("name", ["sample", "threshold", "prototype"])
-@pytest.mark.parametrize("with_shapes", [True, False])
-def test_every_coding_goes_through_files(tmp_path, name, coding, with_shapes):
-    shapes = {"shapes": make_shapes(VOCAB)} if with_shapes or name == "prototype" else {}
+@pytest.mark.parametrize("with_table", [True, False])
+def test_every_coding_goes_through_files(tmp_path, name, coding, with_table):
+    prototypes = {"prototypes": make_prototypes(VOCAB)} if with_table or name == "prototype" else {}
     logits = make_logits(9)
-    with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec=name, coding=coding, **shapes) as writer:
+    with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec=name, coding=coding, **prototypes) as writer:
         writer.add("a", logits)
     found = kdfast.cache.open(tmp_path)["a"]
-    codec = codecs.create(name, VOCAB, (1.0,), {"coding": coding, **shapes})
+    codec = codecs.create(name, VOCAB, (1.0,), {"coding": coding, **prototypes})
     assert_same(found, codec.select(logits, make_key("a")))
 
 
@@ -126,7 +126,7 @@ def test_draws_are_a_function_of_seed_key_and_row():
 def test_a_prototype_is_close_to_the_row_in_every_part():
     logits = make_logits(200, scale=2.5)
     probs = logits.double().softmax(1)
-    options = {"k": 4, "shapes": make_shapes(), "tail_step": 0.25, "share_step": 0.25}
+    options = {"k": 4, "prototypes": make_prototypes(), "tail_step": 0.25, "share_step": 0.25}
     codec = codecs.create("prototype", VOCAB, (1.0,), options)
     labels = codec.select(logits, b"")
     top, ids = probs.topk(4)
@@ -141,11 +141,11 @@ def test_a_prototype_is_close_to_the_row_in_every_part():
 
 
 def test_the_shape_chosen_is_the_one_whose_label_is_closest():
-    shapes = make_shapes(count=6)
+    prototypes = make_prototypes(count=6)
     logits = make_logits(60, scale=2.0)
     probs = logits.double().softmax(1)
     top, ids = probs.topk(3)
-    table = shapes.table.double()
+    table = prototypes.table.double()
     table = table / table.sum(1, keepdim=True)
     divergence = []
     for shape in table:
@@ -153,21 +153,21 @@ def test_the_shape_chosen_is_the_one_whose_label_is_closest():
         label = (rest / rest.sum(1, keepdim=True) * (1 - top.sum(1, keepdim=True))).scatter(1, ids, top)
         divergence.append((probs * (probs / label).log()).sum(1))
     divergence = torch.stack(divergence, 1)
-    chosen = divergence.gather(1, shapes.assign(probs, ids)[:, None])[:, 0]
+    chosen = divergence.gather(1, prototypes.assign(probs, ids)[:, None])[:, 0]
     assert (chosen - divergence.min(1).values).max() < 1e-4
 
 
 def test_a_sample_finds_a_shape_that_is_nearly_as_close():
-    shapes = make_shapes(vocab=2000, count=16)
+    prototypes = make_prototypes(vocab=2000, count=16)
     logits = (make_logits(16, 2000, seed=9) + make_logits(16, 2000, seed=1, scale=2.0)).repeat(20, 1)
     likeliest = top(logits, temperature=1.0, k=3)
     drawn = threshold(logits, temperature=1.0, tau=1 / 2048, seed=0)
     probs = logits.softmax(1)
-    best = shapes.assign(probs, likeliest.ids.long())
-    found = shapes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
+    best = prototypes.assign(probs, likeliest.ids.long())
+    found = prototypes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
     rest = probs.scatter(1, likeliest.ids.long(), 0.0)
-    held = shapes.table.T[likeliest.ids.long()].float().sum(1)
-    score = rest @ shapes.log_table - rest.sum(1, keepdim=True) * torch.log1p(-held)
+    held = prototypes.table.T[likeliest.ids.long()].float().sum(1)
+    score = rest @ prototypes.log_table - rest.sum(1, keepdim=True) * torch.log1p(-held)
     lost = (score.gather(1, best[:, None]) - score.gather(1, found[:, None]))[:, 0]
     assert lost.min() > -1e-5
     assert lost.mean() < 1e-3 < (score.amax(1) - score.mean(1)).mean() / 100
@@ -175,12 +175,12 @@ def test_a_sample_finds_a_shape_that_is_nearly_as_close():
 
 
 def test_a_row_of_weights_is_coded_in_the_shape_that_finds_its_ids_the_likeliest():
-    shapes = make_shapes(count=6)
-    codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 9, "shapes": shapes})
+    prototypes = make_prototypes(count=6)
+    codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 9, "prototypes": prototypes})
     labels = codec.select(make_logits(60), b"")
     chosen = codec.to_rows(labels, codec.order).columns[:, 1]
     rows = np.split(labels.ids.numpy(), labels.offsets.numpy()[1:-1])
-    assert chosen.tolist() == [int(shapes.codes[:, row].sum(1, dtype=np.int64).argmin()) for row in rows]
+    assert chosen.tolist() == [int(prototypes.codes[:, row].sum(1, dtype=np.int64).argmin()) for row in rows]
     assert len(set(chosen.tolist())) > 1
 
 
@@ -188,16 +188,16 @@ def test_learned_shapes_tell_groups_of_rows_apart():
     centres = make_logits(5, scale=4.0, seed=3)
     member = torch.arange(400) % 5
     logits = centres[member] + 0.3 * make_logits(400, scale=1.0, seed=4)
-    shapes = learn_shapes(lambda: logits.split(64), count=5, entries=2, seed=1)
-    assert (len(shapes), shapes.vocab_size) == (5, VOCAB)
+    prototypes = learn_prototypes(lambda: logits.split(64), count=5, entries=2, seed=1)
+    assert (len(prototypes), prototypes.vocab_size) == (5, VOCAB)
     probs = logits.softmax(1)
-    assigned = shapes.assign(probs, probs.topk(2).indices)
+    assigned = prototypes.assign(probs, probs.topk(2).indices)
     groups = [set(assigned[member == i].tolist()) for i in range(5)]
     assert all(len(group) == 1 for group in groups)
     assert len(set.union(*groups)) == 5
-    assert len(learn_shapes(lambda: [logits[:70]], count=5)) == 2
-    with pytest.raises(ValueError, match="5 shapes of 0 rows: both must be positive"):
-        learn_shapes(lambda: [logits[:0]], count=5)
+    assert len(learn_prototypes(lambda: [logits[:70]], count=5)) == 2
+    with pytest.raises(ValueError, match="5 prototypes of 0 rows: both must be positive"):
+        learn_prototypes(lambda: [logits[:0]], count=5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
@@ -205,14 +205,14 @@ def test_shapes_are_not_learned_of_rows_that_are_no_logits(value):
     logits = make_logits(100)
     logits[3] = -torch.inf if value is None else torch.where(torch.arange(VOCAB) == 7, value, logits[3])
     with pytest.raises(ValueError, match=r"rows that hold NaN or \+inf, or no finite value"):
-        learn_shapes(lambda: [logits], count=2)
+        learn_prototypes(lambda: [logits], count=2)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
-        learn_shapes(lambda: [make_logits(100)], count=2, temperature=0.0)
+        learn_prototypes(lambda: [make_logits(100)], count=2, temperature=0.0)
 
 
 def test_a_shape_is_0_only_where_its_tail_is():
     tails = torch.tensor([[0.5, 0.5, 1e-30, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    table = Shapes.of(tails, torch.full_like(tails, 0.25)).table
+    table = PrototypeTable.of(tails, torch.full_like(tails, 0.25)).table
     assert (table > 0).tolist() == [[True, True, True, False], [True] * 4]
     assert table[0, 2] < 1e-9
     assert torch.equal(table[1], torch.full((4,), 0.25, dtype=torch.bfloat16))
@@ -222,31 +222,31 @@ def test_more_shapes_and_entries_bring_labels_closer():
     logits = make_logits(600, scale=2.5, seed=7) + make_logits(1, scale=2.0, seed=8)
     distance = {}
     for count, k in [(1, 0), (1, 1), (16, 1), (16, 8)]:
-        shapes = learn_shapes(lambda: [logits], count=count, entries=k)
-        codec = codecs.create("prototype", VOCAB, (1.0,), {"k": k, "shapes": shapes, "share_step": 0.05})
+        prototypes = learn_prototypes(lambda: [logits], count=count, entries=k)
+        codec = codecs.create("prototype", VOCAB, (1.0,), {"k": k, "prototypes": prototypes, "share_step": 0.05})
         labels = codec.select(logits, b"")
         distance[count, k] = kdfast.kd_loss(logits, labels).item()
     assert distance[1, 0] > distance[1, 1] > distance[16, 1] > distance[16, 8] > 0
 
 
 def test_shapes_come_back_from_their_file():
-    shapes = make_shapes()
-    again = Shapes.from_bytes(shapes.to_bytes())
-    assert again.digest == shapes.digest
-    assert torch.equal(again.table, shapes.table)
-    assert np.array_equal(again.order, shapes.order)
-    assert np.array_equal(np.sort(shapes.order, 1), np.tile(np.arange(VOCAB), (4, 1)))
-    assert np.array_equal(shapes.order[:, :64], shapes.favourites)
-    assert (shapes.table.float().sum(1) - 1).abs().max() < 0.01
-    with pytest.raises(ValueError, match="is not a table of shapes"):
-        Shapes.from_bytes(b"nonsense")
-    codec = codecs.create("prototype", VOCAB, (1.0,), {"shapes": shapes})
+    prototypes = make_prototypes()
+    again = PrototypeTable.from_bytes(prototypes.to_bytes())
+    assert again.digest == prototypes.digest
+    assert torch.equal(again.table, prototypes.table)
+    assert np.array_equal(again.order, prototypes.order)
+    assert np.array_equal(np.sort(prototypes.order, 1), np.tile(np.arange(VOCAB), (4, 1)))
+    assert np.array_equal(prototypes.order[:, :64], prototypes.favourites)
+    assert (prototypes.table.float().sum(1) - 1).abs().max() < 0.01
+    with pytest.raises(ValueError, match="is not a table of prototypes"):
+        PrototypeTable.from_bytes(b"nonsense")
+    codec = codecs.create("prototype", VOCAB, (1.0,), {"prototypes": prototypes})
     (name,) = codec.assets()
-    assert name == f"shapes-{shapes.digest}.safetensors"
+    assert name == f"shapes-{prototypes.digest}.safetensors"
     options = type(codec).options(codec.config(), lambda name: codec.assets()[name])
     assert type(codec)(VOCAB, (1.0,), **options).config() == codec.config()
     with pytest.raises(ValueError, match="have the digest"):
-        type(codec).options(codec.config(), lambda name: make_shapes(seed=1).to_bytes())
+        type(codec).options(codec.config(), lambda name: make_prototypes(seed=1).to_bytes())
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_shapes_come_back_from_their_file():
         ("threshold", {"tau": 0.0}, r"tau must lie in \[2\*\*-16, 1\], got 0"),
         ("threshold", {"tau": float("nan")}, "tau must lie in"),
         ("threshold", {"steps": 0}, r"steps must lie in \[1, 1024\], got 0"),
-        ("prototype", {"k": -1, "shapes": make_shapes()}, "k must not be negative, got -1"),
-        ("prototype", {"tail_step": 0, "shapes": make_shapes()}, r"steps must lie in \[0.001, 2\] nats, got 0"),
-        ("prototype", {"shapes": make_shapes(5)}, "the shapes have 5 columns, the logits 300"),
+        ("prototype", {"k": -1, "prototypes": make_prototypes()}, "k must not be negative, got -1"),
+        ("prototype", {"tail_step": 0, "prototypes": make_prototypes()}, r"steps must lie in \[0.001, 2\] nats, got 0"),
+        ("prototype", {"prototypes": make_prototypes(5)}, "the prototypes have 5 columns, the logits 300"),
     ],
 )
 def test_options_out_of_range(name, options, message):
@@ -268,8 +268,8 @@ def test_options_out_of_range(name, options, message):
 
 
 def test_other_misuse():
-    with pytest.raises(TypeError, match=r"shapes must be a kdfast.cache.Shapes, got int"):
-        codecs.create("prototype", VOCAB, (1.0,), {"shapes": 3})
+    with pytest.raises(TypeError, match=r"prototypes must be a kdfast.cache.PrototypeTable, got int"):
+        codecs.create("prototype", VOCAB, (1.0,), {"prototypes": 3})
     with pytest.raises(ValueError, match="holds one temperature"):
         codecs.create("sample", VOCAB, (1.0, 2.0), {})
     codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 5, "coding": "plain"})
@@ -280,7 +280,7 @@ def test_other_misuse():
 
 def test_rows_with_masked_columns_keep_off_them():
     logits = make_logits(50, masked=0.9)
-    for name, options in [("sample", {}), ("threshold", {}), ("prototype", {"k": 60, "shapes": make_shapes()})]:
+    for name, options in [("sample", {}), ("threshold", {}), ("prototype", {"k": 60, "prototypes": make_prototypes()})]:
         labels = codecs.create(name, VOCAB, (1.0,), options).select(logits, b"")
         row = torch.repeat_interleave(labels.offsets.diff())
         assert logits[row, labels.ids.long()].isfinite().all()

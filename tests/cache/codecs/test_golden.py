@@ -29,7 +29,7 @@ def test_labels_stay_what_they_were(name):
     cache.verify()
     labels = cache.gather(range(len(cache)))
     for field, expected in load_file(V1 / name / "labels.safetensors").items():
-        found = getattr(labels, field)
+        found = getattr(labels, {"shape": "prototype_ids"}.get(field, field))  # its name when the files were made
         assert found.dtype == expected.dtype
         if field in ("values", "tails"):  # exp and log differ in the last bit from one machine to the next
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

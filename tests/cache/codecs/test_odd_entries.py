@@ -7,7 +7,7 @@ import torch
 import kdfast.cache
 from kdfast import SoftLabels
 from kdfast.cache.format.container import read_container
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.prototypes import PrototypeTable
 from support.repack import repack
 
 VOCAB = 50
@@ -17,15 +17,15 @@ def make_logits(rows=20, seed=0):
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def make_shapes(seed=9):
+def make_prototypes(seed=9):
     probs = make_logits(4, seed).softmax(1)
-    return Shapes.of(0.99 * probs + 0.01 / VOCAB, probs)
+    return PrototypeTable.of(0.99 * probs + 0.01 / VOCAB, probs)
 
 
 CODINGS = pytest.mark.parametrize("coding", ["blocks", "rows", "plain"])
 CODECS = pytest.mark.parametrize(
     ("codec", "options"),
-    [("sample", {"draws": 10}), ("threshold", {"tau": 0.25}), ("prototype", {"k": 2, "shapes": make_shapes()})],
+    [("sample", {"draws": 10}), ("threshold", {"tau": 0.25}), ("prototype", {"k": 2, "prototypes": make_prototypes()})],
 )
 
 
@@ -48,8 +48,8 @@ def weights(ids, values):
     return SoftLabels.weights(torch.tensor([ids]), torch.tensor([values]), vocab_size=VOCAB)
 
 
-def prototype(ids, probs, tail, shape, shapes=None):
-    table = (make_shapes() if shapes is None else shapes).table
+def prototype(ids, probs, tail, shape, prototypes=None):
+    table = (make_prototypes() if prototypes is None else prototypes).table
     ids, probs, tail, shape = torch.tensor([ids]), torch.tensor([probs]), torch.tensor([tail]), torch.tensor([shape])
     return SoftLabels.prototype(ids, probs, tail, shape, table, vocab_size=VOCAB)
 
@@ -67,15 +67,23 @@ def prototype(ids, probs, tail, shape, shapes=None):
         ("sample", weights([1, -1], [0.5, 0.5]), r"ids must lie in \[0, 50\), got -1 to 1"),
         ("sample", weights([1, 2], [float("nan"), 0.5]), "it is not finite"),
         ("threshold", weights(list(range(20)), [0.25] * 20), r"numbers of entries must lie in \[0, 6\), got 20"),
-        ("prototype", prototype([1, 2], [0.25, 0.25], -0.6931472, 1, make_shapes(1)), "another table of shapes"),
+        (
+            "prototype",
+            prototype([1, 2], [0.25, 0.25], -0.6931472, 1, make_prototypes(1)),
+            "another table of prototypes",
+        ),
         ("prototype", prototype([1, 2], [0.3, 0.21], -0.7, 1), "is not one that this codec gives"),
-        ("prototype", prototype([1, 2], [0.3, 0.21], -0.7, 9), r"shape must lie in \[0, 4\), got 9"),
+        ("prototype", prototype([1, 2], [0.3, 0.21], -0.7, 9), r"prototype must lie in \[0, 4\), got 9"),
         ("prototype", prototype([1, 2], [float("nan"), 0.2], -0.7, 0), "it is not finite"),
         ("prototype", prototype([1, 2, 3, 4], [0.2, 0.1, 0.1, 0.1], -0.7, 1), "numbers of entries must lie in"),
     ],
 )
 def test_labels_that_a_codec_would_change_are_refused_by_name(tmp_path, codec, labels, message, coding):
-    options = {"sample": {"draws": 10}, "threshold": {"tau": 0.25}, "prototype": {"k": 2, "shapes": make_shapes()}}
+    options = {
+        "sample": {"draws": 10},
+        "threshold": {"tau": 0.25},
+        "prototype": {"k": 2, "prototypes": make_prototypes()},
+    }
     with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec=codec, coding=coding, **options[codec]) as writer:
         writer.add("before", make_logits())
         with pytest.raises(ValueError, match=f"'odd': .*{message}"):
@@ -106,7 +114,7 @@ def test_labels_of_a_cache_can_be_stored_again_to_the_bit(tmp_path, codec, optio
 def parts(labels):
     rows = np.repeat(np.arange(len(labels)), np.diff(labels.offsets.numpy()))
     order = np.lexsort((labels.ids.numpy(), rows))
-    rest = [getattr(labels, name) for name in ("offsets", "tails", "shape")]
+    rest = [getattr(labels, name) for name in ("offsets", "tails", "prototype_ids")]
     return [labels.ids[order], labels.values[order], *(part for part in rest if part is not None)]
 
 

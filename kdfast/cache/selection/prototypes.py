@@ -1,4 +1,4 @@
-"""``Shapes``: a table of typical distributions, one of which stands for the tail of each row, or orders its ids."""
+"""``PrototypeTable``: typical distributions, one of which stands for the tail of each row, or orders its ids."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from torch.nn.functional import embedding_bag
 
 from kdfast.cache.selection.select import Thresholded
 
-__all__ = ["Shapes"]
+__all__ = ["PrototypeTable"]
 
 STEPS_PER_OCTAVE = 8  # of the stored logarithms: a probability is off by at most 4.4 %
 ZERO = 255  # the code of a column without any probability
-FAVOURITES = 64  # ids per shape that lead its order: the likeliest ones, entries of the labels included
+FAVOURITES = 64  # ids per prototype that lead its order: the likeliest ones, entries of the labels included
 
 
-class Shapes:
+class PrototypeTable:
     """S distributions over V columns, as 8-bit logarithms, each with its likeliest ids.
 
-    ``kdfast.cache.learn_shapes`` makes it from a teacher's logits. A cache keeps it in one file beside its shards,
+    ``kdfast.cache.learn_prototypes`` makes it from a teacher's logits. A cache keeps it in one file beside its shards,
     named by ``digest``, and many caches may share one table.
 
     Args:
         codes: (S, V) uint8: column j has probability ``2 ** (-code / 8)`` up to the row's normalisation; 255 is 0.
-        favourites: (S, M) uint32: distinct ids that lead each shape's order.
+        favourites: (S, M) uint32: distinct ids that lead each prototype's order.
     """
 
     def __init__(self, codes: NDArray[np.uint8], favourites: NDArray[np.uint32]) -> None:
         if codes.ndim != 2 or codes.dtype != np.uint8 or not codes.size:
-            raise ValueError(f"codes must be (shapes, vocab) uint8, got {codes.dtype} {codes.shape}")
+            raise ValueError(f"codes must be (prototypes, vocab) uint8, got {codes.dtype} {codes.shape}")
         if favourites.ndim != 2 or len(favourites) != len(codes) or favourites.dtype != np.uint32:
             raise ValueError(f"favourites must be ({len(codes)}, M) uint32, got {favourites.dtype} {favourites.shape}")
         if (codes == ZERO).all(1).any():
-            raise ValueError("a shape has no probability anywhere")
+            raise ValueError("a prototype has no probability anywhere")
         if favourites.size and int(favourites.max()) >= codes.shape[1]:
             raise ValueError(f"favourite {int(favourites.max())} is outside the vocabulary of {codes.shape[1]}")
         self.codes, self.favourites = np.ascontiguousarray(codes), np.ascontiguousarray(favourites)
 
     @classmethod
-    def of(cls, tails: Tensor, means: Tensor) -> Shapes:
+    def of(cls, tails: Tensor, means: Tensor) -> PrototypeTable:
         """From (S, V) tail distributions, and (S, V) mean distributions that say which ids are likeliest."""
         # Rows that their entries cover whole leave nothing to a tail: it is as good as uniform.
         tails = tails.double().masked_fill(tails.sum(1, keepdim=True) == 0, 1.0)
@@ -80,7 +80,7 @@ class Shapes:
 
     @cached_property
     def order(self) -> NDArray[np.int32]:
-        """(S, V): each shape's ids, likeliest first: its favourites, then the others by code, then by id."""
+        """(S, V): each prototype's ids, likeliest first: its favourites, then the others by code, then by id."""
         codes = self.codes.astype(np.int16)
         np.put_along_axis(codes, self.favourites.astype(np.int64), np.arange(self.favourites.shape[1]) - 1000, axis=1)
         return np.argsort(codes, axis=1, kind="stable").astype(np.int32)
@@ -90,13 +90,13 @@ class Shapes:
         return save({"codes": self.codes, "favourites": self.favourites})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Shapes:
+    def from_bytes(cls, data: bytes) -> PrototypeTable:
         """Raises ``ValueError`` unless ``to_bytes`` has made them."""
         try:
             tensors = load(data)
             return cls(tensors["codes"], tensors["favourites"])
         except Exception as error:  # safetensors' own error class is not a ValueError
-            raise ValueError(f"is not a table of shapes: {error}") from error
+            raise ValueError(f"is not a table of prototypes: {error}") from error
 
     @cached_property
     def digest(self) -> str:
@@ -107,11 +107,11 @@ class Shapes:
         return f"shapes-{self.digest}.safetensors"
 
     def assign(self, probs: Tensor, ids: Tensor) -> Tensor:
-        """(rows,): for each row the shape that makes its label the closest to it in forward KL.
+        """(rows,): for each row the prototype that makes its label the closest to it in forward KL.
 
         Args:
             probs: (rows, vocab) probabilities.
-            ids: (rows, K) entries, which the label holds exactly: the shape stands for the other columns.
+            ids: (rows, K) entries, which the label holds exactly: the prototype stands for the other columns.
         """
         rest = probs.float().scatter(1, ids, 0.0)
         return self._best(rest @ self.log_table.to(probs.device), rest.sum(1), ids)
@@ -131,6 +131,6 @@ class Shapes:
         return self._best(score, rest.float(), ids)
 
     def _best(self, score: Tensor, rest: Tensor, ids: Tensor) -> Tensor:
-        # What a shape has on the entries it loses there, and its other columns are scaled up for it: (rows, S).
+        # What a prototype has on the entries it loses there, and its other columns are scaled up for it: (rows, S).
         held = self.table.to(score.device).T[ids].float().sum(1)
         return (score - rest[:, None] * torch.log1p(-held.clamp(max=1 - 1e-6))).argmax(1)

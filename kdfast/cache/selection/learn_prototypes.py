@@ -1,4 +1,4 @@
-"""``learn_shapes``: typical tails of a teacher's distributions, by k-means in the geometry of forward KL."""
+"""``learn_prototypes``: typical tails of a teacher's distributions, by k-means in the geometry of forward KL."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kdfast.cache.selection.shapes import Shapes
+from kdfast.cache.selection.prototypes import PrototypeTable
 
-__all__ = ["learn_shapes"]
+__all__ = ["learn_prototypes"]
 
 FEATURES = 64  # dimensions of the random projection that the first clusters are found in
 ROWS = 512  # at a time
 ROWS_PER_SHAPE = 32  # fewer tell little of a tail
-BACKGROUND = 1e-3  # how much of the mean over all shapes each shape takes in: no column stays without probability
+BACKGROUND = (
+    1e-3  # how much of the mean over all prototypes each prototype takes in: no column stays without probability
+)
 
 
-def learn_shapes(
+def learn_prototypes(
     batches: Callable[[], Iterable[Tensor]],
     *,
     count: int = 256,
@@ -26,22 +28,22 @@ def learn_shapes(
     temperature: float = 1.0,
     rounds: int = 2,
     seed: int = 0,
-) -> Shapes:
-    """Cluster the tails of a teacher's distributions: what ``codec="prototype"`` wants as ``shapes``.
+) -> PrototypeTable:
+    """Cluster the tails of a teacher's distributions: what ``codec="prototype"`` wants as ``prototypes``.
 
     Rows are first clustered by a random projection of their centred log-probabilities. Then each round assigns rows
-    to the shape that represents them best in forward KL, and makes each shape the mean of its rows: the k-means of
-    that divergence (Banerjee et al., 2005, "Clustering with Bregman divergences").
+    to the prototype that represents them best in forward KL, and makes each prototype the mean of its rows: the
+    k-means of that divergence (Banerjee et al., 2005, "Clustering with Bregman divergences").
 
     Args:
         batches: called ``rounds + 2`` times, gives the same (rows, vocab) logits each time: some ten thousand rows.
-        count: how many shapes, at most one for each 32 rows.
-        entries: how many columns of each row a label will hold exactly; they take no part in the shapes.
+        count: how many prototypes, at most one for each 32 rows.
+        entries: how many columns of each row a label will hold exactly; they take no part in the prototypes.
         temperature: the teacher's.
         rounds: of assignment by forward KL.
 
     Raises:
-        ValueError: there is no row, or no shape is wanted; or a row holds NaN or +inf or no finite value, or the
+        ValueError: there is no row, or no prototype is wanted; or a row holds NaN or +inf or no finite value, or the
             temperature is not positive and finite.
     """
     if not 0 < temperature < inf:
@@ -49,20 +51,20 @@ def learn_shapes(
     features = [_features(p, seed) for p in _distributions(batches, temperature)]
     rows = sum(map(len, features))
     if count < 1 or not rows:
-        raise ValueError(f"{count} shapes of {rows} rows: both must be positive")
+        raise ValueError(f"{count} prototypes of {rows} rows: both must be positive")
     count = min(count, max(1, rows // ROWS_PER_SHAPE))
     groups = _kmeans(torch.cat(features), count, seed)
-    shapes = _means(batches, temperature, entries, count, groups)
+    prototypes = _means(batches, temperature, entries, count, groups)
     for _ in range(rounds):
-        shapes = _means(batches, temperature, entries, count, shapes)
-    return shapes
+        prototypes = _means(batches, temperature, entries, count, prototypes)
+    return prototypes
 
 
 def _distributions(batches: Callable[[], Iterable[Tensor]], temperature: float) -> Iterator[Tensor]:
     for batch in batches():
         # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
         if not bool(batch.amax(1).isfinite().all()):
-            raise ValueError("shapes cannot be learned of rows that hold NaN or +inf, or no finite value")
+            raise ValueError("prototypes cannot be learned of rows that hold NaN or +inf, or no finite value")
         for logits in torch.split(batch, ROWS):
             yield (logits.float() / temperature).softmax(1)
 
@@ -102,11 +104,15 @@ def _spread(x: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _means(
-    batches: Callable[[], Iterable[Tensor]], temperature: float, entries: int, count: int, groups: Tensor | Shapes
-) -> Shapes:
+    batches: Callable[[], Iterable[Tensor]],
+    temperature: float,
+    entries: int,
+    count: int,
+    groups: Tensor | PrototypeTable,
+) -> PrototypeTable:
     """The mean tail and the mean distribution of each group's rows, the largest group first.
 
-    ``groups`` are the rows' groups, or shapes that tell each row's.
+    ``groups`` are the rows' groups, or prototypes that tell each row's.
     """
     tails = means = sizes = torch.empty(0)
     start = 0
@@ -115,13 +121,13 @@ def _means(
             tails, means = probs.new_zeros(count, probs.shape[1]), probs.new_zeros(count, probs.shape[1])
             sizes = probs.new_zeros(count)
         ids = probs.topk(min(entries, probs.shape[1]), dim=1).indices
-        group = groups.assign(probs, ids) if isinstance(groups, Shapes) else groups[start : start + len(probs)]
+        group = groups.assign(probs, ids) if isinstance(groups, PrototypeTable) else groups[start : start + len(probs)]
         means.index_add_(0, group, probs)
         tails.index_add_(0, group, probs.scatter(1, ids, 0.0))
         sizes.index_add_(0, group, torch.ones_like(group, dtype=sizes.dtype))
         start += len(probs)
     by_size = sizes.argsort(descending=True, stable=True)
-    return Shapes.of(_smooth(tails[by_size]), _smooth(means[by_size]))
+    return PrototypeTable.of(_smooth(tails[by_size]), _smooth(means[by_size]))
 
 
 def _smooth(sums: Tensor) -> Tensor:
