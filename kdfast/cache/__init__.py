@@ -20,8 +20,8 @@ from kdfast.cache.capture.lm import capture_lm, output_layer, windows
 from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.format.keys import Key, replica_key
 from kdfast.cache.format.view import View
-from kdfast.cache.read.index import RecordIndex
 from kdfast.cache.read.loader import CacheDataset, ElasticSampler
+from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheInfo, CacheReader
 from kdfast.cache.read.reader import open_cache as open

@@ -1,22 +1,27 @@
-"""One worker of ``ray_capture``: the teacher, and what it is given of a Ray dataset."""
+"""One worker of ``ray_capture``: the teacher, and its batches of a Ray dataset."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from queue import Empty, Queue
 from re import sub
-from threading import Event
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NamedTuple
 
+import ray
+import torch
 from ray.data import DataIterator
 
 from kdfast.cache.capture.capture import CaptureReport, capture
 from kdfast.cache.capture.ranks import Ranks
-from kdfast.cache.capture.ray_batches import Columns, Replayed, Stoppable, Tensors, batches_of
 from kdfast.cache.format.storage import LocalStorage, open_storage
 from kdfast.cache.write.salvage import salvage
 
 __all__ = ["Worker"]
+
+Columns = dict[str, Any]  # arrays of as many rows
+PATIENCE = 0.2  # seconds from ``stop`` to the end of a wait
 
 
 class Worker:
@@ -62,3 +67,83 @@ def _writer_name(path: str, ranks: Ranks) -> str:
     if isinstance(open_storage(path), LocalStorage):
         return ranks.writer
     return f"{ranks.writer}_{sub('[^A-Za-z0-9]', '_', socket.gethostname())}"
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def batches_of(blocks: DataIterator, size: int) -> Iterator[Columns]:
+    """None spans two blocks, so that a batch is the same whoever gets the block, and after whichever other one."""
+    whole: Any = None  # which the annotation of batch_size forgets
+    for block in blocks.iter_batches(batch_size=whole, batch_format="numpy"):
+        rows = max(map(len, block.values()), default=0)
+        for first in range(0, rows, size):
+            yield {name: column[first : first + size] for name, column in block.items()}
+
+
+class Tensors:
+    """Batches with numbers as tensors and everything else as lists."""
+
+    def __init__(self, batches: Iterable[Columns]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Columns]:
+        for batch in self._batches:
+            yield {
+                name: torch.tensor(column) if column.dtype.kind in "biuf" else column.tolist()
+                for name, column in batch.items()
+            }
+
+
+class Replayed:
+    """What the first pass takes, in every pass: read again, a dataset may come in another order.
+
+    It is kept in Ray's object store, which moves to disk what does not fit.
+    """
+
+    def __init__(self, batches: Iterable[Columns]) -> None:
+        self._batches = batches
+        self._kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Columns]:
+        if self._kept:
+            yield from map(ray.get, self._kept)
+            return
+        for batch in self._batches:
+            self._kept.append(ray.put(batch))
+            yield batch
+
+
+class _End(NamedTuple):
+    error: BaseException | None
+
+
+class Stoppable:
+    """Batches until ``stopped``, also in the middle of waiting for one: it may never come when a worker has died."""
+
+    def __init__(self, batches: Iterable[Columns], stopped: Event) -> None:
+        self._batches, self._stopped = batches, stopped
+
+    def __iter__(self) -> Iterator[Columns]:
+        ready: Queue[Columns | _End] = Queue(1)
+        Thread(target=self._read, args=(ready,), daemon=True).start()
+        while not self._stopped.is_set():
+            try:
+                item = ready.get(timeout=PATIENCE)
+            except Empty:
+                continue
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                return
+
+    def _read(self, ready: Queue[Columns | _End]) -> None:
+        error = None
+        try:
+            for batch in self._batches:
+                ready.put(batch)
+        except BaseException as failure:
+            error = failure
+        ready.put(_End(error))

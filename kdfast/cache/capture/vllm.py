@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kdfast.cache.capture.fingerprint import with_tokenizer
 from kdfast.cache.capture.lm import windows
-from kdfast.cache.capture.vllm_answer import prompt_of, record_of
-from kdfast.cache.capture.vllm_client import Server
+from kdfast.cache.capture.vllm_client import Server, prompt_of, record_of
 from kdfast.cache.convert.importing import TOLERANCE, store_records
 from kdfast.cache.convert.report import BiasReport
 from kdfast.cache.convert.rows import to_rows

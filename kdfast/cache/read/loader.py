@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from kdfast.cache.read.gather import ranges
-from kdfast.cache.read.index import RecordIndex
+from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheReader
 

@@ -27,8 +27,7 @@ from kdfast.cache.format.targets import targets_crc
 from kdfast.cache.format.view import View, unpack_views
 from kdfast.cache.read.decoder import Decoder
 from kdfast.cache.read.gather import Rows, ranges
-from kdfast.cache.read.index import RecordIndex
-from kdfast.cache.read.lookup import HashLookup, Lookup, RangeLookup
+from kdfast.cache.read.lookup import HashLookup, Lookup, RangeLookup, RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.spans import check_spans, split_spans
 from kdfast.labels import SoftLabels

@@ -23,8 +23,7 @@ from kdfast.cache.format.storage import open_storage
 from kdfast.cache.format.targets import Targets, cross_entropy, targets_crc, targets_of
 from kdfast.cache.format.view import View
 from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES
-from kdfast.cache.write.inputs import check_labels, check_logits, check_views, select
-from kdfast.cache.write.records import Record
+from kdfast.cache.write.records import Record, check_labels, check_logits, check_views, select
 from kdfast.cache.write.session import Session, work_folder
 from kdfast.cache.write.writer_thread import Background
 from kdfast.labels import SoftLabels

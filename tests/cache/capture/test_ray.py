@@ -166,7 +166,7 @@ def test_a_worker_that_cannot_begin_does_not_keep_the_others_waiting(tmp_path, d
 
 def test_no_batch_spans_two_blocks(cluster):
     """Numbers come as tensors, names and rows of several lengths as lists."""
-    from kdfast.cache.capture.ray_batches import Tensors, batches_of
+    from kdfast.cache.capture.ray_worker import Tensors, batches_of
 
     items = [{"name": f"r{i}", "x": np.full(2, i), "ragged": np.arange(i), "real": i % 2 == 0} for i in range(8)]
     data = cluster.data.from_items(items, override_num_blocks=2)
@@ -178,7 +178,7 @@ def test_no_batch_spans_two_blocks(cluster):
 
 
 def test_waiting_for_a_batch_ends_when_it_is_stopped_or_fails():
-    from kdfast.cache.capture.ray_batches import Stoppable
+    from kdfast.cache.capture.ray_worker import Stoppable
 
     stopped, never = threading.Event(), threading.Event()
 
