@@ -1,6 +1,6 @@
 """Entry and row blocks in NumPy and plain Python: FORMAT.md's codecs in executable form. Slow, and needs no extension.
 
-    columns, ranks, values = decode_entry_block(block, rows, tables, columns=2, total=50)
+    rows = decode_entry_block(block, count, tables, header_fields=2, total=50)
 
 ``tables`` are the frequencies that ``read_tables`` finds in a shard's ``codec_model``.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Rows", "decode_entry_block", "decode_row", "read_tables"]
+__all__ = ["DecodedRows", "decode_entry_block", "decode_row", "read_tables"]
 
 LANES = 32
 ESCAPE = 255
@@ -23,10 +23,10 @@ CLASS_BITS, CLASS_START = (5, 9, 13), (0, 32, 544, 8736)
 
 
 @dataclass
-class Rows:
-    """Per row: its columns, and its entries as (rank, value)."""
+class DecodedRows:
+    """Per row: its header fields, and its entries as (rank, value)."""
 
-    columns: list[list[int]] = field(default_factory=list)
+    headers: list[list[int]] = field(default_factory=list)
     entries: list[list[tuple[int, int]]] = field(default_factory=list)
 
 
@@ -99,24 +99,26 @@ def _rest_class(left: int) -> int:
     return left - 1 if left <= 4 else min((left - 3).bit_length() + 2, REST_CLASSES - 1)
 
 
-def decode_entry_block(block: bytes, rows: int, tables: NDArray[np.uint16], *, columns: int, total: int = 0) -> Rows:
+def decode_entry_block(
+    block: bytes, rows: int, tables: NDArray[np.uint16], *, header_fields: int, total: int = 0
+) -> DecodedRows:
     """A block of ``rows`` rows. ``total``: what a row's values, each plus 1, add up to; 0: that varies."""
-    coder, out = _Coder(block, min(LANES, rows), tables), Rows()
+    coder, out = _Coder(block, min(LANES, rows), tables), DecodedRows()
     for first in range(0, rows, LANES):
         lanes = range(min(LANES, rows - first))
-        numbers = [[0] * columns for _ in lanes]
-        for c in range(1 if total else 0, columns):
+        numbers = [[0] * header_fields for _ in lanes]
+        for c in range(1 if total else 0, header_fields):
             for lane in lanes:
                 numbers[lane][c] = coder.number(lane, c)
-        entries = _entries(coder, columns, [total or row[0] for row in numbers], bool(total))
+        entries = _entries(coder, header_fields, [total or row[0] for row in numbers], bool(total))
         for row, own in zip(numbers, entries, strict=True):
             row[0] = len(own)
-        out.columns += numbers
+        out.headers += numbers
         out.entries += entries
     return out
 
 
-def _entries(coder: _Coder, columns: int, left: list[int], by_total: bool) -> list[list[tuple[int, int]]]:
+def _entries(coder: _Coder, header_fields: int, left: list[int], by_total: bool) -> list[list[tuple[int, int]]]:
     """A group's entries, which come in turns: the first of each row, the second of each row that has one, ..."""
     entries: list[list[tuple[int, int]]] = [[] for _ in left]
     before = [FIRST_ENTRY] * len(left)
@@ -124,12 +126,12 @@ def _entries(coder: _Coder, columns: int, left: list[int], by_total: bool) -> li
     while any(left):
         for lane in (lane for lane, rest in enumerate(left) if rest):
             rest = _rest_class(left[lane])
-            symbol = coder.symbol(lane, columns + before[lane] * REST_CLASSES + rest)
+            symbol = coder.symbol(lane, header_fields + before[lane] * REST_CLASSES + rest)
             n = _low_bits(symbol, 1)
             passed = last[lane][1] if symbol == last[lane][0] else 0
             low = passed + coder.below(2**n - passed)
             before[lane], last[lane] = _octave(symbol), (symbol, low + 1)
-            value = coder.number(lane, columns + RANK_CONTEXTS + before[lane] * REST_CLASSES + rest)
+            value = coder.number(lane, header_fields + RANK_CONTEXTS + before[lane] * REST_CLASSES + rest)
             entries[lane].append((_join(symbol, n, low, 1), value))
             left[lane] -= value + 1 if by_total else 1
     return entries
@@ -139,9 +141,9 @@ def _entries(coder: _Coder, columns: int, left: list[int], by_total: bool) -> li
 
 
 def decode_row(
-    block: bytes, rows: int, row: int, *, column_bits: list[int], value_bits: int, rank_bits: int, classes: bool
+    block: bytes, rows: int, row: int, *, header_bits: list[int], value_bits: int, rank_bits: int, classes: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """One row of a row block: its columns, and its entries as (rank, value)."""
+    """One row of a row block: its header fields, and its entries as (rank, value)."""
     width = block[0]
     ends = [int.from_bytes(block[1 + width * i : 1 + width * (i + 1)], "little") for i in range(rows)]
     head = 1 + width * rows
@@ -152,10 +154,10 @@ def decode_row(
         value, raw = raw & ((1 << bits) - 1), raw >> bits
         return value
 
-    columns = [take(bits) for bits in column_bits]
+    header = [take(bits) for bits in header_bits]
     entries = []
-    for _ in range(columns[0]):
+    for _ in range(header[0]):
         kind = take(2) if classes else 0
         bits = CLASS_BITS[kind] if classes and kind < len(CLASS_BITS) else rank_bits
         entries.append((take(bits) + (CLASS_START[kind] if classes else 0), take(value_bits)))
-    return columns, entries
+    return header, entries

@@ -16,10 +16,9 @@ from torch import Tensor
 from kdfast._C import RowBounds, RowLayout, count_symbols, locate_rows
 from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.codecs.base import Addressable
-from kdfast.cache.codecs.exact import require_exact
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
 from kdfast.cache.selection.prototypes import PrototypeTable
-from kdfast.labels import SoftLabels
+from kdfast.labels.soft_labels import SoftLabels, same_table
 
 __all__ = ["CODINGS", "EntryCodec", "EntryRows"]
 
@@ -31,9 +30,8 @@ LEARN_ROWS = 16384
 class EntryRows:
     """Rows as the bit layer takes them. Entries of a row are in ascending order of rank."""
 
-    columns: NDArray[
-        np.int32
-    ]  # (rows, columns): the number of entries, the prototype if there is a table of them, others
+    # (rows, header_fields): the number of entries, the prototype if there is a table of them, then the codec's own.
+    headers: NDArray[np.int32]
     ranks: NDArray[np.int32]  # (entries,)
     values: NDArray[np.int32]  # (entries,)
 
@@ -71,7 +69,7 @@ class EntryCodec(Addressable):
 
     # ---- what a codec of this kind defines -----------------------------------------------------------------------
 
-    columns: int  # how many columns a row has
+    header_fields: int  # numbers that a row has before its entries, the number of entries being the first
     max_entries: int
     value_limit: int  # values lie in [0, value_limit)
     total: int = 0  # what a row's values, each plus 1, add up to; 0: that varies
@@ -79,15 +77,15 @@ class EntryCodec(Addressable):
 
     @property
     @abstractmethod
-    def column_limits(self) -> tuple[int, ...]:
-        """What each column stays below."""
+    def header_limits(self) -> tuple[int, ...]:
+        """What each header field stays below."""
 
     @abstractmethod
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
         """Labels as the integers they are coded as."""
 
     @abstractmethod
-    def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
         """The reverse, with ids in place of ranks, and levels, if there are any, of values; all within their limits.
         The tensors may be on any device."""
 
@@ -117,16 +115,16 @@ class EntryCodec(Addressable):
         if self.prototypes is None:
             classes = id_classes(labels.ids.numpy(), labels.values.numpy(), self.vocab_size)
         rows = self.to_rows(labels, self._order_of(classes))
-        counts = count_symbols(rows.columns, rows.ranks, rows.values, self.total)
-        return pack_statistics(Statistics.of(counts, self.columns, classes))
+        counts = count_symbols(rows.headers, rows.ranks, rows.values, self.total)
+        return pack_statistics(Statistics.of(counts, self.header_fields, classes))
 
     def use_model(self, model: bytes) -> None:
         if not self.learn_rows:  # rows coded without statistics
             super().use_model(model)
             return
         vocab_size = None if self.prototypes is not None else self.vocab_size
-        self._statistics = unpack_statistics(model, self.columns, vocab_size)
-        self._model = self._statistics.entry_model(self.columns, self.total)
+        self._statistics = unpack_statistics(model, self.header_fields, vocab_size)
+        self._model = self._statistics.entry_model(self.header_fields, self.total)
         self.model = model
         for made in ("order", "order_table", "slots"):
             self.__dict__.pop(made, None)
@@ -157,28 +155,28 @@ class EntryCodec(Addressable):
         return IdOrder.of(self.prototypes.order)
 
     def check(self, labels: SoftLabels) -> None:
-        require_exact(self, labels)
+        _require_exact(self, labels)
 
     # ---- bytes ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _layout(self) -> RowLayout:
         """Of rows coded by themselves."""
-        columns, rank, value = self.field_widths
-        return RowLayout(columns, value, rank, self.coding == "rows")
+        header, rank, value = self.field_widths
+        return RowLayout(header, value, rank, self.coding == "rows")
 
     @property
     def field_widths(self) -> tuple[list[int], int, int]:
-        """Of rows coded by themselves, the bits of each column, a rank and a value."""
+        """Of rows coded by themselves, the bits of each header field, of a rank and of a value."""
         whole = 8 if self.coding == "plain" else 1
-        limits = (*self.column_limits, self.vocab_size, self.value_limit)
-        *columns, rank, value = (-(-(limit - 1).bit_length() // whole) * whole for limit in limits)
-        return columns, rank, value
+        limits = (*self.header_limits, self.vocab_size, self.value_limit)
+        *header, rank, value = (-(-(limit - 1).bit_length() // whole) * whole for limit in limits)
+        return header, rank, value
 
     def encode(self, labels: SoftLabels) -> bytes:
         rows = self.to_rows(labels, self.order)
         coder = self._model if self.coding == "blocks" else self._layout
-        return coder.encode(rows.columns, rows.ranks, rows.values)
+        return coder.encode(rows.headers, rows.ranks, rows.values)
 
     def locate(
         self, payload: NDArray[np.uint8], blocks: NDArray[np.int64], rows: NDArray[np.int64]
@@ -187,9 +185,9 @@ class EntryCodec(Addressable):
 
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
         coder = self._model if self.coding == "blocks" else self._layout
-        columns, ids, values = (torch.from_numpy(x) for x in coder.decode(data, units, self._bounds))
-        labels = self.to_labels(columns, ids, values)
-        return labels if np.array_equal(wanted, np.arange(len(columns))) else labels[torch.from_numpy(wanted)]
+        headers, ids, values = (torch.from_numpy(x) for x in coder.decode(data, units, self._bounds))
+        labels = self.to_labels(headers, ids, values)
+        return labels if np.array_equal(wanted, np.arange(len(headers))) else labels[torch.from_numpy(wanted)]
 
     def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
         return entries_on_device.decode(self, data, units, wanted)
@@ -209,15 +207,14 @@ class EntryCodec(Addressable):
         return torch.from_numpy(self.order.ids)
 
     @cached_property
-    def level_table(self) -> Tensor:
-        """(value_limit,) float32."""
-        assert self.levels is not None
-        return torch.from_numpy(self.levels)
+    def level_table(self) -> Tensor | None:
+        """(value_limit,) float32: what values stand for; None: themselves."""
+        return None if self.levels is None else torch.from_numpy(self.levels)
 
     @property
     def _bounds(self) -> RowBounds:
         if self._bounded is None:
-            limits = (self.max_entries, self.column_limits, self.value_limit)
+            limits = (self.max_entries, self.header_limits, self.value_limit)
             self._bounded = RowBounds(*limits, self.order.ids, self.levels)
         return self._bounded
 
@@ -236,3 +233,49 @@ def by_rank(
     # One key, as ranks are below 2**24: np.lexsort takes several times as long.
     sort = np.argsort(rows << 24 | ranks, kind="stable")
     return sort, ranks[sort]
+
+
+def _require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
+    """Raise ``ValueError`` unless ``codec`` holds ``labels``, of its own kind, on the CPU, to the last bit.
+
+    It takes no model: that may not be learned yet.
+    """
+    assert labels.ids is not None
+    assert labels.offsets is not None
+    ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
+    _require_below("ids", ids, codec.vocab_size)
+    _require_below("numbers of entries", counts, codec.max_entries + 1)
+    if labels.prototype_ids is not None:
+        assert codec.prototypes is not None
+        _require_below("prototype", labels.prototype_ids.numpy(), len(codec.prototypes))
+        if not same_table(labels.prototypes, codec.prototypes.table):
+            raise ValueError(
+                f"the labels refer to another table of prototypes than the codec's, {codec.prototypes.file_name}"
+            )
+    if not bool(labels.values.isfinite().all()):
+        raise ValueError(f"{codec.name}: a value is not one that this codec gives: it is not finite")
+    rows = codec.to_rows(labels, codec.orders)
+    if (rows.headers < 0).any() or (rows.headers >= np.array(codec.header_limits)).any():
+        raise ValueError(f"{codec.name}: a row is not one that this codec gives")
+    count_symbols(rows.headers, rows.ranks, rows.values, codec.total)  # refuses a token twice and a wrong total
+    which = np.repeat(rows.headers[:, 1], counts) if codec.prototypes is not None else np.zeros_like(rows.ranks)
+    levels = rows.values if codec.levels is None else codec.levels[rows.values]
+    numbers = (rows.headers, codec.orders.ids[which, rows.ranks], levels)
+    back = codec.to_labels(*(torch.from_numpy(x) for x in numbers))
+    assert back.ids is not None
+    ours, theirs = _by_id(ids, counts), _by_id(back.ids.numpy(), counts)
+    if not torch.equal(labels.values[ours], back.values[theirs]):
+        raise ValueError(f"{codec.name}: a value is not one that this codec gives")
+    if labels.tails is not None and not torch.equal(labels.tails, back._tails()):
+        raise ValueError(f"{codec.name}: a tail is not one that this codec gives")
+
+
+def _require_below(what: str, numbers: NDArray[np.int64] | NDArray[np.int32], limit: int) -> None:
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
+        raise ValueError(f"{what} must lie in [0, {limit}), got {int(numbers.min())} to {int(numbers.max())}")
+
+
+def _by_id(ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How to sort entries by id within each row."""
+    order: NDArray[np.int64] = np.lexsort((ids, np.repeat(np.arange(len(counts)), counts)))
+    return order

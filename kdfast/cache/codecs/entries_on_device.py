@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,10 +12,7 @@ from torch import Tensor
 from kdfast._triton import kernel
 from kdfast.labels.soft_labels import SoftLabels, table_on
 
-if TYPE_CHECKING:
-    from kdfast.cache.codecs.entries import EntryCodec
-
-__all__ = ["decode"]
+__all__ = ["EntryDecoder", "decode"]
 
 # Every row has room for as many entries as it may have, until all are decoded: 8 bytes each.
 MOST_SLOTS = 2**27
@@ -28,7 +25,35 @@ FAULTS = {
 }
 
 
-def decode(codec: EntryCodec, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
+class EntryDecoder(Protocol):
+    """What decoding needs of an ``EntryCodec``; the meanings are the same there."""
+
+    coding: str
+    vocab_size: int
+    max_entries: int
+    total: int
+
+    @property
+    def header_fields(self) -> int: ...
+    @property
+    def value_limit(self) -> int: ...
+    @property
+    def header_limits(self) -> tuple[int, ...]: ...
+    @property
+    def field_widths(self) -> tuple[list[int], int, int]: ...
+
+    # Tables: what a decoder of blocks looks up, ids by rank, and the weights that values stand for, if they do.
+    @property
+    def slots(self) -> Tensor: ...
+    @property
+    def order_table(self) -> Tensor: ...
+    @property
+    def level_table(self) -> Tensor | None: ...
+
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels: ...
+
+
+def decode(codec: EntryDecoder, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
     """What ``codec.decode`` gives, on the device of ``data``; None if that is to be asked instead.
 
     Raises:
@@ -44,13 +69,13 @@ def decode(codec: EntryCodec, data: Tensor, units: NDArray[np.int64], wanted: ND
     limits = (codec.max_entries, codec.vocab_size, codec.value_limit)
     if codec.coding == "blocks":
         slots = table_on(codec.slots, data.device)
-        decoded = run(data, units, slots, codec.columns, codec.total, *limits)
+        decoded = run(data, units, slots, codec.header_fields, codec.total, *limits)
     else:
         decoded = run(data, units, *codec.field_widths, codec.coding == "rows", *limits)
     return _Entries(codec, decoded, wanted).labels()
 
 
-def _check_units(codec: EntryCodec, units: NDArray[np.int64], size: int) -> None:
+def _check_units(codec: EntryDecoder, units: NDArray[np.int64], size: int) -> None:
     begin, length, rows = units.T
     if (units < 0).any() or (begin > size - length).any() or (rows >= 2**31).any():
         raise ValueError("a unit lies outside the data")
@@ -61,32 +86,33 @@ def _check_units(codec: EntryCodec, units: NDArray[np.int64], size: int) -> None
 class _Entries:
     """What a kernel has decoded, cut down to the rows that are wanted."""
 
-    def __init__(self, codec: EntryCodec, decoded: Any, wanted: NDArray[np.int64]) -> None:
+    def __init__(self, codec: EntryDecoder, decoded: Any, wanted: NDArray[np.int64]) -> None:
         self.codec, self.decoded = codec, decoded
         self.device = decoded.columns.device
         every = np.array_equal(wanted, np.arange(len(decoded.columns)))
         rows = None if every else torch.from_numpy(wanted).to(self.device)
-        self.columns = decoded.columns if rows is None else decoded.columns[rows]
+        self.headers = decoded.columns if rows is None else decoded.columns[rows]
         self.places = decoded.places if rows is None else decoded.places[rows]
 
     def labels(self) -> SoftLabels:
         total = self._require_sound()
-        counts = self.columns[:, 0].long()
+        counts = self.headers[:, 0].long()
         row = torch.repeat_interleave(counts, output_size=total)
         turn = torch.arange(total, device=self.device) - (counts.cumsum(0) - counts)[row]
         at = self.places[row] + 32 * turn
         ids = self._ids(self.decoded.ranks[at], row)
         values = self.decoded.values[at]
-        if self.codec.levels is not None:
-            values = table_on(self.codec.level_table, self.device)[values.long()]
-        return self.codec.to_labels(self.columns, ids, values)
+        levels = self.codec.level_table
+        if levels is not None:
+            values = table_on(levels, self.device)[values.long()]
+        return self.codec.to_labels(self.headers, ids, values)
 
     def _require_sound(self) -> int:
         """How many entries are wanted, once nothing is known to be wrong: the one time that the host waits."""
-        limits = torch.tensor(self.codec.column_limits, dtype=torch.int32).to(self.device)
+        limits = torch.tensor(self.codec.header_limits, dtype=torch.int32).to(self.device)
         beyond = (self.decoded.columns >= limits).any()
         fault = self.decoded.status.max() if len(self.decoded.status) else beyond
-        total, fault, beyond = torch.stack([self.columns[:, 0].sum(), fault.long(), beyond.long()]).tolist()
+        total, fault, beyond = torch.stack([self.headers[:, 0].sum(), fault.long(), beyond.long()]).tolist()
         if fault:
             raise ValueError(f"{'an entry' if self.codec.coding == 'blocks' else 'a row'} block {FAULTS[fault]}")
         if beyond:
@@ -97,5 +123,5 @@ class _Entries:
         order = table_on(self.codec.order_table, self.device)
         at = ranks.long()
         if len(order) > 1:
-            at += self.columns[:, 1].long()[row] * order.shape[1]
+            at += self.headers[:, 1].long()[row] * order.shape[1]
         return order.view(-1)[at]

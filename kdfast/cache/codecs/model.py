@@ -56,20 +56,20 @@ class Statistics:
     classes: NDArray[np.uint8] | None
 
     @classmethod
-    def of(cls, counts: NDArray[np.uint32], columns: int, classes: NDArray[np.uint8] | None) -> Statistics:
+    def of(cls, counts: NDArray[np.uint32], header_fields: int, classes: NDArray[np.uint8] | None) -> Statistics:
         """From how often each symbol has occurred in each context."""
         parts = [
             _frequencies(part)
             for part in (
-                *(counts[c : c + 1] for c in range(columns)),
-                counts[columns : columns + RANK_CONTEXTS],
-                counts[columns + RANK_CONTEXTS :],
+                *(counts[c : c + 1] for c in range(header_fields)),
+                counts[header_fields : header_fields + RANK_CONTEXTS],
+                counts[header_fields + RANK_CONTEXTS :],
             )
         ]
         return cls(np.concatenate(parts), classes)
 
-    def entry_model(self, columns: int, total: int) -> EntryModel:
-        return EntryModel(columns, total, self.frequencies)
+    def entry_model(self, header_fields: int, total: int) -> EntryModel:
+        return EntryModel(header_fields, total, self.frequencies)
 
 
 def _frequencies(counts: NDArray[np.uint32]) -> NDArray[np.uint16]:
@@ -100,20 +100,20 @@ def _to_slots(weights: NDArray[np.float64]) -> NDArray[np.uint16]:
 def pack_statistics(statistics: Statistics) -> bytes:
     """The tables of frequencies, then the classes, if there are any.
 
-    The classes are an entry block of V rows without entries, whose column 1 is the class, after its own tables.
+    The classes are an entry block of V rows without entries, whose header field 1 is the class, after its own tables.
     """
     out = _pack_tables(statistics.frequencies)
     if statistics.classes is None:
         return out
-    columns, empty = _class_columns(statistics.classes), np.empty(0, np.int32)
-    counts = count_symbols(columns, empty, empty, 0)
+    headers, empty = _class_headers(statistics.classes), np.empty(0, np.int32)
+    counts = count_symbols(headers, empty, empty, 0)
     own = Statistics.of(counts, 2, None)
-    return out + _pack_tables(own.frequencies) + own.entry_model(2, 0).encode(columns, empty, empty)
+    return out + _pack_tables(own.frequencies) + own.entry_model(2, 0).encode(headers, empty, empty)
 
 
-def unpack_statistics(data: bytes, columns: int, vocab_size: int | None) -> Statistics:
+def unpack_statistics(data: bytes, header_fields: int, vocab_size: int | None) -> Statistics:
     """The reverse; ``vocab_size``: of the classes, None if there are none. Raises ``ValueError`` for other bytes."""
-    frequencies, at = _unpack_tables(data, 0, columns + RANK_CONTEXTS + VALUE_CONTEXTS)
+    frequencies, at = _unpack_tables(data, 0, header_fields + RANK_CONTEXTS + VALUE_CONTEXTS)
     if vocab_size is None:
         if at != len(data):
             raise ValueError(f"a model has {len(data) - at} bytes too many")
@@ -125,7 +125,7 @@ def unpack_statistics(data: bytes, columns: int, vocab_size: int | None) -> Stat
     return Statistics(frequencies, decoded[:, 1].astype(np.uint8))
 
 
-def _class_columns(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
+def _class_headers(classes: NDArray[np.uint8]) -> NDArray[np.int32]:
     return np.stack([np.zeros(len(classes), np.int32), classes.astype(np.int32)], 1)
 
 

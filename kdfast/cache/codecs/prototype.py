@@ -39,7 +39,7 @@ class Prototype(EntryCodec):
     """
 
     name = "prototype"
-    columns = 3
+    header_fields = 3
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Prototype(EntryCodec):
         self.value_limit = len(self._shares)
 
     @property
-    def column_limits(self) -> tuple[int, ...]:
+    def header_limits(self) -> tuple[int, ...]:
         assert self.prototypes is not None
         return (self.k + 1, len(self.prototypes), len(self._tails) + 1)  # the last tail code: there is none
 
@@ -92,8 +92,8 @@ class Prototype(EntryCodec):
         floor = np.repeat(_sums(mass, counts), counts) * np.exp(-REACH)
         values = _nearest(self._shares, _logits_of_shares(np.maximum(mass, floor)[sort], counts), _last(counts))
         tail = self._tail_code(likeliest.rest.cpu().numpy(), mass, counts)
-        columns = np.stack([counts, prototype, tail], 1).astype(np.int32)
-        return self.to_labels(*(torch.from_numpy(x) for x in (columns, flat[sort], values)))
+        headers = np.stack([counts, prototype, tail], 1).astype(np.int32)
+        return self.to_labels(*(torch.from_numpy(x) for x in (headers, flat[sort], values)))
 
     def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
         """(rows,): each row's prototype."""
@@ -124,15 +124,15 @@ class Prototype(EntryCodec):
         code = self._tail_code(np.exp(log_tail), mass, counts)
         return EntryRows(np.stack([counts, prototype, code], 1).astype(np.int32), ranks, values)
 
-    def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
         assert self.prototypes is not None
-        counts, tail = columns[:, 0].long(), columns[:, 2].long()
+        counts, tail = headers[:, 0].long(), headers[:, 2].long()
         log_tail = self._on(ids, self._log_tail)[tail].masked_fill(counts == 0, 0.0)
         return SoftLabels.prototype(
             ids,
             self._probs(self._on(ids, self._head)[tail], values, counts),
             log_tail,
-            columns[:, 1].long(),
+            headers[:, 1].long(),
             self._on(ids, self.prototypes.table),
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],

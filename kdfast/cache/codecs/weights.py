@@ -27,7 +27,7 @@ class WeightCodec(EntryCodec):
     levels: NDArray[np.float32]
 
     @property
-    def columns(self) -> int:  # type: ignore[override]
+    def header_fields(self) -> int:  # type: ignore[override]
         return 1 + (self.prototypes is not None)
 
     @property
@@ -35,22 +35,22 @@ class WeightCodec(EntryCodec):
         return len(self.levels)
 
     @property
-    def column_limits(self) -> tuple[int, ...]:
+    def header_limits(self) -> tuple[int, ...]:
         return (self.max_entries + 1, *(() if self.prototypes is None else (len(self.prototypes),)))
 
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
         assert labels.ids is not None
         assert labels.offsets is not None
         ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
-        columns, prototype = [counts], None
+        header, prototype = [counts], None
         if self.prototypes is not None:
             prototype = self._nearest(ids, counts)
-            columns.append(prototype)
+            header.append(prototype)
         sort, ranks = by_rank(ids, counts, order, prototype)
         values = self._value(labels.values.numpy()[sort])
         if (self.levels[values] != labels.values.numpy()[sort]).any():
             raise ValueError(f"{self.name}: a weight is not one that this codec gives")
-        return EntryRows(np.stack(columns, 1).astype(np.int32), ranks, values)
+        return EntryRows(np.stack(header, 1).astype(np.int32), ranks, values)
 
     def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(rows,): the prototype that finds a row's ids the likeliest: it needs the fewest bits."""
@@ -69,13 +69,13 @@ class WeightCodec(EntryCodec):
             self._transposed = np.ascontiguousarray(self.prototypes.codes.T)
         return self._transposed
 
-    def to_labels(self, columns: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
         return SoftLabels.weights(
             ids,
             values,
             vocab_size=self.vocab_size,
             temperature=self.temperatures[0],
-            offsets=_offsets(columns[:, 0]),
+            offsets=_offsets(headers[:, 0]),
         )
 
     def _value(self, weights: NDArray[np.float32]) -> NDArray[np.int32]:

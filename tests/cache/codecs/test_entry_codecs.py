@@ -178,7 +178,7 @@ def test_a_row_of_weights_is_coded_in_the_shape_that_finds_its_ids_the_likeliest
     prototypes = make_prototypes(count=6)
     codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 9, "prototypes": prototypes})
     labels = codec.select(make_logits(60), b"")
-    chosen = codec.to_rows(labels, codec.order).columns[:, 1]
+    chosen = codec.to_rows(labels, codec.order).headers[:, 1]
     rows = np.split(labels.ids.numpy(), labels.offsets.numpy()[1:-1])
     assert chosen.tolist() == [int(prototypes.codes[:, row].sum(1, dtype=np.int64).argmin()) for row in rows]
     assert len(set(chosen.tolist())) > 1

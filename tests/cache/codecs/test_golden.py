@@ -44,15 +44,15 @@ def read(name):
         return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def orders(name, metadata, config, model, columns):
+def orders(name, metadata, config, model, header_fields):
     """(orders, V): ids by rank, from the shapes or from the model's classes."""
     vocab = int(metadata["vocab_size"])
     if config["coding"] == "plain":
         return np.arange(vocab)[None]
     if "shapes" not in config:
-        _, at = read_tables(model, columns + CONTEXTS)
+        _, at = read_tables(model, header_fields + CONTEXTS)
         tables, end = read_tables(model[at:], 2 + CONTEXTS)
-        classes = decode_entry_block(model[at + end :], vocab, tables, columns=2).columns
+        classes = decode_entry_block(model[at + end :], vocab, tables, header_fields=2).headers
         return np.array(sorted(range(vocab), key=lambda i: (classes[i][1], i)))[None]
     table = load_file(V1 / name / f"shapes-{config['shapes']}.safetensors")
     rows = []
@@ -63,7 +63,7 @@ def orders(name, metadata, config, model, columns):
 
 
 def limits(codec, config, metadata):
-    """Of columns and values, as FORMAT.md has them."""
+    """Of header fields and values, as FORMAT.md has them."""
     vocab = int(metadata["vocab_size"])
     shapes = [3] if "shapes" in config else []
     if codec == "sample":
@@ -81,21 +81,21 @@ def plain_rows(name):
     metadata, tensors = read(name)
     config = json.loads(metadata["codec_config"])
     codec = metadata["codec"]
-    columns, value_limit = limits(codec, config, metadata)
+    header, value_limit = limits(codec, config, metadata)
     model = tensors.get("codec_model", np.empty(0, np.uint8)).tobytes()
-    order = orders(name, metadata, config, model, len(columns))
+    order = orders(name, metadata, config, model, len(header))
     for begin, length, _, rows in tensors["block_index"].tolist():
         block = tensors["payload"][begin : begin + length].tobytes()
         if config["coding"] == "blocks":
-            tables, _ = read_tables(model, len(columns) + CONTEXTS)
+            tables, _ = read_tables(model, len(header) + CONTEXTS)
             total = config["draws"] if codec == "sample" else 0
-            found = decode_entry_block(block, rows, tables, columns=len(columns), total=total)
-            pairs = zip(found.columns, found.entries, strict=True)
+            found = decode_entry_block(block, rows, tables, header_fields=len(header), total=total)
+            pairs = zip(found.headers, found.entries, strict=True)
         else:
             whole = 8 if config["coding"] == "plain" else 1
-            bits = [-(-(limit - 1).bit_length() // whole) * whole for limit in (*columns, value_limit)]
+            bits = [-(-(limit - 1).bit_length() // whole) * whole for limit in (*header, value_limit)]
             rank_bits = -(-(int(metadata["vocab_size"]) - 1).bit_length() // whole) * whole
-            options = {"column_bits": bits[:-1], "value_bits": bits[-1], "rank_bits": rank_bits}
+            options = {"header_bits": bits[:-1], "value_bits": bits[-1], "rank_bits": rank_bits}
             pairs = [decode_row(block, rows, row, **options, classes=whole == 1) for row in range(rows)]
         for numbers, entries in pairs:
             which = order[numbers[1] if len(order) > 1 else 0]
