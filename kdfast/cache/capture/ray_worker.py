@@ -20,7 +20,7 @@ from kdfast.cache.write.salvage import salvage
 
 __all__ = ["Worker"]
 
-Columns = dict[str, Any]  # arrays of as many rows
+ColumnBatch = dict[str, Any]  # a batch: an array per column of the dataset, all of one length
 PATIENCE = 0.2  # seconds from ``stop`` to the end of a wait
 
 
@@ -58,7 +58,7 @@ class Worker:
     def stop(self) -> None:
         self._stopped.set()
 
-    def _capture(self, batches: Iterable[Columns]) -> CaptureReport:
+    def _capture(self, batches: Iterable[ColumnBatch]) -> CaptureReport:
         return capture(self._teacher, Tensors(batches), self._path, **self._options)
 
 
@@ -72,7 +72,7 @@ def _writer_name(path: str, ranks: Ranks) -> str:
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
-def batches_of(blocks: DataIterator, size: int) -> Iterator[Columns]:
+def batches_of(blocks: DataIterator, size: int) -> Iterator[ColumnBatch]:
     """None spans two blocks, so that a batch is the same whoever gets the block, and after whichever other one."""
     whole: Any = None  # which the annotation of batch_size forgets
     for block in blocks.iter_batches(batch_size=whole, batch_format="numpy"):
@@ -84,10 +84,10 @@ def batches_of(blocks: DataIterator, size: int) -> Iterator[Columns]:
 class Tensors:
     """Batches with numbers as tensors and everything else as lists."""
 
-    def __init__(self, batches: Iterable[Columns]) -> None:
+    def __init__(self, batches: Iterable[ColumnBatch]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[Columns]:
+    def __iter__(self) -> Iterator[ColumnBatch]:
         for batch in self._batches:
             yield {
                 name: torch.tensor(column) if column.dtype.kind in "biuf" else column.tolist()
@@ -101,11 +101,11 @@ class Replayed:
     It is kept in Ray's object store, which moves to disk what does not fit.
     """
 
-    def __init__(self, batches: Iterable[Columns]) -> None:
+    def __init__(self, batches: Iterable[ColumnBatch]) -> None:
         self._batches = batches
         self._kept: list[Any] = []
 
-    def __iter__(self) -> Iterator[Columns]:
+    def __iter__(self) -> Iterator[ColumnBatch]:
         if self._kept:
             yield from map(ray.get, self._kept)
             return
@@ -121,11 +121,11 @@ class _End(NamedTuple):
 class Stoppable:
     """Batches until ``stopped``, also in the middle of waiting for one: it may never come when a worker has died."""
 
-    def __init__(self, batches: Iterable[Columns], stopped: Event) -> None:
+    def __init__(self, batches: Iterable[ColumnBatch], stopped: Event) -> None:
         self._batches, self._stopped = batches, stopped
 
-    def __iter__(self) -> Iterator[Columns]:
-        ready: Queue[Columns | _End] = Queue(1)
+    def __iter__(self) -> Iterator[ColumnBatch]:
+        ready: Queue[ColumnBatch | _End] = Queue(1)
         Thread(target=self._read, args=(ready,), daemon=True).start()
         while not self._stopped.is_set():
             try:
@@ -139,7 +139,7 @@ class Stoppable:
             else:
                 return
 
-    def _read(self, ready: Queue[Columns | _End]) -> None:
+    def _read(self, ready: Queue[ColumnBatch | _End]) -> None:
         error = None
         try:
             for batch in self._batches:

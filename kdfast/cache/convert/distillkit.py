@@ -17,7 +17,7 @@ from kdfast.cache.errors import CacheError
 __all__ = ["DistillKit"]
 
 CONFIG = "compression_config.yaml"
-PORTION = 1024  # rows decoded at a time: bits are spread to a byte each
+CHUNK_ROWS = 1024  # rows decoded at a time: bits are spread to a byte each
 
 
 class DistillKit(Source):
@@ -65,8 +65,8 @@ class DistillKit(Source):
 
     def _decode(self, columns: dict[str, NDArray[Any]], rows: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         parts = [
-            {name: table[start : start + PORTION] for name, table in columns.items()}
-            for start in range(0, max(rows, 1), PORTION)
+            {name: table[start : start + CHUNK_ROWS] for name, table in columns.items()}
+            for start in range(0, max(rows, 1), CHUNK_ROWS)
         ]
         return (
             np.concatenate([self._layout.ids(part) for part in parts]),

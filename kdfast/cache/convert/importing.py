@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.convert.report import BiasReport
-from kdfast.cache.convert.rows import BrokenRowError, Rows, to_rows
+from kdfast.cache.convert.rows import BrokenRowError, ImportedRows, to_rows
 from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheError
 from kdfast.cache.write.writer import Writer
@@ -79,7 +79,7 @@ def import_records(
 
 def store_records(
     records: Iterable[Record],
-    cut: Callable[[Record], Rows],
+    cut: Callable[[Record], ImportedRows],
     writer: Writer,
     report: BiasReport,
     *,
@@ -116,7 +116,7 @@ def _targets(record: Record) -> Tensor:
     return torch.from_numpy(following)
 
 
-def _store(writer: Writer, record: Record, rows: Rows, report: BiasReport) -> None:
+def _store(writer: Writer, record: Record, rows: ImportedRows, report: BiasReport) -> None:
     if record.key in writer:
         report.duplicates += 1
         return

@@ -53,15 +53,15 @@ def recompress(
     kept = about.temperatures if temperatures is None else tuple(float(t) for t in temperatures)
     if codec == about.codec:  # what is not asked for stays as it is
         options = {**about.config, **options}
-    portions = walk(source, cache)
-    first = next(portions, None)
+    batches = walk(source, cache)
+    first = next(batches, None)
     if first is not None:
         _check(source, first.labels, about, codec, kept, options)
     report = BiasReport(f"the {about.codec} cache {source}", heads=codec == "topk")
     stored = {"codec": codec, "temperatures": kept, "teacher": about.teacher, "keys": about.keys, **options}
     with Writer(destination, vocab_size=about.vocab_size, **stored) as writer:
-        for portion in chain([] if first is None else [first], portions):
-            for key, labels in portion.records():
+        for batch in chain([] if first is None else [first], batches):
+            for key, labels in batch.records():
                 _store(writer, key, labels, kept, options, report)
                 if progress is not None:
                     progress()

@@ -12,11 +12,11 @@ from kdfast.cache.convert.source import Record
 from kdfast.cache.errors import CacheError
 from kdfast.labels import SoftLabels
 
-__all__ = ["Rows", "to_rows"]
+__all__ = ["ImportedRows", "to_rows"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class ImportedRows:
     """A record's rows, ready to be stored, and what became of them.
 
     ``mass`` is the probability that each row keeps, before it is capped at 1.
@@ -28,7 +28,7 @@ class Rows:
     ids: NDArray[np.int64]  # (entries kept,)
 
 
-def to_rows(record: Record, *, vocab_size: int, k: int, value_dtype: str, tolerance: float) -> Rows:
+def to_rows(record: Record, *, vocab_size: int, k: int, value_dtype: str, tolerance: float) -> ImportedRows:
     """The ``k`` largest entries of each row, largest first, and log1p(-their probability) as the tail.
 
     Raises:
@@ -60,7 +60,7 @@ def to_rows(record: Record, *, vocab_size: int, k: int, value_dtype: str, tolera
         vocab_size=vocab_size,
         offsets=torch.from_numpy(offsets),
     )
-    return Rows(labels, mass, row, ids)
+    return ImportedRows(labels, mass, row, ids)
 
 
 def _check(

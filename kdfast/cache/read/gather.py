@@ -15,11 +15,11 @@ from kdfast.cache.format.shard import Shard, Units
 from kdfast.cache.read.decoder import Decoder
 from kdfast.cache.read.packed import PackedLabels, join
 
-__all__ = ["Rows", "groups", "ranges"]
+__all__ = ["RowGatherer", "groups", "ranges"]
 
 
-class Rows:
-    """The records and rows of some shards. A row is named by its shard's number and its own number in it.
+class RowGatherer:
+    """Gathers rows of some shards. A row is named by its shard's number and its own number in that shard.
 
     Raises:
         CacheCorruptError: a shard's blocks do not have the lengths that its codec gives them, or too many rows.

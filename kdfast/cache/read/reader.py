@@ -26,7 +26,7 @@ from kdfast.cache.format.storage import open_storage
 from kdfast.cache.format.targets import targets_crc
 from kdfast.cache.format.view import View, unpack_views
 from kdfast.cache.read.decoder import Decoder
-from kdfast.cache.read.gather import Rows, ranges
+from kdfast.cache.read.gather import RowGatherer, ranges
 from kdfast.cache.read.lookup import HashLookup, Lookup, RangeLookup, RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.spans import check_spans, split_spans
@@ -108,7 +108,7 @@ class CacheReader:
         self._decoders = [Decoder.of(shard) for shard in shards]
         if head is not None:
             self._use_head(head)
-        self._rows = Rows(shards, self._decoders)
+        self._gatherer = RowGatherer(shards, self._decoders)
         self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
 
     def _use_head(self, head: OutputLayer) -> None:
@@ -143,14 +143,14 @@ class CacheReader:
         """
         where = self._locate(keys)
         try:
-            return self._rows.pack(*where).unpack()
+            return self._gatherer.pack(*where).unpack()
         except CacheCorruptError:
-            self._rows.explain(*where)
+            self._gatherer.explain(*where)
             raise
 
     def pack(self, keys: Iterable[Any] | RecordIndex) -> PackedLabels:
         """The same, still compressed: to be decoded later, and elsewhere. ``gather`` is ``pack(keys).unpack()``."""
-        return self._rows.pack(*self._locate(keys))
+        return self._gatherer.pack(*self._locate(keys))
 
     def index(self, keys: Iterable[Any]) -> RecordIndex:
         """Look up keys once, for any number of ``gather``: hashing a key takes longer than reading a row.
@@ -172,7 +172,7 @@ class CacheReader:
         records[~absent] = self._find(found)
         if spans is not None:
             rows = np.iinfo(np.int64).max * absent  # any number of rows may be absent
-            rows[~absent] = self._rows.spans(records[~absent])[1][:, 1]
+            rows[~absent] = self._gatherer.spans(records[~absent])[1][:, 1]
             check_spans(entries, spans, rows)
         return RecordIndex(records, self._fingerprint, spans)
 
@@ -187,7 +187,7 @@ class CacheReader:
             CacheCorruptError: they are not what a writer stores.
         """
         (record,) = self._find([key])
-        owner, ((first, rows),) = self._rows.spans(np.array([record]))
+        owner, ((first, rows),) = self._gatherer.spans(np.array([record]))
         shard = self._shards[int(owner[0])]
         if shard.views is None:
             raise CacheError(f"{shard.path}: was written without views")
@@ -214,8 +214,8 @@ class CacheReader:
         if len(ids_of) != len(entries):
             raise ValueError(f"{len(entries)} keys need as many targets, got {len(ids_of)}")
         records = self._find(entries)
-        owners = np.searchsorted(self._rows.starts, records, side="right") - 1
-        local = records - self._rows.starts[owners]
+        owners = np.searchsorted(self._gatherer.starts, records, side="right") - 1
+        local = records - self._gatherer.starts[owners]
         for at, ids in enumerate(ids_of):
             shard = self._shards[int(owners[at])]
             if shard.targets is None:
@@ -283,11 +283,11 @@ class CacheReader:
     def _lookup(self) -> Lookup:
         # Not made before it is needed: a worker that has a RecordIndex never looks up a key.
         if self._shards[0].meta.keys == RANGE:
-            return RangeLookup(self._shards, self._rows.starts)
+            return RangeLookup(self._shards, self._gatherer.starts)
         keys, note = read_index(self._index_file, self._shards)
         if keys is None:
             keys, note = sort_keys(self._shards), f"in memory: {note}"
-        return HashLookup(self._shards, self._rows.starts, keys, note)
+        return HashLookup(self._shards, self._gatherer.starts, keys, note)
 
     def _find(self, keys: Any) -> NDArray[np.int64]:
         records = self._lookup.find(keys)
@@ -302,7 +302,7 @@ class CacheReader:
         index = keys if isinstance(keys, RecordIndex) else self.index(keys)
         if index.shards != self._fingerprint:
             raise CacheError(f"{self._path}: the index was made for other shards than these: make it again")
-        owners, spans = self._rows.spans(index.records)
+        owners, spans = self._gatherer.spans(index.records)
         if index.spans is None:
             return np.repeat(owners, spans[:, 1]), ranges(*spans.T), None
         whole = index.spans[:, 1] < 0

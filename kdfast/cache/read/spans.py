@@ -43,7 +43,7 @@ def pack_spans(
             f"lengths and seam must not be negative and row_length must be positive, got a shortest length of "
             f"{min(lengths, default=0)}, seam {seam} and row_length {row_length}"
         )
-    rows = _Rows(row_length)
+    rows = _BinPacker(row_length)
     for document, length in enumerate(lengths):
         start = 0
         while start < length:
@@ -57,8 +57,8 @@ def pack_spans(
     return rows.spans
 
 
-class _Rows:
-    """Rows being filled, found by the room that they have."""
+class _BinPacker:
+    """Best-fit bin packing: training rows being filled, found by the room that they have left."""
 
     def __init__(self, length: int) -> None:
         self._length = length

@@ -1,4 +1,4 @@
-"""Every record of a cache once, in order, in portions of bounded size: for what reads a cache from end to end."""
+"""Every record of a cache once, in order, in batches of bounded size: for what reads a cache from end to end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kdfast.cache.format.storage import open_storage
 from kdfast.cache.read.reader import CacheReader
 from kdfast.labels import SoftLabels
 
-__all__ = ["Portion", "walk"]
+__all__ = ["RecordBatch", "walk"]
 
-PORTION_VALUES = 2**20  # of one portion, unless a single record holds more
+BATCH_VALUES = 2**20  # of one batch, unless a single record holds more
 
 
 @dataclass(frozen=True)
-class Portion:
+class RecordBatch:
     """Some records: their keys, the rows of each, and the labels of all, one after another."""
 
     keys: list[Key | int]
@@ -37,23 +37,23 @@ class Portion:
             start += rows
 
 
-def walk(path: str | os.PathLike[str], cache: CacheReader) -> Iterator[Portion]:
+def walk(path: str | os.PathLike[str], cache: CacheReader) -> Iterator[RecordBatch]:
     """The records of ``cache``, which ``path`` holds, duplicates left out; in rising order where keys are integers."""
     per_row = 1
     keys: list[Key | int] = []
     rows: list[int] = []
     total = 0
     for key, count in _records(path):
-        if keys and (total + count) * per_row > PORTION_VALUES:
-            portion = Portion(keys, rows, cache.gather(keys))
-            per_row = max(1, portion.labels.values.numel() // max(1, len(portion.labels)))
-            yield portion
+        if keys and (total + count) * per_row > BATCH_VALUES:
+            batch = RecordBatch(keys, rows, cache.gather(keys))
+            per_row = max(1, batch.labels.values.numel() // max(1, len(batch.labels)))
+            yield batch
             keys, rows, total = [], [], 0
         keys.append(key)
         rows.append(count)
         total += count
     if keys:
-        yield Portion(keys, rows, cache.gather(keys))
+        yield RecordBatch(keys, rows, cache.gather(keys))
 
 
 def _records(path: str | os.PathLike[str]) -> Iterator[tuple[Key | int, int]]:

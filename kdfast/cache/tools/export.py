@@ -13,7 +13,7 @@ from typing import Any
 from kdfast.cache.errors import CacheError, optional_package
 from kdfast.cache.format.keys import Key
 from kdfast.cache.read.reader import CacheInfo, open_cache
-from kdfast.cache.read.walk import Portion, walk
+from kdfast.cache.read.walk import RecordBatch, walk
 from kdfast.labels import SoftLabels
 
 __all__ = ["export"]
@@ -54,13 +54,13 @@ def export(
     records = 0
     with _appearing(Path(out)) as part:
         writer = None
-        for portion in walk(path, cache):
-            table = _table(arrow, portion, cache.info)
+        for batch in walk(path, cache):
+            table = _table(arrow, batch, cache.info)
             writer = writer or parquet.ParquetWriter(part, table.schema, compression="zstd")
-            writer.write_table(table)  # a row group, as small as the portion
-            records += len(portion.keys)
+            writer.write_table(table)  # a row group, as small as the batch
+            records += len(batch.keys)
             if progress is not None:
-                progress(len(portion.keys))
+                progress(len(batch.keys))
         if writer is None:
             raise CacheError(f"{path}: holds no record to export")
         writer.close()
@@ -80,10 +80,10 @@ def _appearing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _table(arrow: Any, portion: Portion, about: CacheInfo) -> Any:
-    if portion.labels.kind not in KINDS:
-        raise CacheError(f"{portion.labels.kind} labels have no Parquet form: only {', '.join(KINDS)} can be exported")
-    rows = [_row(key, labels) for key, labels in portion.records()]
+def _table(arrow: Any, batch: RecordBatch, about: CacheInfo) -> Any:
+    if batch.labels.kind not in KINDS:
+        raise CacheError(f"{batch.labels.kind} labels have no Parquet form: only {', '.join(KINDS)} can be exported")
+    rows = [_row(key, labels) for key, labels in batch.records()]
     lists = {"counts": arrow.int32(), "ids": arrow.int32()}
     columns = {
         "key": arrow.array([row["key"] for row in rows], arrow.string()),
@@ -93,7 +93,7 @@ def _table(arrow: Any, portion: Portion, about: CacheInfo) -> Any:
         of = arrow.large_list(lists.get(name, arrow.float32()))
         columns[name] = arrow.array([row[name] for row in rows], of)
     described = {
-        "kind": portion.labels.kind,
+        "kind": batch.labels.kind,
         "codec": about.codec,
         "config": about.config,
         "vocab_size": about.vocab_size,

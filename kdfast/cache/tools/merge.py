@@ -68,10 +68,10 @@ def merge(
     target.mkdir(parents=True, exist_ok=True)
     report = MergeReport()
     for path, shards in loaded.items():
-        _bring_assets(path, shards[0], target, report)
+        _copy_assets(path, shards[0], target, report)
         report.unfinished += sorted(str(file) for file in path.iterdir() if file.suffix in UNFINISHED)
     for shard, name in _names(list(loaded.values()), held):
-        _bring_shard(shard, None if name is None else target / name, link, report)
+        _copy_shard(shard, None if name is None else target / name, link, report)
         if progress is not None:
             progress()
     write_manifest(LocalStorage(target))
@@ -121,17 +121,17 @@ def _numbered(caches: list[list[Shard]], start: int) -> Iterator[tuple[Shard, st
             yield shard, f"shard-merged{number:04d}_{match[1]}-{match[2]}.safetensors"
 
 
-def _bring_shard(shard: Shard, path: Path | None, link: bool, report: MergeReport) -> None:
+def _copy_shard(shard: Shard, path: Path | None, link: bool, report: MergeReport) -> None:
     if path is None:
         report.present += 1
         return
     shard.verify()  # a copy of a corrupt shard would outlive the chance to mend it
-    _bring(shard.path, path, link)
+    _copy(shard.path, path, link)
     report.copied += 1
     report.copied_bytes += shard.file_bytes
 
 
-def _bring_assets(source: Path, shard: Shard, target: Path, report: MergeReport) -> None:
+def _copy_assets(source: Path, shard: Shard, target: Path, report: MergeReport) -> None:
     """The tables that the codec reads beside the shards; before the shards, which are of no use without them."""
     names: list[str] = []
 
@@ -142,11 +142,11 @@ def _bring_assets(source: Path, shard: Shard, target: Path, report: MergeReport)
     shard.meta.make_codec(read)
     for name in names:
         if not (target / name).exists():
-            _bring(source / name, target / name, link=False)
+            _copy(source / name, target / name, link=False)
             report.assets += 1
 
 
-def _bring(source: Path, path: Path, link: bool) -> None:
+def _copy(source: Path, path: Path, link: bool) -> None:
     if not link:
         publish(path, _chunks(source))
         return

@@ -81,10 +81,10 @@ def cache_stats(path: str | os.PathLike[str], *, progress: Callable[[int], None]
     """
     cache = open_cache(path)
     stats = CacheStats(cache.info, *_layout(open_storage(path)))
-    for portion in walk(path, cache):
-        _count(stats, portion.labels)
+    for batch in walk(path, cache):
+        _count(stats, batch.labels)
         if progress is not None:
-            progress(len(portion.keys))
+            progress(len(batch.keys))
     if stats.mean_tail_mass is not None:
         stats.mean_tail_mass /= max(stats.rows, 1)
     return stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from kdfast.cache.format.targets import Targets
 from kdfast.cache.format.view import VIEW_BYTES, View, pack_views
 from kdfast.labels import SoftLabels
 
-__all__ = ["Columns", "Record", "Tables", "check_labels", "check_logits", "check_views", "select"]
+__all__ = ["Attachments", "Record", "RecordColumns", "Tables", "check_labels", "check_logits", "check_views", "select"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,19 @@ class Record:
     views: NDArray[np.uint8] | None = None  # (rows, 13)
 
 
+class Attachments(NamedTuple):
+    """What records have beside their labels: all records of a shard, or none of them."""
+
+    targets: bool
+    views: bool
+
+    @classmethod
+    def of(cls, record: Record) -> Attachments:
+        return cls(record.targets is not None, record.views is not None)
+
+
 @dataclass(frozen=True)
-class Columns:
+class RecordColumns:
     """All but the labels of some records, one after another: what a journal holds of them, and a shard's tables."""
 
     keys: NDArray[np.uint8]  # (records, 16)
@@ -45,7 +56,7 @@ class Columns:
     views: NDArray[np.uint8] | None = None  # (sum of rows, 13)
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> Columns:
+    def of(cls, records: Sequence[Record]) -> RecordColumns:
         keys = np.frombuffer(b"".join(record.key for record in records), np.uint8).reshape(-1, DIGEST_BYTES)
         rows = np.array([len(record.labels) for record in records], np.int64)
         marks = [record.targets for record in records if record.targets is not None]
@@ -79,11 +90,11 @@ class Tables:
     def __init__(self) -> None:
         self._blocks: list[tuple[int, int, int, int]] = []
         self._crc: list[int] = []
-        self._columns: list[Columns] = []
+        self._columns: list[RecordColumns] = []
         self.payload_bytes = self.rows = self.records = self._target_count = 0
         self._cross_entropy = 0.0
 
-    def add(self, columns: Columns, length: int, crc: int) -> None:
+    def add(self, columns: RecordColumns, length: int, crc: int) -> None:
         """The records of a block of ``length`` bytes; all of them are empty if it is 0."""
         rows = int(columns.rows.sum())
         if rows:
@@ -119,9 +130,9 @@ class Tables:
             "record_keys": digests[:0] if keys == RANGE else digests,
             "block_crc": np.array(self._crc, np.uint32),
         }
-        if self.has("target_crc"):
+        if self.attachments.targets:
             tables["record_targets"] = self._column("target_crc", np.int64).astype(np.uint32)
-        if self.has("views"):
+        if self.attachments.views:
             tables["row_views"] = self._column("views", np.uint8).reshape(-1, VIEW_BYTES)
         if model:
             tables["codec_model"] = np.frombuffer(model, np.uint8)
@@ -132,14 +143,18 @@ class Tables:
         metadata = dict(ONE_ROW_EACH) if self._one_row_each() else {}
         if keys == RANGE:
             metadata["first_record"] = str(number_of(next(iter(self.keys()))))
-        if self.has("target_crc"):
+        if self.attachments.targets:
             targets = {"cross_entropy_sum": self._cross_entropy, "count": self._target_count}
             metadata["targets"] = json.dumps(targets)
         return metadata
 
-    def has(self, name: str) -> bool:
-        """Whether the records have this column; all of a shard agree."""
-        return bool(self._columns) and getattr(self._columns[0], name) is not None
+    @property
+    def attachments(self) -> Attachments:
+        """What the shard's records have beside their labels."""
+        first = self._columns[0] if self._columns else None
+        return Attachments(
+            first is not None and first.target_crc is not None, first is not None and first.views is not None
+        )
 
     def _one_row_each(self) -> bool:
         return all((columns.rows == 1).all() for columns in self._columns)

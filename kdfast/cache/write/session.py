@@ -16,7 +16,7 @@ from kdfast.cache.format.sealed import scan
 from kdfast.cache.format.storage import LocalStorage, Storage, digest
 from kdfast.cache.write.builder import ShardBuilder
 from kdfast.cache.write.journal import Journal
-from kdfast.cache.write.records import Record
+from kdfast.cache.write.records import Attachments, Record
 from kdfast.cache.write.unfinished import Unfinished, shard_name
 
 __all__ = ["Session", "journal_name", "work_folder"]
@@ -95,12 +95,12 @@ class Session:
         keys = [] if self._unfinished is None else list(self._unfinished.tables.keys())
         return self._parked[-1].key if self._parked else keys[-1] if keys else None
 
-    def accompanied(self) -> dict[str, bool]:
-        """Whether the records of the shard that goes on have ``targets`` and ``views``; empty if none goes on."""
+    @property
+    def attachments(self) -> Attachments | None:
+        """What the records of the shard to resume have beside their labels; None if it has no record yet."""
         if self._unfinished is not None and self._unfinished.tables.records:
-            tables = self._unfinished.tables
-            return {"targets": tables.has("target_crc"), "views": tables.has("views")}
-        return {name: getattr(record, name) is not None for record in self._parked[:1] for name in ("targets", "views")}
+            return self._unfinished.tables.attachments
+        return Attachments.of(self._parked[0]) if self._parked else None
 
     def builder(self, codec: Codec, block_rows: int, shard_bytes: int) -> ShardBuilder:
         """The builder that goes on from here, with ``codec``, which is given the model."""

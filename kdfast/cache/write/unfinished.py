@@ -22,7 +22,7 @@ from kdfast.cache.format.meta import HASH
 from kdfast.cache.format.shard import ONE_ROW_EACH
 from kdfast.cache.format.storage import Storage
 from kdfast.cache.write.journal import Journal, write_at
-from kdfast.cache.write.records import Columns, Record, Tables
+from kdfast.cache.write.records import Record, RecordColumns, Tables
 from kdfast.labels import SoftLabels
 
 __all__ = ["Unfinished", "shard_name"]
@@ -75,7 +75,7 @@ class Unfinished:
 
     def append(self, records: Sequence[Record], block: bytes) -> None:
         """Add a block and the records it holds. When this returns a kill no longer loses them."""
-        columns = Columns.of(records)
+        columns = RecordColumns.of(records)
         self._announce()
         if self._descriptor < 0:
             self._create()
@@ -90,7 +90,7 @@ class Unfinished:
         """Note records in the journal that are in no block yet, labels and all."""
         self._announce()
         labels = _labels_to_tensors(SoftLabels.cat([record.labels for record in records]))
-        self._journal.append(PARKED, {**_tensors(Columns.of(records)), **labels})
+        self._journal.append(PARKED, {**_tensors(RecordColumns.of(records)), **labels})
 
     def seal(self, storage: Storage) -> None:
         """Complete the file and give it its name in ``storage``. The journal then no longer matters."""
@@ -205,12 +205,12 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def _tensors(columns: Columns) -> dict[str, Tensor]:
+def _tensors(columns: RecordColumns) -> dict[str, Tensor]:
     return {f"records.{name}": _tensor(array) for name, array in columns.arrays().items()}
 
 
-def _columns(contents: dict[str, Tensor]) -> Columns:
-    return Columns(**{name[8:]: part.numpy() for name, part in contents.items() if name.startswith("records.")})
+def _columns(contents: dict[str, Tensor]) -> RecordColumns:
+    return RecordColumns(**{name[8:]: part.numpy() for name, part in contents.items() if name.startswith("records.")})
 
 
 def _labels_to_tensors(labels: SoftLabels) -> dict[str, Tensor]:

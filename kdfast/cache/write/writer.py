@@ -23,9 +23,9 @@ from kdfast.cache.format.storage import open_storage
 from kdfast.cache.format.targets import Targets, cross_entropy, targets_crc, targets_of
 from kdfast.cache.format.view import View
 from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES
-from kdfast.cache.write.records import Record, check_labels, check_logits, check_views, select
+from kdfast.cache.write.records import Attachments, Record, check_labels, check_logits, check_views, select
 from kdfast.cache.write.session import Session, work_folder
-from kdfast.cache.write.writer_thread import Background
+from kdfast.cache.write.writer_thread import WriterThread
 from kdfast.labels import SoftLabels
 
 __all__ = ["Writer"]
@@ -119,8 +119,8 @@ class Writer:
         except BaseException:
             self._session.close(None)
             raise
-        self._accompanied = self._session.accompanied()
-        self._background = Background(self._builder, block_rows)
+        self._attachments = self._session.attachments  # of the records so far; None: there is none
+        self._thread = WriterThread(self._builder, block_rows)
 
     def __contains__(self, key: Any) -> bool:
         """Whether ``key`` has been written, now or before: its teacher pass can be skipped."""
@@ -203,7 +203,7 @@ class Writer:
         """
         if self._closed or os.getpid() != self._process:
             return
-        self._background.drain()
+        self._thread.drain()
         self._builder.advance(final=True)
         if self.durable_records:
             write_manifest(self._storage)
@@ -226,8 +226,8 @@ class Writer:
         if self._closed or os.getpid() != self._process:
             return
         with suppress(BaseException):  # often the very error that is being handled
-            self._background.drain()
-        for record in self._background.stop():
+            self._thread.drain()
+        for record in self._thread.stop():
             self._builder.push(record)
         try:
             self._builder.park()
@@ -237,7 +237,7 @@ class Writer:
         self._end()
 
     def _end(self) -> None:
-        self._background.stop()
+        self._thread.stop()
         self._closed = True
         self._session.close(self._builder)
 
@@ -256,15 +256,15 @@ class Writer:
         if self._last is not None and number_of(digest) != number_of(self._last) + 1:
             raise ValueError(f"keys='range' takes consecutive integers: {number_of(self._last) + 1} comes next")
         record = Record(digest, labels, marks, None if views is None else check_views(views, len(labels)))
-        for name in ("targets", "views"):
-            there = getattr(record, name) is not None
-            if self._accompanied.get(name, there) != there:
-                raise ValueError(f"it {'has' if there else 'lacks'} {name}, unlike the records before it")
+        attachments = Attachments.of(record)
+        for name, has, had in zip(Attachments._fields, attachments, self._attachments or attachments, strict=True):
+            if has != had:
+                raise ValueError(f"it {'has' if has else 'lacks'} {name}, unlike the records before it")
         return record
 
     def _put(self, record: Record) -> None:
-        self._background.put(record)
-        self._accompanied = {"targets": record.targets is not None, "views": record.views is not None}
+        self._thread.put(record)
+        self._attachments = Attachments.of(record)
         self._seen.add(record.key)
         if self._make_key is _number_key:
             self._last = record.key

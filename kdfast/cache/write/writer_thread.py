@@ -9,12 +9,12 @@ from collections import deque
 from kdfast.cache.write.builder import MAX_BLOCK_VALUES, ShardBuilder
 from kdfast.cache.write.records import Record
 
-__all__ = ["Background"]
+__all__ = ["WriterThread"]
 
 QUEUED_BLOCKS = 8
 
 
-class Background:
+class WriterThread:
     """Hands records to a builder in the order they come, in a thread of its own.
 
     It holds ``QUEUED_BLOCKS`` blocks of records at most; ``put`` waits for room. When the builder fails the thread

@@ -103,7 +103,7 @@ def test_integer_keys_stay_integers(tmp_path):
 
 
 def test_many_portions(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdfast.cache.read.walk.PORTION_VALUES", 30)
+    monkeypatch.setattr("kdfast.cache.read.walk.BATCH_VALUES", 30)
     fill(tmp_path / "a", k=8, block_rows=2, shard_bytes=300)
     assert kdfast.cache.open(tmp_path / "a").info.shards > 1
     recompress(tmp_path / "a", tmp_path / "b", codec="topk")

@@ -132,7 +132,7 @@ def leave(writer, records):
     with writer:
         for i in records:
             writer.add(i, logits(2, seed=i), targets=torch.tensor([i, -100]))
-            writer._background.drain()
+            writer._thread.drain()
             folder = writer._storage.directory
             sizes.append([(folder / name).stat().st_size for name in (PART, JOURNAL) if (folder / name).exists()])
         raise ZeroDivisionError(sizes)
@@ -193,7 +193,7 @@ def test_salvage_leaves_live_writers_alone(tmp_path):
         write(tmp_path, range(10), writer="dead", announce=lambda i: 1 // (9 - i))
     with kdfast.cache.Writer(tmp_path, vocab_size=11, codec="topk", k=4, teacher="t", writer="live", block_rows=1) as w:
         w.add("live", logits(1))
-        w._background.drain()
+        w._thread.drain()
         part = (tmp_path / "shard-live-00000.safetensors.part").read_bytes()
         assert kdfast.cache.salvage(tmp_path) == 10
         assert (tmp_path / "shard-live-00000.safetensors.part").read_bytes() == part

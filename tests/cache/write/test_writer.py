@@ -284,10 +284,10 @@ def test_blocks_are_on_disk_long_before_the_seal(tmp_path):
     with writer(tmp_path, block_rows=4) as w:
         for i in range(10):
             w.add(i, logits(2, seed=i))
-        w._background.drain()
+        w._thread.drain()
         assert w.durable_records == 10
         w.add(10, logits(1))
-        w._background.drain()
+        w._thread.drain()
         assert w.durable_records == 10
         assert (tmp_path / f"{NAME}.part").stat().st_size > 10 * 2 * 20
         assert len(w._builder.pending) == 1
@@ -300,7 +300,7 @@ def test_empty_records_do_not_pile_up(tmp_path):
     with writer(tmp_path, block_rows=8) as w:
         for i in range(20):
             w.add(i, logits(0))
-        w._background.drain()
+        w._thread.drain()
         assert w.durable_records == 16
     cache = kdfast.cache.open(tmp_path)
     assert (len(cache), cache.info.rows) == (20, 0)
@@ -365,7 +365,7 @@ def test_an_error_of_the_background_is_raised_as_it_is_and_tried_again(tmp_path,
     monkeypatch.setattr(Toy, "encode", encode)
     w = toy(tmp_path, block_rows=1)
     w.add(0, logits(1))
-    for again in (w._background.drain, w._background.drain, lambda: w.add(1, logits(1)), w.close, w.close):
+    for again in (w._thread.drain, w._thread.drain, lambda: w.add(1, logits(1)), w.close, w.close):
         with pytest.raises(Broken, match="the codec"):
             again()
     fail.clear()
@@ -432,7 +432,7 @@ def test_what_cannot_even_be_noted_is_warned_of(tmp_path):
 def test_a_directory_that_vanishes_is_named(tmp_path):
     w = writer(tmp_path / "gone", block_rows=1)
     w.add(0, logits(1))
-    w._background.drain()
+    w._thread.drain()
     shutil.rmtree(tmp_path / "gone")
     for _ in range(2):
         with pytest.raises(OSError, match="gone"):
