@@ -1,22 +1,79 @@
-"""Models at work: calling one with a batch's arguments, in evaluation mode without gradients, and its logits."""
+"""Calling models: a batch's arguments, evaluation mode without gradients, and the logits of an output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["apply", "call", "check_logits", "device_of", "evaluating", "logits_of", "move"]
+__all__ = [
+    "NON_MODEL_FIELDS",
+    "BatchFields",
+    "apply",
+    "call",
+    "check_logits",
+    "device_of",
+    "evaluating",
+    "logits_of",
+    "move",
+]
 
+NON_MODEL_FIELDS = ("key", "labels")  # of a batch that is a mapping: all others are the model's keywords
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFields:
+    """Where a batch has a model's arguments and its records' keys: functions of the batch, or None for the convention.
+
+    Args:
+        inputs: the model's argument, tuple of arguments, or mapping of keywords. By default a mapping's fields but
+            ``key`` and ``labels``, the first item of a tuple or list, or the batch itself.
+        key: a key per record. By default the field ``key``, or each row of ``input_ids`` without its padding.
+    """
+
+    inputs: Callable[[Any], Any] | None = None
+    key: Callable[[Any], Sequence[Any]] | None = None
+
+    def arguments(self, batch: Any) -> Any:
+        """What a model is called with for ``batch``: a mapping of keywords, a tuple of positions, or one argument."""
+        if self.inputs is not None:
+            return self.inputs(batch)
+        if isinstance(batch, Mapping):
+            return {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def keys(self, batch: Any) -> list[Any]:
+        """One key per record of ``batch``.
+
+        Raises:
+            ValueError: the batch has no key and no ids, and no function was given.
+        """
+        if self.key is not None:
+            return _each(self.key(batch))
+        if isinstance(batch, Mapping) and "key" in batch:
+            return _each(batch["key"])
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            real = batch.get("attention_mask")
+            return [ids if real is None else ids[real[i].bool()] for i, ids in enumerate(batch["input_ids"])]
+        raise ValueError(
+            f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
+            "gives one key per record"
+        )
+
+
+def _each(keys: Any) -> list[Any]:
+    """Numbers of a 1-D tensor are keys one by one, as Python's integers are; rows of a 2-D one are ids."""
+    return keys.tolist() if isinstance(keys, Tensor) and keys.dim() == 1 else list(keys)
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off, batch norm frozen; each submodule's own flag comes back afterwards, whatever has happened."""
+    """A context in which ``model`` is in evaluation mode. Each submodule gets its flag back, also after an error."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     flags = [module.training for module in modules]
     try:
@@ -29,16 +86,16 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def apply(model: Callable[..., Any], arguments: Any) -> Any:
-    """``model`` of a mapping's keywords, a tuple's positions, or one argument."""
+    """Call ``model`` with a mapping as keywords, with a tuple as positional arguments, or with one argument."""
     if isinstance(arguments, Mapping):
         return model(**arguments)
     return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
 
 
 def call(model: Callable[..., Any], arguments: Any) -> Any:
-    """The same without gradients.
+    """``apply(model, arguments)`` without gradients.
 
-    ``no_grad`` and not ``inference_mode``, whose tensors could not be used under autograd by a caller's functions.
+    It uses ``no_grad``: tensors of ``inference_mode`` could not be used under autograd by a caller's functions.
     """
     with torch.inference_mode(False), torch.no_grad():
         return apply(model, arguments)
@@ -63,13 +120,13 @@ def logits_of(output: Any) -> Any:
 
 
 def device_of(model: Any) -> torch.device | None:
-    """Where a module's weights are; None for a callable, or a module without weights."""
+    """The device of a module's first weight; None for another callable, or a module without weights."""
     weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     return weights[0].device if weights else None
 
 
 def move(value: Any, device: torch.device | None) -> Any:
-    """The tensors in a tensor, tuple or mapping on ``device``."""
+    """``value`` with its tensors moved to ``device``: a tensor, or a tuple or mapping of them. None: as it is."""
     if device is None:
         return value
     if isinstance(value, Tensor):

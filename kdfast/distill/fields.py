@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from kdfast.cache import PackedLabels
-from kdfast.cache.capture.batches import NOT_THE_MODEL_S
-from kdfast.cache.capture.batches import Fields as CacheFields
 from kdfast.labels import SoftLabels
+from kdfast.models import NON_MODEL_FIELDS, BatchFields
 
 __all__ = ["Fields", "samples", "split", "tensors", "to_device"]
 
@@ -36,7 +35,7 @@ class Fields:
         if self.inputs is not None:
             return self.inputs(batch)
         if isinstance(batch, Mapping):
-            return {name: value for name, value in batch.items() if name not in NOT_THE_MODEL_S}
+            return {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
         return batch[0] if isinstance(batch, tuple) else batch
 
     def labels_of(self, batch: Any) -> Tensor | None:
@@ -60,7 +59,7 @@ class Fields:
 
     def keys_of(self, batch: Any) -> list[Any]:
         """One per record. Raises ``ValueError`` where a batch has neither key nor ids, and no function was given."""
-        return CacheFields(key=self.key).keys(batch)
+        return BatchFields(key=self.key).keys(batch)
 
 
 def split(batch: Any) -> tuple[Any, SoftLabels | PackedLabels | None]:

@@ -1,4 +1,4 @@
-"""What a batch says: the teacher's arguments, the records' keys, and what goes with their rows."""
+"""From a loader's batch to records: the teacher is run on it, and its rows are cut by record and mask."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.format.view import View
-from kdfast.models import call, device_of, logits_of, move
+from kdfast.models import BatchFields, call, device_of, logits_of, move
 
 __all__ = ["Fields", "Part"]
-
-NOT_THE_MODEL_S = ("key", "labels")  # of a mapping
 
 
 @dataclass(frozen=True)
@@ -27,34 +25,14 @@ class Part:
     views: Sequence[View] | None
 
 
-@dataclass(frozen=True)
-class Fields:
-    """The functions of a batch that ``capture`` takes, or what stands for them."""
+@dataclass(frozen=True, kw_only=True)
+class Fields(BatchFields):
+    """The functions of a batch that ``capture`` takes, None standing for its conventions; see there."""
 
-    inputs: Callable[[Any], Any] | None = None
     outputs: Callable[[Any, Any], Any] | None = None
-    key: Callable[[Any], Sequence[Any]] | None = None
     targets: Callable[[Any], Any] | None = None
     mask: Callable[[Any], Any] | None = None
     views: Callable[[Any], Any] | None = None
-
-    def keys(self, batch: Any) -> list[Any]:
-        """One per record.
-
-        Raises:
-            ValueError: the batch has no key and no ids, and no function was given.
-        """
-        if self.key is not None:
-            return _each(self.key(batch))
-        if isinstance(batch, Mapping) and "key" in batch:
-            return _each(batch["key"])
-        if isinstance(batch, Mapping) and "input_ids" in batch:
-            real = batch.get("attention_mask")
-            return [ids if real is None else ids[real[i].bool()] for i, ids in enumerate(batch["input_ids"])]
-        raise ValueError(
-            f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
-            "gives one key per record"
-        )
 
     def parts(self, model: Any, batch: Any, keys: list[Any]) -> list[Part]:
         """Run the teacher on the whole batch: its shape is part of the numbers.
@@ -63,7 +41,8 @@ class Fields:
             ValueError: rows, targets, mask or views do not fit one another.
             TypeError: no logits in what the teacher returns.
         """
-        output = call(model, self._arguments(model, batch))
+        arguments = self.arguments(batch)
+        output = call(model, arguments if self.inputs is not None else move(arguments, device_of(model)))
         logits = logits_of(output) if self.outputs is None else self.outputs(output, batch)
         _require(len(logits), keys, "the teacher's output")
         masks, targets, views = self._mask(batch, logits), *(f and f(batch) for f in (self.targets, self.views))
@@ -74,15 +53,6 @@ class Fields:
             _part(key, logits[i], *(None if x is None else x[i] for x in (masks, targets, views)))
             for i, key in enumerate(keys)
         ]
-
-    def _arguments(self, model: Any, batch: Any) -> Any:
-        if self.inputs is not None:
-            return self.inputs(batch)
-        if isinstance(batch, Mapping):
-            batch = {name: value for name, value in batch.items() if name not in NOT_THE_MODEL_S}
-        elif isinstance(batch, (tuple, list)):
-            batch = batch[0]  # the others are labels
-        return move(batch, device_of(model))
 
     def _mask(self, batch: Any, logits: Any) -> Any:
         """Padding is never stored: by ``attention_mask`` where the batch has one and records have a row per id."""
@@ -113,11 +83,6 @@ def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: An
     targets = None if targets is None else targets[kept.to(targets.device)]
     views = None if views is None else [view for view, keep in zip(views, kept.tolist(), strict=True) if keep]
     return Part(key, rows[kept.to(rows.device)], targets, views)
-
-
-def _each(keys: Any) -> list[Any]:
-    """Numbers of a 1-D tensor are keys one by one, as Python's integers are; rows of a 2-D one are ids."""
-    return keys.tolist() if isinstance(keys, Tensor) and keys.dim() == 1 else list(keys)
 
 
 def _require(count: int, keys: list[Any], what: str) -> None:

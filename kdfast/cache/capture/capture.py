@@ -111,7 +111,7 @@ def capture(
     """
     if epochs < 1 or reuse not in ("refine", "replicas"):
         raise ValueError(f'epochs must be positive and reuse "refine" or "replicas", got {epochs} and {reuse!r}')
-    fields = Fields(inputs, outputs, key, targets, mask, views)
+    fields = Fields(inputs=inputs, outputs=outputs, key=key, targets=targets, mask=mask, views=views)
     options = codecs.current_options(options)
     if codec == "auto":
         prototypes = "prototypes" in options or can_learn(loader)
