@@ -8,28 +8,46 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["publish", "sync_directory", "with_filename"]
+__all__ = ["publish", "replacing", "sync_directory", "with_filename"]
 
 
 def publish(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write ``chunks`` to a ``.part`` file beside ``path``, sync it, rename it to ``path``, sync the directory.
+    """Write ``chunks`` to a new file that replaces ``path``, whole or not at all, and survives a power cut.
 
     Raises:
-        OSError: with the file's name; ``path`` is then as it was, unless only the last sync failed.
+        OSError: with the file's name; ``path`` is then as it was, unless only the directory could not be synced.
+    """
+    with replacing(path) as part, with_filename(path), part.open("xb") as file:
+        file.writelines(chunks)
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """A context manager that gives a path to write at, beside ``path``, and at its end renames that file to ``path``.
+
+    If the body raises, the new file is removed and ``path`` stays as it was.
+
+    Args:
+        sync: sync the file before it is renamed, and the directory afterwards: the new file survives a power cut.
+
+    Raises:
+        OSError: the new file cannot be synced or renamed; with the file's name.
     """
     # The name is unique, so that two processes never write one file; readers look only at the final names.
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    with with_filename(path):
-        try:
-            with part.open("xb") as file:
-                file.writelines(chunks)
-                file.flush()
-                os.fsync(file.fileno())
+    try:
+        yield part
+        with with_filename(path):
+            if sync:
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if sync:
+        with with_filename(path):
+            sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

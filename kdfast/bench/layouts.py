@@ -85,12 +85,6 @@ def topk_renormalised(p: Tensor, k: int, generator: Generator | None = None) -> 
     return Label(ids, top / top.sum())
 
 
-def topk_rest(p: Tensor, k: int, generator: Generator | None = None) -> Label:
-    """The k largest as they are, and the rest as one more class."""
-    top, ids = p.double().topk(k)
-    return Label(ids, top, max(0.0, 1.0 - float(top.sum())))
-
-
 # ---- DistillKit ---------------------------------------------------------------------------------------------------
 
 

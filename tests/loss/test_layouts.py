@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdfast.bench.layouts import LAYOUTS, Label, bytes_per_token, distillkit_label, sampledkd_label, topk_rest
+from kdfast.bench.layouts import LAYOUTS, Label, bytes_per_token, distillkit_label, sampledkd_label
 
 P = torch.tensor([0.05, 0.5, 0.25, 0.125, 0.075], dtype=torch.float64)
 
@@ -51,14 +51,16 @@ def test_bad_arguments_are_named(arguments, message):
         bytes_per_token(*arguments)
 
 
-def test_renormalised_and_with_a_rest():
+def test_renormalised():
     renormalised = LAYOUTS["maxtext"].label(P, 2, None)
     assert renormalised.ids.tolist() == [1, 2]
     assert renormalised.weights.tolist() == pytest.approx([2 / 3, 1 / 3])
     assert renormalised.rest == 0
-    rest = topk_rest(P, 2)
-    assert (rest.weights.tolist(), rest.rest) == ([0.5, 0.25], 0.25)
-    assert rest.dense(5).tolist() == [0, 0.5, 0.25, 0, 0]
+
+
+def test_a_rest_that_is_not_spread_is_nowhere():
+    label = Label(torch.tensor([1, 2]), torch.tensor([0.5, 0.25], dtype=torch.float64), rest=0.25)
+    assert label.dense(5).tolist() == [0, 0.5, 0.25, 0, 0]
 
 
 def test_a_ghost_token_holds_what_float16_log_probabilities_leave():

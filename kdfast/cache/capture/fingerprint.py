@@ -35,15 +35,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hex()
 
 
-def head_fingerprint(
-    weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float | None = None
-) -> str:
-    """32 hexadecimal digits of an output layer: the ``head`` option of the ``hidden`` codec.
-
-    Args:
-        weight, bias, scale, softcap: as ``kdfast.OutputLayer`` takes them.
-    """
-    return OutputLayer(weight, bias, scale=scale, softcap=softcap).fingerprint
+def head_fingerprint(weight: Tensor, bias: Tensor | None = None, **options: Any) -> str:
+    """``kdfast.OutputLayer(weight, bias, **options).fingerprint``, under the name it had before 0.2."""
+    return OutputLayer(weight, bias, **options).fingerprint
 
 
 def tokenizer_fingerprint(tokenizer: Any, add_special_tokens: bool) -> str:

@@ -40,8 +40,8 @@ class EntryCodec(Addressable):
     """Rows of ids with a small integer each. Ids are coded by rank, in one order for all rows or one per prototype.
 
     Args:
-        coding: ``"blocks"`` (entropy-coded, decoded block by block), ``"rows"`` (every row by itself in whole bytes:
-            for random access to single rows) or ``"plain"`` (the same in whole bytes per field, without an order).
+        coding: ``"blocks"`` (entropy-coded, decoded block by block) or ``"rows"`` (every row by itself in whole bytes:
+            for random access to single rows). Caches of ``"plain"`` (whole bytes per number, no order) are still read.
         prototypes: a table whose orders ids are ranked by.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from kdfast._atomic import publish, sync_directory, with_filename
+from kdfast._atomic import publish, replacing, sync_directory, with_filename
 from kdfast.cache.errors import CacheError
 
 __all__ = ["LocalStorage", "RemoteStorage", "Storage", "open_storage"]
@@ -164,15 +163,10 @@ class RemoteStorage(Storage):
         if path.exists() and path.stat().st_size == size and _tail(path) == self._tail(name, size):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-        try:
+        with replacing(path, sync=False) as part:
             self._fs.get_file(self._path(name), str(part))
-            if part.stat().st_size != size:
-                found = part.stat().st_size
+            if (found := part.stat().st_size) != size:
                 raise OSError(f"{self.describe(name)}: {size} bytes announced, {found} downloaded to {path.parent}")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         return path
 
     def create(self) -> None:

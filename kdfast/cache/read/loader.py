@@ -23,6 +23,7 @@ from kdfast.cache.read.gather import ranges
 from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheReader
+from kdfast.cache.selection.select import GOLDEN, splitmix64
 
 __all__ = ["CacheDataset", "ElasticSampler"]
 
@@ -215,8 +216,5 @@ def _feistel(x: NDArray[np.uint64], high: np.uint64, low: np.uint64, keys: NDArr
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's step: every bit of the result depends on every bit of ``x``."""
-    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """One step of splitmix64 from the state ``x``."""
+    return splitmix64(np.atleast_1d(x) + np.uint64(GOLDEN))

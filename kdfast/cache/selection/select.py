@@ -22,7 +22,19 @@ import kdfast._C  # noqa: F401  (registers the ops)
 from kdfast._triton import kernel
 from kdfast.models import check_logits
 
-__all__ = ["ColumnOrder", "Drawn", "Thresholded", "Top", "record_seed", "sample", "threshold", "top", "uniforms"]
+__all__ = [
+    "GOLDEN",
+    "ColumnOrder",
+    "Drawn",
+    "Thresholded",
+    "Top",
+    "record_seed",
+    "sample",
+    "splitmix64",
+    "threshold",
+    "top",
+    "uniforms",
+]
 
 
 class Thresholded(NamedTuple):
@@ -161,22 +173,22 @@ def record_seed(seed: int, key: bytes) -> int:
 
 # ---- randomness -----------------------------------------------------------------------------------------------------
 
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 
 
 def uniforms(seed: int, first_row: int, rows: int, count: int = 1) -> NDArray[np.float64]:
     """(rows, count): the uniform numbers in (0, 1) of ``rows`` rows. ``threshold`` takes each row's first one as its
     offset; ``sample`` makes the spacings of its draws from ``draws + 1`` of them."""
     with np.errstate(over="ignore"):
-        row = np.arange(first_row + 1, first_row + 1 + rows, dtype=np.uint64) * np.uint64(_GOLDEN)
-        stream = _mix(_mix(np.array([(seed + _GOLDEN) % 2**64], np.uint64)) + row)
-        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-        bits = _mix(stream[:, None] + steps)
+        row = np.arange(first_row + 1, first_row + 1 + rows, dtype=np.uint64) * np.uint64(GOLDEN)
+        stream = splitmix64(splitmix64(np.array([(seed + GOLDEN) % 2**64], np.uint64)) + row)
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+        bits = splitmix64(stream[:, None] + steps)
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's output function."""
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of splitmix64: every bit of the result depends on every bit of ``x``."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdfast._atomic import replacing
 from kdfast.cache.errors import CacheError, optional_package
 from kdfast.cache.format.keys import Key
 from kdfast.cache.read.reader import CacheInfo, open_cache
@@ -52,7 +51,7 @@ def export(
     arrow, parquet = (optional_package(name, "writing Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     cache = open_cache(path)
     records = 0
-    with _appearing(Path(out)) as part:
+    with replacing(Path(out)) as part:
         writer = None
         for batch in walk(path, cache):
             table = _table(arrow, batch, cache.info)
@@ -65,19 +64,6 @@ def export(
             raise CacheError(f"{path}: holds no record to export")
         writer.close()
     return records
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` at the end unless there was an error."""
-    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _table(arrow: Any, batch: RecordBatch, about: CacheInfo) -> Any:
