@@ -17,10 +17,10 @@ from kdfast.bench.cache_speed import Speed, speed
 from kdfast.bench.layouts import LAYOUTS, Label, bytes_per_token
 from kdfast.bench.quality import Source, distributions, quality
 from kdfast.bench.teacher import Corpus
+from kdfast.cache import codecs
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.tools.stats import cache_stats
-from kdfast.labels.support import CODEC_KINDS
 
 __all__ = ["ARMS", "Arm", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
 
@@ -31,10 +31,18 @@ SPEED_WINDOWS = 32  # decoded at once for the rate
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to write a cache. ``prototypes``: how many the table has that it chooses from, or orders ids by."""
+    """One way to write a cache.
+
+    Args:
+        codec: the codec's name.
+        options: its options, of which the arms of one series differ in the first.
+        tail: the resolution of what is not among the likeliest columns, for the table.
+        prototypes: how many the table has that the codec chooses from, or orders ids by; 0: there is none.
+    """
 
     codec: str
     options: Mapping[str, Any]
+    tail: str
     prototypes: int = 0
 
     @property
@@ -44,7 +52,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The same with its name, for a picture."""
+        """The parameter with its symbol, for a picture."""
         return f"{SYMBOLS[self._first[0]]} = {self.parameter}"
 
     @property
@@ -62,34 +70,28 @@ class Arm:
 
     @property
     def drawn(self) -> bool:
-        return CODEC_KINDS[self.codec] == "weights"
-
-    @property
-    def tail(self) -> str:
-        """The resolution of what is not among the likeliest columns."""
-        if self.codec == "sample":
-            return f"1/{self.options['draws']}"
-        return {
-            "threshold": f"{self.options.get('tau', 0):g}",
-            "prototype": f"{self.prototypes} prototypes",
-            "topk": "its mass",
-        }[self.codec]
+        return codecs.find(self.codec).drawn
 
 
 def _arms() -> list[Arm]:
-    draws = [Arm("sample", {"draws": n}) for n in (50, 23, 10)]
-    draws += [Arm("threshold", {"tau": tau}) for tau in (0.1, 0.05, 0.02)]
-    prototypes = [Arm("prototype", {"k": k}, 256) for k in (0, 1, 3, 9)]
+    def sample(draws: int, prototypes: int = 0, **options: Any) -> Arm:
+        return Arm("sample", {"draws": draws, **options}, f"1/{draws}", prototypes)
+
+    def prototype(k: int, prototypes: int = 256, **options: Any) -> Arm:
+        return Arm("prototype", {"k": k, **options}, f"{prototypes} prototypes", prototypes)
+
+    draws = [sample(n) for n in (50, 23, 10)]
+    draws += [Arm("threshold", {"tau": tau}, f"{tau:g}") for tau in (0.1, 0.05, 0.02)]
     return [
         *draws,
-        Arm("sample", {"draws": 23, "coding": "rows"}),
-        Arm("topk", {"k": 16}),
+        sample(23, coding="rows"),
+        Arm("topk", {"k": 16}, "its mass"),
         *(replace(arm, prototypes=256) for arm in draws),
-        Arm("sample", {"draws": 23, "coding": "rows"}, 256),
-        *prototypes,
-        Arm("prototype", {"k": 1, "coding": "rows"}, 256),
-        Arm("sample", {"draws": 50}, 1024),
-        Arm("prototype", {"k": 1}, 1024),
+        sample(23, 256, coding="rows"),
+        *(prototype(k) for k in (0, 1, 3, 9)),
+        prototype(1, coding="rows"),
+        sample(50, 1024),
+        prototype(1, 1024),
     ]
 
 
@@ -187,14 +189,13 @@ def _measure(corpus: Corpus, arm: Arm, path: Path, sampled: Tensor, logits: Tens
     stats = cache_stats(path)
     tokens, used = stats.rows, stats.bytes
     fixed = used.model + used.assets
-    kind = CODEC_KINDS[arm.codec]
     return Row(
         name=arm.name,
         series=arm.series,
         entries=stats.entries_per_row,
         payload_bytes=used.payload / tokens,
         **vars(replace(found, kl=None) if arm.drawn else found),
-        kl_of={"weights": "draws", "topk": "tail spread evenly", "prototype": "the label"}[kind],
+        kl_of={"weights": "draws", "topk": "tail spread evenly", "prototype": "the label"}[stored.kind],
         tail=arm.tail,
         ours=True,
         file_bytes=(used.files - fixed) / tokens,

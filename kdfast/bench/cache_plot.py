@@ -11,8 +11,9 @@ from kdfast.cache.errors import optional_package
 
 __all__ = ["plot_cache"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
-COLOURS = {"sample": "#0072B2", "threshold": "#E69F00", "prototype": "#009E73", "topk": "#CC79A7"}
+# Okabe and Ito's palette, told apart by colour-blind readers too: a colour per codec.
+PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#009E73")
+COLOURS = dict(zip(dict.fromkeys(arm.codec for arm in ARMS.values()), PALETTE, strict=True))
 RIVALS = "#555555"
 # Where a label may lie from its point, in points, the first that is free.
 PLACES = [
@@ -66,14 +67,14 @@ def _panel(axes: Any, rows: list[Row], value: Callable[[Row], Any]) -> None:
 
 def _style(series: str) -> dict[str, Any]:
     codec = series.partition(",")[0]
-    filled = "prototypes" in series or codec != "sample"
+    with_table = "prototypes" in series
     marker = "s" if series.endswith("rows") else "D" if "1024" in series else "o"
     colour = COLOURS[codec]
     return {
         "color": colour,
         "marker": marker,
-        "ls": "-" if "prototypes" in series else "--",
-        "markerfacecolor": colour if filled else "white",
+        "ls": "-" if with_table else "--",
+        "markerfacecolor": colour if with_table else "white",
         "lw": 1.2,
     }
 

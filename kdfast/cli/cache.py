@@ -52,7 +52,7 @@ def _table(about: CacheInfo) -> Table:
     rows = {
         "teacher": about.teacher or "(not named)",
         "codec": f"{about.codec} {about.config}",
-        "because": about.why,
+        "because": about.codec_reason,
         "vocabulary": f"{about.vocab_size:,}",
         "temperatures": ", ".join(f"{t:g}" for t in about.temperatures),
         "records": f"{about.records:,} ({about.duplicates:,} duplicates besides)",

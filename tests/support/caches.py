@@ -24,10 +24,12 @@ def writer(path, **options):
     return kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options})
 
 
+@codecs.register
 class Toy(Codec):
     """Rows less a mean that it learns, and an asset, in blocks of any length."""
 
     name = "toy"
+    kind = "dense"
 
     def __init__(self, vocab_size, temperatures, *, learn_rows=0, table=""):
         super().__init__(vocab_size, temperatures)
@@ -58,10 +60,6 @@ class Toy(Codec):
         return SoftLabels.dense(torch.from_numpy(rows[wanted]))
 
 
-def install():
-    codecs._registry.setdefault("toy", Toy)
-
-
 def record(i):
     """The i-th record: 0 ... 5 rows, with everything a record can have."""
     rows = i * 7 % 6
@@ -72,7 +70,6 @@ def record(i):
 
 def write(path, records, codec="topk", announce=lambda count: None, **options):
     """Add ``record(i)`` for each i of ``records`` that is not there yet."""
-    install()
     defaults = {"vocab_size": VOCAB, "teacher": "t", "block_rows": 8, "shard_bytes": 1500}
     defaults |= {"k": 4} if codec == "topk" else {"learn_rows": 50, "table": "abc"}
     with kdfast.cache.Writer(path, codec=codec, **{**defaults, **options}) as writer:

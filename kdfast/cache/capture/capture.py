@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.cache import codecs
 from kdfast.cache.capture.batches import Fields
 from kdfast.cache.capture.fingerprint import fingerprint
-from kdfast.cache.capture.prototypes import can_learn, prototypes_for
+from kdfast.cache.codecs.base import PREPARE_ROWS
 from kdfast.cache.format.keys import replica_key
+from kdfast.cache.format.storage import Storage, open_storage
 from kdfast.cache.write.writer import Writer
 from kdfast.divergences import Divergence
 from kdfast.models import evaluating
 
-__all__ = ["CaptureReport", "capture", "refined"]
+__all__ = ["CaptureReport", "capture"]
 
 
 class CaptureReport(NamedTuple):
@@ -112,20 +113,18 @@ def capture(
     if epochs < 1 or reuse not in ("refine", "replicas"):
         raise ValueError(f'epochs must be positive and reuse "refine" or "replicas", got {epochs} and {reuse!r}')
     fields = Fields(inputs=inputs, outputs=outputs, key=key, targets=targets, mask=mask, views=views)
+    source = _Source(model, loader, fields, open_storage(path), vocab_size, temperatures)
     options = codecs.current_options(options)
     if codec == "auto":
-        prototypes = "prototypes" in options or can_learn(loader)
+        prototypes = "prototypes" in options or source.repeatable
         codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
         options = {**chosen, **options}
-    if codec == "prototype":
-        with evaluating(model):
-            table = prototypes_for(
-                path, model, loader, fields, vocab_size=vocab_size, temperature=temperatures[0], options=options
-            )
-        options = {**options, "prototypes": table}
-    replicas = epochs if reuse == "replicas" and codec in _REFINED else 1
-    if reuse == "refine":
-        options = refined(codec, options, epochs)
+    wanted = codecs.find(codec)
+    with evaluating(model):
+        options = wanted.prepare(options, source)
+    replicas = epochs if reuse == "replicas" and wanted.drawn else 1
+    if reuse == "refine" and epochs > 1:
+        options = wanted.refined(options, epochs)
     teacher = _teacher_of(model, teacher)
     writer = Writer(path, vocab_size=vocab_size, codec=codec, temperatures=temperatures, teacher=teacher, **options)
     with writer, evaluating(model), _bar(loader, progress) as advance:
@@ -143,23 +142,30 @@ def capture(
     return CaptureReport(ran, skipped, writer.records, writer.rows)
 
 
-def refined(codec: str, options: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """A drawing codec's options such that one record is worth the mean of ``epochs`` draws; others' as they are.
+@dataclass(frozen=True)
+class _Source:
+    """A capture as its codec sees it before it begins; see ``codecs.base.CaptureSource``."""
 
-    N draws times E are E times N draws put together. A threshold tau has variance p (tau - p) where p < tau, and
-    tau / E less than an E-th of it.
-    """
-    if codec not in _REFINED or epochs == 1:
-        return options
-    name, refine = _REFINED[codec]
-    default = inspect.signature(codecs.find(codec)).parameters[name].default
-    return {**options, name: refine(options.get(name, default), epochs)}
+    model: Callable[..., Any]
+    loader: Iterable[Any]
+    fields: Fields
+    files: Storage
+    vocab_size: int
+    temperatures: Sequence[float]
 
+    @property
+    def repeatable(self) -> bool:
+        return not isinstance(self.loader, Iterator)
 
-_REFINED: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
-    "sample": ("draws", lambda draws, epochs: draws * epochs),
-    "threshold": ("tau", lambda tau, epochs: tau / epochs),
-}
+    def first_rows(self) -> Iterator[Tensor]:
+        rows = 0
+        for batch in self.loader:
+            for part in self.fields.parts(self.model, batch, self.fields.keys(batch)):
+                logits = part.logits.reshape(-1, part.logits.shape[-1])[: PREPARE_ROWS - rows, : self.vocab_size]
+                rows += len(logits)
+                yield logits
+            if rows >= PREPARE_ROWS:
+                return
 
 
 def _names(key: Any, replicas: int) -> list[Any]:

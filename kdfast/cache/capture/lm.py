@@ -84,9 +84,10 @@ def capture_lm(
         codec, chosen, _ = codecs.choose(size, temperatures, divergence, prototypes=True)
         options = {**chosen, **options}
     runs, outputs = _Causal(model), None
-    if codec == "hidden":
+    wanted = codecs.find(codec)
+    if wanted.input_name == codecs.HIDDEN_STATES:
         layer = output_layer(model)
-        options = {"width": layer.width, "head": layer.fingerprint, **options}
+        options = wanted.for_head(options, layer)
         runs, outputs = _Causal(model.base_model), _last_hidden
         if corpus:
             _check_agreement(model, layer, corpus[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast.cache.capture.capture import CaptureReport
 from kdfast.cache.capture.lm import capture_lm
-from kdfast.cache.capture.prototypes import LEARN_ROWS
+from kdfast.cache.codecs.base import PREPARE_ROWS
 from kdfast.cache.write.salvage import salvage
 
 __all__ = ["Ranks", "capture_share"]
@@ -61,7 +61,7 @@ def capture_share(
         wait()
         if ranks.rank == 0 and ranks.world > 1:
             # One table of prototypes for all: who learns it stores some records, and it with them.
-            capture_lm(model, tokenizer, _rows(share, LEARN_ROWS), path, **arguments)
+            capture_lm(model, tokenizer, _rows(share, PREPARE_ROWS), path, **arguments)
         wait()
         return capture_lm(model, tokenizer, share, path, **arguments)
 

@@ -12,11 +12,9 @@ from torch import nn
 
 from kdfast.cache import codecs
 from kdfast.cache.capture.capture import CaptureReport
-from kdfast.cache.capture.prototypes import stored_prototypes
 from kdfast.cache.capture.ranks import Ranks
 from kdfast.cache.errors import CacheError
 from kdfast.cache.format.storage import LocalStorage, open_storage
-from kdfast.cache.selection.prototypes import PrototypeTable
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -89,7 +87,7 @@ def ray_capture(
     try:
         ray.get([one.prepare.remote() for one in actors])
         reports = []
-        if _learns_prototypes(where, **options):
+        if _learns_first(where, **options):
             reports.append(ray.get(actors[0].learn.remote(dataset.iterator())))
         reports += _run(ray, actors, parts)
     finally:
@@ -115,7 +113,7 @@ def _run(ray: Any, actors: list[Any], parts: list[Any]) -> list[CaptureReport]:
     return ray.get(list(running))
 
 
-def _learns_prototypes(
+def _learns_first(
     path: str,
     *,
     vocab_size: int,
@@ -124,14 +122,10 @@ def _learns_prototypes(
     divergence: Any = None,
     **others: Any,
 ) -> bool:
-    """Whether this capture begins by learning a table: it takes one, none is given, and none is there."""
+    """Whether the codec learns from the first rows, as it does where what it needs is neither given nor stored."""
     if codec == "auto":
         codec = codecs.choose(vocab_size, temperatures, divergence, prototypes=True).name
-    return (
-        codec == "prototype"
-        and not isinstance(codecs.current_options(others).get("prototypes"), PrototypeTable)
-        and stored_prototypes(path) is None
-    )
+    return codecs.find(codec).learns_first(codecs.current_options(others), open_storage(path))
 
 
 def _everywhere(path: str | os.PathLike[str]) -> str:

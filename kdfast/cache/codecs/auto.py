@@ -1,4 +1,8 @@
-"""``codec="auto"``: which codec a teacher's rows want, and why."""
+"""``codec="auto"``: which codec a teacher's rows want, and why.
+
+This file names codecs, as no other but their own does: a default is a comparison of all of them, and students that were
+trained with each have decided it.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,26 @@ from typing import Any, NamedTuple
 from kdfast.divergences import Divergence
 from kdfast.labels.support import SERVES
 
-__all__ = ["LARGE_VOCAB", "SMALL_VOCAB", "WITH_SHAPES", "Choice", "choose"]
+__all__ = ["LARGE_VOCAB", "SMALL_VOCAB", "WITH_PROTOTYPES", "Choice", "choose"]
 
 
 class Choice(NamedTuple):
-    """A codec, its options, and the reason."""
+    """A codec for a teacher, its options, and the reason for it."""
 
     name: str
     options: dict[str, Any]
-    why: str
+    reason: str
+
+    @property
+    def why(self) -> str:
+        """``reason``, under the name it had before 0.2."""
+        return self.reason
 
 
 SMALL_VOCAB = 4096  # up to here whole rows are at most 4 KB
 
 # The two defaults that measurements decide: the best student per byte in benchmarks/results/frontier.md.
-WITH_SHAPES = Choice(
+WITH_PROTOTYPES = Choice(
     "prototype",
     {},
     "a large vocabulary: the likeliest ids, and for the rest one of a table of prototypes, train the best student "
@@ -53,10 +62,10 @@ def choose(
     *,
     prototypes: bool = False,
 ) -> Choice:
-    """What ``codec="auto"`` stands for.
+    """Choose the codec that ``codec="auto"`` stands for.
 
     Args:
-        vocab_size: the teacher's.
+        vocab_size: columns of the teacher's logits.
         temperatures: those that the student will be trained at.
         divergence: the student's loss; None stands for forward KL. ``hidden`` comes without its options, ``width`` and
             ``head``, which only the model has (``capture_lm`` gives them).
@@ -66,7 +75,7 @@ def choose(
         return Choice("dense", {}, _WHOLE_ROWS)
     wanted = Divergence.of(divergence or "forward_kl")
     if prototypes and len(temperatures) == 1 and _serves("prototype", wanted):
-        return WITH_SHAPES
+        return WITH_PROTOTYPES
     if not _serves("topk", wanted):
         return Choice("hidden", {}, _STATES)
     if any(t != 1.0 for t in temperatures):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import isfinite
 from operator import index
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +17,59 @@ from torch import Tensor
 from kdfast.labels import SoftLabels
 from kdfast.labels.head import OutputLayer
 
-__all__ = ["MAX_VOCAB", "Codec", "FixedWidthCodec", "float64_chunks"]
+__all__ = [
+    "HIDDEN_STATES",
+    "LOGITS",
+    "MAX_VOCAB",
+    "PREPARE_ROWS",
+    "Addressable",
+    "CaptureSource",
+    "Codec",
+    "Files",
+    "FixedWidthCodec",
+    "float64_chunks",
+]
 
 MAX_VOCAB = 2**24
+LOGITS, HIDDEN_STATES = "logits", "hidden states"  # what a codec can select from
+PREPARE_ROWS = 65536  # of a capture: the first ones, which a codec may learn from before any is stored
 # Elements converted to float64 at a time. On a CPU the copies stay in cache (3 times as fast as 2**24, measured);
 # elsewhere launches cost more than memory.
 CPU_CHUNK = 2**20
 DEVICE_CHUNK = 2**25
+
+
+class Files(Protocol):
+    """The files of a cache, by name. A ``Storage`` is one."""
+
+    def list(self) -> list[str]:
+        """The names of all files. Raises ``FileNotFoundError`` if the cache is not there yet."""
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file."""
+
+
+class CaptureSource(Protocol):
+    """A capture that is about to begin, as far as a codec may ask about it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits that will be stored."""
+
+    @property
+    def temperatures(self) -> Sequence[float]:
+        """The temperatures that the cache is for."""
+
+    @property
+    def files(self) -> Files:
+        """What an earlier session of the capture has left."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether ``first_rows`` can be called: the loader gives its batches more than once."""
+
+    def first_rows(self) -> Iterator[Tensor]:
+        """Run the teacher over the first ``PREPARE_ROWS`` rows: (rows, vocab_size) logits, one record after another."""
 
 
 class Codec(ABC):
@@ -40,12 +86,18 @@ class Codec(ABC):
     them (``learn``), and is given the result (``use_model``), without which it neither encodes nor decodes. A shard
     holds the model of its blocks. Large tables that many caches may share are ``assets``: files beside the shards,
     named by their contents.
+
+    What others ask of a codec before there is one are class attributes and class methods: what its labels are
+    (``kind``), what it selects from (``input_name``), and how a capture completes its options.
     """
 
     name: ClassVar[str]
-    input_name: ClassVar[str] = "logits"  # what select takes, in words
+    kind: ClassVar[str] = ""  # of the labels that records decode to: a key of ``kdfast.labels.support.SERVES``
+    input_name: ClassVar[str] = LOGITS  # what select takes: LOGITS or HIDDEN_STATES
+    drawn: ClassVar[bool] = False  # whether select draws, so that another key gives other labels
     learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
     model: bytes = b""
+    heads: int | None = None  # the labels of a row are so many of its likeliest columns, and the mass of all others
     rows_per_byte: int | None = None  # no block has more, where that is known: a reader checks it before it makes room
 
     def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
@@ -70,6 +122,48 @@ class Codec(ABC):
         """Files that a reader needs beside the shards, by name. The name holds a digest of the contents."""
         return {}
 
+    # ---- how a capture completes the options -----------------------------------------------------------------------
+
+    @classmethod
+    def refined(cls, options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+        """``options`` with which one record is worth the mean of ``epochs`` draws; unchanged where nothing is drawn."""
+        return dict(options)
+
+    @classmethod
+    def for_head(cls, options: Mapping[str, Any], head: OutputLayer) -> dict[str, Any]:
+        """``options`` with those that the teacher's output layer decides, for a codec of hidden states."""
+        return dict(options)
+
+    @classmethod
+    def learns_first(cls, options: Mapping[str, Any], files: Files) -> bool:
+        """Whether ``prepare`` would run the teacher: what it learns is neither in ``options`` nor among ``files``."""
+        return False
+
+    @classmethod
+    def prepare(cls, options: Mapping[str, Any], source: CaptureSource) -> dict[str, Any]:
+        """``options`` with what a capture of ``source`` takes from its cache or learns from its first rows.
+
+        Raises:
+            ValueError: an option of the wrong kind, or a source that cannot be learned from.
+        """
+        return dict(options)
+
+    @classmethod
+    def narrowing(
+        cls, source: Codec, temperatures: Sequence[float], options: Mapping[str, Any]
+    ) -> Callable[[SoftLabels], SoftLabels]:
+        """A function from labels of ``source`` to labels of this codec with ``options``, which hold no more.
+
+        Raises:
+            ValueError: labels of ``source`` do not hold what this codec stores. The message says what they hold.
+        """
+        raise ValueError(
+            f"holds {source.kind} labels ({source.name}), which a {cls.name} cache cannot be made from: only "
+            "dense labels tell everything, and topk ones what another topk cache needs. Run the teacher again"
+        )
+
+    # ---- the model and other tables --------------------------------------------------------------------------------
+
     def learn(self, labels: SoftLabels) -> bytes:
         """The model for rows like ``labels``: the first ones selected, perhaps fewer than ``learn_rows``."""
         raise NotImplementedError(f"{self.name} has no model")
@@ -82,6 +176,8 @@ class Codec(ABC):
     def use_head(self, head: OutputLayer) -> None:
         """Decode labels with the teacher's output layer from now on. Raises ``ValueError`` unless it is theirs."""
         raise ValueError(f"its codec is {self.name}, which takes no head")
+
+    # ---- from logits to bytes and back -----------------------------------------------------------------------------
 
     @abstractmethod
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
+from kdfast.cache.codecs.registry import register
 from kdfast.labels import SoftLabels
 
 __all__ = ["Dense"]
@@ -26,6 +27,7 @@ MASKED = {8: 255, 4: 15}  # the code of -inf
 MAX_ERROR = {8: 0.5, 4: 4.0}
 
 
+@register
 class Dense(FixedWidthCodec):
     """Log-probabilities, quantised per row: column j is ``-step * level(code_j)`` up to the row's normalisation.
 
@@ -43,6 +45,7 @@ class Dense(FixedWidthCodec):
     """
 
     name = "dense"
+    kind = "dense"
 
     def __init__(
         self, vocab_size: int, temperatures: Sequence[float], *, bits: int = 8, max_error: float | None = None

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
+from kdfast.cache.codecs.registry import register
 from kdfast.labels import SoftLabels
 
 __all__ = ["Hard"]
 
 
+@register
 class Hard(FixedWidthCodec):
     """The teacher's argmax, in 2 bytes (3 above 65536 columns). Of equal columns the first counts.
 
@@ -25,6 +27,7 @@ class Hard(FixedWidthCodec):
     """
 
     name = "hard"
+    kind = "topk"
 
     def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
         super().__init__(vocab_size, temperatures)

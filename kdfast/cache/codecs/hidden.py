@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.cache.codecs.base import HIDDEN_STATES, FixedWidthCodec
+from kdfast.cache.codecs.registry import register
 from kdfast.labels import SoftLabels
 from kdfast.labels.head import OutputLayer
 
@@ -23,6 +24,7 @@ TINY = torch.finfo(torch.bfloat16).tiny  # below it a bfloat16 loses digits
 INFINITE = 0x7F80  # exponent bits of a bfloat16 that is infinite or NaN
 
 
+@register
 class Hidden(FixedWidthCodec):
     """Hidden states in 16 or 8 bits. With the teacher's output layer they are its logits: they serve every divergence
     at every temperature.
@@ -39,7 +41,8 @@ class Hidden(FixedWidthCodec):
     """
 
     name = "hidden"
-    input_name = "hidden states"
+    kind = "hidden"
+    input_name = HIDDEN_STATES
 
     def __init__(
         self, vocab_size: int, temperatures: Sequence[float], *, width: int, head: str, bits: int = 16
@@ -65,6 +68,10 @@ class Hidden(FixedWidthCodec):
 
     def config(self) -> dict[str, Any]:
         return {"width": self.input_width, "head": self.head, "bits": self.bits}
+
+    @classmethod
+    def for_head(cls, options: Mapping[str, Any], head: OutputLayer) -> dict[str, Any]:
+        return {"width": head.width, "head": head.fingerprint, **options}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
         hidden = logits.detach().bfloat16() if self.bits == 16 else logits.detach().float()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -11,25 +12,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.cache.codecs.base import CaptureSource, Files
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.codecs.registry import register
+from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import Top, threshold, top
 from kdfast.labels.soft_labels import SoftLabels, table_on
 
 __all__ = ["Prototype"]
 
+K = 3  # the default
+PROTOTYPES = 256  # that a capture learns by default
+TABLE_NAME = re.compile(r"shapes-.*\.safetensors")
 CHUNK = 512  # rows at a time
 ASSIGN_TAU = 1 / 512  # a sample so fine finds prototypes whose labels' KL is 5e-4 nats above the best ones'
 REACH = 12.0  # logits of shares and tails are cut to [-REACH, REACH] nats
 
 
+@register
 class Prototype(EntryCodec):
     """The k likeliest ids, the mass of all others, and the number of the prototype that these are closest to.
 
     The label is a distribution over the whole vocabulary: the entries, and ``tail mass * prototype`` on the rest. The
     prototype is the one whose label is closest to the row in forward KL. Probabilities are rounded: the tail as a
     logit, the entries as logits of their shares in what the entries before them leave.
+
+    A capture may be given a number in place of the table, or neither: it then takes the table that the cache holds
+    already, or learns one from its first 65,536 rows, over which the teacher runs three times more. After that the
+    table is frozen. Several writers of one cache need one table: learn it first.
 
     Args:
         prototypes: the table, of ``kdfast.cache.learn_prototypes``.
@@ -39,6 +51,7 @@ class Prototype(EntryCodec):
     """
 
     name = "prototype"
+    kind = "prototype"
     header_fields = 3
 
     def __init__(
@@ -47,7 +60,7 @@ class Prototype(EntryCodec):
         temperatures: Sequence[float],
         *,
         prototypes: PrototypeTable,
-        k: int = 3,
+        k: int = K,
         tail_step: float = 0.5,
         share_step: float = 0.5,
         coding: str = "blocks",
@@ -75,6 +88,32 @@ class Prototype(EntryCodec):
 
     def config(self) -> dict[str, Any]:
         return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
+
+    @classmethod
+    def learns_first(cls, options: Mapping[str, Any], files: Files) -> bool:
+        return not isinstance(options.get("prototypes"), PrototypeTable) and _stored_table(files) is None
+
+    @classmethod
+    def prepare(cls, options: Mapping[str, Any], source: CaptureSource) -> dict[str, Any]:
+        wanted = options.get("prototypes", PROTOTYPES)
+        if isinstance(wanted, PrototypeTable):
+            return dict(options)
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+            raise ValueError(f"prototypes must be a table or a positive number, got {wanted!r}")
+        table = _stored_table(source.files)
+        if table is None:
+            if not source.repeatable:
+                raise ValueError(
+                    "learning prototypes takes several passes over the first batches, and this loader has one"
+                )
+            table = learn_prototypes(
+                source.first_rows,
+                count=wanted,
+                entries=options.get("k", K),
+                temperature=source.temperatures[0],
+                rounds=1,
+            )
+        return {**options, "prototypes": table}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
         chunks = torch.split(logits.detach(), CHUNK)
@@ -167,6 +206,15 @@ def _grid(step: float) -> NDArray[np.float64]:
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
     y: NDArray[np.float64] = np.exp(-np.logaddexp(0, -x))
     return y
+
+
+def _stored_table(files: Files) -> PrototypeTable | None:
+    """The table that an earlier session of the same capture has learned: resuming it takes the same one."""
+    try:
+        names = [name for name in files.list() if TABLE_NAME.fullmatch(name)]
+    except FileNotFoundError:
+        return None
+    return PrototypeTable.from_bytes(files.read_bytes(names[0])) if len(names) == 1 else None
 
 
 def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDArray[np.bool_]) -> NDArray[np.int32]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -11,17 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.cache.codecs.base import Codec, FixedWidthCodec
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
+from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.select import top
 from kdfast.labels import SoftLabels
 
 __all__ = ["TopK"]
 
+K = 16  # the default
 VALUE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 TINY = 1e-30  # of a row's mass: sums of less have terms that underflow
 
 
+@register
 class TopK(FixedWidthCodec):
     """Ids and log-probabilities at T = 1 of the k largest columns, and the log-mass of all others per temperature.
 
@@ -32,16 +36,17 @@ class TopK(FixedWidthCodec):
     """
 
     name = "topk"
+    kind = "topk"
 
     def __init__(
-        self, vocab_size: int, temperatures: Sequence[float], *, k: int = 16, value_dtype: str = "float16"
+        self, vocab_size: int, temperatures: Sequence[float], *, k: int = K, value_dtype: str = "float16"
     ) -> None:
         super().__init__(vocab_size, temperatures)
         if index(k) < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if value_dtype not in VALUE_DTYPES:
             raise ValueError(f"value_dtype must be one of {sorted(VALUE_DTYPES)}, got {value_dtype!r}")
-        self.k = min(index(k), self.vocab_size)
+        self.k = self.heads = min(index(k), self.vocab_size)
         self.value_dtype = value_dtype
         ids = id_field(self.vocab_size, (self.k,))
         values = np.dtype(value_dtype).newbyteorder("<")
@@ -50,6 +55,20 @@ class TopK(FixedWidthCodec):
 
     def config(self) -> dict[str, Any]:
         return {"k": self.k, "value_dtype": self.value_dtype}
+
+    @classmethod
+    def narrowing(
+        cls, source: Codec, temperatures: Sequence[float], options: Mapping[str, Any]
+    ) -> Callable[[SoftLabels], SoftLabels]:
+        k = options.get("k", K)
+        if not isinstance(source, TopK) or source.kind != cls.kind:
+            return super().narrowing(source, temperatures, options)
+        missing = [t for t in temperatures if t not in source.temperatures]
+        if missing:
+            raise ValueError(f"holds tails for temperatures {source.temperatures}, not for {missing}")
+        if k > source.k:
+            raise ValueError(f"holds at most {source.k} entries per row, k={k} are wanted")
+        return partial(_narrow, temperatures=temperatures, k=k)
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
         logits = logits.detach()
@@ -116,3 +135,26 @@ def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float) -> Tens
         inside = torch.zeros_like(z).scatter_add(1, entries.clamp(min=0), (entries >= 0).double())
         tails[rows] = z.masked_fill(inside > 0, -torch.inf).logsumexp(1) - z.logsumexp(1)
     return tails
+
+
+def _narrow(labels: SoftLabels, *, temperatures: Sequence[float], k: int) -> SoftLabels:
+    """The ``k`` largest entries of each row, the mass of its others added to the tails at ``temperatures``."""
+    assert labels.ids is not None
+    assert labels.offsets is not None
+    assert labels.tails is not None
+    counts = labels.offsets.diff()
+    row = torch.repeat_interleave(counts)
+    rest = torch.arange(len(row)) - labels.offsets[row] >= k
+    tails = labels.tails[[labels.temperatures.index(t) for t in temperatures]].double()
+    for tail, temperature in zip(tails, temperatures, strict=True):
+        weights = labels.at(temperature)[0].double()
+        dropped = torch.zeros_like(tail).index_add(0, row[rest], weights[rest])
+        torch.logaddexp(tail, dropped.log(), out=tail)
+    return SoftLabels.topk(
+        labels.ids[~rest],
+        labels.values[~rest],
+        tails,
+        vocab_size=labels.vocab_size,
+        temperatures=temperatures,
+        offsets=torch.cat([counts.new_zeros(1), counts.clamp(max=k).cumsum(0)]),
+    )

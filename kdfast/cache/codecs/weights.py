@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, log2
 from operator import index
 from typing import Any
@@ -14,16 +14,21 @@ from torch import Tensor
 
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
+from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import record_seed, sample, threshold
 from kdfast.labels import SoftLabels
 
 __all__ = ["Sample", "Threshold", "WeightCodec"]
 
+DRAWS, TAU = 50, 0.02  # defaults
+
 
 class WeightCodec(EntryCodec):
     """Entries with weights out of a fixed table, ``levels``: value v stands for ``levels[v]``."""
 
+    kind = "weights"
+    drawn = True
     levels: NDArray[np.float32]
 
     @property
@@ -88,6 +93,7 @@ class WeightCodec(EntryCodec):
         return order[at * np.ones_like(weights, np.int64)].astype(np.int32)
 
 
+@register
 class Sample(WeightCodec):
     """N draws with replacement from the teacher's distribution: weights are how often an id was drawn, over N.
 
@@ -105,7 +111,7 @@ class Sample(WeightCodec):
         vocab_size: int,
         temperatures: Sequence[float],
         *,
-        draws: int = 50,
+        draws: int = DRAWS,
         seed: int = 0,
         coding: str = "blocks",
         prototypes: PrototypeTable | None = None,
@@ -121,6 +127,11 @@ class Sample(WeightCodec):
     def config(self) -> dict[str, Any]:
         return {"draws": self.draws, "seed": self.seed, **super().config()}
 
+    @classmethod
+    def refined(cls, options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+        # N draws times E are E times N draws put together.
+        return {**options, "draws": options.get("draws", DRAWS) * epochs}
+
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
         drawn = sample(logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key))
         levels = torch.from_numpy(self.levels).to(logits.device)
@@ -133,6 +144,7 @@ class Sample(WeightCodec):
         )
 
 
+@register
 class Threshold(WeightCodec):
     """Every probability above tau, and of the others each with probability p / tau, at the value tau.
 
@@ -151,7 +163,7 @@ class Threshold(WeightCodec):
         vocab_size: int,
         temperatures: Sequence[float],
         *,
-        tau: float = 0.02,
+        tau: float = TAU,
         steps: int = 8,
         seed: int = 0,
         coding: str = "blocks",
@@ -170,6 +182,11 @@ class Threshold(WeightCodec):
 
     def config(self) -> dict[str, Any]:
         return {"tau": self.tau, "steps": self.steps, "seed": self.seed, **super().config()}
+
+    @classmethod
+    def refined(cls, options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+        # A threshold tau has variance p (tau - p) where p < tau, and tau / E less than an E-th of it.
+        return {**options, "tau": options.get("tau", TAU) / epochs}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
         seed = record_seed(self.seed, key)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdfast.cache import codecs
 from kdfast.cache.convert.report import BiasReport
 from kdfast.cache.convert.rows import BrokenRowError, ImportedRows, to_rows
 from kdfast.cache.convert.source import Record, Source
@@ -60,7 +61,7 @@ def import_records(
         CacheError: a record that is not of the format, or has a broken row: its name, the row and the fault.
         CacheMismatchError: the directory holds a cache of another kind.
     """
-    if codec != "topk":
+    if codecs.find(codec).kind != "topk":
         raise CacheError(f"{source.what} holds top-k log-probabilities: they can be stored as topk, not as {codec}")
     if not tolerance >= 0:
         raise CacheError(f"tolerance must be at least 0, got {tolerance}")

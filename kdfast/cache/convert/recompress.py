@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 
+from kdfast.cache import codecs
 from kdfast.cache.convert.report import BiasReport
 from kdfast.cache.errors import CacheError
 from kdfast.cache.format.keys import Key
-from kdfast.cache.read.reader import CacheInfo, open_cache
+from kdfast.cache.read.reader import CacheReader, open_cache
 from kdfast.cache.read.walk import walk
 from kdfast.cache.write.writer import Writer
 from kdfast.labels import SoftLabels
 
 __all__ = ["recompress"]
-
-TOPK_DEFAULT = 16  # the codec's own
 
 
 def recompress(
@@ -53,86 +51,53 @@ def recompress(
     kept = about.temperatures if temperatures is None else tuple(float(t) for t in temperatures)
     if codec == about.codec:  # what is not asked for stays as it is
         options = {**about.config, **options}
-    batches = walk(source, cache)
-    first = next(batches, None)
-    if first is not None:
-        _check(source, first.labels, about, codec, kept, options)
-    report = BiasReport(f"the {about.codec} cache {source}", heads=codec == "topk")
+    narrow = None if cache.codec.empty.kind == "dense" else _narrowing(source, cache, codec, kept, options)
+    report = BiasReport(f"the {about.codec} cache {source}")
     stored = {"codec": codec, "temperatures": kept, "teacher": about.teacher, "keys": about.keys, **options}
     with Writer(destination, vocab_size=about.vocab_size, **stored) as writer:
-        for batch in chain([] if first is None else [first], batches):
+        report.heads = writer.codec.heads is not None
+        for batch in walk(source, cache):
             for key, labels in batch.records():
-                _store(writer, key, labels, kept, options, report)
+                _store(writer, key, labels, narrow, report)
                 if progress is not None:
                     progress()
     return report
 
 
-def _check(
+def _narrowing(
     source: str | os.PathLike[str],
-    labels: SoftLabels,
-    about: CacheInfo,
+    cache: CacheReader,
     codec: str,
-    kept: tuple[float, ...],
+    temperatures: tuple[float, ...],
     options: Mapping[str, Any],
-) -> None:
-    """Raise ``CacheError`` for what the source does not say."""
-    if labels.kind == "dense":
-        return
-    if labels.kind != "topk" or codec != "topk":
-        raise CacheError(
-            f"{source}: holds {labels.kind} labels ({about.codec}), which a {codec} cache cannot be made from: "
-            f"only dense labels tell everything, and topk ones what another topk cache needs. Run the teacher again"
-        )
-    missing = [t for t in kept if t not in about.temperatures]
-    if missing:
-        raise CacheError(f"{source}: holds tails for temperatures {about.temperatures}, not for {missing}")
-    if options["k"] > about.config["k"]:
-        raise CacheError(f"{source}: holds at most {about.config['k']} entries per row, k={options['k']} are wanted")
+) -> Callable[[SoftLabels], SoftLabels]:
+    """How the new codec's labels are made of the stored ones. Raises ``CacheError`` for what these do not say."""
+    target = codecs.find(codec)
+    try:
+        return target.narrowing(cache.codec, temperatures, options)
+    except ValueError as error:
+        raise CacheError(f"{source}: {error}") from error
 
 
 def _store(
     writer: Writer,
     key: Key | int,
     labels: SoftLabels,
-    kept: tuple[float, ...],
-    options: Mapping[str, Any],
+    narrow: Callable[[SoftLabels], SoftLabels] | None,
     report: BiasReport,
 ) -> None:
     if key in writer:
         report.duplicates += 1
-    elif labels.kind == "dense":
+        return
+    if narrow is None:
         writer.add(key, labels.values)
-        k = min(options.get("k", TOPK_DEFAULT), labels.vocab_size) if report.heads else labels.vocab_size
+        k = writer.codec.heads or labels.vocab_size
         report.count(labels.values.double().exp().topk(k, 1).values.sum(1).numpy(), k * len(labels))
-    else:
-        smaller = _narrow(labels, kept, options["k"])
-        writer.add_labels(key, smaller)
-        weights, _ = smaller.at(kept[0])
-        assert smaller.offsets is not None
-        row = torch.repeat_interleave(smaller.offsets.diff())
-        mass = torch.zeros(len(smaller), dtype=torch.float64).index_add(0, row, weights.double())
-        report.count(mass.numpy(), len(row))
-
-
-def _narrow(labels: SoftLabels, kept: tuple[float, ...], k: int) -> SoftLabels:
-    """The first ``k`` entries of each row, which are its largest, and the tails at ``kept`` with what is dropped."""
-    assert labels.ids is not None
-    assert labels.offsets is not None
-    assert labels.tails is not None
-    counts = labels.offsets.diff()
-    row = torch.repeat_interleave(counts)
-    rest = torch.arange(len(row)) - labels.offsets[row] >= k
-    tails = labels.tails[[labels.temperatures.index(t) for t in kept]].double()
-    for tail, temperature in zip(tails, kept, strict=True):
-        weights = labels.at(temperature)[0].double()
-        dropped = torch.zeros_like(tail).index_add(0, row[rest], weights[rest])
-        torch.logaddexp(tail, dropped.log(), out=tail)
-    return SoftLabels.topk(
-        labels.ids[~rest],
-        labels.values[~rest],
-        tails,
-        vocab_size=labels.vocab_size,
-        temperatures=kept,
-        offsets=torch.cat([counts.new_zeros(1), counts.clamp(max=k).cumsum(0)]),
-    )
+        return
+    smaller = narrow(labels)
+    writer.add_labels(key, smaller)
+    weights, _ = smaller.at(smaller.temperatures[0])
+    assert smaller.offsets is not None
+    row = torch.repeat_interleave(smaller.offsets.diff())
+    mass = torch.zeros(len(smaller), dtype=torch.float64).index_add(0, row, weights.double())
+    report.count(mass.numpy(), len(row))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.auto import choose
+from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.format.keys import Key, describe
 from kdfast.cache.format.manifest import load_shards
@@ -59,10 +60,15 @@ class CacheInfo:
     shard_cross_entropy: tuple[float | None, ...]  # the same shard by shard: one that stands out was misaligned
 
     @property
-    def why(self) -> str:
+    def codec_reason(self) -> str:
         """Why ``codec="auto"`` takes this codec for such a teacher; empty where it takes another one."""
         choice = choose(self.vocab_size, self.temperatures, prototypes=self.asset_bytes > 0)
-        return choice.why if choice.name == self.codec else ""
+        return choice.reason if choice.name == self.codec else ""
+
+    @property
+    def why(self) -> str:
+        """``codec_reason``, under the name it had before 0.2."""
+        return self.codec_reason
 
 
 def open_cache(
@@ -268,12 +274,17 @@ class CacheReader:
             rows=sum(shard.rows for shard in self._shards),
             payload_bytes=self.nbytes,
             file_bytes=sum(shard.file_bytes for shard in self._shards),
-            asset_bytes=sum(map(len, self._decoders[0].codec.assets().values())),
+            asset_bytes=sum(map(len, self.codec.assets().values())),
             index_bytes=self._index_file.stat().st_size if self._index_file.exists() else 0,
             index=self._lookup.note,
             cross_entropy=_mean(total),
             shard_cross_entropy=tuple(map(_mean, marks)),
         )
+
+    @property
+    def codec(self) -> Codec:
+        """The codec, ready to decode. Where shards have models of their own it is the first shard's."""
+        return self._decoders[0].codec
 
     def __repr__(self) -> str:
         codec = self._shards[0].meta.codec

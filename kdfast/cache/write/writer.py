@@ -98,7 +98,7 @@ class Writer:
             raise ValueError(f"shard_bytes and block_rows must be positive, got {shard_bytes} and {block_rows}")
         self._codec = codecs.create(codec, vocab_size, temperatures, options)
         self._width = self._codec.input_width if teacher_vocab_size is None else teacher_vocab_size
-        self._takes_logits = self._codec.input_name == "logits"
+        self._takes_logits = self._codec.input_name == codecs.LOGITS
         if teacher_vocab_size is not None and not self._takes_logits:
             raise ValueError(f"codec {self._codec.name!r} takes {self._codec.input_name}: it has no teacher_vocab_size")
         if self._width < self._codec.input_width:
@@ -125,6 +125,11 @@ class Writer:
     def __contains__(self, key: Any) -> bool:
         """Whether ``key`` has been written, now or before: its teacher pass can be skipped."""
         return self._make_key(key) in self._seen
+
+    @property
+    def codec(self) -> codecs.Codec:
+        """The codec that selects and encodes the labels."""
+        return self._codec
 
     @property
     def durable_records(self) -> int:

@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from kdfast.cache import CacheMismatchError, View, capture, codecs, replica_key
 from kdfast.cache.codecs.auto import LARGE_VOCAB, SMALL_VOCAB
 from kdfast.divergences import DIVERGENCES
 from kdfast.labels import SoftLabels
-from kdfast.labels.support import CODEC_KINDS, SERVES
+from kdfast.labels.support import SERVES
 from support.caches import contents
 from support.children import CAPTURE_BATCHES, CAPTURES, capture_and_tell, capture_until_killed
 
@@ -306,18 +307,25 @@ def test_keys_of_a_tensor_are_the_numbers_in_it(tmp_path):
     assert 7 in kdfast.cache.open(tmp_path)
 
 
+@codecs.register
 class Draws(codecs.FixedWidthCodec):
     """Stands for the codecs that draw: keeps ``draws`` and what the key seeds."""
 
     name = "draws for a test"
+    kind = "weights"
+    drawn = True
 
     def __init__(self, vocab_size, temperatures, *, draws=4):
         super().__init__(vocab_size, temperatures)
         self.draws, self.row_dtype = draws, "<f4"
-        self.row_dtype = codecs.dense.np.dtype([("seed", "<f4")])
+        self.row_dtype = np.dtype([("seed", "<f4")])
 
     def config(self):
         return {"draws": self.draws}
+
+    @classmethod
+    def refined(cls, options, epochs):
+        return {**options, "draws": options.get("draws", 4) * epochs}
 
     def select(self, logits, key):
         seed = torch.full((len(logits), 1), float(int.from_bytes(key[:2], "little")))
@@ -331,15 +339,8 @@ class Draws(codecs.FixedWidthCodec):
         return SoftLabels.weights(torch.zeros(len(packed), 1).long(), values, vocab_size=self.vocab_size)
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    monkeypatch.setitem(codecs._registry, Draws.name, Draws)
-    monkeypatch.setitem(module._REFINED, Draws.name, module._REFINED["sample"])
-    return Draws.name
-
-
-def test_replicas_are_draws_of_their_own(tmp_path, teacher, draws):
-    report = run(teacher, batches(2), tmp_path, codec=draws, epochs=3, reuse="replicas")
+def test_replicas_are_draws_of_their_own(tmp_path, teacher):
+    report = run(teacher, batches(2), tmp_path, codec=Draws.name, epochs=3, reuse="replicas")
     cache = kdfast.cache.open(tmp_path)
     assert cache.info.config == {"draws": 4}
     assert len(cache) == report.records == 3 * 6
@@ -348,18 +349,19 @@ def test_replicas_are_draws_of_their_own(tmp_path, teacher, draws):
         assert len(seeds) == 3
         assert torch.equal(cache[ids].values, cache[replica_key(ids, 0)].values)
     teacher.calls = 0
-    assert run(teacher, batches(2), tmp_path, codec=draws, epochs=3, reuse="replicas").skipped == 2
+    assert run(teacher, batches(2), tmp_path, codec=Draws.name, epochs=3, reuse="replicas").skipped == 2
     # Two more epochs: the batches are run again, and only what lacks is added.
-    assert run(teacher, batches(2), tmp_path, codec=draws, epochs=5, reuse="replicas")[:3] == (2, 0, 12)
+    assert run(teacher, batches(2), tmp_path, codec=Draws.name, epochs=5, reuse="replicas")[:3] == (2, 0, 12)
 
 
-def test_refining_draws_more(tmp_path, teacher, draws):
-    run(teacher, batches(2), tmp_path / "default", codec=draws, epochs=3)
-    run(teacher, batches(2), tmp_path / "given", codec=draws, epochs=3, draws=10)
+def test_refining_draws_more(tmp_path, teacher):
+    run(teacher, batches(2), tmp_path / "default", codec=Draws.name, epochs=3)
+    run(teacher, batches(2), tmp_path / "given", codec=Draws.name, epochs=3, draws=10)
     for name, expected in (("default", 12), ("given", 30)):
         cache = kdfast.cache.open(tmp_path / name)
         assert (cache.info.config, len(cache)) == ({"draws": expected}, 6)
-    assert module._REFINED["threshold"][1](0.06, 3) == pytest.approx(0.02)
+    assert codecs.find("sample").refined({}, 3) == {"draws": 150}
+    assert codecs.find("threshold").refined({"tau": 0.06}, 3)["tau"] == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("reuse", ["refine", "replicas"])
@@ -446,7 +448,7 @@ def test_auto_takes_topk_at_other_temperatures(tmp_path):
 @pytest.mark.parametrize("prototypes", [False, True])
 def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, prototypes):
     name, options, why = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
-    serves = SERVES[CODEC_KINDS[name]].divergences
+    serves = SERVES[codecs.find(name).kind].divergences
     # Draws have forward KL's gradient as soft_ce; the reason says so.
     wanted = {"forward_kl": "soft_ce", None: "soft_ce"}.get(divergence, divergence)
     assert wanted in serves

@@ -15,8 +15,8 @@ import torch
 
 import kdfast.cache
 from kdfast.cache import CacheBusyError, CacheError, capture, ray_capture
-from kdfast.cache.capture.prototypes import LEARN_ROWS
 from kdfast.cache.capture.ranks import Ranks
+from kdfast.cache.codecs.base import PREPARE_ROWS
 from support import ROOT
 from support.caches import VOCAB
 from support.children import Teacher
@@ -108,7 +108,7 @@ def parts(labels):
 def test_workers_store_what_capture_stores_with_one_table_of_prototypes(tmp_path, dataset):
     """Prototypes are learned of the first records by one worker; then two of them store the rest."""
     data = ids(48, 2048)
-    learned, count = LEARN_ROWS // data[:BATCH].numel(), len(data) // BATCH
+    learned, count = PREPARE_ROWS // data[:BATCH].numel(), len(data) // BATCH
     assert learned < count - 1
     report = by_ray(dataset(data), tmp_path / "ray", "prototype", 2)
     assert report == (count, learned, len(data), data.numel())

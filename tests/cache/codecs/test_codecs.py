@@ -191,7 +191,7 @@ def test_a_codec_is_rebuilt_from_its_config(name, options):
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        (("zip", 5, (1.0,), {}), ValueError, r"codec must be one of \['dense', .*'topk'.*got 'zip'"),
+        (("zip", 5, (1.0,), {}), ValueError, r"codec must be one of \[.*'dense', .*'topk'.*got 'zip'"),
         (("topk", 5, (1.0,), {"kk": 3}), TypeError, "codec 'topk'.*kk"),
         (("topk", 5, (1.0,), {"k": 0}), ValueError, "codec 'topk': k must be at least 1, got 0"),
         (("topk", 5, (1.0,), {"k": 2.5}), TypeError, "codec 'topk'.*float"),
@@ -215,7 +215,10 @@ def test_a_name_is_registered_once():
 
     with pytest.raises(ValueError, match="'topk' is already registered: TopK"):
         codecs.register(Impostor)
-    assert codecs.register(codecs.TopK) is codecs.TopK
+    assert codecs.register(codecs.TopK) is codecs.TopK is codecs.find("topk")
+    assert {"dense", "hard", "hidden", "prototype", "sample", "threshold", "topk"} <= set(codecs.names())
+    with pytest.raises(AttributeError, match=r"module 'kdfast.cache.codecs' has no attribute 'Nothing'"):
+        _ = codecs.Nothing
 
 
 @settings(deadline=None, max_examples=60)

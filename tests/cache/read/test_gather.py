@@ -21,10 +21,12 @@ VOCAB = 11
 CODECS = [("topk", {"k": 4}), ("dense", {}), ("by block", {"k": 4})]
 
 
+@codecs.register
 class ByBlock(codecs.Codec):
     """Delegates to ``topk`` without being a ``FixedWidthCodec``: read block by block."""
 
     name = "by block"
+    kind = "topk"
 
     def __init__(self, vocab_size, temperatures, **options):
         super().__init__(vocab_size, temperatures)
@@ -41,11 +43,6 @@ class ByBlock(codecs.Codec):
 
     def decode(self, data, units, wanted):
         return self.inner.decode(data, units, wanted)
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    monkeypatch.setitem(codecs._registry, "by block", ByBlock)
 
 
 def logits(rows, seed, masked=0):

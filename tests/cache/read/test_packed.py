@@ -17,15 +17,18 @@ from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.topk import TopK
 from kdfast.labels import SoftLabels
 from support.children import unpack
+from support.repack import repack
 
 VOCAB = 11
 ENTRY = np.dtype([("id", "<u4"), ("weight", "<f4")])
 
 
+@codecs.register
 class Ragged(Addressable):
     """Rows of any number of (id, weight); a block begins with where its rows end. Its rows are read one by one."""
 
     name = "ragged"
+    kind = "weights"
 
     def config(self):
         return {}
@@ -65,6 +68,7 @@ class Ragged(Addressable):
         return entries
 
 
+@codecs.register
 class Learned(Ragged):
     """Its ids are XORed with a model that depends on the first rows: decoding with another model is noticed."""
 
@@ -85,10 +89,12 @@ class Learned(Ragged):
         return entries
 
 
+@codecs.register
 class ByBlock(codecs.Codec):
     """Topk, read by whole blocks, with a table that lies beside the shards."""
 
-    name = "by block"
+    name = "by block, with a table"
+    kind = "topk"
 
     def __init__(self, vocab_size, temperatures, *, table=b"the table", **options):
         super().__init__(vocab_size, temperatures)
@@ -116,14 +122,8 @@ class ByBlock(codecs.Codec):
         return self.inner.decode(data, units, wanted)
 
 
-CODECS = {"topk": {"k": 4}, "dense": {}, "by block": {"k": 4}, "ragged": {}, "learned": {}}
+CODECS = {"topk": {"k": 4}, "dense": {}, "by block, with a table": {"k": 4}, "ragged": {}, "learned": {}}
 every_codec = pytest.mark.parametrize("codec", CODECS)
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    for codec in (ByBlock, Ragged, Learned):
-        monkeypatch.setitem(codecs._registry, codec.name, codec)
 
 
 def logits(rows, seed):
@@ -135,7 +135,7 @@ def write(path, sizes, codec, **options):
     for name, part in (("a", range(len(sizes) // 2)), ("b", range(len(sizes) // 2, len(sizes)))):
         sizes_of = {"block_rows": 4, "shard_bytes": 300}
         with kdfast.cache.Writer(
-            path, vocab_size=VOCAB, codec=codec, writer=name, **{**sizes_of, **CODECS[codec], **options}
+            path, vocab_size=VOCAB, codec=codec, writer=name, **{**sizes_of, **CODECS.get(codec, {}), **options}
         ) as w:
             for i in part:
                 w.add(i, logits(sizes[i], i))
@@ -287,7 +287,7 @@ def test_labels_of_two_models_are_decoded_each_with_its_own(tmp_path):
 
 
 def test_packed_labels_are_sent_without_the_codec_s_tables(tmp_path):
-    cache = write(tmp_path, SIZES, "by block", table=bytes(100_000))
+    cache = write(tmp_path, SIZES, "by block, with a table", table=bytes(100_000))
     packed = cache.pack([5, 1])
     data = pickle.dumps(packed)
     assert len(data) < 5_000
@@ -310,7 +310,7 @@ def test_packed_labels_are_decoded_in_another_process(tmp_path):
 
 
 def test_a_missing_asset_is_named(tmp_path):
-    write(tmp_path, SIZES, "by block")
+    write(tmp_path, SIZES, "by block, with a table")
     (asset,) = tmp_path.glob("table-*")
     asset.unlink()
     with pytest.raises(
@@ -319,31 +319,32 @@ def test_a_missing_asset_is_named(tmp_path):
         kdfast.cache.open(tmp_path)
 
 
-def test_a_missing_or_foreign_model_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (b"xyz", "its codec_model cannot be used: a model has 2 bytes, got 3"),
+        (b"", "codec 'learned' needs a model, and the shard holds none"),
+    ],
+)
+def test_a_missing_or_foreign_model_is_named(tmp_path, model, message):
     write(tmp_path, SIZES, "learned")
-    monkeypatch.setattr(Learned, "use_model", lambda self, model: Ragged.use_model(self, model))
-    with pytest.raises(
-        kdfast.cache.CacheCorruptError, match=r"shard-a-00000.safetensors: its codec_model cannot be used"
-    ):
+    repack(tmp_path / "shard-a-00000.safetensors", codec_model=np.frombuffer(model, np.uint8))
+    with pytest.raises(kdfast.cache.CacheCorruptError, match=rf"shard-a-00000.safetensors: {message}"):
         kdfast.cache.open(tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setitem(codecs._registry, "ragged", type("Wanting", (Ragged,), {"learn_rows": 9}))
-    with pytest.raises(kdfast.cache.CacheCorruptError, match="codec 'ragged' needs a model, and the shard holds none"):
-        without_model(tmp_path / "b")
 
 
-def without_model(path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(codecs._registry, "ragged", Ragged)
-        with kdfast.cache.Writer(path, vocab_size=VOCAB, codec="ragged") as w:
-            w.add(0, logits(2, 0))
-    kdfast.cache.open(path)
+@codecs.register
+class Lying(Ragged):
+    """Its first row claims to end far beyond its block."""
+
+    name = "lying"
+
+    def encode(self, labels):
+        return b"\xff" * 4 + super().encode(labels)[4:]
 
 
-def test_a_row_index_that_lies_is_named_by_its_block(tmp_path, monkeypatch):
-    good = Ragged.encode
-    monkeypatch.setattr(Ragged, "encode", lambda self, labels: b"\xff" * 4 + good(self, labels)[4:])
-    cache = write(tmp_path, [1] * 16, "ragged")
+def test_a_row_index_that_lies_is_named_by_its_block(tmp_path):
+    cache = write(tmp_path, [1] * 16, "lying")
     with pytest.raises(
         kdfast.cache.CacheCorruptError, match=r"shard-b-0000.\.safetensors: block \d: its rows do not end"
     ):

@@ -177,6 +177,7 @@ def test_bad_sources_are_named(tmp_path):
         merge([tmp_path / "nowhere"], tmp_path / "all")
 
 
+@kdfast.cache.codecs.register
 class WithTable(kdfast.cache.codecs.TopK):
     """A codec that reads a file beside the shards."""
 
@@ -194,8 +195,7 @@ class WithTable(kdfast.cache.codecs.TopK):
         return {**config, "content": read_asset(config["table"])}
 
 
-def test_assets_come_along(tmp_path, monkeypatch):
-    monkeypatch.setitem(kdfast.cache.codecs._registry, "with_table", WithTable)
+def test_assets_come_along(tmp_path):
     a = tmp_path / "a"
     fill(a, ["x"], codec="with_table")
     (a / "table-1.bin").write_bytes(b"content")

@@ -71,10 +71,12 @@ def test_what_a_cache_does_not_say_is_refused(tmp_path, options, message):
     assert not (tmp_path / "b").exists()
 
 
+@kdfast.cache.codecs.register
 class Weights(kdfast.cache.codecs.TopK):
     """A codec of weights, laid out as top-k."""
 
     name = "weights_of_a_test"
+    kind = "weights"
 
     def unpack(self, packed):
         labels = super().unpack(packed)
@@ -83,8 +85,7 @@ class Weights(kdfast.cache.codecs.TopK):
         )
 
 
-def test_weights_do_not_become_topk(tmp_path, monkeypatch):
-    monkeypatch.setitem(kdfast.cache.codecs._registry, Weights.name, Weights)
+def test_weights_do_not_become_topk(tmp_path):
     fill(tmp_path / "a", codec=Weights.name, temperatures=(1.0,), k=4)
     with pytest.raises(kdfast.cache.CacheError, match=r"holds weights labels .* a topk cache cannot be made from"):
         recompress(tmp_path / "a", tmp_path / "b", codec="topk", k=4)

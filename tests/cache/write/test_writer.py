@@ -20,14 +20,13 @@ from kdfast.cache.format.keys import make_key
 from kdfast.cache.format.shard import Shard
 from kdfast.cache.format.storage import LocalStorage, open_storage
 from kdfast.cache.format.view import View, pack_views, unpack_views
-from support.caches import VOCAB, Toy, contents, install, logits, record, write, writer
+from support.caches import VOCAB, Toy, contents, logits, record, write, writer
 from support.children import write_as
 
 NAME = "shard-0-00000.safetensors"
 
 
 def toy(path, **options):
-    install()
     return kdfast.cache.Writer(path, **{"vocab_size": VOCAB, "codec": "toy", **options})
 
 
@@ -261,7 +260,6 @@ def test_assets_lie_beside_the_shards(tmp_path):
 
 
 def test_every_bit_flip_of_a_shard_with_everything_is_detected(tmp_path):
-    install()
     with toy(tmp_path, learn_rows=2, block_rows=4) as w:
         for i in (1, 2):
             key, rows, extras = record(i)

@@ -1,0 +1,77 @@
+"""The codecs by name: finding one, making one from options, and making it again from what a shard says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kdfast.cache.codecs.auto import choose
+from kdfast.cache.codecs.base import Codec
+
+__all__ = ["create", "current_options", "find", "names", "register", "restore"]
+
+_registry: dict[str, type[Codec]] = {}
+
+
+def register(codec: type[Codec]) -> type[Codec]:
+    """Make a codec available under its ``name``. Use it as a class decorator.
+
+    Raises:
+        ValueError: another class has this name already.
+    """
+    if _registry.setdefault(codec.name, codec) is not codec:
+        raise ValueError(f"a codec named {codec.name!r} is already registered: {_registry[codec.name].__qualname__}")
+    return codec
+
+
+def find(name: str) -> type[Codec]:
+    """The class of the codec ``name``. Raises ``ValueError`` if there is none of this name."""
+    if name not in _registry:
+        raise ValueError(f"codec must be one of {names()}, got {name!r}")
+    return _registry[name]
+
+
+def names() -> list[str]:
+    """The names of all codecs, sorted."""
+    return sorted(_registry)
+
+
+def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A codec's options under their present names. Before 0.2 ``prototypes`` was called ``shapes``."""
+    return {"prototypes" if name == "shapes" else name: value for name, value in options.items()}
+
+
+def create(name: str, vocab_size: int, temperatures: Sequence[float], options: Mapping[str, Any]) -> Codec:
+    """Make the codec ``name`` with its options. "auto" stands for what ``choose`` says; ``options`` take precedence.
+
+    Raises:
+        ValueError: an unknown codec, or an option out of range.
+        TypeError: an option that the codec does not have.
+    """
+    options = current_options(options)
+    if name == "auto":
+        name, chosen, _ = choose(vocab_size, temperatures)
+        options = {**chosen, **options}
+    made = find(name)
+    try:
+        return made(vocab_size, temperatures, **options)
+    except TypeError as error:
+        raise TypeError(f"codec {name!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"codec {name!r}: {error}") from error
+
+
+def restore(
+    name: str,
+    vocab_size: int,
+    temperatures: Sequence[float],
+    config: Mapping[str, Any],
+    read_asset: Callable[[str], bytes],
+) -> Codec:
+    """Make the codec ``name`` again from its ``config()``. ``read_asset(file name)`` gives the bytes of an asset.
+
+    Raises:
+        ValueError, TypeError: as ``create`` does, and for an asset that is not what the configuration asks for.
+        OSError: an asset cannot be read.
+    """
+    return create(name, vocab_size, temperatures, find(name).options(config, read_asset))
