@@ -8,7 +8,7 @@ import torch
 from kdfast import Divergence, OutputLayer, SoftLabels, kd_loss
 from kdfast.cache import codecs
 from kdfast.divergences import DIVERGENCES
-from kdfast.labels.support import CODEC_KINDS, SERVES, served_by
+from kdfast.labels.support import CODEC_KINDS, SERVES, supporting_kinds
 
 VOCAB, ROWS = 7, 3
 STUDENT = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(1))
@@ -38,7 +38,7 @@ SERVED = {
 
 def test_the_table_has_a_row_for_every_kind():
     assert set(SERVES) == set(LABELS) == {label.kind for label in LABELS.values()}
-    assert {kind: set(serves.divergences) for kind, serves in SERVES.items()} == SERVED
+    assert {kind: set(support.divergences) for kind, support in SERVES.items()} == SERVED
     assert set(CODEC_KINDS.values()) == set(SERVES)
 
 
@@ -76,10 +76,10 @@ def test_other_temperatures_need_whole_rows(kind, temperature):
             kd_loss(STUDENT, LABELS[kind], divergence="soft_ce", temperature=temperature)
 
 
-def test_served_by_lists_the_kinds():
-    assert served_by(Divergence("soft_ce")) == list(SERVES)
-    assert served_by(Divergence("reverse_kl")) == ["prototype", "dense", "hidden"]
-    assert served_by(Divergence("soft_ce"), any_temperature=True) == ["dense", "hidden"]
+def test_supporting_kinds_lists_the_kinds():
+    assert supporting_kinds(Divergence("soft_ce")) == list(SERVES)
+    assert supporting_kinds(Divergence("reverse_kl")) == ["prototype", "dense", "hidden"]
+    assert supporting_kinds(Divergence("soft_ce"), any_temperature=True) == ["dense", "hidden"]
 
 
 def options_of(name):

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdfast._C import count_symbols
-from kdfast.labels.soft_labels import SoftLabels, same_table
+from kdfast.labels import SoftLabels
+from kdfast.labels.ragged import same_table
 
 if TYPE_CHECKING:
     from kdfast.cache.codecs.entries import EntryCodec
@@ -48,7 +49,7 @@ def require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
     ours, theirs = _by_id(ids, counts), _by_id(back.ids.numpy(), counts)
     if not torch.equal(labels.values[ours], back.values[theirs]):
         raise ValueError(f"{codec.name}: a value is not one that this codec gives")
-    if labels.tails is not None and not torch.equal(labels.tails, back._tails()):
+    if labels.tails is not None and not torch.equal(labels.tails, back.tails):
         raise ValueError(f"{codec.name}: a tail is not one that this codec gives")
 
 

@@ -15,7 +15,8 @@ from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import Top, threshold, top
-from kdfast.labels.soft_labels import SoftLabels, table_on
+from kdfast.labels import SoftLabels
+from kdfast.labels.ragged import table_on
 
 __all__ = ["Prototype"]
 

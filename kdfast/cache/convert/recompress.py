@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,8 @@ from kdfast.cache.format.keys import Key
 from kdfast.cache.read.reader import CacheInfo, open_cache
 from kdfast.cache.read.walk import walk
 from kdfast.cache.write.writer import Writer
-from kdfast.labels import SoftLabels
+from kdfast.labels import Dense, SoftLabels, TopK
+from kdfast.labels.entries import offsets_of
 
 __all__ = ["recompress"]
 
@@ -77,9 +79,9 @@ def _check(
     options: Mapping[str, Any],
 ) -> None:
     """Raise ``CacheError`` for what the source does not say."""
-    if labels.kind == "dense":
+    if isinstance(labels, Dense):
         return
-    if labels.kind != "topk" or codec != "topk":
+    if not isinstance(labels, TopK) or codec != "topk":
         raise CacheError(
             f"{source}: holds {labels.kind} labels ({about.codec}), which a {codec} cache cannot be made from: "
             f"only dense labels tell everything, and topk ones what another topk cache needs. Run the teacher again"
@@ -101,38 +103,34 @@ def _store(
 ) -> None:
     if key in writer:
         report.duplicates += 1
-    elif labels.kind == "dense":
+    elif isinstance(labels, Dense):
         writer.add(key, labels.values)
         k = min(options.get("k", TOPK_DEFAULT), labels.vocab_size) if report.heads else labels.vocab_size
         report.count(labels.values.double().exp().topk(k, 1).values.sum(1).numpy(), k * len(labels))
     else:
+        assert isinstance(labels, TopK)  # as _check has found
         smaller = _narrow(labels, kept, options["k"])
         writer.add_labels(key, smaller)
         weights, _ = smaller.at(kept[0])
-        assert smaller.offsets is not None
-        row = torch.repeat_interleave(smaller.offsets.diff())
-        mass = torch.zeros(len(smaller), dtype=torch.float64).index_add(0, row, weights.double())
-        report.count(mass.numpy(), len(row))
+        mass = torch.zeros(len(smaller), dtype=torch.float64).index_add(0, smaller.entry_rows, weights.double())
+        report.count(mass.numpy(), len(weights))
 
 
-def _narrow(labels: SoftLabels, kept: tuple[float, ...], k: int) -> SoftLabels:
+def _narrow(labels: TopK, kept: tuple[float, ...], k: int) -> TopK:
     """The first ``k`` entries of each row, which are its largest, and the tails at ``kept`` with what is dropped."""
-    assert labels.ids is not None
-    assert labels.offsets is not None
-    assert labels.tails is not None
-    counts = labels.offsets.diff()
-    row = torch.repeat_interleave(counts)
+    row = labels.entry_rows
     rest = torch.arange(len(row)) - labels.offsets[row] >= k
     tails = labels.tails[[labels.temperatures.index(t) for t in kept]].double()
     for tail, temperature in zip(tails, kept, strict=True):
         weights = labels.at(temperature)[0].double()
         dropped = torch.zeros_like(tail).index_add(0, row[rest], weights[rest])
         torch.logaddexp(tail, dropped.log(), out=tail)
-    return SoftLabels.topk(
-        labels.ids[~rest],
-        labels.values[~rest],
-        tails,
-        vocab_size=labels.vocab_size,
+    return replace(
+        labels,
+        ids=labels.ids[~rest],
+        values=labels.values[~rest],
+        tails=tails.float(),
         temperatures=kept,
-        offsets=torch.cat([counts.new_zeros(1), counts.clamp(max=k).cumsum(0)]),
+        offsets=offsets_of(labels.counts.clamp(max=k)),
+        width=None,
     )
