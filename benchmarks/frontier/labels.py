@@ -41,7 +41,8 @@ class Labels:
 def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
     """One arm's labels; ``draw`` seeds them where they are drawn."""
     arm = ARMS[name]
-    drawn = arm.codec in ("sample", "threshold") or arm.residual
+    assert arm.codec is not None
+    drawn = codecs.find(arm.codec).drawn or arm.residual
     path = folder / f"labels-{name}-{draw if drawn else 'all'}.pt"
     if not path.exists():
         labels = _labels(corpus, folder, arm, draw)
@@ -55,7 +56,7 @@ def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
 def _labels(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Labels:
     assert arm.codec is not None
     options = dict(arm.options)
-    if arm.codec in ("sample", "threshold"):
+    if codecs.find(arm.codec).drawn:
         options["seed"] = draw
     if arm.shapes:
         options["prototypes"] = load_prototypes(corpus, folder, arm.shapes, options["k"])

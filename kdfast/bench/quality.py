@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
+from kdfast.labels import Prototype, Ragged, SoftLabels
 
 __all__ = ["Quality", "Source", "distributions", "quality"]
 
@@ -71,18 +71,14 @@ def _bias(p: Tensor, source: Source, rows: slice, errors: Tensor, draws: int) ->
 
 def distributions(labels: SoftLabels) -> Tensor:
     """(rows, vocab) float64, from labels of any sparse kind. A top-k label's tail is spread over the other columns."""
-    assert labels.ids is not None
-    assert labels.offsets is not None
+    assert isinstance(labels, Ragged)
     values, tail = labels.at(labels.temperatures[0])
-    counts = labels.offsets.diff()
-    row, ids = torch.repeat_interleave(counts), labels.ids.long()
-    if labels.kind == "prototype":
-        assert labels.prototypes is not None
-        assert labels.prototype_ids is not None
+    row, ids = labels.entry_rows, labels.ids.long()
+    if isinstance(labels, Prototype):
         p = labels.prototypes[labels.prototype_ids].double().index_put((row, ids), torch.zeros((), dtype=torch.float64))
         p /= p.sum(1, keepdim=True)
     else:
         p = torch.ones(len(labels), labels.vocab_size, dtype=torch.float64)
-        p /= (labels.vocab_size - counts).clamp(min=1)[:, None]
+        p /= (labels.vocab_size - labels.counts).clamp(min=1)[:, None]
     p *= 0.0 if tail is None else tail.double().exp()[:, None]
     return p.index_put((row, ids), values.double())

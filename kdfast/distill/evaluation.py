@@ -12,7 +12,7 @@ from kdfast.cache import PackedLabels
 from kdfast.distill.counting import Counting
 from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.step import Step
-from kdfast.labels import SoftLabels
+from kdfast.labels import SoftLabels, Weights
 from kdfast.models import evaluating, logits_of
 from kdfast.objectives.teacher_argmax import teacher_argmax
 
@@ -71,6 +71,6 @@ def _likeliest(teacher: Any) -> Tensor | None:
     if teacher is None or isinstance(teacher, tuple):
         return None
     said = teacher.unpack() if isinstance(teacher, PackedLabels) else teacher
-    if isinstance(said, SoftLabels) and said.kind == "weights":
+    if isinstance(said, Weights):
         return None
     return teacher_argmax(said if isinstance(said, SoftLabels) else logits_of(said), ignore_index=-1)

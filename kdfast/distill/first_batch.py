@@ -14,7 +14,7 @@ from kdfast.distill.fields import split
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
-from kdfast.loss.checks import _look_like_probabilities
+from kdfast.loss.checks import look_like_probabilities
 from kdfast.models import logits_of
 
 __all__ = ["check_first"]
@@ -30,7 +30,7 @@ def check_first(step: Step, objective: Any) -> None:
     logits = _logits(step.student)
     said = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
     for name, x in (("student", logits), *(("teacher", _logits(each)) for each in said)):
-        if x is not None and _look_like_probabilities(x.detach()):
+        if x is not None and look_like_probabilities(x.detach()):
             raise ValueError(f"the {name} gives probabilities (rows in [0, 1] that sum to 1): leave its softmax out")
     labels = step.labels
     if logits is None or labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdfast.labels.head import _is_distributed
+from kdfast.labels.head import is_distributed
 
 __all__ = [
     "all_of",
@@ -41,7 +41,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 def reduces_itself(model: nn.Module) -> bool:
     """Whether the backward pass averages gradients: under DDP and FSDP2 it does."""
-    return isinstance(model, DistributedDataParallel) or any(map(_is_distributed, model.parameters()))
+    return isinstance(model, DistributedDataParallel) or any(map(is_distributed, model.parameters()))
 
 
 def share(model: nn.Module, *, buffers_only: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,6 +64,10 @@ class OutputLayer:
             digest.tensor("bias", self.bias)
         return digest.hex()
 
+    def shard(self, columns: slice) -> OutputLayer:
+        """The layer of some columns of the vocabulary."""
+        return replace(self, weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) float32 logits of (..., d) hidden states of any float type, without a gradient.
 
@@ -115,7 +119,7 @@ class Head:
     def __post_init__(self) -> None:
         layer = self.layer
         for name, x in (("hidden", self.hidden), ("weight", self.weight)):
-            if _is_distributed(x):
+            if is_distributed(x):
                 raise TypeError(
                     f"{name} is a DTensor, which may hold a part of the vocabulary or of the model: use the head "
                     "inside the wrapped module's forward, where it is whole"
@@ -136,7 +140,11 @@ class Head:
     def layer(self) -> OutputLayer:
         return OutputLayer(self.weight, self.bias, scale=self.scale, softcap=self.softcap)
 
-    # What a tensor of the logits would say of itself.
+    def shard(self, columns: slice) -> Head:
+        """The same hidden states with the layer of some columns of the vocabulary."""
+        return replace(self, weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns])
+
+    # Tensor-like attributes of the logits.
 
     @property
     def shape(self) -> torch.Size:
@@ -155,7 +163,7 @@ class Head:
         return self.layer.logits(self.hidden)
 
 
-def _is_distributed(x: Tensor) -> bool:
+def is_distributed(x: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there if it is one
     return module is not None and isinstance(x, module.DTensor)
 

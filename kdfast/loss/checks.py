@@ -8,8 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
-from kdfast.labels.head import Head
+from kdfast.labels import Head, Prototype, Ragged, SoftLabels
 from kdfast.models import check_logits
 
 __all__ = [
@@ -20,6 +19,7 @@ __all__ = [
     "check_student",
     "check_teacher",
     "check_values",
+    "look_like_probabilities",
     "values_are_checked",
 ]
 
@@ -172,30 +172,30 @@ def check_values(
                 f"{int(used.max())}"
             )
     for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, Tensor) and _look_like_probabilities(x.detach()):
+        if isinstance(x, Tensor) and look_like_probabilities(x.detach()):
             raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
-    if isinstance(teacher, SoftLabels) and teacher.ids is not None:
+    if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
 
 
-def _look_like_probabilities(x: Tensor) -> bool:
+def look_like_probabilities(x: Tensor) -> bool:
+    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do."""
     if x.numel() == 0 or x.shape[-1] < 2:
         return False
     inside = bool(((x >= 0) & (x <= 1)).all())
     return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all())
 
 
-def _check_entries(labels: SoftLabels, columns: int) -> None:
-    ids = labels._ids()
+def _check_entries(labels: Ragged, columns: int) -> None:
+    ids = labels.ids
     if bool(((ids < 0) | (ids >= min(columns, labels.vocab_size))).any()):
         raise ValueError(
             f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
             f"{int(ids.max())}"
         )
-    if labels.prototypes is not None:
-        _check_prototypes(labels._prototype_ids(), labels.prototypes)
-    row = torch.repeat_interleave(torch.arange(len(labels), device=ids.device), labels._counts())
-    if torch.unique(row * labels.vocab_size + ids).numel() != ids.numel():
+    if isinstance(labels, Prototype):
+        _check_prototypes(labels.prototype_ids, labels.prototypes)
+    if torch.unique(labels.entry_rows * labels.vocab_size + ids).numel() != ids.numel():
         raise ValueError("soft labels must name a token once per row, got a token twice")
 
 

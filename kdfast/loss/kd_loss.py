@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.divergences import Divergence
-from kdfast.labels import SoftLabels
-from kdfast.labels.head import Head, OutputLayer
+from kdfast.labels import Head, Hidden, OutputLayer, Prototype, Ragged, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
-from kdfast.labels.support import require_served
+from kdfast.labels.support import check_supported
 from kdfast.loss import checks, ops
 from kdfast.loss.chunks import HeadRows, LogitRows, SparseRows, TeacherRows
 from kdfast.loss.head_loss import loss_by_chunks
@@ -293,7 +292,7 @@ def _check_divergence(
     shard: Shard | None,
 ) -> None:
     if isinstance(teacher, SoftLabels):
-        require_served(teacher, div, tau_t)
+        check_supported(teacher, div, tau_t)
     columns = min(student.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1])
     columns = columns if shard is None else shard.columns
     if div.name == "dkd" and columns < 3:
@@ -303,19 +302,25 @@ def _check_divergence(
 def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> ops.Teacher:
     if isinstance(teacher, Tensor):
         return ops.DenseTeacher(rows.lay_out(teacher), div)
-    if teacher.kind in ("dense", "hidden"):
-        return ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, teacher.vocab_size)), div)
-    return _sparse(teacher, rows, div, tau_t)
+    if isinstance(teacher, Ragged):
+        return _sparse(teacher, rows, div, tau_t)
+    return ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, teacher.vocab_size)), div)
 
 
-def _sparse(teacher: SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> ops.SparseTeacher:
+def _sparse(teacher: Ragged, rows: _Rows, div: Divergence, tau_t: Number) -> ops.SparseTeacher:
     weights, tail = teacher.at(tau_t)
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
-    tail_prototypes = (
-        None if teacher.prototypes is None else ops.TailPrototypes(teacher._prototype_ids(), teacher.prototypes, div)
-    )
+    tail_prototypes = None
+    if isinstance(teacher, Prototype):
+        tail_prototypes = ops.TailPrototypes(teacher.prototype_ids, teacher.prototypes, div)
     return ops.SparseTeacher(
-        teacher._ids(), weights, teacher._offsets(), tail, teacher.vocab_size, div.name == "forward_kl", tail_prototypes
+        ids=teacher.ids,
+        weights=weights,
+        offsets=teacher.offsets,
+        tail=tail,
+        vocab=teacher.vocab_size,
+        subtract_entropy=div.name == "forward_kl",
+        tail_prototypes=tail_prototypes,
     )
 
 
@@ -392,11 +397,11 @@ def _rows_of(
         return _head_rows(teacher.hidden, teacher.layer, div, teacher.dtype)
     if kept is not None:
         teacher = teacher[kept]
-    if teacher.kind == "hidden":
+    if isinstance(teacher, Hidden):
         return _head_rows(teacher.values, teacher.require_head(), div, torch.float32)
-    if teacher.kind == "dense":
-        return LogitRows(teacher.values[None], div)
-    return SparseRows(_sparse(teacher, rows, div, tau_t))
+    if isinstance(teacher, Ragged):
+        return SparseRows(_sparse(teacher, rows, div, tau_t))
+    return LogitRows(teacher.to_dense().values[None], div)
 
 
 def _head_rows(hidden: Tensor, layer: OutputLayer, div: Divergence, dtype: torch.dtype) -> HeadRows:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import Divergence
+from kdfast.labels.entries import Entries
 from kdfast.loss.vocabulary import WHOLE, Vocabulary
 
 __all__ = ["Labels", "Parts", "TailPrototypes", "dense_rows", "prototype_rows", "sparse_rows"]
@@ -75,7 +76,7 @@ def sparse_rows(
     Soft cross-entropy -sum_k w_k log q_k - w_tail log q_tail; ``subtract_entropy`` makes it forward KL.
     """
     student, s = student.to(coef.dtype), student[:, :vocab_t].to(coef.dtype)
-    entries = _Entries.of(ids, weights.to(coef.dtype), offsets)
+    entries = Entries.of(ids, weights.to(coef.dtype), offsets)
 
     def kd(rows: Tensor) -> Tensor:
         mass = None if tail is None else tail[rows].to(coef.dtype)
@@ -83,33 +84,6 @@ def sparse_rows(
         return value * torch.where(_valid(coef[0, rows]), 1.0, math.nan)
 
     return _total(kd, _has_finite(s, v), student, coef, labels, s, v.argmax(s) == entries.best(len(s)), v)
-
-
-class _Entries(NamedTuple):
-    """All rows' entries, one after another."""
-
-    row: Tensor
-    id: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, weights: Tensor, offsets: Tensor) -> _Entries:
-        begin, end = offsets[0], offsets[-1]
-        row = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=ids.device), offsets.diff())
-        return cls(row, ids[begin:end].long(), weights[begin:end])
-
-    def of_rows(self, rows: Tensor) -> _Entries:
-        """Those of the rows that a mask selects, which are counted anew."""
-        mine = rows[self.row]
-        return _Entries((rows.cumsum(0) - 1)[self.row[mine]], self.id[mine], self.weight[mine])
-
-    def best(self, rows: int) -> Tensor:
-        """(rows,) the id of the largest weight, the first of several; -1 without entries."""
-        top = self.weight.new_full((rows,), -math.inf).scatter_reduce(0, self.row, self.weight, "amax")
-        place = torch.arange(len(self.row), device=self.row.device)
-        place = torch.where(self.weight == top[self.row], place, len(place))
-        first = place.new_full((rows,), len(place)).scatter_reduce(0, self.row, place, "amin")
-        return torch.cat([self.id, self.id.new_full((1,), -1)])[first]
 
 
 class TailPrototypes(NamedTuple):
@@ -135,13 +109,13 @@ def prototype_rows(
 
     The same as against the logits log p of the whole distribution, at teacher temperature 1.
     """
-    entries = _Entries.of(ids, weights.to(coef.dtype), offsets)
+    entries = Entries.of(ids, weights.to(coef.dtype), offsets)
     p = _expand(entries, tail.to(coef.dtype), tail_prototypes, student.shape[1], v)
     coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
     return dense_rows(student, p.log(), coef, labels, divergence, v)
 
 
-def _expand(entries: _Entries, tail: Tensor, tail_prototypes: TailPrototypes, columns: int, v: Vocabulary) -> Tensor:
+def _expand(entries: Entries, tail: Tensor, tail_prototypes: TailPrototypes, columns: int, v: Vocabulary) -> Tensor:
     """Distributions over the teacher's columns, up to a factor; NaN where an id or a prototype is out of range."""
     index, prototypes = tail_prototypes
     missing = (index < 0) | (index >= prototypes.shape[0])
@@ -324,7 +298,7 @@ def _standardize(x: Tensor, v: Vocabulary) -> Tensor:
 
 
 def _entry_divergence(
-    u: Tensor, entries: _Entries, tail: Tensor | None, subtract_entropy: bool, v: Vocabulary
+    u: Tensor, entries: Entries, tail: Tensor | None, subtract_entropy: bool, v: Vocabulary
 ) -> Tensor:
     lq, (row, column, w) = _log_softmax(u, v), entries
     bad = (column < 0) | (column >= (v.columns or u.shape[1]))

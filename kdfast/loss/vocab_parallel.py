@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
-from kdfast.labels.head import Head
+from kdfast.labels import Head, SoftLabels
 from kdfast.loss import ops, reference
 from kdfast.loss.vocabulary import Shard
 
@@ -55,7 +53,9 @@ def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head 
     """What a process needs of a teacher that is shared out like the student, or whole."""
     here = slice(shard.first, shard.first + shard.width)
     if isinstance(teacher, SoftLabels):
-        return _labels_of(teacher, shard, here)
+        if teacher.vocab_size != shard.columns:
+            raise ValueError(f"soft labels in a group are over all {shard.columns} columns, got {teacher.vocab_size}")
+        return teacher.shard(here)
     columns = teacher.shape[-1]
     if columns not in (shard.width, shard.columns):
         raise ValueError(
@@ -63,18 +63,4 @@ def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head 
         )
     if columns == shard.width:
         return teacher
-    if isinstance(teacher, Tensor):
-        return teacher[..., here]
-    return replace(teacher, weight=teacher.weight[here], bias=None if teacher.bias is None else teacher.bias[here])
-
-
-def _labels_of(labels: SoftLabels, shard: Shard, here: slice) -> SoftLabels:
-    if labels.vocab_size != shard.columns:
-        raise ValueError(f"soft labels in a group are over all {shard.columns} columns, got {labels.vocab_size}")
-    if labels.kind == "dense":
-        return replace(labels, values=labels.values[:, here], vocab_size=shard.width)
-    if labels.kind == "hidden":
-        head = labels.require_head()
-        bias = None if head.bias is None else head.bias[here]
-        return replace(labels, head=replace(head, weight=head.weight[here], bias=bias), vocab_size=shard.width)
-    return labels
+    return teacher[..., here] if isinstance(teacher, Tensor) else teacher.shard(here)

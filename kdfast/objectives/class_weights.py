@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
-from kdfast.labels.head import Head
+from kdfast.labels import Head, SoftLabels, Weights
 from kdfast.labels.packed import unpacked
 from kdfast.loss import checks
 from kdfast.loss.kd_loss import kd_loss
@@ -52,7 +51,7 @@ def class_weighted_ce(
         raise TypeError(f"temperature must be a number for class weights, got {type(temperature).__name__}")
     teacher = unpacked(teacher)
     soft_ce: dict[str, Any] = {"divergence": "soft_ce", "temperature": temperature}
-    if isinstance(teacher, SoftLabels) and teacher.kind == "weights":
+    if isinstance(teacher, Weights):
         check_classes(student, teacher.vocab_size)
         return kd_loss(student, _weigh_entries(teacher, class_weight), labels, **soft_ce, **options)
     weighted, mass = _weigh_rows(whole_rows(student, teacher), class_weight, temperature)
@@ -86,9 +85,9 @@ def _weigh_rows(teacher: Tensor | SoftLabels, weight: Tensor, temperature: float
     return replace(teacher, values=weighted) if isinstance(teacher, SoftLabels) else weighted, mass
 
 
-def _weigh_entries(labels: SoftLabels, weight: Tensor) -> SoftLabels:
-    ids, weight = labels._ids(), weight.float()
+def _weigh_entries(labels: Weights, weight: Tensor) -> Weights:
+    weight = weight.float()
     if weight.dim() == 1:
-        return replace(labels, values=labels.values * weight[ids])
-    row = torch.repeat_interleave(labels._counts(), output_size=ids.numel())
-    return replace(labels, values=labels.values * weight.reshape(-1, labels.vocab_size)[row, ids])
+        return replace(labels, values=labels.values * weight[labels.ids])
+    rows = weight.reshape(-1, labels.vocab_size)
+    return replace(labels, values=labels.values * rows[labels.entry_rows, labels.ids])

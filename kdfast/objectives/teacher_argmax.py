@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
-from kdfast.labels.head import Head
+from kdfast.labels import Head, SoftLabels
 from kdfast.labels.packed import unpacked
 from kdfast.loss.kd_loss import kd_loss
-from kdfast.loss.reference import _Entries
 from kdfast.objectives._rows import Teacher
 
 __all__ = ["teacher_argmax", "teacher_argmax_ce"]
@@ -38,7 +36,7 @@ def teacher_argmax(teacher: Teacher, ignore_index: int = -100) -> Tensor:
     teacher = unpacked(teacher)
     if not isinstance(teacher, SoftLabels):
         raise TypeError(f"teacher must be a tensor of logits or soft labels, got {type(teacher).__name__}")
-    classes = _classes(teacher)
+    classes = teacher.argmax()
     classes = classes.masked_fill(classes < 0, ignore_index)
     return classes if teacher.present is None else classes.masked_fill(~teacher.present, ignore_index)
 
@@ -66,18 +64,3 @@ def teacher_argmax_ce(student: Tensor | Head, teacher: Teacher, labels: Tensor |
         present=(classes >= 0).squeeze(1),
     )
     return kd_loss(student, hard, labels, divergence="soft_ce", teacher_temperature=1.0, **options)
-
-
-def _classes(labels: SoftLabels) -> Tensor:
-    """(rows,) the likeliest class of each row; -1 where there is none."""
-    if labels.kind in ("dense", "hidden"):
-        return labels.to_dense().values.argmax(-1)
-    if labels.kind == "weights":
-        raise ValueError(
-            "weights soft labels hold a sampler's draws, the likeliest of which need not be the teacher's likeliest "
-            "class; topk, prototype, dense and hidden labels have it"
-        )
-    best = _Entries.of(labels._ids(), labels.values, labels._offsets()).best(len(labels))
-    if labels.prototypes is None:
-        return best
-    return torch.where(best < 0, labels.prototypes.argmax(-1)[labels._prototype_ids()], best)

@@ -16,7 +16,7 @@ from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
-from kdfast.labels import SoftLabels
+from kdfast.labels import Ragged, SoftLabels
 from kdfast.loss.checks import values_are_checked
 from kdfast.models import logits_of
 from kdfast.recipes._rows import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, wide
@@ -24,7 +24,6 @@ from kdfast.recipes._rows import IGNORE, counted_rows, dense_logits, several_tea
 __all__ = ["LogitEnsemble", "ProbabilityEnsemble", "label_trust"]
 
 Weights = Sequence[float] | Callable[[Step], Tensor] | None
-WHOLE = ("dense", "hidden")
 LINEAR_IN_P = ("forward_kl", "soft_ce")
 
 
@@ -58,7 +57,7 @@ class ProbabilityEnsemble:
     def __call__(self, step: Step) -> Tensor:
         answers = _decoded(step)
         weights = _weights(self.weights, step, len(answers))
-        if all(not isinstance(x, SoftLabels) or x.kind in WHOLE for x in answers):
+        if all(not isinstance(x, Ragged) for x in answers):
             return KD(**self.options)(replace(step, teacher=self._average(step, answers, weights)))
         return self._mixed(step, answers, weights)
 

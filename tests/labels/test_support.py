@@ -7,8 +7,9 @@ import torch
 
 from kdfast import Divergence, OutputLayer, SoftLabels, kd_loss
 from kdfast.cache import codecs
+from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.divergences import DIVERGENCES
-from kdfast.labels.support import CODEC_KINDS, SERVES, served_by
+from kdfast.labels.support import SERVES, supporting_kinds
 
 VOCAB, ROWS = 7, 3
 STUDENT = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(1))
@@ -36,10 +37,13 @@ SERVED = {
 }
 
 
+OWN_CODECS = ["dense", "hard", "hidden", "prototype", "sample", "threshold", "topk"]
+
+
 def test_the_table_has_a_row_for_every_kind():
     assert set(SERVES) == set(LABELS) == {label.kind for label in LABELS.values()}
-    assert {kind: set(serves.divergences) for kind, serves in SERVES.items()} == SERVED
-    assert set(CODEC_KINDS.values()) == set(SERVES)
+    assert {kind: set(support.divergences) for kind, support in SERVES.items()} == SERVED
+    assert {codecs.find(name).kind for name in OWN_CODECS} == set(SERVES)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -76,17 +80,18 @@ def test_other_temperatures_need_whole_rows(kind, temperature):
             kd_loss(STUDENT, LABELS[kind], divergence="soft_ce", temperature=temperature)
 
 
-def test_served_by_lists_the_kinds():
-    assert served_by(Divergence("soft_ce")) == list(SERVES)
-    assert served_by(Divergence("reverse_kl")) == ["prototype", "dense", "hidden"]
-    assert served_by(Divergence("soft_ce"), any_temperature=True) == ["dense", "hidden"]
+def test_supporting_kinds_lists_the_kinds():
+    assert supporting_kinds(Divergence("soft_ce")) == list(SERVES)
+    assert supporting_kinds(Divergence("reverse_kl")) == ["prototype", "dense", "hidden"]
+    assert supporting_kinds(Divergence("soft_ce"), any_temperature=True) == ["dense", "hidden"]
 
 
 def options_of(name):
-    return {"width": VOCAB, "head": "0" * 32} if name == "hidden" else {}
+    table = PrototypeTable.of(P, P)
+    return {"hidden": {"width": VOCAB, "head": "0" * 32}, "prototype": {"prototypes": table}}.get(name, {})
 
 
-@pytest.mark.parametrize("name", ["topk", "hard", "dense", "hidden"])
-def test_a_codec_gives_the_kind_of_labels_that_the_table_names(name):
+@pytest.mark.parametrize("name", OWN_CODECS)
+def test_a_codec_gives_labels_of_its_kind(name):
     codec = codecs.create(name, VOCAB, (1.0,), options_of(name))
-    assert codec.select(TEACHER, b"\0" * 16).kind == CODEC_KINDS[name]
+    assert codec.select(TEACHER, b"\0" * 16).kind == codecs.find(name).kind

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import isfinite
 from operator import index
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
+from kdfast.labels import Ragged, SoftLabels
 from kdfast.labels.head import OutputLayer
 
 __all__ = [
@@ -28,7 +28,10 @@ __all__ = [
     "Files",
     "FixedWidthCodec",
     "float64_chunks",
+    "require_kind",
 ]
+
+L = TypeVar("L", bound=SoftLabels)
 
 MAX_VOCAB = 2**24
 LOGITS, HIDDEN_STATES = "logits", "hidden states"  # what a codec can select from
@@ -151,7 +154,7 @@ class Codec(ABC):
     @classmethod
     def narrowing(
         cls, source: Codec, temperatures: Sequence[float], options: Mapping[str, Any]
-    ) -> Callable[[SoftLabels], SoftLabels]:
+    ) -> Callable[[SoftLabels], Ragged]:
         """A function from labels of ``source`` to labels of this codec with ``options``, which hold no more.
 
         Raises:
@@ -289,6 +292,13 @@ class FixedWidthCodec(Addressable):
         start = begin[unit] + (wanted - first[unit]) * self.row_bytes
         rows = data[start[:, None] + np.arange(self.row_bytes)] if len(start) else np.empty(0, np.uint8)
         return self.unpack(rows.reshape(-1).view(self.row_dtype))
+
+
+def require_kind(labels: SoftLabels, kind: type[L]) -> L:
+    """``labels``, which are to be of the class ``kind``. Raises ``TypeError`` if they are not."""
+    if not isinstance(labels, kind):
+        raise TypeError(f"labels must be of kind {kind.kind}, got {labels.kind}")
+    return labels
 
 
 def float64_chunks(logits: Tensor) -> Iterator[Tensor]:

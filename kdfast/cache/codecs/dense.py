@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
 from kdfast.cache.codecs.registry import register
+from kdfast.labels import Dense as DenseLabels
 from kdfast.labels import SoftLabels
 
 __all__ = ["Dense"]
@@ -45,7 +46,7 @@ class Dense(FixedWidthCodec):
     """
 
     name = "dense"
-    kind = "dense"
+    kind = DenseLabels.kind
 
     def __init__(
         self, vocab_size: int, temperatures: Sequence[float], *, bits: int = 8, max_error: float | None = None
@@ -65,7 +66,7 @@ class Dense(FixedWidthCodec):
         # Caches older than the option have no bits.
         return {"max_error": self.max_error} | ({} if self.bits == 8 else {"bits": self.bits})
 
-    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+    def select(self, logits: Tensor, key: bytes) -> DenseLabels:
         log_probs = torch.cat([z.log_softmax(1).float() for z in float64_chunks(logits)]).cpu()
         step = self._step(log_probs.numpy())
         for row in np.flatnonzero(step > np.float32(self.max_error))[:1]:
@@ -73,7 +74,7 @@ class Dense(FixedWidthCodec):
                 f"row {row} spans {step[row] * self._levels[-1]:.6g} nats, so that {self.bits} bits are off by up to "
                 f"{step[row]:.4g} nats where max_error allows {self.max_error:g}; masked columns must be -inf"
             )
-        return SoftLabels.dense(log_probs)
+        return DenseLabels(vocab_size=self.vocab_size, values=log_probs)
 
     def encode(self, labels: SoftLabels) -> bytes:
         values = labels.values.numpy()
@@ -85,7 +86,7 @@ class Dense(FixedWidthCodec):
         out["codes"] = self._pack(np.where(finite, self._nearest(below / step), self._masked).astype(np.uint8))
         return out.tobytes()
 
-    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+    def unpack(self, packed: NDArray[Any]) -> DenseLabels:
         codes, step = self._unpack(packed["codes"]), packed["step"]
         if not ((step >= 0) & (step <= np.float32(self.max_error))).all():  # NaN included
             raise ValueError(f"a row's step is outside [0, {self.max_error:g}]")
@@ -96,7 +97,7 @@ class Dense(FixedWidthCodec):
             if masked.all(1).any():
                 raise ValueError("a row has no finite column")
             log_probs[masked] = -np.inf
-        return SoftLabels.dense(torch.from_numpy(log_probs).log_softmax(1))
+        return DenseLabels(vocab_size=self.vocab_size, values=torch.from_numpy(log_probs).log_softmax(1))
 
     def _step(self, log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
         """(rows,): from the largest to the smallest finite value of each row, over the last level."""

@@ -18,7 +18,8 @@ from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
 from kdfast.cache.selection.prototypes import PrototypeTable
-from kdfast.labels.soft_labels import SoftLabels, same_table
+from kdfast.labels import Prototype, Ragged, SoftLabels
+from kdfast.labels.ragged import Tailed, same_table
 
 __all__ = ["CODINGS", "EntryCodec", "EntryRows"]
 
@@ -85,7 +86,7 @@ class EntryCodec(Addressable):
         """Labels as the integers they are coded as."""
 
     @abstractmethod
-    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Ragged:
         """The reverse, with ids in place of ranks, and levels, if there are any, of values; all within their limits.
         The tensors may be on any device."""
 
@@ -110,9 +111,9 @@ class EntryCodec(Addressable):
     # ---- the model -----------------------------------------------------------------------------------------------
 
     def learn(self, labels: SoftLabels) -> bytes:
-        assert labels.ids is not None
         classes = None
         if self.prototypes is None:
+            labels = _ragged(labels)
             classes = id_classes(labels.ids.numpy(), labels.values.numpy(), self.vocab_size)
         rows = self.to_rows(labels, self._order_of(classes))
         counts = count_symbols(rows.headers, rows.ranks, rows.values, self.total)
@@ -219,6 +220,12 @@ class EntryCodec(Addressable):
         return self._bounded
 
 
+def _ragged(labels: SoftLabels) -> Ragged:
+    if not isinstance(labels, Ragged):
+        raise TypeError(f"labels must be of some entries per row, got {labels.kind}")
+    return labels
+
+
 def _ascending(vocab_size: int) -> IdOrder:
     return IdOrder.of(np.arange(vocab_size, dtype=np.int32)[None])
 
@@ -240,13 +247,11 @@ def _require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
 
     It takes no model: that may not be learned yet.
     """
-    assert labels.ids is not None
-    assert labels.offsets is not None
-    ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
+    labels = _ragged(labels)
+    ids, counts = labels.ids.numpy(), labels.counts.numpy()
     _require_below("ids", ids, codec.vocab_size)
     _require_below("numbers of entries", counts, codec.max_entries + 1)
-    if labels.prototype_ids is not None:
-        assert codec.prototypes is not None
+    if isinstance(labels, Prototype) and codec.prototypes is not None:
         _require_below("prototype", labels.prototype_ids.numpy(), len(codec.prototypes))
         if not same_table(labels.prototypes, codec.prototypes.table):
             raise ValueError(
@@ -262,11 +267,10 @@ def _require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
     levels = rows.values if codec.levels is None else codec.levels[rows.values]
     numbers = (rows.headers, codec.orders.ids[which, rows.ranks], levels)
     back = codec.to_labels(*(torch.from_numpy(x) for x in numbers))
-    assert back.ids is not None
     ours, theirs = _by_id(ids, counts), _by_id(back.ids.numpy(), counts)
     if not torch.equal(labels.values[ours], back.values[theirs]):
         raise ValueError(f"{codec.name}: a value is not one that this codec gives")
-    if labels.tails is not None and not torch.equal(labels.tails, back._tails()):
+    if isinstance(labels, Tailed) and isinstance(back, Tailed) and not torch.equal(labels.tails, back.tails):
         raise ValueError(f"{codec.name}: a tail is not one that this codec gives")
 
 

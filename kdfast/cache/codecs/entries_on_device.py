@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast._triton import kernel
-from kdfast.labels.soft_labels import SoftLabels, table_on
+from kdfast.labels import SoftLabels
+from kdfast.labels.ragged import table_on
 
 __all__ = ["EntryDecoder", "decode"]
 

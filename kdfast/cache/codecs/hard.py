@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import FixedWidthCodec
+from kdfast.cache.codecs.base import FixedWidthCodec, require_kind
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
 from kdfast.cache.codecs.registry import register
 from kdfast.labels import SoftLabels
+from kdfast.labels import TopK as TopKLabels
 
 __all__ = ["Hard"]
 
@@ -27,7 +28,7 @@ class Hard(FixedWidthCodec):
     """
 
     name = "hard"
-    kind = "topk"
+    kind = TopKLabels.kind
 
     def __init__(self, vocab_size: int, temperatures: Sequence[float]) -> None:
         super().__init__(vocab_size, temperatures)
@@ -36,19 +37,24 @@ class Hard(FixedWidthCodec):
     def config(self) -> dict[str, Any]:
         return {}
 
-    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+    def select(self, logits: Tensor, key: bytes) -> TopKLabels:
         return self._labels(logits.detach().argmax(1))
 
     def encode(self, labels: SoftLabels) -> bytes:
-        assert labels.ids is not None
         out = np.empty(len(labels), self.row_dtype)
-        out["id"] = pack_ids(labels.ids.numpy(), self.vocab_size)
+        out["id"] = pack_ids(require_kind(labels, TopKLabels).ids.numpy(), self.vocab_size)
         return out.tobytes()
 
-    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+    def unpack(self, packed: NDArray[Any]) -> TopKLabels:
         return self._labels(torch.from_numpy(unpack_ids(packed["id"], self.vocab_size)))
 
-    def _labels(self, ids: Tensor) -> SoftLabels:
-        tails = torch.full((len(self.temperatures), len(ids)), -torch.inf, device=ids.device)
-        certain = torch.zeros((len(ids), 1), device=ids.device)
-        return SoftLabels.topk(ids[:, None], certain, tails, vocab_size=self.vocab_size, temperatures=self.temperatures)
+    def _labels(self, ids: Tensor) -> TopKLabels:
+        return TopKLabels(
+            vocab_size=self.vocab_size,
+            values=torch.zeros(len(ids), device=ids.device),
+            temperatures=self.temperatures,
+            ids=ids.int(),
+            offsets=torch.arange(len(ids) + 1, device=ids.device),
+            width=1,
+            tails=torch.full((len(self.temperatures), len(ids)), -torch.inf, device=ids.device),
+        )

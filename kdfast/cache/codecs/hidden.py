@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdfast.cache.codecs.base import HIDDEN_STATES, FixedWidthCodec
 from kdfast.cache.codecs.registry import register
+from kdfast.labels import Hidden as HiddenLabels
 from kdfast.labels import SoftLabels
 from kdfast.labels.head import OutputLayer
 
@@ -41,7 +42,7 @@ class Hidden(FixedWidthCodec):
     """
 
     name = "hidden"
-    kind = "hidden"
+    kind = HiddenLabels.kind
     input_name = HIDDEN_STATES
 
     def __init__(
@@ -73,14 +74,14 @@ class Hidden(FixedWidthCodec):
     def for_head(cls, options: Mapping[str, Any], head: OutputLayer) -> dict[str, Any]:
         return {"width": head.width, "head": head.fingerprint, **options}
 
-    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+    def select(self, logits: Tensor, key: bytes) -> HiddenLabels:
         hidden = logits.detach().bfloat16() if self.bits == 16 else logits.detach().float()
         for row in (~hidden.isfinite().all(1)).nonzero().flatten().tolist()[:1]:
             raise ValueError(f"row {row} has a hidden state that is infinite, NaN or beyond bfloat16")
         if self.bits == 8:
             step = _step(hidden)[:, None]
             hidden = _codes(hidden, step) * step
-        return SoftLabels.hidden(hidden, vocab_size=self.vocab_size)
+        return HiddenLabels(vocab_size=self.vocab_size, values=hidden)
 
     def encode(self, labels: SoftLabels) -> bytes:
         out = np.empty(len(labels), self.row_dtype)
@@ -93,7 +94,7 @@ class Hidden(FixedWidthCodec):
             out["values"] = _codes(labels.values, step[:, None]).to(torch.int8).numpy()
         return out.tobytes()
 
-    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+    def unpack(self, packed: NDArray[Any]) -> HiddenLabels:
         if self.bits == 16:
             hidden = _floats(packed["values"])
         else:
@@ -104,7 +105,7 @@ class Hidden(FixedWidthCodec):
             hidden = torch.from_numpy(packed["values"].astype(np.float32)) * _floats(packed["step"]).float()[:, None]
         if not bool(hidden.isfinite().all()):
             raise ValueError("a hidden state is infinite or NaN")
-        return SoftLabels.hidden(hidden, self._layer, vocab_size=self.vocab_size)
+        return HiddenLabels(vocab_size=self.vocab_size, values=hidden, head=self._layer)
 
 
 def _step(hidden: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import CaptureSource, Files
+from kdfast.cache.codecs.base import CaptureSource, Files, require_kind
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import Top, threshold, top
-from kdfast.labels.soft_labels import SoftLabels, table_on
+from kdfast.labels import Prototype as PrototypeLabels
+from kdfast.labels import SoftLabels
+from kdfast.labels.entries import offsets_of
+from kdfast.labels.ragged import table_on
 
 __all__ = ["Prototype"]
 
@@ -51,7 +54,8 @@ class Prototype(EntryCodec):
     """
 
     name = "prototype"
-    kind = "prototype"
+    kind = PrototypeLabels.kind
+    prototypes: PrototypeTable
     header_fields = 3
 
     def __init__(
@@ -83,7 +87,6 @@ class Prototype(EntryCodec):
 
     @property
     def header_limits(self) -> tuple[int, ...]:
-        assert self.prototypes is not None
         return (self.k + 1, len(self.prototypes), len(self._tails) + 1)  # the last tail code: there is none
 
     def config(self) -> dict[str, Any]:
@@ -119,7 +122,7 @@ class Prototype(EntryCodec):
         chunks = torch.split(logits.detach(), CHUNK)
         return SoftLabels.cat([self._select(chunk, CHUNK * i) for i, chunk in enumerate(chunks)])
 
-    def _select(self, logits: Tensor, first_row: int) -> SoftLabels:
+    def _select(self, logits: Tensor, first_row: int) -> PrototypeLabels:
         likeliest = top(logits, temperature=self.temperatures[0], k=self.k)
         prototype = self._assign(logits, first_row, likeliest).cpu().numpy()
         probs = likeliest.probs.cpu().numpy()
@@ -136,7 +139,6 @@ class Prototype(EntryCodec):
 
     def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
         """(rows,): each row's prototype."""
-        assert self.prototypes is not None
         temperature = self.temperatures[0]
         if logits.device.type == "cpu":
             drawn = threshold(logits, temperature=temperature, tau=ASSIGN_TAU, seed=0, first_row=first_row)
@@ -150,11 +152,8 @@ class Prototype(EntryCodec):
         return np.where(tail > 0, code, len(self._tails))
 
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
-        assert labels.ids is not None
-        assert labels.offsets is not None
-        assert labels.tails is not None
-        assert labels.prototype_ids is not None
-        ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
+        labels = require_kind(labels, PrototypeLabels)
+        ids, counts = labels.ids.numpy(), labels.counts.numpy()
         prototype = labels.prototype_ids.numpy()
         sort, ranks = by_rank(ids, counts, order, prototype)
         mass = labels.values.double().numpy()[sort]
@@ -163,19 +162,18 @@ class Prototype(EntryCodec):
         code = self._tail_code(np.exp(log_tail), mass, counts)
         return EntryRows(np.stack([counts, prototype, code], 1).astype(np.int32), ranks, values)
 
-    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
-        assert self.prototypes is not None
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> PrototypeLabels:
         counts, tail = headers[:, 0].long(), headers[:, 2].long()
         log_tail = self._on(ids, self._log_tail)[tail].masked_fill(counts == 0, 0.0)
-        return SoftLabels.prototype(
-            ids,
-            self._probs(self._on(ids, self._head)[tail], values, counts),
-            log_tail,
-            headers[:, 1].long(),
-            self._on(ids, self.prototypes.table),
+        return PrototypeLabels(
             vocab_size=self.vocab_size,
-            temperature=self.temperatures[0],
-            offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            values=self._probs(self._on(ids, self._head)[tail], values, counts),
+            temperatures=self.temperatures,
+            ids=ids,
+            offsets=offsets_of(counts),
+            tails=log_tail[None],
+            prototype_ids=headers[:, 1].long(),
+            prototypes=self._on(ids, self.prototypes.table),
         )
 
     def _probs(self, left: Tensor, values: Tensor, counts: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import Codec, FixedWidthCodec
+from kdfast.cache.codecs.base import Codec, FixedWidthCodec, require_kind
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
 from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.select import top
-from kdfast.labels import SoftLabels
+from kdfast.labels import Ragged, SoftLabels
+from kdfast.labels import TopK as TopKLabels
+from kdfast.labels.entries import offsets_of
 
 __all__ = ["TopK"]
 
@@ -36,7 +39,7 @@ class TopK(FixedWidthCodec):
     """
 
     name = "topk"
-    kind = "topk"
+    kind = TopKLabels.kind
 
     def __init__(
         self, vocab_size: int, temperatures: Sequence[float], *, k: int = K, value_dtype: str = "float16"
@@ -59,7 +62,7 @@ class TopK(FixedWidthCodec):
     @classmethod
     def narrowing(
         cls, source: Codec, temperatures: Sequence[float], options: Mapping[str, Any]
-    ) -> Callable[[SoftLabels], SoftLabels]:
+    ) -> Callable[[SoftLabels], Ragged]:
         k = options.get("k", K)
         if not isinstance(source, TopK) or source.kind != cls.kind:
             return super().narrowing(source, temperatures, options)
@@ -70,7 +73,7 @@ class TopK(FixedWidthCodec):
             raise ValueError(f"holds at most {source.k} entries per row, k={k} are wanted")
         return partial(_narrow, temperatures=temperatures, k=k)
 
-    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+    def select(self, logits: Tensor, key: bytes) -> TopKLabels:
         logits = logits.detach()
         likeliest = top(logits, temperature=1.0, k=self.k)
         ids, lost = likeliest.ids.long(), likeliest.probs[:, -1] == 0.0
@@ -82,22 +85,19 @@ class TopK(FixedWidthCodec):
         rests = [likeliest.rest if t == 1.0 else top(logits, temperature=t, k=self.k).rest for t in self.temperatures]
         columns = ids.where(kept, -1)
         tails = torch.stack([_tail(logits, columns, rest, t) for rest, t in zip(rests, self.temperatures, strict=True)])
-        offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
-        return SoftLabels.topk(
-            ids[kept],
-            log_probs[kept],
-            tails,
+        return TopKLabels(
             vocab_size=self.vocab_size,
+            values=log_probs[kept],
             temperatures=self.temperatures,
-            offsets=offsets,
+            ids=ids[kept].int(),
+            offsets=offsets_of(kept.sum(1)),
+            tails=tails.float(),
         )
 
     def encode(self, labels: SoftLabels) -> bytes:
-        assert labels.ids is not None
-        assert labels.offsets is not None
-        assert labels.tails is not None
+        labels = require_kind(labels, TopKLabels)
         out = np.zeros(len(labels), self.row_dtype)
-        filled = np.arange(self.k) < np.diff(labels.offsets.numpy())[:, None]
+        filled = np.arange(self.k) < labels.counts.numpy()[:, None]
         ids = np.zeros(filled.shape, "<u4")
         ids[filled] = labels.ids.numpy()
         out["ids"] = pack_ids(ids, self.vocab_size)
@@ -106,23 +106,20 @@ class TopK(FixedWidthCodec):
         out["tails"] = labels.tails.numpy().T
         return out.tobytes()
 
-    def unpack(self, packed: NDArray[Any]) -> SoftLabels:
+    def unpack(self, packed: NDArray[Any]) -> TopKLabels:
         values = packed["values"].astype(np.float32)
         if not ((values <= 0).all() and (packed["tails"] <= 0).all()):  # NaN included
             raise ValueError("a log-probability or a tail is not in [-inf, 0]")
-        ids, offsets = unpack_ids(packed["ids"], self.vocab_size), None
-        kept = values > -np.inf
-        if not kept.all():  # else (rows, k) tells SoftLabels that no row is short, which a loss makes use of
-            ids, values = ids[kept], values[kept]
-            offsets = np.zeros(len(packed) + 1, np.int64)
-            np.cumsum(kept.sum(1), out=offsets[1:])
-        return SoftLabels.topk(
-            torch.from_numpy(ids),
-            torch.from_numpy(values),
-            torch.from_numpy(packed["tails"].T.astype(np.float32, order="C")),
+        ids, kept = unpack_ids(packed["ids"], self.vocab_size), values > -np.inf
+        width = self.k if kept.all() else None  # no row is short, which a loss makes use of
+        return TopKLabels(
             vocab_size=self.vocab_size,
+            values=torch.from_numpy(values[kept]),
             temperatures=self.temperatures,
-            offsets=None if offsets is None else torch.from_numpy(offsets),
+            ids=torch.from_numpy(ids[kept]),
+            offsets=offsets_of(torch.from_numpy(kept.sum(1))),
+            width=width,
+            tails=torch.from_numpy(packed["tails"].T.astype(np.float32, order="C")),
         )
 
 
@@ -137,24 +134,22 @@ def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float) -> Tens
     return tails
 
 
-def _narrow(labels: SoftLabels, *, temperatures: Sequence[float], k: int) -> SoftLabels:
+def _narrow(labels: SoftLabels, *, temperatures: Sequence[float], k: int) -> TopKLabels:
     """The ``k`` largest entries of each row, the mass of its others added to the tails at ``temperatures``."""
-    assert labels.ids is not None
-    assert labels.offsets is not None
-    assert labels.tails is not None
-    counts = labels.offsets.diff()
-    row = torch.repeat_interleave(counts)
+    labels = require_kind(labels, TopKLabels)
+    row = labels.entry_rows
     rest = torch.arange(len(row)) - labels.offsets[row] >= k
     tails = labels.tails[[labels.temperatures.index(t) for t in temperatures]].double()
     for tail, temperature in zip(tails, temperatures, strict=True):
         weights = labels.at(temperature)[0].double()
         dropped = torch.zeros_like(tail).index_add(0, row[rest], weights[rest])
         torch.logaddexp(tail, dropped.log(), out=tail)
-    return SoftLabels.topk(
-        labels.ids[~rest],
-        labels.values[~rest],
-        tails,
-        vocab_size=labels.vocab_size,
-        temperatures=temperatures,
-        offsets=torch.cat([counts.new_zeros(1), counts.clamp(max=k).cumsum(0)]),
+    return replace(
+        labels,
+        ids=labels.ids[~rest],
+        values=labels.values[~rest],
+        tails=tails.float(),
+        temperatures=tuple(temperatures),
+        offsets=offsets_of(labels.counts.clamp(max=k)),
+        width=None,
     )

@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.cache.codecs.base import require_kind
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
 from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import record_seed, sample, threshold
-from kdfast.labels import SoftLabels
+from kdfast.labels import SoftLabels, Weights
+from kdfast.labels.entries import offsets_of
 
 __all__ = ["Sample", "Threshold", "WeightCodec"]
 
@@ -27,7 +29,7 @@ DRAWS, TAU = 50, 0.02  # defaults
 class WeightCodec(EntryCodec):
     """Entries with weights out of a fixed table, ``levels``: value v stands for ``levels[v]``."""
 
-    kind = "weights"
+    kind = Weights.kind
     drawn = True
     levels: NDArray[np.float32]
 
@@ -44,9 +46,8 @@ class WeightCodec(EntryCodec):
         return (self.max_entries + 1, *(() if self.prototypes is None else (len(self.prototypes),)))
 
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
-        assert labels.ids is not None
-        assert labels.offsets is not None
-        ids, counts = labels.ids.numpy(), np.diff(labels.offsets.numpy())
+        labels = require_kind(labels, Weights)
+        ids, counts = labels.ids.numpy(), labels.counts.numpy()
         header, prototype = [counts], None
         if self.prototypes is not None:
             prototype = self._nearest(ids, counts)
@@ -74,13 +75,16 @@ class WeightCodec(EntryCodec):
             self._transposed = np.ascontiguousarray(self.prototypes.codes.T)
         return self._transposed
 
-    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels:
-        return SoftLabels.weights(
-            ids,
-            values,
+    def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Weights:
+        return self._labels(ids, values, headers[:, 0])
+
+    def _labels(self, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
+        return Weights(
             vocab_size=self.vocab_size,
-            temperature=self.temperatures[0],
-            offsets=_offsets(headers[:, 0]),
+            values=weights,
+            temperatures=self.temperatures,
+            ids=ids,
+            offsets=offsets_of(counts.long()),
         )
 
     def _value(self, weights: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -132,16 +136,10 @@ class Sample(WeightCodec):
         # N draws times E are E times N draws put together.
         return {**options, "draws": options.get("draws", DRAWS) * epochs}
 
-    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+    def select(self, logits: Tensor, key: bytes) -> Weights:
         drawn = sample(logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key))
         levels = torch.from_numpy(self.levels).to(logits.device)
-        return SoftLabels.weights(
-            drawn.ids,
-            levels[drawn.draws.long() - 1],
-            vocab_size=self.vocab_size,
-            temperature=self.temperatures[0],
-            offsets=_offsets(drawn.counts),
-        )
+        return self._labels(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
 
 
 @register
@@ -188,17 +186,11 @@ class Threshold(WeightCodec):
         # A threshold tau has variance p (tau - p) where p < tau, and tau / E less than an E-th of it.
         return {**options, "tau": options.get("tau", TAU) / epochs}
 
-    def select(self, logits: Tensor, key: bytes) -> SoftLabels:
+    def select(self, logits: Tensor, key: bytes) -> Weights:
         seed = record_seed(self.seed, key)
         kept = threshold(logits, temperature=self.temperatures[0], tau=self.tau, seed=seed)
-        weights = self._round(kept.probs.cpu().numpy(), seed)
-        return SoftLabels.weights(
-            kept.ids,
-            torch.from_numpy(weights).to(kept.ids.device),
-            vocab_size=self.vocab_size,
-            temperature=self.temperatures[0],
-            offsets=_offsets(kept.counts),
-        )
+        weights = torch.from_numpy(self._round(kept.probs.cpu().numpy(), seed)).to(kept.ids.device)
+        return self._labels(kept.ids, weights, kept.counts)
 
     def _round(self, probs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
         """To the level above or below, so that the expectation is ``probs``; the tail is a level already."""
@@ -208,7 +200,3 @@ class Threshold(WeightCodec):
         uniform = np.random.Generator(np.random.Philox(key=seed % 2**64)).random(len(probs))
         up = (probs - low) / (high - low) > uniform
         return np.where(probs == self.levels[0], self.levels[0], np.where(up, high, low)).astype(np.float32)
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])

@@ -17,6 +17,7 @@ from kdfast.cache.convert.rows import BrokenRowError, ImportedRows, to_rows
 from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheError
 from kdfast.cache.write.writer import Writer
+from kdfast.labels import TopK
 
 __all__ = ["TOLERANCE", "import_records", "store_records"]
 
@@ -61,7 +62,7 @@ def import_records(
         CacheError: a record that is not of the format, or has a broken row: its name, the row and the fault.
         CacheMismatchError: the directory holds a cache of another kind.
     """
-    if codecs.find(codec).kind != "topk":
+    if codecs.find(codec).kind != TopK.kind:
         raise CacheError(f"{source.what} holds top-k log-probabilities: they can be stored as topk, not as {codec}")
     if not tolerance >= 0:
         raise CacheError(f"tolerance must be at least 0, got {tolerance}")

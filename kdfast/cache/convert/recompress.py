@@ -15,7 +15,7 @@ from kdfast.cache.format.keys import Key
 from kdfast.cache.read.reader import CacheReader, open_cache
 from kdfast.cache.read.walk import walk
 from kdfast.cache.write.writer import Writer
-from kdfast.labels import SoftLabels
+from kdfast.labels import Dense, Ragged, SoftLabels
 
 __all__ = ["recompress"]
 
@@ -51,7 +51,7 @@ def recompress(
     kept = about.temperatures if temperatures is None else tuple(float(t) for t in temperatures)
     if codec == about.codec:  # what is not asked for stays as it is
         options = {**about.config, **options}
-    narrow = None if cache.codec.empty.kind == "dense" else _narrowing(source, cache, codec, kept, options)
+    narrow = None if isinstance(cache.codec.empty, Dense) else _narrowing(source, cache, codec, kept, options)
     report = BiasReport(f"the {about.codec} cache {source}")
     stored = {"codec": codec, "temperatures": kept, "teacher": about.teacher, "keys": about.keys, **options}
     with Writer(destination, vocab_size=about.vocab_size, **stored) as writer:
@@ -70,7 +70,7 @@ def _narrowing(
     codec: str,
     temperatures: tuple[float, ...],
     options: Mapping[str, Any],
-) -> Callable[[SoftLabels], SoftLabels]:
+) -> Callable[[SoftLabels], Ragged]:
     """How the new codec's labels are made of the stored ones. Raises ``CacheError`` for what these do not say."""
     target = codecs.find(codec)
     try:
@@ -83,7 +83,7 @@ def _store(
     writer: Writer,
     key: Key | int,
     labels: SoftLabels,
-    narrow: Callable[[SoftLabels], SoftLabels] | None,
+    narrow: Callable[[SoftLabels], Ragged] | None,
     report: BiasReport,
 ) -> None:
     if key in writer:
@@ -97,7 +97,5 @@ def _store(
     smaller = narrow(labels)
     writer.add_labels(key, smaller)
     weights, _ = smaller.at(smaller.temperatures[0])
-    assert smaller.offsets is not None
-    row = torch.repeat_interleave(smaller.offsets.diff())
-    mass = torch.zeros(len(smaller), dtype=torch.float64).index_add(0, row, weights.double())
-    report.count(mass.numpy(), len(row))
+    mass = torch.zeros(len(smaller), dtype=torch.float64).index_add(0, smaller.entry_rows, weights.double())
+    report.count(mass.numpy(), len(weights))

@@ -13,11 +13,11 @@ from kdfast.cache.errors import CacheError, optional_package
 from kdfast.cache.format.keys import Key
 from kdfast.cache.read.reader import CacheInfo, open_cache
 from kdfast.cache.read.walk import RecordBatch, walk
-from kdfast.labels import SoftLabels
+from kdfast.labels import Dense, Ragged, SoftLabels, TopK, Weights
 
 __all__ = ["export"]
 
-KINDS = ("topk", "weights", "dense")
+KINDS = (TopK, Weights, Dense)
 
 
 def export(
@@ -67,8 +67,9 @@ def export(
 
 
 def _table(arrow: Any, batch: RecordBatch, about: CacheInfo) -> Any:
-    if batch.labels.kind not in KINDS:
-        raise CacheError(f"{batch.labels.kind} labels have no Parquet form: only {', '.join(KINDS)} can be exported")
+    if not isinstance(batch.labels, KINDS):
+        known = ", ".join(labels.kind for labels in KINDS)
+        raise CacheError(f"{batch.labels.kind} labels have no Parquet form: only {known} can be exported")
     rows = [_row(key, labels) for key, labels in batch.records()]
     lists = {"counts": arrow.int32(), "ids": arrow.int32()}
     columns = {
@@ -91,11 +92,11 @@ def _table(arrow: Any, batch: RecordBatch, about: CacheInfo) -> Any:
 
 def _row(key: Key | int, labels: SoftLabels) -> dict[str, Any]:
     row: dict[str, Any] = {"key": key.hex() if isinstance(key, Key) else str(key), "rows": len(labels)}
-    if labels.ids is not None and labels.offsets is not None:
-        row["counts"] = labels.offsets.diff().int().numpy()
+    if isinstance(labels, Ragged):
+        row["counts"] = labels.counts.int().numpy()
         row["ids"] = labels.ids.numpy()
-    name = "weights" if labels.kind == "weights" else "log_probs"
+    name = "weights" if isinstance(labels, Weights) else "log_probs"
     row[name] = labels.values.float().reshape(-1).numpy()
-    if labels.tails is not None:
+    if isinstance(labels, TopK):
         row["tails"] = labels.tails.T.contiguous().reshape(-1).numpy()
     return row

@@ -16,7 +16,8 @@ from kdfast.cache.format.storage import Storage, open_storage
 from kdfast.cache.read.reader import CacheInfo, open_cache
 from kdfast.cache.read.walk import walk
 from kdfast.cache.tools.merge import UNFINISHED
-from kdfast.labels import SoftLabels
+from kdfast.labels import Ragged, SoftLabels
+from kdfast.labels.ragged import Tailed
 
 __all__ = ["MASS_BINS", "CacheBytes", "CacheStats", "cache_stats"]
 
@@ -116,11 +117,11 @@ def _layout(storage: Storage) -> tuple[CacheBytes, NDArray[np.float64]]:
 def _count(stats: CacheStats, labels: SoftLabels) -> None:
     stats.kind = labels.kind
     stats.rows += len(labels)
-    if labels.offsets is not None:
-        counts = np.bincount(labels.offsets.diff().numpy(), minlength=len(stats.entries))
+    if isinstance(labels, Ragged):
+        counts = np.bincount(labels.counts.numpy(), minlength=len(stats.entries))
         counts[: len(stats.entries)] += stats.entries
         stats.entries = counts
-    if labels.tails is None:
+    if not isinstance(labels, Tailed):
         return
     mass = labels.tails.double().exp().clamp(max=1.0).numpy()
     if stats.tail_mass is None or stats.mean_tail_mass is None:

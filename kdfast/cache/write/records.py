@@ -221,4 +221,4 @@ def check_views(views: Sequence[View], rows: int) -> NDArray[np.uint8]:
 
 
 def _copy(labels: SoftLabels) -> SoftLabels:
-    return labels._map(lambda part: part.detach().clone())
+    return labels.map_tensors(lambda part: part.detach().clone())

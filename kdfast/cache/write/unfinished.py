@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +214,7 @@ def _columns(contents: dict[str, Tensor]) -> RecordColumns:
 
 def _labels_to_tensors(labels: SoftLabels) -> dict[str, Tensor]:
     """Every field, whatever its name: tensors as they are, the others as JSON."""
-    values = {field.name: getattr(labels, field.name) for field in fields(labels)}
+    values = labels.to_fields()
     tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
     text = json.dumps({name: value for name, value in values.items() if name not in tensors}).encode()
     return {f"labels.{name}": part for name, part in {**tensors, "": _tensor(np.frombuffer(text, np.uint8))}.items()}
@@ -225,5 +224,4 @@ def _labels_from_tensors(contents: dict[str, Tensor]) -> SoftLabels:
     tensors = {name[7:]: part for name, part in contents.items() if name.startswith("labels.")}
     values = json.loads(tensors.pop("").numpy().tobytes())
     values["temperatures"] = tuple(values["temperatures"])
-    everything: dict[str, Any] = {**values, **tensors}
-    return SoftLabels(**everything)
+    return SoftLabels.from_fields({**values, **tensors})

@@ -1,0 +1,62 @@
+"""What the constructors of ``SoftLabels`` are given: checked, and laid out in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_present", "check_prototypes", "check_temperatures", "flat_entries"]
+
+
+def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Int32 ids, float32 values and offsets, from (rows, K) entries, or from flat ones with their ``offsets``.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not fit, naming them.
+    """
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be integers, got {ids.dtype}")
+    if not values.is_floating_point():
+        raise TypeError(f"values must be floating point, got {values.dtype}")
+    if ids.shape != values.shape:
+        raise ValueError(f"ids and values must have one shape, got {tuple(ids.shape)} and {tuple(values.shape)}")
+    if offsets is None:
+        if ids.dim() != 2:
+            raise ValueError(f"ids must be (rows, K) unless offsets are given, got {tuple(ids.shape)}")
+        rows, k = ids.shape
+        offsets = torch.arange(rows + 1, device=ids.device) * k
+    elif offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 1 or ids.dim() != 1:
+        raise ValueError(
+            f"ragged labels need flat ids and int64 offsets of (rows + 1,), got ids {tuple(ids.shape)} "
+            f"and offsets {offsets.dtype} {tuple(offsets.shape)}"
+        )
+    return ids.reshape(-1).to(torch.int32).contiguous(), values.reshape(-1).float().contiguous(), offsets.contiguous()
+
+
+def check_temperatures(temperatures: Sequence[float]) -> None:
+    if not temperatures or not all(0.0 < t < float("inf") for t in temperatures):
+        raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
+
+
+def check_present(present: Tensor | None, rows: int) -> Tensor | None:
+    if present is not None and (present.dtype != torch.bool or present.shape != (rows,)):
+        raise ValueError(f"present must be a bool mask of ({rows},), got {present.dtype} {tuple(present.shape)}")
+    return present
+
+
+def check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, rows: int, vocab_size: int) -> None:
+    if tails.shape != (rows,):
+        raise ValueError(f"tails must be ({rows},) log-masses, got {tuple(tails.shape)}")
+    if prototype_ids.is_floating_point() or prototype_ids.dtype == torch.bool:
+        raise TypeError(f"prototype_ids must be integers, got {prototype_ids.dtype}")
+    if prototype_ids.shape != (rows,):
+        raise ValueError(f"prototype_ids must be ({rows},), a row of prototypes each, got {tuple(prototype_ids.shape)}")
+    if prototypes.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"prototypes must be float32 or bfloat16 probabilities, got {prototypes.dtype}")
+    if prototypes.dim() != 2 or prototypes.shape[1] != vocab_size or not prototypes.is_contiguous():
+        raise ValueError(
+            f"prototypes must be a contiguous (S, {vocab_size}) table, got {tuple(prototypes.shape)} with strides "
+            f"{prototypes.stride()}"
+        )

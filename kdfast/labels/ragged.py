@@ -1,0 +1,206 @@
+"""Soft labels that name a few classes of each row: top-k entries, a sampler's weights, and entries with a prototype."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kdfast.divergences import DIVERGENCES
+from kdfast.labels.entries import Entries, offsets_of
+from kdfast.labels.soft_labels import SoftLabels, Support
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Prototype", "Ragged", "Tailed", "TopK", "Weights", "same_table", "table_on"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Ragged(SoftLabels):
+    """Labels of a few entries a row: row i owns entries ``offsets[i]:offsets[i + 1]`` of ``ids`` and ``values``."""
+
+    ids: Tensor  # (nnz,) int32, unique within a row
+    offsets: Tensor  # (rows + 1,) int64
+    width: int | None = None  # entries per row where every row has as many, and that is known
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def counts(self) -> Tensor:
+        """(rows,) int64: the entries of each row."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def entry_rows(self) -> Tensor:
+        """(nnz,) int64: the row that each entry belongs to."""
+        return torch.repeat_interleave(self.counts, output_size=self.values.numel())
+
+    def at(self, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """(nnz,) weights and, for top-k and prototypes, (rows,) log tail mass at one of the labels' temperatures.
+
+        The entries of such a row are normalised to what the tail leaves (top-k: after tempering), so that entries and
+        tail are a distribution whatever the precision they were stored in.
+
+        Raises:
+            ValueError: a temperature that the labels do not carry, or a tensor of temperatures.
+        """
+        known = self.find_temperature(temperature)
+        if known is None or isinstance(temperature, Tensor):
+            got = "a tensor" if isinstance(temperature, Tensor) else temperature
+            raise ValueError(f"{self.kind} soft labels hold teacher_temperature {self.temperatures}, got {got}")
+        return self._at(temperature, known)
+
+    @abstractmethod
+    def _at(self, temperature: float, known: int) -> tuple[Tensor, Tensor | None]:
+        """``at`` a temperature that is number ``known`` of the labels'."""
+
+    def argmax(self) -> Tensor:
+        return Entries.of(self.ids, self.values, self.offsets).best(len(self))
+
+    def to_dense(self) -> SoftLabels:
+        raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        counts = self.counts[index]
+        offsets = offsets_of(counts)
+        # Entry e of the result sits `e - offsets[row]` past its row's old start.
+        shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
+        entries = shift + torch.arange(shift.numel(), device=self.device)
+        present = None if self.present is None else self.present[index]
+        return {"values": self.values[entries], "ids": self.ids[entries], "offsets": offsets, "present": present}
+
+    def _joined(self, parts: Sequence[Any]) -> dict[str, Any]:
+        return {
+            **super()._joined(parts),
+            "ids": torch.cat([part.ids for part in parts]),
+            "offsets": offsets_of(torch.cat([part.counts for part in parts])),
+            "width": self.width if all(part.width == self.width for part in parts) else None,
+        }
+
+    def _about(self) -> list[str]:
+        return [f"entries={self.values.numel()}"]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Weights(Ragged):
+    """(id, weight) entries, unnormalised, as an unbiased sampler gives them. ``SoftLabels.weights`` makes them."""
+
+    kind: ClassVar[str] = "weights"
+    support: ClassVar[Support] = Support({"soft_ce": "unbiased"}, entropy=False)
+
+    def _at(self, temperature: float, known: int) -> tuple[Tensor, Tensor | None]:
+        return self.values, None
+
+    def argmax(self) -> Tensor:
+        raise ValueError(
+            "weights soft labels hold a sampler's draws, the likeliest of which need not be the teacher's likeliest "
+            "class; topk, prototype, dense and hidden labels have it"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Tailed(Ragged):
+    """Entries, and how much probability each row has outside them."""
+
+    tails: Tensor  # (len(temperatures), rows) log-mass outside the entries
+
+    def _tail(self, known: int) -> tuple[Tensor, Tensor]:
+        """(rows,) log-mass outside the entries, and the mass that it leaves to them."""
+        tail = self.tails[known]
+        # A tail that rounding took above all of the mass leaves nothing to the entries.
+        return tail, -torch.expm1(tail.clamp(max=0.0))
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        return {**super()._taken(index), "tails": self.tails[:, index]}
+
+    def _joined(self, parts: Sequence[Any]) -> dict[str, Any]:
+        return {**super()._joined(parts), "tails": torch.cat([part.tails for part in parts], dim=1)}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TopK(Tailed):
+    """(id, log-probability at T = 1) entries and exact tails. ``SoftLabels.topk`` makes them."""
+
+    kind: ClassVar[str] = "topk"
+    support: ClassVar[Support] = Support({"forward_kl": "lower bound", "soft_ce": "lower bound"})
+
+    def _at(self, temperature: float, known: int) -> tuple[Tensor, Tensor | None]:
+        tail, mass = self._tail(known)
+        head, tempered = torch.log(mass), self.values / temperature
+        if self.width is not None:
+            tempered = tempered.view(len(self), self.width)
+            log_probs = tempered + (head - _finite(torch.logsumexp(tempered, 1)))[:, None]
+            return log_probs.exp().view(-1), tail
+        row = self.entry_rows
+        top = _finite(head.new_full((len(self),), -torch.inf).scatter_reduce(0, row, tempered, "amax"))
+        total = torch.zeros_like(head).index_add(0, row, (tempered - top[row]).exp())
+        return (tempered - top[row] + (head - _finite(total.log()))[row]).exp(), tail
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Prototype(Tailed):
+    """(id, probability) entries, and a tail like one of a table's prototypes. ``SoftLabels.prototype`` makes them."""
+
+    kind: ClassVar[str] = "prototype"
+    support: ClassVar[Support] = Support({name: "approximate" for name in DIVERGENCES if name != "logit_mse"})
+    shared: ClassVar[tuple[str, ...]] = ("prototypes",)
+
+    prototype_ids: Tensor  # (rows,) int64, each row's row of `prototypes`
+    prototypes: Tensor  # (S, vocab) bfloat16 or float32
+
+    def _at(self, temperature: float, known: int) -> tuple[Tensor, Tensor | None]:
+        tail, mass = self._tail(known)
+        row = self.entry_rows
+        total = torch.zeros_like(mass).index_add(0, row, self.values)
+        return self.values * torch.where(total == 0.0, 0.0, mass / total)[row], tail
+
+    def argmax(self) -> Tensor:
+        best = super().argmax()
+        return torch.where(best < 0, self.prototypes.argmax(-1)[self.prototype_ids], best)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        moved = super().to(device, non_blocking=non_blocking)
+        return replace(moved, prototypes=table_on(self.prototypes, moved.device))
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        return {**super()._taken(index), "prototype_ids": self.prototype_ids[index]}
+
+    def _joined(self, parts: Sequence[Any]) -> dict[str, Any]:
+        for part in parts:
+            if not same_table(part.prototypes, self.prototypes):
+                raise ValueError(f"cannot concatenate {self!r} with {part!r}: their tables of prototypes differ")
+        return {**super()._joined(parts), "prototype_ids": torch.cat([part.prototype_ids for part in parts])}
+
+    def _about(self) -> list[str]:
+        return [*super()._about(), f"prototypes={len(self.prototypes)}"]
+
+
+def _finite(x: Tensor) -> Tensor:
+    """0 in place of -inf: rows whose entries are all impossible, or that have none."""
+    return x.masked_fill(x == -torch.inf, 0.0)
+
+
+def same_table(a: Tensor, b: Tensor) -> bool:
+    """Whether two tables of prototypes are one, or hold the same bits."""
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+# A table's copies on other devices, by device and version: batch after batch refers to one table.
+_COPIES: MutableMapping[Tensor, dict[tuple[torch.device, int], Tensor]] = WeakTensorKeyDictionary()
+
+
+def table_on(table: Tensor, device: torch.device) -> Tensor:
+    """``table`` on another device; asked again, the same copy while ``table`` lives and nobody writes to it."""
+    if table.device == device:
+        return table
+    key = (device, 0 if table.is_inference() else table._version)
+    if key not in _COPIES.get(table, {}):
+        _COPIES[table] = {key: table.to(device)}
+    return _COPIES[table][key]
