@@ -24,7 +24,7 @@ CLASS_BITS, CLASS_START = (5, 9, 13), (0, 32, 544, 8736)
 
 @dataclass
 class DecodedRows:
-    """Per row: its header fields, and its entries as (rank, value)."""
+    """Decoded rows: per row its header fields, and its entries as (rank, value)."""
 
     headers: list[list[int]] = field(default_factory=list)
     entries: list[list[tuple[int, int]]] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Coder:
         return value
 
     def below(self, limit: int) -> int:
-        """Truncated binary: n bits, and one more unless they are among the short codes."""
+        """Read a number below ``limit`` in truncated binary: n bits, and one more unless they are a short code."""
         n = limit.bit_length() - 1
         short = 2 ** (n + 1) - limit
         low = self.bits(n)
@@ -102,7 +102,7 @@ def _rest_class(left: int) -> int:
 def decode_entry_block(
     block: bytes, rows: int, tables: NDArray[np.uint16], *, header_fields: int, total: int = 0
 ) -> DecodedRows:
-    """A block of ``rows`` rows. ``total``: what a row's values, each plus 1, add up to; 0: that varies."""
+    """Decode a block of ``rows`` rows. ``total``: what a row's values, each plus 1, add up to; 0: that varies."""
     coder, out = _Coder(block, min(LANES, rows), tables), DecodedRows()
     for first in range(0, rows, LANES):
         lanes = range(min(LANES, rows - first))
@@ -143,7 +143,7 @@ def _entries(coder: _Coder, header_fields: int, left: list[int], by_total: bool)
 def decode_row(
     block: bytes, rows: int, row: int, *, header_bits: list[int], value_bits: int, rank_bits: int, classes: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """One row of a row block: its header fields, and its entries as (rank, value)."""
+    """Decode one row of a row block: its header fields, and its entries as (rank, value)."""
     width = block[0]
     ends = [int.from_bytes(block[1 + width * i : 1 + width * (i + 1)], "little") for i in range(rows)]
     head = 1 + width * rows

@@ -1,4 +1,4 @@
-"""A file appears whole or not at all, and stays after a power cut."""
+"""Atomic, durable files: one appears whole or not at all, and stays after a power cut."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory as lasting as the files they name."""
+    """Sync a directory, so that the names in it survive a power cut as their files do."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +61,7 @@ def sync_directory(path: Path) -> None:
 
 @contextmanager
 def with_filename(path: Path) -> Iterator[None]:
-    """Give an ``OSError`` the file it is about: ``write`` and ``fsync`` know only a descriptor."""
+    """A context that adds ``path`` to an ``OSError`` without a file name: ``fsync`` knows only a descriptor."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is imported only when it is asked for: optional packages, and the package's own heavier rooms."""
+"""Imports that happen only when asked for: optional packages, and kdfast's own heavier modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["import_optional", "lazy_attributes"]
 
 
 def import_optional(module: str, purpose: str) -> Any:
-    """The module, imported. Raises ``ImportError`` naming the package to install if it is not there."""
+    """Import ``module``. Raises ``ImportError`` naming the package to install if it is not there."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -47,7 +47,7 @@ class Arm:
 
     @property
     def parameter(self) -> str:
-        """What the arms of one series differ in."""
+        """The value of the option that the arms of one series differ in."""
         return f"{self._first[1]:g}".removeprefix("0") or "0"
 
     @property
@@ -151,7 +151,7 @@ def measure_ours(
 
 
 def sampled_rows(corpus: Corpus, count: int) -> Tensor:
-    """``count`` positions evenly over all windows, or all there are."""
+    """``count`` positions spread evenly over all windows of ``corpus``, or all positions."""
     total = corpus.ids.numel()
     return torch.arange(0, total, max(1, total // count))[:count]
 
@@ -159,7 +159,7 @@ def sampled_rows(corpus: Corpus, count: int) -> Tensor:
 def _write(
     corpus: Corpus, prototypes: PrototypeTable | None, arms: list[Arm], folder: Path, advance: Callable[[str], None]
 ) -> None:
-    """The caches of ``arms``, in one pass over the teacher."""
+    """Write the caches of ``arms`` in one pass over the teacher."""
     extra: dict[str, Any] = {} if prototypes is None else {"prototypes": prototypes}
     with ExitStack() as stack:
         writers = [
@@ -218,7 +218,7 @@ def _source(stored: kdfast.SoftLabels, logits: Tensor, codec: Codec) -> Source:
 
 
 def measure_rivals(corpus: Corpus, sampled: Tensor, advance: Callable[[str], None] = lambda doing: None) -> list[Row]:
-    """Every layout of ``layouts.LAYOUTS``, with its published number of entries, on the same positions."""
+    """Measure every layout of ``layouts.LAYOUTS``, with its published number of entries, at positions ``sampled``."""
     logits, rows = corpus.logits_of(sampled), []
     for name in LAYOUTS:
         rows.append(_rival(name, logits))

@@ -1,4 +1,4 @@
-"""Bytes per token against gradient noise and KL as a PNG."""
+"""Plotting bytes per token against gradient noise and KL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACES = [
 
 
 def plot_cache(rows: list[Row], path: Path, title: str) -> None:
-    """A panel each for noise and KL, as far as rows have one.
+    """Plot a panel each for noise and KL, of the rows that have one, into the PNG ``path``.
 
     Raises:
         CacheError: matplotlib is not installed.
@@ -84,7 +84,7 @@ def _rival_style() -> dict[str, Any]:
 
 
 def _label(axes: Any, rows: list[Row], value: Callable[[Row], Any]) -> None:
-    """A point's name, or its parameter if it is ours, where it covers neither another point nor another label."""
+    """Label points by name, ours by parameter, where the text covers neither another point nor another label."""
     renderer = axes.figure.canvas.get_renderer()
     pixels = axes.transData.transform([(row.payload_bytes, value(row)) for row in rows])
     taken = [axes.get_legend().get_window_extent(renderer)]

@@ -39,7 +39,7 @@ distinct ids it draws here."""
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row under ``COLUMNS``."""
+    """The cells of ``row`` under ``COLUMNS``."""
     drawn = row.bias_error > 0
     return (
         row.name,
@@ -63,7 +63,7 @@ def _kl(row: Row) -> str:
 
 
 def describe_access(found: RandomAccess) -> str:
-    """In words."""
+    """The results of ``random_access`` in words."""
     rates = ", ".join(f"{rate:,.0f} records/s in batches of {batch}" for batch, rate in found.records_per_s.items())
     grown = "" if found.anonymous_bytes is None else f"; {found.anonymous_bytes / 2**20:.1f} MiB of anonymous memory"
     return (
@@ -74,7 +74,7 @@ def describe_access(found: RandomAccess) -> str:
 
 
 def save_cache(rows: list[Row], access: RandomAccess | None, about: dict[str, str | int], folder: Path) -> Path:
-    """Writes ``cache-cpu-<date>.json`` and the same as Markdown beside it."""
+    """Write ``cache-cpu-<date>.json`` to ``folder``, and a Markdown file beside it. Returns the former's path."""
     document = {
         **about,
         "results": [asdict(row) for row in rows],

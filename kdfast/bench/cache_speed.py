@@ -1,4 +1,4 @@
-"""How fast labels are written and read, on one thread."""
+"""Timing how fast labels are written and read, on one thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Speed", "one_thread", "speed"]
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of one thread."""
+    """Median times of writing and reading labels, on one thread."""
 
     write: float  # select and encode, over one torch.logsumexp of the same logits, interleaved with it
     decode: float  # tokens per second
@@ -49,6 +49,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """A context in which PyTorch uses one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

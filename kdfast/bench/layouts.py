@@ -18,7 +18,7 @@ __all__ = ["LAYOUTS", "Label", "Layout", "bytes_per_token"]
 
 @dataclass(frozen=True)
 class Label:
-    """What training sees of one row.
+    """The label of one row, as training sees it.
 
     ``rest`` is the probability that the entries leave. If it is ``spread``, every other column has an equal share of
     it; else it is one more class of which only the mass counts. Systems that renormalise leave 0.
@@ -30,7 +30,7 @@ class Label:
     spread: bool = False
 
     def dense(self, vocab_size: int) -> Tensor:
-        """(vocab_size,) float64. A rest that is not spread is nowhere: the sum is then 1 - rest."""
+        """(vocab_size,) float64 probabilities. A rest that is not spread is left out: the sum is then 1 - rest."""
         others = vocab_size - len(self.ids)
         share = self.rest / others if self.spread and others else 0.0
         return torch.full((vocab_size,), share, dtype=torch.float64).scatter(0, self.ids, self.weights)
@@ -38,7 +38,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Layout:
-    """A system's way to store a row.
+    """How a system stores a row.
 
     Attributes:
         nbytes: bytes of a row by (vocabulary, entries).
@@ -132,7 +132,7 @@ def megatron_label(p: Tensor, k: int, generator: Generator | None = None) -> Lab
 
 
 def rskd_label(p: Tensor, draws: int, generator: Generator | None = None) -> Label:
-    """Counts of ``draws`` draws with replacement, over their number: unbiased.
+    """The frequencies of ids in ``draws`` draws with replacement, which are unbiased.
 
     Source: Sparse Logit Sampling (RS-KD), arXiv 2503.16870. Published: 17 bits of id and 7 of count, 3 bytes an entry.
     """

@@ -1,4 +1,4 @@
-"""How far labels are from the teacher's distribution: gradient noise, bias, KL."""
+"""Measuring how far labels are from the teacher's distribution: gradient noise, bias, KL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Source = Callable[[slice, int], Tensor]
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over rows, in probabilities squared and in nats."""
+    """How far labels are from the teacher: means over rows, in squared probabilities and in nats."""
 
     noise: float  # E |label - p|^2: of the gradient in the logits, in one step
     bias: float  # |E label - p|^2: what of it stays, however many draws are averaged; without draws all of it

@@ -1,4 +1,4 @@
-"""Single rows in any order, out of a cache of many: opening, gathering, and what it takes in memory."""
+"""Timing random access to single rows of a large cache: opening, gathering, memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GATHERS = 32  # of each batch size
 
 @dataclass(frozen=True)
 class RandomAccess:
-    """Of a cache with one row per record, ``coding="rows"`` and ``keys="range"``, read in a process of its own."""
+    """Times of a cache with one row per record, ``coding="rows"`` and ``keys="range"``, read in its own process."""
 
     records: int
     file_bytes: int
@@ -41,7 +41,7 @@ class RandomAccess:
 
 
 def random_access(folder: Path, records: int, advance: Callable[[int], None] = lambda done: None) -> RandomAccess:
-    """Write ``records`` made-up rows of ``sample`` to ``folder``, and read them at random."""
+    """Write ``records`` made-up rows of the codec ``sample`` to ``folder``, and read them in random order."""
     start = time.perf_counter()
     pool = _rows(min(records, POOL))
     with kdfast.cache.Writer(
@@ -60,7 +60,7 @@ def random_access(folder: Path, records: int, advance: Callable[[int], None] = l
 
 
 def _rows(count: int) -> list[SoftLabels]:
-    """Draws from a law as heavy-tailed as words', about as many different ones per row as a teacher gives."""
+    """Rows drawn from a distribution as heavy-tailed as words', with about as many distinct ids as a teacher gives."""
     rng = np.random.default_rng(0)
     ranks = np.exp(rng.random((count, DRAWS)) ** 2 * math.log(VOCAB)).astype(np.int64) - 1
     rows = []

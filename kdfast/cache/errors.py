@@ -1,4 +1,4 @@
-"""What can be wrong with a cache. Failing disks raise ``OSError`` with the file's name."""
+"""The errors of a cache. A failing disk raises ``OSError`` with the file's name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CacheMismatchError(CacheError):
 
 
 def optional_package(module: str, purpose: str) -> Any:
-    """The module, imported. Raises ``CacheError`` naming the package to install if it is not there."""
+    """Import ``module``. Raises ``CacheError`` naming the package to install if it is not there."""
     try:
         return import_optional(module, purpose)
     except ModuleNotFoundError:

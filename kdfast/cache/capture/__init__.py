@@ -1,1 +1,1 @@
-"""Running a teacher once into a cache: loaders, language models, processes, a Ray cluster, a vLLM server."""
+"""Capturing a teacher's labels: from a loader, a language model, several processes, a Ray cluster, a vLLM server."""

@@ -35,7 +35,7 @@ class Fields(BatchFields):
     views: Callable[[Any], Any] | None = None
 
     def parts(self, model: Any, batch: Any, keys: list[Any]) -> list[Part]:
-        """Run the teacher on the whole batch: its shape is part of the numbers.
+        """Run the teacher on the whole batch, whose shape affects the numbers, and cut its output into records.
 
         Raises:
             ValueError: rows, targets, mask or views do not fit one another.
@@ -55,7 +55,7 @@ class Fields(BatchFields):
         ]
 
     def _mask(self, batch: Any, logits: Any) -> Any:
-        """Padding is never stored: by ``attention_mask`` where the batch has one and records have a row per id."""
+        """Per record the rows to store: those of ``mask``, without the padding that an ``attention_mask`` tells."""
         given = None if self.mask is None else self.mask(batch)
         real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if real is None or not len(logits) or logits[0].dim() == 1:

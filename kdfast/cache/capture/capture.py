@@ -1,4 +1,4 @@
-"""``capture``: run a teacher over a loader once, and keep what it says."""
+"""``capture``: running a teacher over a loader once, and storing its labels."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def capture(
     progress: bool = True,
     **options: Any,
 ) -> CaptureReport:
-    """Run the teacher over ``loader`` and write its labels to the cache at ``path``, or go on with doing so.
+    """Run the teacher over ``loader`` and write its labels to the cache at ``path``, or resume doing so.
 
     A batch whose records are all in the cache is skipped without a teacher pass. One of which some are there is run
-    whole, for the shape of a batch is part of the numbers, and only what lacks is added. So with the same batches in
-    the same order a capture that was stopped and taken up again leaves the files of one that was not, bit for bit.
+    whole, for the shape of a batch is part of the numbers, and only the missing records are added. So with the same
+    batches in the same order a capture that was stopped and resumed leaves the files of one that was not, bit for bit.
     The teacher runs in evaluation mode without gradients, and gets its modules' training flags back, also on an error.
 
     Images, with augmentations that the student's loader can repeat::
@@ -169,7 +169,7 @@ class _Source:
 
 
 def _names(key: Any, replicas: int) -> list[Any]:
-    """What a record's replicas are stored under. The first one's name is the key itself, which a writer may number."""
+    """The keys of a record's replicas. The first is ``key`` itself, which a writer may turn into a number."""
     return [key, *(replica_key(key, replica) for replica in range(1, replicas))]
 
 
@@ -186,7 +186,7 @@ def _teacher_of(model: Any, teacher: str | None) -> str:
 
 @contextmanager
 def _bar(loader: Iterable[Any], shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over batches; it is advanced by one and told how many rows there are."""
+    """A context with a progress bar over batches. It gives a function to call after each, with the rows so far."""
     if not shown:
         yield lambda rows: None
         return

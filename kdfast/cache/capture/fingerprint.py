@@ -1,4 +1,4 @@
-"""Fingerprints: of a teacher, of its output layer, of a tokenizer. Each changes with whatever changes the labels."""
+"""Fingerprints of a teacher, its output layer and its tokenizer: they change with whatever changes the labels."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def tokenizer_fingerprint(tokenizer: Any, add_special_tokens: bool) -> str:
 
 
 def with_tokenizer(teacher: str, tokenizer: Any, add_special_tokens: bool) -> str:
-    """A language model's fingerprint and that of the tokenizer, if one makes its ids."""
+    """The fingerprint ``teacher`` of a language model, with the tokenizer's added if one makes its ids."""
     return (
         teacher if tokenizer is None else f"{teacher} tokenizer {tokenizer_fingerprint(tokenizer, add_special_tokens)}"
     )
 
 
 def _rules(serialised: str) -> str:
-    """A fast tokenizer without its truncation and padding, which a call before this one may have set."""
+    """A serialised fast tokenizer without truncation and padding, which an earlier call may have set."""
     rules = json.loads(serialised)
     return _json({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
 

@@ -41,11 +41,12 @@ def capture_lm(
     progress: bool = True,
     **options: Any,
 ) -> CaptureReport:
-    """Run a causal model over documents; a record per window of at most ``max_length`` tokens, keyed by its ids.
+    """Run a causal language model over documents, and store a record per window of at most ``max_length`` tokens.
 
-    Row i of a record is the distribution of the token after position i, and its target is that token. The last row's
-    target is unknown (the next window begins there, or nothing): the row is stored, and counts as ignored in the
-    targets. A student's loader cuts the same ``windows`` and asks for them by their ids, in any order and packing::
+    A record is stored under its window's ids. Its row i is the distribution of the token after position i, and the
+    row's target is that token. The last row's target is unknown (the next window begins there, or nothing): the row is
+    stored, and counts as ignored in the targets. A student's loader cuts the same ``windows`` and asks for them by
+    their ids, in any order and packing::
 
         ids = windows(tokenizer, documents, max_length)
         cache = kdfast.cache.open(path)
@@ -140,12 +141,14 @@ def windows(
 
 
 def next_tokens(ids: Tensor) -> Tensor:
-    """(length,) targets of a window's rows: the ids one to the left, and at the end none, -100."""
+    """(length,) int64 targets of a window's rows: the ids shifted by one, and -100 (none) at the end."""
     return torch.cat([ids[1:].long(), torch.tensor([NO_TARGET], device=ids.device)])
 
 
 def output_layer(model: Any) -> OutputLayer:
-    """What turns a Hugging Face causal model's last hidden states into its logits, with its scale and softcap.
+    """The output layer of a Hugging Face causal model, which turns its last hidden states into logits.
+
+    It includes the model's logit scale and softcap.
 
     Raises:
         ValueError: the model does not say what its output layer is.
@@ -196,20 +199,20 @@ def _last_hidden(output: Any, batch: Any) -> Tensor:
 
 
 def _padded(batch: dict[str, Tensor]) -> Iterator[Tensor]:
-    """Each window's ids at the batch's length, with padding that predicts nothing."""
+    """Yield each window's ids at the batch's length, with -100 in place of padding."""
     for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
         yield torch.where(real, ids, NO_TARGET)
 
 
 def _masks(batch: dict[str, Tensor], mask: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What ``mask`` says of each window's own ids, and False on padding."""
+    """``mask`` of each window's own ids, and False on padding."""
     length = batch["input_ids"].shape[1]
     kept = [mask(ids[real]) for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
     return [nn.functional.pad(row, (0, length - len(row))) for row in kept]
 
 
 class _Causal:
-    """A model as ``capture`` calls it: without the key-value cache that only generation needs."""
+    """Calls a model without the key-value cache, which only generation needs."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -220,7 +223,7 @@ class _Causal:
 
 
 class _Batches:
-    """Consecutive windows, right-padded. The padding's id is 0, which the attention mask hides."""
+    """Batches of consecutive windows, right-padded with id 0, which the attention mask hides."""
 
     def __init__(self, corpus: list[Tensor], batch_size: int, device: torch.device | None) -> None:
         self._corpus, self._size, self._device = corpus, batch_size, device

@@ -1,4 +1,4 @@
-"""Which part of a capture is this process's, when several of them share it."""
+"""Sharing one capture among several processes: ``capture_share``."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ PATIENCE = timedelta(hours=12)
 
 
 class Ranks(NamedTuple):
-    """This process's number and how many there are, as ``torchrun`` says; alone without it."""
+    """The number of this process and how many there are: ``torchrun``'s, or 0 and 1 without it."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def of_environment(cls) -> Ranks:
+        """Read ``RANK`` and ``WORLD_SIZE``, which ``torchrun`` sets."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     @property
     def writer(self) -> str:
-        """Of a name that only captures with as many processes use: others leave their unfinished shards alone."""
+        """The writer name ``<rank>of<world>``, so that runs with another world size never resume this rank's shard."""
         return f"{self.rank}of{self.world}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``world``-th item, from number ``rank`` on."""
         return items[self.rank :: self.world]
 
 
@@ -47,8 +49,8 @@ def capture_share(
 ) -> CaptureReport:
     """``capture_lm`` of this process's windows into a cache that all of them write, each with a writer of its own.
 
-    Started again with as many processes each goes on where it was, byte for byte. With another number, what the earlier
-    ones have left unsealed is sealed first, and every process skips what any of them has stored.
+    Started again with as many processes, each resumes where it was, byte for byte. With another number, the shards that
+    the earlier ones have left unsealed are sealed first, and every process skips what any of them has stored.
 
     Args:
         corpus: all windows, the same list on every process (``windows`` makes it).
@@ -67,7 +69,7 @@ def capture_share(
 
 
 def _rows(windows: Sequence[Tensor], count: int) -> Sequence[Tensor]:
-    """The first windows, up to so many rows."""
+    """The first windows that have ``count`` rows together, or all of them."""
     rows = 0
     for i, ids in enumerate(windows):
         if rows >= count:

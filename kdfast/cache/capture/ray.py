@@ -1,4 +1,4 @@
-"""``ray_capture``: run a teacher over a Ray dataset, on as many workers of a cluster as wanted."""
+"""``ray_capture``: running a teacher over a Ray dataset, on several workers of a cluster."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def ray_capture(
 
     Columns of numbers reach ``inputs``, ``key`` and the other functions of a batch as tensors, the others as lists.
 
-    Started again, with any number of workers, it seals what the earlier ones have left and skips the batches that are
-    stored. When a worker fails or dies the others seal what they have, and nothing of that is done again.
+    Started again, with any number of workers, it seals the shards that earlier ones have left and skips the batches
+    that are stored. When a worker fails or dies the others seal what they have, and nothing of that is done again.
 
     What a second capture has in common with a first: the same records under the same keys, and, where the dataset comes
     in the same blocks, the same labels to the bit, a row's entries perhaps in another order. For no batch spans two
@@ -97,7 +97,7 @@ def ray_capture(
 
 
 def _run(ray: Any, actors: list[Any], parts: list[Any]) -> list[CaptureReport]:
-    """All workers at once. Raises what the first one to fail has raised, after the others have sealed their records."""
+    """Run all workers at once. If one fails, the others seal their records; then its error is raised."""
     running = {one.run.remote(part): one for one, part in zip(actors, parts, strict=True)}
     left = list(running)
     try:
@@ -122,14 +122,14 @@ def _learns_first(
     divergence: Any = None,
     **others: Any,
 ) -> bool:
-    """Whether the codec learns from the first rows, as it does where what it needs is neither given nor stored."""
+    """Whether this capture's codec first learns from its first rows, as what it needs is neither given nor stored."""
     if codec == "auto":
         codec = codecs.choose(vocab_size, temperatures, divergence, prototypes=True).name
     return codecs.find(codec).learns_first(codecs.current_options(others), open_storage(path))
 
 
 def _everywhere(path: str | os.PathLike[str]) -> str:
-    """Workers have another working directory."""
+    """``path`` as workers, which have another working directory, understand it."""
     storage = open_storage(path)
     return str(Path(storage.url).absolute()) if isinstance(storage, LocalStorage) else storage.url
 
@@ -149,7 +149,7 @@ def _check(ray: Any, make_teacher: Any, dataset: Any, workers: int, batch_size: 
 
 
 def _check_room(ray: Any, dataset: Any, taken: float) -> None:
-    """Ray waits for ever, and does not say so, where no CPU is left to read on. A cluster that grows may get one."""
+    """Warn if no CPU is left to read the dataset on: Ray would wait silently, until the cluster grows."""
     there = ray.cluster_resources().get("CPU", 0.0)
     if taken > there - 1 and not isinstance(dataset, ray.data.dataset.MaterializedDataset):
         warnings.warn(

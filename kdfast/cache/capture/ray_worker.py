@@ -25,7 +25,7 @@ PATIENCE = 0.2  # seconds from ``stop`` to the end of a wait
 
 
 class Worker:
-    """A Ray actor of two threads: while one works, ``stop`` can be called.
+    """A worker, as a Ray actor of two threads: ``stop`` can be called while the other one works.
 
     Args:
         make_teacher: called once, by ``prepare``.
@@ -43,19 +43,20 @@ class Worker:
         self._stopped = Event()
 
     def prepare(self) -> None:
-        """Seal what earlier workers have left on this node, and make the teacher."""
+        """Seal the shards that earlier workers have left on this node, and make the teacher."""
         salvage(self._path, staging=self._options.get("staging"))
         self._teacher = self._make_teacher()
 
     def learn(self, blocks: DataIterator) -> CaptureReport:
-        """Learn a table of prototypes from the first records of all, and store these, and with them the table."""
+        """Let the codec learn from the first records of the dataset, and store these, and with them what it learned."""
         return self._capture(Replayed(batches_of(blocks, self._batch_size)))
 
     def run(self, blocks: DataIterator) -> CaptureReport:
-        """Store what this worker is given, until there is no more or ``stop`` is called. Either way it is sealed."""
+        """Store this worker's part of the dataset, until it ends or ``stop`` is called; then seal the last shard."""
         return self._capture(Stoppable(batches_of(blocks, self._batch_size), self._stopped))
 
     def stop(self) -> None:
+        """End ``run`` after its current batch."""
         self._stopped.set()
 
     def _capture(self, batches: Iterable[ColumnBatch]) -> CaptureReport:
@@ -63,7 +64,7 @@ class Worker:
 
 
 def _writer_name(path: str, ranks: Ranks) -> str:
-    """Shards of a URL grow in a folder of the node, where a worker of this number on another node does not see them."""
+    """This worker's writer name. For a URL it has the host's: shards grow on the node, where no other one sees them."""
     if isinstance(open_storage(path), LocalStorage):
         return ranks.writer
     return f"{ranks.writer}_{sub('[^A-Za-z0-9]', '_', socket.gethostname())}"
@@ -73,7 +74,10 @@ def _writer_name(path: str, ranks: Ranks) -> str:
 
 
 def batches_of(blocks: DataIterator, size: int) -> Iterator[ColumnBatch]:
-    """None spans two blocks, so that a batch is the same whoever gets the block, and after whichever other one."""
+    """Cut ``blocks`` into batches of at most ``size`` rows.
+
+    Batches never cross block boundaries, so their contents do not depend on which worker reads a block, or when.
+    """
     whole: Any = None  # which the annotation of batch_size forgets
     for block in blocks.iter_batches(batch_size=whole, batch_format="numpy"):
         rows = max(map(len, block.values()), default=0)
@@ -82,7 +86,7 @@ def batches_of(blocks: DataIterator, size: int) -> Iterator[ColumnBatch]:
 
 
 class Tensors:
-    """Batches with numbers as tensors and everything else as lists."""
+    """Batches whose columns of numbers are tensors and whose other columns are lists."""
 
     def __init__(self, batches: Iterable[ColumnBatch]) -> None:
         self._batches = batches
@@ -96,9 +100,9 @@ class Tensors:
 
 
 class Replayed:
-    """What the first pass takes, in every pass: read again, a dataset may come in another order.
+    """Batches that every pass yields as the first one did: read again, a dataset may come in another order.
 
-    It is kept in Ray's object store, which moves to disk what does not fit.
+    They are kept in Ray's object store, which moves to disk what does not fit.
     """
 
     def __init__(self, batches: Iterable[ColumnBatch]) -> None:
@@ -119,7 +123,7 @@ class _End(NamedTuple):
 
 
 class Stoppable:
-    """Batches until ``stopped``, also in the middle of waiting for one: it may never come when a worker has died."""
+    """Batches until ``stopped`` is set, also while waiting for one: it may never come when a worker has died."""
 
     def __init__(self, batches: Iterable[ColumnBatch], stopped: Event) -> None:
         self._batches, self._stopped = batches, stopped

@@ -1,4 +1,4 @@
-"""``capture_vllm``: a corpus's labels from a language model that a vLLM server runs."""
+"""``capture_vllm``: capturing a language model that a vLLM server runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def capture_vllm(
 
     Windows that the cache holds are not asked for again. They are written in the corpus's order, whatever order the
     answers come in, so the files depend on the answers alone. After an error the windows before the one at fault are
-    kept, as the ``Writer`` keeps them: the next call goes on from there.
+    kept, as the ``Writer`` keeps them, and the next call resumes there.
 
     The server must give prompt log-probabilities unscaled, as ``--logprobs-mode raw_logprobs`` does, the default.
 
@@ -127,7 +127,7 @@ def _check_ids(corpus: Sequence[Tensor], vocab_size: int) -> None:
 
 
 def _lacking(corpus: Sequence[Tensor], writer: Writer) -> list[int]:
-    """The numbers of the windows to ask for: each text once, in order."""
+    """The numbers of the windows that the cache lacks, in order, each text once."""
     first = {key: number for number, key in reversed([*enumerate(map(make_key, corpus))]) if key not in writer}
     return sorted(first.values())
 
@@ -138,7 +138,7 @@ def _ask(server: Server, model: str, corpus: Sequence[Tensor], k: int, number: i
 
 
 def _in_order(work: Callable[[int], T], numbers: Iterable[int], concurrency: int) -> Generator[T, None, None]:
-    """``map(work, numbers)`` by ``concurrency`` threads, holding a few results at most. An error comes in its turn."""
+    """``map(work, numbers)`` by ``concurrency`` threads, in order, holding few results. An error comes in its turn."""
     pool = ThreadPoolExecutor(concurrency, "capture_vllm")
     under_way: deque[Future[T]] = deque()
     try:

@@ -24,7 +24,7 @@ SHOWN = 500  # characters of an answer that is not understood
 
 
 class Server:
-    """A session with one server, which threads may share. Use it as a context manager.
+    """An HTTP session with a vLLM server, which threads may share. Use it as a context manager.
 
     Args:
         url: ``http://host:8000``, with or without ``/v1``.
@@ -86,7 +86,7 @@ class Server:
         return name
 
     def prompt_logprobs(self, name: str, model: str, prompt: list[int], k: int) -> Any:
-        """The response to a completion request for ``prompt`` with the ``k`` likeliest tokens at each of its places.
+        """Request a completion of ``prompt`` with the ``k`` likeliest tokens at each of its places.
 
         Args:
             name: of the window, for messages.
@@ -129,7 +129,7 @@ class Server:
 
 
 def _message(response: Any) -> str:
-    """What the server says of an error: ``{"error": {"message": ...}}``, or in older versions ``{"message": ...}``."""
+    """The server's error message: ``{"error": {"message": ...}}``, or in older versions ``{"message": ...}``."""
     try:
         body = response.json()
         return str(body.get("error", body)["message"])
@@ -141,12 +141,12 @@ def _message(response: Any) -> str:
 
 
 def prompt_of(window: Tensor) -> list[int]:
-    """The ids to send for a window: its own and one more, for an element speaks of the token that it stands at."""
+    """The ids to send for a window: its own and one more, as each element of the answer is about its own token."""
     return [*window.tolist(), APPENDED]
 
 
 def record_of(name: str, prompt: Sequence[int], answer: Any, k: int) -> Record:
-    """The window that ``prompt`` was made of, with a row of ``k`` entries after each of its tokens.
+    """Parse the answer to ``prompt_of`` a window: a record with a row of ``k`` entries after each of its tokens.
 
     ``choices[0].prompt_logprobs`` has an element per token of the prompt: null for the first, then
     ``{id: {"logprob": ..., "rank": ..., "decoded_token": ...}}`` of the k likeliest and of the token itself.
@@ -181,7 +181,7 @@ def _elements(name: str, prompt: Sequence[int], answer: Any) -> list[Any]:
 
 
 def _row(name: str, element: Any, token: int, k: int) -> list[tuple[int, float]]:
-    """The k likeliest tokens of one element, which is that of ``token``."""
+    """The k likeliest tokens of one element of ``prompt_logprobs``, the one of the prompt's token ``token``."""
     try:
         pairs = pairs_of(element)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a codec is: the choice of what to keep of a row, and its bytes."""
+"""The base of all codecs. A codec chooses what to keep of a row, and lays it out as bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Files(Protocol):
         """The names of all files. Raises ``FileNotFoundError`` if the cache is not there yet."""
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file."""
+        """The bytes of a whole file."""
 
 
 class CaptureSource(Protocol):
@@ -65,7 +65,7 @@ class CaptureSource(Protocol):
 
     @property
     def files(self) -> Files:
-        """What an earlier session of the capture has left."""
+        """The cache's files, which an earlier session of the capture may have left."""
 
     @property
     def repeatable(self) -> bool:
@@ -114,11 +114,11 @@ class Codec(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The options it was built with."""
+        """The options that the codec was built with, JSON-serialisable."""
 
     @classmethod
     def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
-        """Constructor keywords from what ``config`` has given. ``read_asset(file name)`` gives an asset's bytes."""
+        """Constructor keywords from what ``config`` gave. ``read_asset(file name)`` gives the bytes of an asset."""
         return dict(config)
 
     def assets(self) -> dict[str, bytes]:
@@ -168,23 +168,23 @@ class Codec(ABC):
     # ---- the model and other tables --------------------------------------------------------------------------------
 
     def learn(self, labels: SoftLabels) -> bytes:
-        """The model for rows like ``labels``: the first ones selected, perhaps fewer than ``learn_rows``."""
+        """Learn a model from ``labels``, the first rows selected, which may be fewer than ``learn_rows``."""
         raise NotImplementedError(f"{self.name} has no model")
 
     def use_model(self, model: bytes) -> None:
-        """Encode and decode with ``model`` from now on. Raises ``ValueError`` unless ``learn`` has made it."""
+        """Encode and decode with ``model`` from now on. Raises ``ValueError`` for bytes that ``learn`` did not make."""
         if model:
             raise ValueError(f"a model of {len(model)} bytes, but {self.name} has none")
 
     def use_head(self, head: OutputLayer) -> None:
-        """Decode labels with the teacher's output layer from now on. Raises ``ValueError`` unless it is theirs."""
+        """Attach the teacher's output layer to decoded labels. Raises ``ValueError`` unless it is the cache's own."""
         raise ValueError(f"its codec is {self.name}, which takes no head")
 
     # ---- from logits to bytes and back -----------------------------------------------------------------------------
 
     @abstractmethod
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
-        """What to keep of one record.
+        """Choose what to keep of one record, rounded to what the bytes can hold.
 
         Args:
             logits: (rows, vocab_size), any float dtype, any device. No NaN, no +inf, a finite column in each row.
@@ -196,21 +196,21 @@ class Codec(ABC):
 
     @cached_property
     def empty(self) -> SoftLabels:
-        """Labels of no row, otherwise such as ``select`` gives."""
+        """Labels of zero rows, of the kind, vocabulary and temperatures that ``select`` gives."""
         return self.select(torch.zeros(0, self.input_width), bytes(16))
 
     def check(self, labels: SoftLabels) -> None:
-        """Raise ``ValueError`` unless ``labels``, which ``select`` may not have made, can be stored as they are."""
+        """Raise ``ValueError`` unless ``labels`` from elsewhere can be stored exactly as they are."""
         if not self.learn_rows:
             self.encode(labels)
 
     @abstractmethod
     def encode(self, labels: SoftLabels) -> bytes:
-        """The bytes of a block. ``labels`` are selected records, concatenated, on the CPU."""
+        """Encode a block. ``labels`` are selected records, concatenated, on the CPU."""
 
     @abstractmethod
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
-        """Rows ``wanted`` of some units, in the order of ``wanted``. Rows may repeat.
+        """Decode rows ``wanted`` of some units, in the order of ``wanted``. Rows may repeat.
 
         A unit is what can be decoded by itself: a whole block, or one row for an ``Addressable`` codec.
 
@@ -224,7 +224,7 @@ class Codec(ABC):
         """
 
     def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
-        """The same labels on the device that holds ``data``; None where ``decode`` is to be asked instead."""
+        """``decode`` on the device that holds ``data``. Returns None where that cannot be done, and ``decode`` can."""
         return None
 
 
@@ -240,7 +240,7 @@ class Addressable(Codec):
     def locate(
         self, payload: NDArray[np.uint8], blocks: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Where rows lie: (n, 2), each one's first byte in ``payload`` and its length.
+        """(n, 2): the first byte of each row in ``payload``, and its length in bytes.
 
         Args:
             payload: a shard's payload.
@@ -262,7 +262,7 @@ class FixedWidthCodec(Addressable):
 
     @abstractmethod
     def unpack(self, packed: NDArray[Any]) -> SoftLabels:
-        """The labels of ``packed``, (rows,) of ``row_dtype``.
+        """Decode ``packed``, a (rows,) array of ``row_dtype``.
 
         Raises:
             ValueError: a row is not what ``encode`` writes. Any bytes may come; none may crash it.
@@ -270,6 +270,7 @@ class FixedWidthCodec(Addressable):
 
     @property
     def row_bytes(self) -> int:
+        """The bytes of one row."""
         return self.row_dtype.itemsize
 
     def locate(
@@ -302,7 +303,7 @@ def require_kind(labels: SoftLabels, kind: type[L]) -> L:
 
 
 def float64_chunks(logits: Tensor) -> Iterator[Tensor]:
-    """``logits`` in float64, so many rows at a time that the copy stays small. At least one chunk, maybe empty."""
+    """Yield ``logits`` in float64, a few rows at a time, so that the copy stays small. There is at least one chunk."""
     elements = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
     rows = max(1, elements // logits.shape[1])
     for start in range(0, max(1, logits.shape[0]), rows):

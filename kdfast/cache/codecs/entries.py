@@ -1,4 +1,4 @@
-"""What codecs of entries share: rows of a few ids with small integers beside them, and the bit layer under these."""
+"""The base of codecs that keep a few entries of a row: ids with a small integer each, and their bits."""
 
 from __future__ import annotations
 
@@ -79,16 +79,21 @@ class EntryCodec(Addressable):
     @property
     @abstractmethod
     def header_limits(self) -> tuple[int, ...]:
-        """What each header field stays below."""
+        """For each header field the number that it stays below."""
 
     @abstractmethod
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
-        """Labels as the integers they are coded as."""
+        """The integers that ``labels`` are coded as."""
 
     @abstractmethod
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Ragged:
-        """The reverse, with ids in place of ranks, and levels, if there are any, of values; all within their limits.
-        The tensors may be on any device."""
+        """Labels of decoded integers, on any device.
+
+        Args:
+            headers: (rows, header_fields) integers within ``header_limits``.
+            ids: (entries,) int32, which their ranks stand for.
+            values: (entries,) integers below ``value_limit``, or their ``levels`` where the codec has some.
+        """
 
     # ---- options -------------------------------------------------------------------------------------------------
 
@@ -133,25 +138,26 @@ class EntryCodec(Addressable):
 
     @cached_property
     def orders(self) -> IdOrder:
-        """The prototypes' orders, or without them that of the ids themselves: what can be had without a model."""
+        """The orders that are known without a model: the prototypes', or without those ascending ids."""
         if self.prototypes is not None:
-            return self._shape_order
+            return self._prototype_order
         return _ascending(self.vocab_size)
 
     @cached_property
     def order(self) -> IdOrder:
+        """The orders that ids are ranked by: one, or one per prototype."""
         if self.coding == "plain":
             return _ascending(self.vocab_size)
         return self._order_of(None if self.prototypes is not None else self._statistics.classes)
 
     def _order_of(self, classes: NDArray[np.uint8] | None) -> IdOrder:
         if self.prototypes is not None:
-            return self._shape_order
+            return self._prototype_order
         assert classes is not None
         return IdOrder.by_class(classes)
 
     @cached_property
-    def _shape_order(self) -> IdOrder:
+    def _prototype_order(self) -> IdOrder:
         assert self.prototypes is not None
         return IdOrder.of(self.prototypes.order)
 
@@ -162,13 +168,13 @@ class EntryCodec(Addressable):
 
     @cached_property
     def _layout(self) -> RowLayout:
-        """Of rows coded by themselves."""
+        """The bit layout of rows that are coded by themselves."""
         header, rank, value = self.field_widths
         return RowLayout(header, value, rank, self.coding == "rows")
 
     @property
     def field_widths(self) -> tuple[list[int], int, int]:
-        """Of rows coded by themselves, the bits of each header field, of a rank and of a value."""
+        """The bits of each header field, of a rank and of a value in rows that are coded by themselves."""
         whole = 8 if self.coding == "plain" else 1
         limits = (*self.header_limits, self.vocab_size, self.value_limit)
         *header, rank, value = (-(-(limit - 1).bit_length() // whole) * whole for limit in limits)
@@ -197,7 +203,7 @@ class EntryCodec(Addressable):
 
     @cached_property
     def slots(self) -> Tensor:
-        """What a decoder of blocks looks up."""
+        """The lookup table of the GPU decoder of blocks."""
         from kdfast.kernels.decode_blocks import slots  # needs Triton, which is there when this is asked for
 
         return torch.from_numpy(slots(self._statistics.frequencies))
@@ -233,7 +239,7 @@ def _ascending(vocab_size: int) -> IdOrder:
 def by_rank(
     ids: NDArray[np.int32], counts: NDArray[np.int64], order: IdOrder, orders: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """How to sort entries by rank within each row, and their ranks in that order."""
+    """The permutation that sorts entries by rank within each row, and their ranks in that order."""
     rows = np.repeat(np.arange(len(counts)), counts)
     which = 0 if orders is None or len(order.ranks) == 1 else np.repeat(orders, counts)
     ranks: NDArray[np.int32] = order.ranks[which, ids]
@@ -243,9 +249,9 @@ def by_rank(
 
 
 def _require_exact(codec: EntryCodec, labels: SoftLabels) -> None:
-    """Raise ``ValueError`` unless ``codec`` holds ``labels``, of its own kind, on the CPU, to the last bit.
+    """Raise ``ValueError`` unless ``codec`` stores ``labels``, of its kind and on the CPU, without changing a bit.
 
-    It takes no model: that may not be learned yet.
+    The codec needs no model for this: it may not be learned yet.
     """
     labels = _ragged(labels)
     ids, counts = labels.ids.numpy(), labels.counts.numpy()
@@ -280,6 +286,6 @@ def _require_below(what: str, numbers: NDArray[np.int64] | NDArray[np.int32], li
 
 
 def _by_id(ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How to sort entries by id within each row."""
+    """The permutation that sorts entries by id within each row."""
     order: NDArray[np.int64] = np.lexsort((ids, np.repeat(np.arange(len(counts)), counts)))
     return order

@@ -1,4 +1,4 @@
-"""Units of entry codecs decoded where they lie: bits by Triton kernels, what they stand for by PyTorch."""
+"""Decoding units of entry codecs on the device where they lie: bits by Triton kernels, labels by PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAULTS = {
 
 
 class EntryDecoder(Protocol):
-    """What decoding needs of an ``EntryCodec``; the meanings are the same there."""
+    """The part of ``EntryCodec`` that decoding needs."""
 
     coding: str
     vocab_size: int
@@ -55,7 +55,7 @@ class EntryDecoder(Protocol):
 
 
 def decode(codec: EntryDecoder, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
-    """What ``codec.decode`` gives, on the device of ``data``; None if that is to be asked instead.
+    """``codec.decode`` on the device of ``data``. Returns None without Triton, or if there is no room for the result.
 
     Raises:
         ValueError: the bytes are not what ``encode`` writes.
@@ -85,7 +85,7 @@ def _check_units(codec: EntryDecoder, units: NDArray[np.int64], size: int) -> No
 
 
 class _Entries:
-    """What a kernel has decoded, cut down to the rows that are wanted."""
+    """The rows that are wanted of what a kernel has decoded."""
 
     def __init__(self, codec: EntryDecoder, decoded: Any, wanted: NDArray[np.int64]) -> None:
         self.codec, self.decoded = codec, decoded
@@ -109,7 +109,7 @@ class _Entries:
         return self.codec.to_labels(self.headers, ids, values)
 
     def _require_sound(self) -> int:
-        """How many entries are wanted, once nothing is known to be wrong: the one time that the host waits."""
+        """The number of wanted entries. Raises ``ValueError`` for corrupt units. Only here the host waits."""
         limits = torch.tensor(self.codec.header_limits, dtype=torch.int32).to(self.device)
         beyond = (self.decoded.columns >= limits).any()
         fault = self.decoded.status.max() if len(self.decoded.status) else beyond

@@ -18,13 +18,13 @@ def id_field(vocab_size: int, shape: tuple[int, ...]) -> tuple[str, tuple[int, .
 
 
 def pack_ids(ids: NDArray[Any], vocab_size: int) -> NDArray[Any]:
-    """What to assign to the field."""
+    """The value to assign to a field of ids: (..., 3) bytes for a large vocabulary."""
     ids = np.ascontiguousarray(ids, "<u4")
     return ids if vocab_size <= WIDE_VOCAB else ids[..., None].view(np.uint8)[..., :3]
 
 
 def unpack_ids(field: NDArray[Any], vocab_size: int) -> NDArray[np.int32]:
-    """The reverse. Raises ``ValueError`` for an id outside the vocabulary."""
+    """The ids of a field that ``pack_ids`` filled. Raises ``ValueError`` for an id outside the vocabulary."""
     ids: NDArray[np.int32] = field.astype(np.int32)
     if vocab_size > WIDE_VOCAB:
         ids = ids[..., 0] | ids[..., 1] << 8 | ids[..., 2] << 16

@@ -30,13 +30,14 @@ class IdOrder:
 
     @classmethod
     def of(cls, ids: NDArray[np.int32]) -> IdOrder:
+        """The orders whose (orders, V) ids by rank are given."""
         ranks = np.empty_like(ids)
         np.put_along_axis(ranks, ids.astype(np.int64), np.arange(ids.shape[1], dtype=np.int32)[None], axis=1)
         return cls(ids, ranks)
 
     @classmethod
     def by_class(cls, classes: NDArray[np.uint8]) -> IdOrder:
-        """One order: by class, then by id."""
+        """The one order of ids by class, then by id."""
         return cls.of(np.argsort(classes, kind="stable").astype(np.int32)[None])
 
 
@@ -57,7 +58,7 @@ class Statistics:
 
     @classmethod
     def of(cls, counts: NDArray[np.uint32], header_fields: int, classes: NDArray[np.uint8] | None) -> Statistics:
-        """From how often each symbol has occurred in each context."""
+        """Frequencies from the (contexts, 256) ``counts`` of each symbol in each context."""
         parts = [
             _frequencies(part)
             for part in (
@@ -69,11 +70,12 @@ class Statistics:
         return cls(np.concatenate(parts), classes)
 
     def entry_model(self, header_fields: int, total: int) -> EntryModel:
+        """The entropy coder of these frequencies. ``total``: what a row's values, each plus 1, add up to; 0: varies."""
         return EntryModel(header_fields, total, self.frequencies)
 
 
 def _frequencies(counts: NDArray[np.uint32]) -> NDArray[np.uint16]:
-    """Contexts of one kind: each its own counts, and a few of the sum over all."""
+    """Smoothed frequencies of contexts of one kind: each one's counts, and a few of the sum over all."""
     overall = counts.sum(0, dtype=np.float64)
     if not overall.sum():
         overall[ESCAPE] = 1
@@ -83,7 +85,7 @@ def _frequencies(counts: NDArray[np.uint32]) -> NDArray[np.uint16]:
 
 
 def _to_slots(weights: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Whole frequencies that sum to 4096: at least 1 for the escape and for each symbol of some weight."""
+    """Integer frequencies that sum to 4096, at least 1 for the escape and for each symbol of some weight."""
     weights = weights / weights.sum()
     wanted = (weights * SLOTS >= 0.25) | (np.arange(256) == ESCAPE)
     slots = np.where(wanted, np.maximum(np.rint(weights * SLOTS), 1), 0).astype(np.int64)
@@ -98,7 +100,7 @@ def _to_slots(weights: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 
 def pack_statistics(statistics: Statistics) -> bytes:
-    """The tables of frequencies, then the classes, if there are any.
+    """The bytes of a model: its tables of frequencies, then the classes, if there are any.
 
     The classes are an entry block of V rows without entries, whose header field 1 is the class, after its own tables.
     """
@@ -112,7 +114,11 @@ def pack_statistics(statistics: Statistics) -> bytes:
 
 
 def unpack_statistics(data: bytes, header_fields: int, vocab_size: int | None) -> Statistics:
-    """The reverse; ``vocab_size``: of the classes, None if there are none. Raises ``ValueError`` for other bytes."""
+    """Read what ``pack_statistics`` gave. Raises ``ValueError`` for other bytes.
+
+    Args:
+        vocab_size: how many classes there are; None if there are none.
+    """
     frequencies, at = _unpack_tables(data, 0, header_fields + RANK_CONTEXTS + VALUE_CONTEXTS)
     if vocab_size is None:
         if at != len(data):
@@ -133,7 +139,7 @@ TABLE_ENTRY = np.dtype([("symbol", "u1"), ("slots", "<u2")])
 
 
 def _pack_tables(frequencies: NDArray[np.uint16]) -> bytes:
-    """How many distinct tables, u16; each: how many symbols less 1, u8, and these; then each context's table, u16."""
+    """The distinct tables and each context's number of one, laid out as FORMAT.md describes."""
     distinct, which = np.unique(frequencies, axis=0, return_inverse=True)
     out = [np.array(len(distinct), "<u2").tobytes()]
     for row in distinct:
@@ -145,7 +151,7 @@ def _pack_tables(frequencies: NDArray[np.uint16]) -> bytes:
 
 
 def _unpack_tables(data: bytes, at: int, contexts: int) -> tuple[NDArray[np.uint16], int]:
-    """(contexts, 256) and the end."""
+    """(contexts, 256) frequencies that ``_pack_tables`` laid out at ``at``, and where they end."""
     distinct = np.zeros((int(_take(data, at, "<u2", 1)[0]), 256), np.uint16)
     at += 2
     for row in distinct:

@@ -138,7 +138,7 @@ class Prototype(EntryCodec):
         return self.to_labels(*(torch.from_numpy(x) for x in (headers, flat[sort], values)))
 
     def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
-        """(rows,): each row's prototype."""
+        """(rows,) int64: each row's prototype."""
         temperature = self.temperatures[0]
         if logits.device.type == "cpu":
             drawn = threshold(logits, temperature=temperature, tau=ASSIGN_TAU, seed=0, first_row=first_row)
@@ -196,7 +196,7 @@ class Prototype(EntryCodec):
 
 
 def _grid(step: float) -> NDArray[np.float64]:
-    """Logits, from the smallest to the largest."""
+    """The grid of logits from -REACH to REACH, ``step`` apart."""
     half = int(REACH / step)
     return np.arange(-half, half + 1).astype(np.float64) * step
 
@@ -223,7 +223,7 @@ def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDAr
 
 
 def _last(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which entries are the last of their rows."""
+    """(entries,) bool: which entries are the last of their rows."""
     last = np.zeros(int(counts.sum()), bool)
     last[counts.cumsum()[counts > 0] - 1] = True
     return last

@@ -27,7 +27,7 @@ DRAWS, TAU = 50, 0.02  # defaults
 
 
 class WeightCodec(EntryCodec):
-    """Entries with weights out of a fixed table, ``levels``: value v stands for ``levels[v]``."""
+    """Base of the codecs of weights: entries whose weight is ``levels[v]``, out of a fixed table, for a value v."""
 
     kind = Weights.kind
     drawn = True
@@ -193,7 +193,7 @@ class Threshold(WeightCodec):
         return self._labels(kept.ids, weights, kept.counts)
 
     def _round(self, probs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-        """To the level above or below, so that the expectation is ``probs``; the tail is a level already."""
+        """Round at random to the level above or below, so that the expectation is ``probs``; tau itself is a level."""
         ascending = self.levels[:0:-1].astype(np.float64)
         above = np.searchsorted(ascending, probs).clip(1, len(ascending) - 1)
         low, high = ascending[above - 1], ascending[above]

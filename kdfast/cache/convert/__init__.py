@@ -1,4 +1,4 @@
-"""Teacher labels that other tools have stored, as a kdfast cache; and one kdfast cache as another.
+"""Importing teacher labels that other tools have stored, and storing one kdfast cache as another.
 
     report = import_records(DistillKit(Path("capture")), "cache", vocab_size=128256, teacher="llama-3.1-70b")
     print(*report.lines(), sep="\\n")

@@ -1,4 +1,4 @@
-"""Bit strings and floating-point numbers out of rows of bytes, as DistillKit packs them."""
+"""Unpacking bit strings and floating-point numbers from rows of bytes, as DistillKit packs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def id_bits(vocab_size: int) -> int:
-    """Bits of an id: ceil(log2 V). From single-precision numbers, as the writers of these files have computed it."""
+    """Bits of an id: ceil(log2 V), computed in single precision as the writers of these files compute it."""
     return math.ceil(float(np.log2(np.float32(vocab_size))))
 
 
@@ -35,7 +35,7 @@ def read_words(words: NDArray[np.uint64], bits: int, count: int) -> NDArray[np.i
 
 
 def read_floats(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
-    """(rows, bytes) as (rows, numbers) of ``dtype``, little-endian."""
+    """(rows, numbers) float64 from (rows, bytes) of little-endian ``dtype``."""
     data = np.ascontiguousarray(data)
     if dtype == "bfloat16":
         return (data.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)

@@ -1,4 +1,4 @@
-"""Records of another tool into a cache, with an account of what they leave out."""
+"""Importing another tool's records into a cache, with an account of what they leave out."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def store_records(
     drop_broken: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> None:
-    """Store what ``cut`` makes of each record, and count it in ``report``.
+    """Store the labels that ``cut`` makes of each record, and count them in ``report``.
 
     Args:
         cut: ``to_rows`` with its options.
@@ -111,7 +111,7 @@ def store_records(
 
 
 def _targets(record: Record) -> Tensor:
-    """(rows,): the token after each row's, -1 where it is not known."""
+    """(rows,) int64: the token that follows each row, -1 where it is not known."""
     following = np.full(len(record.counts), -1)
     known = record.token_ids[1 : len(following) + 1]
     following[: len(known)] = known

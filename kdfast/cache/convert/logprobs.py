@@ -81,7 +81,7 @@ class TopKLogProbs(Source):
         return Record.of(name, tokens, self._aligned(name, elements, len(tokens)))
 
     def _aligned(self, name: str, elements: list[Any], tokens: int) -> list[list[tuple[int, float]]]:
-        """The elements that are rows: row i is what follows token i."""
+        """The elements that are rows, row i being the distribution of what follows token i."""
         count = len(elements)
         if self._alignment == "position":
             if count != tokens:
@@ -112,7 +112,7 @@ class TopKLogProbs(Source):
 
 
 def _entries(element: Any, given: Any) -> list[tuple[int, float]]:
-    """The (id, log-probability) pairs of one element."""
+    """The (id, log-probability) pairs of one element of ``logprobs``; ``given``: its ids, if they lie elsewhere."""
     if given is not None:
         return [(_token(token), float(value)) for token, value in zip(given, element, strict=True)]
     if isinstance(element, Mapping):

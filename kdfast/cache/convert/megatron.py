@@ -80,7 +80,7 @@ class _Line:
 
 
 class _Tokens:
-    """The tokens file, read line by line as asked: only places are held."""
+    """The tokens file. Only the places of its lines are held in memory; a line is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -115,7 +115,7 @@ class _Tokens:
 
 
 def _tars(path: Path) -> list[tuple[int, Path]]:
-    """(data-parallel rank, file), by rank and iteration."""
+    """Pairs of a data-parallel rank and a file, sorted by rank and iteration."""
     found = [(match, file) for file in path.iterdir() if (match := TAR.fullmatch(file.name))]
     if not found:
         raise CacheError(f"{path}: holds no cp<rank>_dp<rank>__<iteration>.tar")
@@ -130,7 +130,7 @@ def _tars(path: Path) -> list[tuple[int, Path]]:
 
 
 def _saver(path: Path) -> dict[str, Any]:
-    """How the capture was made, as the tar says."""
+    """The capture's settings, from the metadata in the tar."""
     for name, data in _files(path):
         if name == META:
             try:
@@ -160,7 +160,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _decode(where: str, data: bytes) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per microbatch: (tokens, samples, K) log-probabilities in float64, and ids."""
+    """Yield per microbatch (tokens, samples, K) log-probabilities in float64, and ids of the same shape."""
     zstandard = optional_package("zstandard", "reading Megatron-Core shards")
     try:
         raw = zstandard.ZstdDecompressor().decompress(data)

@@ -1,4 +1,4 @@
-"""Parquet files a few rows at a time, and nested lists as arrays."""
+"""Reading Parquet files a few rows at a time, and nested lists as arrays."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def row_count(path: Path) -> int:
-    """How many rows the file has."""
+    """The number of rows of the file at ``path``."""
     return int(_open(path).metadata.num_rows)
 
 
 def parquet_records(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Each row's values of ``columns``, and of those ``optional`` ones that are there, as pyarrow scalars.
+    """Yield each row as pyarrow scalars by column: ``columns``, and those of ``optional`` that the file has.
 
     Raises:
         CacheError: pyarrow is not installed, or a column is missing; the message names it.
@@ -50,7 +50,7 @@ def parquet_records(path: Path, columns: list[str], optional: Sequence[str] = ()
 
 
 def matrix(scalar: Any, width: int, what: str) -> NDArray[Any]:
-    """A list of lists as an array of (lists, ``width``). Raises ``CacheError`` if an inner list has another length."""
+    """A list of lists as a (lists, width) array. Raises ``CacheError`` if an inner list has another length."""
     inner = scalar.values
     if inner is None:
         raise CacheError(f"{what}: is null")

@@ -1,4 +1,4 @@
-"""One cache into another codec or other options, where nothing is lost but what these declare."""
+"""Storing a cache in another codec or with other options, where nothing is lost but what these declare."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _narrowing(
     temperatures: tuple[float, ...],
     options: Mapping[str, Any],
 ) -> Callable[[SoftLabels], Ragged]:
-    """How the new codec's labels are made of the stored ones. Raises ``CacheError`` for what these do not say."""
+    """The function that makes the new codec's labels of stored ones. Raises ``CacheError`` if they hold too little."""
     target = codecs.find(codec)
     try:
         return target.narrowing(cache.codec, temperatures, options)

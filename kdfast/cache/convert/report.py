@@ -1,4 +1,4 @@
-"""What imported labels leave out, counted over all rows, and said in words."""
+"""Counting what imported labels leave out, over all rows, and reporting it in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BINS = 10_000  # of the histogram of kept mass, over [0, 1]
 
 @dataclass
 class BiasReport:
-    """Counts over the imported rows. ``lines`` says what they mean for training."""
+    """Counts over imported rows. ``lines`` puts into words what they mean for training."""
 
     what: str = ""
     heads: bool = True  # the rows are heads of distributions; False: whole ones, which leave nothing out
@@ -32,12 +32,12 @@ class BiasReport:
     mass: float = 0.0  # sum of kept mass
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS + 1, np.int64))
     targets: int = 0  # rows whose next token is known
-    hits: int = 0  # ... and is an entry
-    # The same where the row is taken for its neighbours': by how many tokens, and how often it would fit.
+    hits: int = 0  # rows whose next token is an entry
+    # For alignments that are off by so many tokens: rows whose next token would be an entry.
     shifted: dict[int, int] = field(default_factory=lambda: {-1: 0, 1: 0})
 
     def count(self, mass: NDArray[np.float64], entries: int) -> None:
-        """One record's rows, by the probability that each keeps."""
+        """Count one record: the probability ``mass`` that each of its rows keeps, and its entries."""
         self.records += 1
         self.rows += len(mass)
         self.entries += entries
@@ -48,7 +48,7 @@ class BiasReport:
         self.histogram += np.bincount((capped * BINS).astype(np.int64), minlength=BINS + 1)
 
     def count_targets(self, record: Record, row: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
-        """Whether each row holds the token that came next, and the tokens before and after that one."""
+        """Count the rows that hold the token that came next, and those that hold its neighbours instead."""
         hits = {shift: _hits(record.token_ids, row, ids, len(record.counts), 1 + shift) for shift in (-1, 0, 1)}
         # Rows that all three can be asked about, so that the rates compare.
         asked = min(len(hit) for hit in hits.values())
@@ -59,69 +59,70 @@ class BiasReport:
 
     @property
     def mean_mass(self) -> float:
+        """The mean probability that a row keeps."""
         return self.mass / max(self.rows, 1)
 
     @property
     def median_mass(self) -> float:
-        """To within 1e-4."""
+        """The median probability that a row keeps, to within 1e-4."""
         if not self.rows:
             return 0.0
         return float(np.searchsorted(self.histogram.cumsum(), (self.rows + 1) // 2)) / BINS
 
     @property
     def mean_scale(self) -> float:
-        """By how much renormalising would scale the entries up: the mean of 1 / mass."""
+        """The factor by which renormalising would scale the entries up: the mean of 1 / mass."""
         return self.scale / max(self.rows, 1)
 
     @property
     def missing_targets(self) -> float | None:
-        """How often the next token is no entry of its row. None where next tokens are not known."""
+        """The share of rows of which the next token is no entry; None where next tokens are not known."""
         return 1 - self.hits / self.targets if self.targets else None
 
     @property
     def misaligned(self) -> int | None:
-        """The shift in tokens that fits better than the alignment used, if there is one."""
+        """The shift in tokens that fits the rows better than the alignment used; None if that fits best."""
         best = max(self.shifted, key=lambda shift: self.shifted[shift])
         return best if self.shifted[best] - self.hits > MARGIN * self.targets else None
 
     def lines(self) -> list[str]:
-        """The report, a sentence or two a line."""
-        said = [f"{self.records:,} records, {self.rows:,} rows"]
+        """The report in words, a list of lines."""
+        lines = [f"{self.records:,} records, {self.rows:,} rows"]
         if self.heads:
-            said[0] += f", {self.entries / max(self.rows, 1):.1f} entries per row"
+            lines[0] += f", {self.entries / max(self.rows, 1):.1f} entries per row"
         if self.duplicates:
-            said.append(f"{self.duplicates:,} records had a key that was there already: the first one stays")
+            lines.append(f"{self.duplicates:,} records had a key that was there already: the first one stays")
         if not self.rows or not self.heads:
-            return said + self._dropped()
+            return lines + self._dropped()
         left = 1 - self.mean_mass
-        said.append(
+        lines.append(
             f"the entries hold {self.mean_mass:.2%} of the teacher's probability on average ({self.median_mass:.2%} in "
             f"the median row); the other {left:.2%} is stored as one tail mass per row: how much is known, on which "
             f"tokens it lay is not"
         )
-        said.append(
+        lines.append(
             f"a loss that renormalised the entries instead would teach them {self.mean_scale:.3g} times the teacher's "
             f"probability on average, and that all other tokens are impossible; kd_loss keeps the tail as a class"
         )
         if self.above_one:
-            said.append(
+            lines.append(
                 f"{self.above_one:,} rows ({self.above_one / self.rows:.2%}) add up to slightly more than 1, which "
                 f"rounding does: stored without a tail"
             )
-        return said + self._targets() + self._dropped()
+        return lines + self._targets() + self._dropped()
 
     def _targets(self) -> list[str]:
         if self.missing_targets is None:
             return []
-        said = [f"the token that came next is missing from the entries of {self.missing_targets:.2%} of the rows"]
+        lines = [f"the token that came next is missing from the entries of {self.missing_targets:.2%} of the rows"]
         if self.misaligned is not None:
             rate = self.shifted[self.misaligned] / self.targets
-            said.append(
+            lines.append(
                 f"WARNING: the rows look shifted: the token {abs(self.misaligned)} "
                 f"{'later' if self.misaligned > 0 else 'earlier'} is among the entries of {rate:.2%} of the rows, the "
                 f"next one of {1 - self.missing_targets:.2%}. Check the alignment before training on this cache"
             )
-        return said
+        return lines
 
     def _dropped(self) -> list[str]:
         if not self.dropped:
@@ -132,7 +133,7 @@ class BiasReport:
 def _hits(
     tokens: NDArray[np.int64], row: NDArray[np.int64], ids: NDArray[np.int64], rows: int, ahead: int
 ) -> NDArray[np.bool_]:
-    """For each row i with a token i + ``ahead``: whether that token is among its entries."""
+    """(n,) bool: whether the token i + ``ahead`` is an entry of row i, for each row i that has such a token."""
     asked = max(0, min(rows, len(tokens) - ahead))
     within = row < asked
     found = ids[within] == tokens[row[within] + ahead]

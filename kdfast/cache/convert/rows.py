@@ -1,4 +1,4 @@
-"""From top-k log-probabilities alone to labels: the tail is what the entries leave of 1."""
+"""Turning top-k log-probabilities into labels, whose tail is what the entries leave of 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ImportedRows", "to_rows"]
 
 @dataclass(frozen=True)
 class ImportedRows:
-    """A record's rows, ready to be stored, and what became of them.
+    """The labels of one record, ready to be stored, and how they came out.
 
     ``mass`` is the probability that each row keeps, before it is capped at 1.
     """
@@ -29,7 +29,7 @@ class ImportedRows:
 
 
 def to_rows(record: Record, *, vocab_size: int, k: int, value_dtype: str, tolerance: float) -> ImportedRows:
-    """The ``k`` largest entries of each row, largest first, and log1p(-their probability) as the tail.
+    """Labels of the ``k`` largest entries of each row, largest first, with log1p(-their probability) as the tail.
 
     Raises:
         CacheError: a row is broken; the message names record, row and fault.
@@ -71,7 +71,7 @@ def _check(
     vocab_size: int,
     tolerance: float,
 ) -> None:
-    """Raise for the first row that is no distribution's top."""
+    """Raise ``BrokenRowError`` for the first row that is not a valid top-k distribution."""
     rows = len(record.counts)
     limit = np.log1p(tolerance)
     faults: list[tuple[int, str]] = []
@@ -94,4 +94,4 @@ def _check(
 
 
 class BrokenRowError(CacheError):
-    """A row cannot be what a teacher said."""
+    """A row is not a valid top-k distribution."""

@@ -1,4 +1,4 @@
-"""What an importer gives: records of top-k log-probabilities, as some other tool has stored them."""
+"""The interface of importers: records of top-k log-probabilities that another tool has stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Record:
 
     @classmethod
     def of(cls, name: str, token_ids: NDArray[np.int64], rows: Sequence[Sequence[tuple[int, float]]]) -> Record:
-        """A record whose rows are lists of (id, log-probability)."""
+        """Make a record of rows that are lists of (id, log-probability)."""
         pairs = [pair for row in rows for pair in row]
         return cls(
             name,
@@ -40,12 +40,12 @@ class Record:
 
     @property
     def key(self) -> Any:
-        """What the record is stored under: all of the sample's ids, its last one included."""
+        """The record's key in the cache: all of the sample's ids, the last one included."""
         return self.token_ids
 
 
 class Source(ABC):
-    """Records in some file format.
+    """An iterable of the records of files in some format.
 
     Attributes:
         what: the format, in words.
@@ -61,7 +61,7 @@ class Source(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Record]:
-        """The records, in the order of the files.
+        """Iterate over the records, in the order of the files.
 
         Raises:
             CacheError: a file is not of the format; the message names file and record.

@@ -53,7 +53,7 @@ TABLES = [name for name in LAYOUT if name not in ("payload", "seal")]
 
 @dataclass(frozen=True)
 class Container:
-    """A shard's parts, checked, apart from the payload, which stays on disk. A file may also have none."""
+    """A sealed file that has been checked, but for its payload, which stays on disk. An index has no payload."""
 
     metadata: dict[str, str]
     payload_start: int
@@ -67,7 +67,7 @@ class Container:
 def pack(
     metadata: dict[str, str], payload_bytes: int, tables: dict[str, NDArray[Any]], reserved: int = 0
 ) -> tuple[bytes, bytes]:
-    """What a shard has before its payload, and what it has after it.
+    """The bytes of a shard before its payload, and those after it.
 
     Args:
         tables: those of ``TABLES``, of which the ``OPTIONAL`` ones may be left out; the padding is made here.
@@ -83,13 +83,13 @@ def pack(
 
 
 def reserve(metadata: dict[str, str], optional: Iterable[str]) -> int:
-    """Bytes to keep free for what comes before the payload: enough for any sizes. ``optional`` tables will be there."""
+    """How many bytes a header can take, whatever its sizes turn out to be, with the ``optional`` tables named."""
     names = [name for name in LAYOUT if name not in OPTIONAL or name in optional]
     return len(_header(metadata, {name: (LARGEST, *LAYOUT[name][1]) for name in names}))
 
 
 def pack_sealed(metadata: dict[str, str], tables: Mapping[str, NDArray[Any]], layout: Layout) -> list[bytes]:
-    """A file of tables alone, in pieces, sealed as a shard is. ``layout`` ends with ``seal``, which is made here."""
+    """The bytes of a sealed file without payload, in pieces. ``layout`` ends with ``seal``, which is made here."""
     data = {name: tables[name].astype(DTYPES[layout[name][0]]) for name in layout if name != "seal"}
     header = _header(metadata, {**{name: table.shape for name, table in data.items()}, "seal": (2,)}, 0, layout)
     body = b"".join(table.tobytes() for table in data.values())
@@ -99,7 +99,7 @@ def pack_sealed(metadata: dict[str, str], tables: Mapping[str, NDArray[Any]], la
 def _header(
     metadata: dict[str, str], shapes: dict[str, tuple[int, ...]], reserved: int = 0, layout: Layout = LAYOUT
 ) -> bytes:
-    """The length, then JSON, padded with spaces so that the data starts on a multiple of 8."""
+    """A safetensors header: its length, then JSON padded with spaces, so that the data starts on a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
@@ -170,7 +170,7 @@ class _Tensor(NamedTuple):
 
 
 def _parse_header(text: bytes, layout: Layout) -> tuple[dict[str, str], dict[str, _Tensor]]:
-    """Metadata and tensors, in file order. Any bytes may come in; ``ValueError`` unless they are such a header."""
+    """Metadata and tensors of a header, in file order. Raises ``ValueError`` for any bytes that are no such header."""
     header = json.loads(text)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         raise ValueError("its header is not a JSON object with __metadata__")

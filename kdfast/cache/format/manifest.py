@@ -24,7 +24,7 @@ Entry = dict[str, str | int]
 
 
 def load_shards(storage: Storage) -> list[Shard]:
-    """The cache's shards by writer and number, checked against each other and the manifest, if there is one.
+    """Open the cache's shards, sorted by writer and number, and check them against each other and the manifest.
 
     Raises:
         CacheCorruptError: a shard is corrupt, missing or replaced, or the manifest cannot be read.
@@ -41,18 +41,18 @@ def load_shards(storage: Storage) -> list[Shard]:
 
 
 def shard_names(storage: Storage) -> list[str]:
-    """The names of all shards, by writer and number."""
+    """The file names of all shards in ``storage``, sorted by writer and number."""
     matches = [match for name in storage.list() if (match := SHARD_NAME.fullmatch(name))]
     return [match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2])))]
 
 
 def entry_of(name: str, records: int, rows: int, file_bytes: int, seal: str) -> Entry:
-    """What the manifest says of a shard."""
+    """The manifest's entry for one shard."""
     return {"name": name, "records": records, "rows": rows, "bytes": file_bytes, "seal": seal}
 
 
 def read_manifest(storage: Storage) -> dict[str, Any]:
-    """Its entries by shard name; none if there is no manifest. Raises ``CacheCorruptError``."""
+    """The manifest's entries by shard name; none without a manifest. Raises ``CacheCorruptError`` if it is broken."""
     try:
         return {entry["name"]: entry for entry in json.loads(storage.read_bytes(MANIFEST))["shards"]}
     except FileNotFoundError:

@@ -21,7 +21,7 @@ HASH, RANGE = "hash", "range"  # how a shard names its records: by their digests
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """Two shards belong together exactly when these are equal."""
+    """Codec, options, vocabulary, temperatures and teacher. Shards with equal ones belong to one cache."""
 
     codec: str
     config: dict[str, Any]
@@ -35,7 +35,7 @@ class CacheMeta:
         return cls(codec.name, codec.config(), codec.vocab_size, codec.temperatures, teacher, keys)
 
     def make_codec(self, read_asset: Callable[[str], bytes]) -> Codec:
-        """The codec that wrote the cache, still without a model. ``read_asset(file name)`` gives an asset's bytes.
+        """Make the codec that wrote the cache, without its model. ``read_asset(file name)`` gives an asset's bytes.
 
         Raises:
             ValueError, TypeError: there is no such codec, or not with these options or assets.
@@ -44,7 +44,7 @@ class CacheMeta:
         return codecs.restore(self.codec, self.vocab_size, self.temperatures, self.config, read_asset)
 
     def to_strings(self) -> dict[str, str]:
-        """As safetensors metadata, which is a map of strings."""
+        """The fields as safetensors metadata, which is a map of strings."""
         return {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
@@ -59,7 +59,7 @@ class CacheMeta:
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str]) -> CacheMeta:
-        """The reverse. Raises ``CacheError`` for another format or version, ``ValueError`` for nonsense."""
+        """Read what ``to_strings`` gave. Raises ``CacheError`` for another format or version, else ``ValueError``."""
         if strings.get("format") != FORMAT:
             raise CacheError(f"is not a {FORMAT} file (its format is {strings.get('format')!r})")
         if strings.get("version") != str(FORMAT_VERSION):

@@ -26,7 +26,7 @@ __all__ = ["Sealed", "scan", "write_manifest"]
 
 
 class Sealed:
-    """A sealed shard's tables.
+    """The tables of one sealed shard, as a writer needs them.
 
     Raises:
         CacheCorruptError: the file is not what was written.
@@ -60,7 +60,7 @@ class Sealed:
 
 
 def scan(storage: Storage) -> list[Sealed]:
-    """The shards by writer and number, checked against each other and the manifest, if there is one.
+    """Read the tables of all shards, by writer and number, and check them against each other and the manifest.
 
     Raises:
         CacheCorruptError: a shard is corrupt, missing or replaced, or the manifest cannot be read.
@@ -95,7 +95,7 @@ def _entry(shard: Sealed) -> dict[str, str | int]:
 
 @contextmanager
 def _outline(storage: Storage, name: str) -> Iterator[Path]:
-    """A local file like ``name``; where that is far away, with a hole for its payload, which nothing here reads."""
+    """A local copy of a shard. Of a remote one only the ends are fetched; its payload, which is not read, is a hole."""
     if isinstance(storage, LocalStorage):
         yield storage.fetch(name)
         return
@@ -107,7 +107,7 @@ def _outline(storage: Storage, name: str) -> Iterator[Path]:
 
 
 def _copy_ends(source: BinaryIO, copy: BinaryIO, size: int) -> None:
-    """Header and tables, at their places in a file of ``size`` bytes. What is corrupt is left for others to find."""
+    """Copy header and tables to their places in a file of ``size`` bytes. Nothing is checked here."""
     prefix = source.read(8)
     length = int.from_bytes(prefix, "little")
     header = source.read(length if length <= min(size, MAX_HEADER) else 0)

@@ -28,7 +28,7 @@ CHUNK = 8192  # table rows checked at a time: what a check allocates does not gr
 
 
 class Units(NamedTuple):
-    """What a codec needs of a shard to decode some rows."""
+    """Where some rows are in a shard's payload, in the units that a codec decodes."""
 
     ranges: NDArray[np.int64]  # (units, 2): first byte in the payload, length
     counts: NDArray[np.int64]  # (units,): rows of each
@@ -44,7 +44,7 @@ class Outline(NamedTuple):
 
     @classmethod
     def of(cls, container: Container) -> Outline:
-        """Raises ``CacheError`` for spans of an unknown kind, ``ValueError`` for nonsense."""
+        """Read the outline. Raises ``CacheError`` for an unknown kind of spans, ``ValueError`` for nonsense."""
         metadata, blocks = container.metadata, container.tables["block_index"]
         if metadata.get("spans", "one") != "one":
             raise CacheError(f"has spans {metadata['spans']!r}, which this kdfast does not read")
@@ -110,7 +110,7 @@ class Shard:
         return _reopen, (self.path, self.seal)
 
     def require_width(self, codec: FixedWidthCodec) -> None:
-        """Raise ``CacheCorruptError`` unless each block is its rows one after another."""
+        """Raise ``CacheCorruptError`` unless each block has the length that ``codec`` gives its rows."""
         for start, chunk in _chunks(self._index):
             length, rows = chunk[:, 1], chunk[:, 3]
             for at in np.flatnonzero(length != rows * codec.row_bytes)[:1]:
@@ -136,7 +136,7 @@ class Shard:
         return spans
 
     def units(self, rows: NDArray[np.int64], codec: Codec) -> Units:
-        """Where ``rows`` are to be read, each block that they lie in being checked the first time.
+        """Where ``rows`` are to be read. A block's checksum is checked when it is first asked for.
 
         Raises:
             CacheCorruptError: a block is not what was written; the message names it.
@@ -153,7 +153,7 @@ class Shard:
         return Units(entries[:, :2], counts, rows + skipped[inverse])
 
     def decode(self, number: int, rows: NDArray[np.int64], codec: Codec) -> SoftLabels:
-        """The labels of ``rows``, which lie in block ``number``, in that order."""
+        """The labels of ``rows``, which lie in block ``number``, in the order given."""
         ranges, counts, wanted = self.units(rows, codec)
         try:
             return codec.decode(self.payload(), np.column_stack([ranges, counts]), wanted)
@@ -177,7 +177,7 @@ class Shard:
         return data
 
     def payload(self) -> NDArray[np.uint8]:
-        """The blocks, unchecked, on disk until they are used."""
+        """The bytes of all blocks, mapped into memory and not checked yet."""
         if self._payload is None:
             with with_filename(self.path):
                 if self.path.stat().st_size != self.file_bytes:
@@ -210,7 +210,7 @@ class Shard:
         return CacheCorruptError(f"{self.path}: block {number}: {error}")
 
     def _check_tables(self) -> None:
-        """Blocks tile the payload and the rows; records tile the rows, each within a block."""
+        """Raise unless blocks tile the payload and the rows, and records tile the rows, each within a block."""
         _check_tiling("blocks", self._index[:, :2], 0, self.payload_bytes, self.payload_bytes)
         _check_tiling("block rows", self._index[:, 2:], 1, MAX_ROWS, self.rows)
         if self._one_row_each and len(self._spans):
@@ -225,7 +225,7 @@ class Shard:
             raise ValueError("its tables differ in length")
 
     def _check_crossings(self) -> None:
-        """Every block ends where a record does."""
+        """Raise unless every block ends where a record does."""
         seen = 0  # blocks whose ends have been looked for
         for _, chunk in _chunks(self._spans):
             ends = chunk[:, 0] + chunk[:, 1]
@@ -246,13 +246,13 @@ def _reopen(path: Path, seal: str) -> Shard:
 
 
 def _chunks(table: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """The number of its first row, and the rows, of one part of ``table`` after another."""
+    """Yield ``table`` in parts: the number of a part's first row, and its rows."""
     for start in range(0, len(table), CHUNK):
         yield start, table[start : start + CHUNK]
 
 
 def _check_tiling(what: str, table: NDArray[np.int64], smallest: int, largest: int, total: int) -> None:
-    """Rows of ``table`` are (begin, size): each starts where the one before it ends, from 0 to ``total``."""
+    """Raise unless the (begin, size) rows of ``table`` follow one another without a gap from 0 to ``total``."""
     end = 0
     for _, chunk in _chunks(table):
         begin, size = chunk.T

@@ -42,7 +42,7 @@ FORMAT = {"format": "kdfast-cache-index", "version": "1"}
 
 
 class KeyTable(Protocol):
-    """What is needed of a shard."""
+    """A shard, as far as sorting its keys needs it."""
 
     keys: NDArray[np.uint8]  # (records, 16)
 
@@ -51,7 +51,7 @@ class KeyTable(Protocol):
 
 
 class SortedKeys(NamedTuple):
-    """The tables of the index."""
+    """The tables of ``index.safetensors``; the module's docstring describes them."""
 
     prefixes: NDArray[np.uint64]
     records: NDArray[np.int64]
@@ -72,7 +72,7 @@ def sort_keys(shards: Sequence[KeyTable]) -> SortedKeys:
 
 
 def keys_of(shards: Sequence[KeyTable], starts: NDArray[np.int64], records: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """(n, 16): the stored keys of ``records``. The first one of each shard is in ``starts``."""
+    """(n, 16) uint8: the stored keys of ``records``. ``starts`` are the record numbers at which shards begin."""
     owners, buffers = np.unique(np.searchsorted(starts, records, side="right") - 1, return_inverse=True)
     begin = (records - starts[owners][buffers]) * DIGEST_BYTES
     ranges = np.stack([begin, np.full_like(begin, DIGEST_BYTES)], 1)

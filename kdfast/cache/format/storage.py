@@ -40,7 +40,7 @@ def open_storage(path: str | os.PathLike[str], *, local: str | os.PathLike[str] 
 
 
 class Storage(ABC):
-    """The files of one cache, by name. Errors of the place itself are ``OSError``."""
+    """The files of one cache, by name. A failing disk or network raises ``OSError``."""
 
     url: str
 
@@ -58,35 +58,35 @@ class Storage(ABC):
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """A file, open for reading and seeking: what is read of a remote one is what is asked for, or a little more."""
+        """Open a file for reading and seeking. Of a remote file only what is read is fetched, or little more."""
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file, for small ones."""
+        """The bytes of a whole, small file."""
         with self.open(name) as file:
             return file.read()
 
     @abstractmethod
     def fetch(self, name: str) -> Path:
-        """A local file with the contents of ``name``, which never changes. Downloaded once, size and end checked."""
+        """A local copy of the file ``name``, which never changes. It is downloaded once; size and end are checked."""
 
     @abstractmethod
     def create(self) -> None:
-        """Make the directory, if it is not there."""
+        """Make the cache's directory, if it is not there."""
 
     @abstractmethod
     def publish(self, name: str, chunks: Iterable[bytes]) -> None:
-        """Write a small file, whole or not at all. One that is there is replaced."""
+        """Write a small file, whole or not at all. A file of this name is replaced."""
 
     @abstractmethod
     def deliver(self, file: Path, name: str) -> None:
-        """Move a finished local file here, whole or not at all. It is gone from its place only once it is here.
+        """Move a finished local file into the cache, whole or not at all. It stays in its place until it has arrived.
 
         Raises:
             CacheError: there is a file of this name already.
         """
 
     def describe(self, name: str) -> str:
-        """``name`` as an error message shows it."""
+        """The path or URL of the file ``name``, for error messages."""
         return f"{self.url.rstrip('/')}/{name}"
 
     def _require_absent(self, name: str) -> None:
@@ -97,7 +97,7 @@ class Storage(ABC):
 
 
 class LocalStorage(Storage):
-    """A directory."""
+    """A cache in a local directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -134,7 +134,7 @@ class LocalStorage(Storage):
 
 
 class RemoteStorage(Storage):
-    """A folder behind an fsspec URL. A file there appears by one complete PUT."""
+    """A cache behind an fsspec URL. A file appears there by one complete PUT."""
 
     def __init__(self, url: str, fs: Any, root: str, local: Path | None = None) -> None:
         self.url = url
@@ -203,7 +203,7 @@ def default_folder() -> Path:
 
 
 def digest(url: str) -> str:
-    """A folder name of its own for each URL."""
+    """A folder name that differs for each ``url``."""
     return blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest()
 
 

@@ -30,7 +30,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(targets: Tensor, rows: int, vocab_size: int) -> Tensor:
-    """``targets`` as (rows,) int64 on the CPU.
+    """``targets`` as (rows,) int64 on the CPU, checked.
 
     Raises:
         TypeError: they are not an integer tensor.
@@ -54,7 +54,9 @@ def targets_crc(targets: Tensor) -> int:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[float, int]:
-    """The sum over the rows that have a target, and their number. A target at -inf is left out: it has no finite one.
+    """The teacher's cross-entropy on the targets: the sum in nats over the rows that have one, and their number.
+
+    Targets whose logit is -inf are left out: their cross-entropy is not finite.
 
     Args:
         logits: (rows, vocab), any float dtype and device.
@@ -71,7 +73,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[float, int]:
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """(rows,), on a CPU in a fraction of PyTorch's time."""
+    """(rows,) float log-sum-exp, on a CPU in a fraction of the time that PyTorch takes."""
     if logits.device.type == "cpu":
         return top(logits, temperature=1.0, k=0).lse
     return torch.cat([chunk.logsumexp(1) for chunk in float64_chunks(logits)])

@@ -1,1 +1,1 @@
-"""From sealed shards to soft labels, in any order. Nothing here writes."""
+"""Reading a cache: from sealed shards to soft labels, in any order. Nothing here imports the writer."""

@@ -22,7 +22,7 @@ __all__ = ["Decoder"]
 
 
 class Decoder:
-    """The codec of one or more shards. Two shards of one cache with the same model have the same one, in each process.
+    """The codec of some shards, ready to decode. Shards of one cache with equal models share one, in each process.
 
     It pickles as the path of a shard, so that labels sent from a loader's worker do not drag tables along.
     """
@@ -32,7 +32,10 @@ class Decoder:
 
     @classmethod
     def of(cls, shard: Shard, fetch: Callable[[str], Path] | None = None) -> Decoder:
-        """The decoder of ``shard``. ``fetch`` gives the local file of an asset; by default it lies beside the shard.
+        """The decoder of ``shard``, made if need be.
+
+        Args:
+            fetch: gives the local file of an asset by its name; by default assets lie beside the shard.
 
         Raises:
             CacheError: there is no such codec, or it cannot be built, or an asset is missing; the message names it.
@@ -46,9 +49,11 @@ class Decoder:
         return decoder
 
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
+        """Rows ``wanted`` of the units in ``data``, as ``Codec.decode`` takes them."""
         return self.codec.decode(data, units, wanted)
 
     def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
+        """``decode`` on the device that holds ``data``; None where the codec cannot."""
         return self.codec.decode_on_device(data, units, wanted)
 
     def __reduce__(self) -> tuple[Any, ...]:

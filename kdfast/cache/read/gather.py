@@ -1,4 +1,4 @@
-"""Rows from several shards and blocks at once, in any order."""
+"""Gathering rows from several shards and blocks at once, in any order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RowGatherer:
                 shard.require_room(decoder.codec.rows_per_byte)
 
     def spans(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(n,) the shard of each record, and (n, 2) its first row there and its number of rows; -1 and 0 for -1."""
+        """(n,) the shard of each record, and (n, 2) its first row there and its row count; -1 and 0 for -1."""
         owners = np.searchsorted(self.starts, records, side="right") - 1
         spans = np.zeros((len(records), 2), np.int64)
         for owner, places in groups(owners):
@@ -50,7 +50,7 @@ class RowGatherer:
     def pack(
         self, owners: NDArray[np.int64], rows: NDArray[np.int64], present: NDArray[np.bool_] | None
     ) -> PackedLabels:
-        """The packed labels of ``rows`` of shards ``owners``, in that order; both are of no account where absent.
+        """Pack the labels of rows ``rows[i]`` of shards ``owners[i]``, in that order. Both are ignored where absent.
 
         Raises:
             CacheCorruptError: naming shard and block.
@@ -64,7 +64,7 @@ class RowGatherer:
         return PackedLabels(kept.data, kept.units, kept.wanted[index], kept.decoders, torch.from_numpy(present))
 
     def explain(self, owners: NDArray[np.int64], rows: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
-        """Decode block by block. Raises ``CacheCorruptError`` naming the shard and block that cannot be decoded."""
+        """Decode the rows block by block, to raise a ``CacheCorruptError`` that names the shard and block at fault."""
         if present is not None:
             owners, rows = owners[present], rows[present]
         for owner, places in groups(owners):
@@ -108,7 +108,7 @@ class RowGatherer:
         return data
 
     def _stand_in(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """A row that is there, for absent ones to repeat."""
+        """The shard and number of some row, which stands in for absent ones."""
         for owner, shard in enumerate(self._shards):
             if shard.rows:
                 return np.array([owner]), np.array([0])
@@ -116,14 +116,14 @@ class RowGatherer:
 
 
 def groups(numbers: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Each number that occurs, with its positions."""
+    """Yield each distinct number with its positions in ``numbers``."""
     order = np.argsort(numbers, kind="stable")
     for positions in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(order) else ():
         yield int(numbers[positions[0]]), positions
 
 
 def ranges(begin: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``sizes[i]`` numbers from ``begin[i]`` on, for each i, one after another."""
+    """The concatenated ranges ``begin[i] ... begin[i] + sizes[i] - 1``."""
     ends = sizes.cumsum()
     # Number n of the result sits ``n - (ends - sizes)[i]`` past its range's begin.
     numbers: NDArray[np.int64] = np.repeat(begin - (ends - sizes), sizes)

@@ -1,4 +1,4 @@
-"""Feeding a training loop: a dataset that brings labels along, and a sampler that can stop and go on anywhere.
+"""Feeding a training loop: a dataset that yields labels with its examples, and a sampler that resumes anywhere.
 
 data = kdfast.cache.CacheDataset(cache, keys, examples)
 sampler = kdfast.cache.ElasticSampler(len(data), batch_size=512, seed=0, rank=rank, world_size=world_size)
@@ -73,7 +73,7 @@ class CacheDataset(Dataset[_Item]):
         return _Item(position if self._examples is None else self._examples[position], position)
 
     def collate(self, items: Sequence[_Item]) -> tuple[Any, PackedLabels]:
-        """The batch of some items and its labels, in that order: ``DataLoader``'s ``collate_fn``."""
+        """Make (batch, its labels) of some items. It is ``DataLoader``'s ``collate_fn``."""
         positions = np.array([position for _, position in items], np.int64)
         if self._first is not None:
             begin = self._first[positions]
@@ -95,12 +95,12 @@ def _look_up(cache: CacheReader, keys: Iterable[Any] | RecordIndex) -> tuple[Rec
 
 
 class ElasticSampler(Sampler[list[int]]):
-    """Batches of shuffled positions, for ``DataLoader``'s ``batch_sampler``, that any number of ranks can go on with.
+    """Batches of shuffled positions for ``DataLoader``'s ``batch_sampler``, resumable on any number of ranks.
 
     The order of an epoch is a pure function of (seed, epoch), the same with every version of every library, and is
     never held in memory. It is cut into global batches, of which rank r takes every ``world_size``-th position from
-    the r-th on. So the state is (seed, epoch, samples consumed): training that stops on 8 ranks goes on with 2, within
-    an epoch, and sees the same global batches.
+    the r-th on. So the state is (seed, epoch, samples consumed): training that stops on 8 ranks resumes on 2, within an
+    epoch, and sees the same global batches.
 
     A loader asks for batches ahead of the training loop, so the loop tells what it has consumed: call ``step`` after
     each batch. The step that ends an epoch begins the next one; a loop over the loader is over one epoch, or what is
@@ -139,7 +139,7 @@ class ElasticSampler(Sampler[list[int]]):
         self._exhausted = False  # a loop has had all batches, and has reported none of them
 
     def __len__(self) -> int:
-        """Batches left in this epoch."""
+        """The number of batches left in this epoch."""
         left = self.size - self.samples_consumed
         return left // self.batch_size if self._drop_last else -(-left // self.batch_size)
 
@@ -161,7 +161,7 @@ class ElasticSampler(Sampler[list[int]]):
             self.epoch, self.samples_consumed = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training loop is: after the last ``step``. The same on every rank."""
+        """The position after the last ``step``, as ``load_state_dict`` takes it. It is the same on every rank."""
         return {
             "size": self.size,
             "seed": self.seed,
@@ -170,7 +170,7 @@ class ElasticSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there; rank, number of ranks and batch size are this sampler's own.
+        """Resume from a ``state_dict``. Rank, number of ranks and batch size stay this sampler's own.
 
         Raises:
             ValueError: the state is of another number of samples, or what is left cannot be shared evenly.
@@ -187,9 +187,10 @@ class ElasticSampler(Sampler[list[int]]):
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which sample comes at each of ``places`` of an epoch's order: a permutation of 0 ... size - 1.
+    """The samples at ``places`` of an epoch's order, which is a pseudorandom permutation of 0 ... size - 1.
 
-    A Feistel network over the next power of two permutes; a number beyond ``size`` is permuted on until it is within.
+    A Feistel network permutes the numbers below the next power of two; one beyond ``size`` is permuted again until it
+    is within (cycle walking).
     """
     bits = max(2, (size - 1).bit_length())
     low_bits = bits // 2

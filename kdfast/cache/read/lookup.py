@@ -48,21 +48,21 @@ class RecordIndex:
 
 
 class Lookup(Protocol):
-    """Which record each key names. Of records with equal keys the first one counts."""
+    """Finds records by their keys. Of records with equal keys it finds the first."""
 
     records: int  # that can be found
     duplicates: int  # that cannot: another one has their key
     note: str  # where it looks, for people
 
     def find(self, keys: Any) -> NDArray[np.int64]:
-        """The record of each key; -1 where there is none."""
+        """(n,) the record number of each key; -1 where there is none."""
 
     def __iter__(self) -> Iterator[Key | int]:
-        """The keys that can be found, in the order of their records."""
+        """Iterate over the keys that can be found, in the order of their records."""
 
 
 class HashLookup:
-    """Keys by their digests: a search in sorted prefixes, and a look at the shard's own table."""
+    """Finds keys by their digests: binary search in sorted prefixes, then comparison with the shard's own table."""
 
     def __init__(self, shards: Sequence[Shard], starts: NDArray[np.int64], keys: SortedKeys, note: str) -> None:
         self._shards, self._starts, self._sorted, self.note = shards, starts, keys, note
@@ -94,7 +94,7 @@ class HashLookup:
 
 
 class RangeLookup:
-    """Integer keys that are consecutive within each shard: arithmetic."""
+    """Finds integer keys that are consecutive within each shard, by arithmetic."""
 
     note = "none: keys are consecutive integers"
 

@@ -57,7 +57,7 @@ class PackedLabels:
 
     @property
     def nbytes(self) -> int:
-        """What it takes to move these labels, without the codec's tables."""
+        """The bytes that moving these labels takes, without the codec's tables."""
         tensors = (self.data, self.units, self.wanted, *(() if self.present is None else (self.present,)))
         return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -67,7 +67,7 @@ class PackedLabels:
 
     @property
     def codec(self) -> Codec:
-        """The codec. Where shards have models of their own it is the first unit's."""
+        """The codec of the labels; where shards have models of their own, that of the first unit."""
         return self.decoders[0][0].codec
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> PackedLabels:
@@ -88,10 +88,9 @@ class PackedLabels:
         return replace(self, data=data, units=units, wanted=wanted, present=present)
 
     def unpack(self) -> SoftLabels:
-        """The labels, on the device that the bytes are on.
+        """Decode the labels, on the device that the bytes are on.
 
-        On a GPU, with Triton, labels of ``sample``, ``threshold`` and ``prototype`` are decoded there. Of other codecs
-        and other devices the bytes come back first: decoding happens on the CPU, and the labels go there afterwards.
+        On a GPU, with Triton, codecs of entries decode there. Otherwise the CPU decodes, and labels are copied back.
 
         Raises:
             CacheCorruptError: the bytes are not what the codec writes.
@@ -134,7 +133,7 @@ class PackedLabels:
 
 
 def join(pairs: Iterable[tuple[Decoder, int]]) -> tuple[tuple[Decoder, int], ...]:
-    """Decoders and their numbers of units, neighbours that are the same being one."""
+    """Run-length encode (decoder, number of units) pairs: neighbours of the same decoder become one."""
     joined: list[tuple[Decoder, int]] = []
     for decoder, count in pairs:
         if joined and joined[-1][0] is decoder:

@@ -57,7 +57,7 @@ class CacheInfo:
     index_bytes: int  # of index.safetensors, which can be made again
     index: str  # what a key is looked up in: index.safetensors, or memory (and why), or none for keys="range"
     cross_entropy: float | None  # the teacher's on the targets, in nats, mean over all; None if no shard has any
-    shard_cross_entropy: tuple[float | None, ...]  # the same shard by shard: one that stands out was misaligned
+    shard_cross_entropy: tuple[float | None, ...]  # shard by shard: one that stands out was misaligned
 
     @property
     def codec_reason(self) -> str:
@@ -155,7 +155,10 @@ class CacheReader:
             raise
 
     def pack(self, keys: Iterable[Any] | RecordIndex) -> PackedLabels:
-        """The same, still compressed: to be decoded later, and elsewhere. ``gather`` is ``pack(keys).unpack()``."""
+        """The labels of ``keys``, as ``gather`` takes them, still compressed: to be decoded later and elsewhere.
+
+        ``gather(keys)`` is ``pack(keys).unpack()``.
+        """
         return self._gatherer.pack(*self._locate(keys))
 
     def index(self, keys: Iterable[Any]) -> RecordIndex:
@@ -185,7 +188,7 @@ class CacheReader:
     # ---- what goes with the labels -----------------------------------------------------------------------------------
 
     def views(self, key: Any) -> list[View]:
-        """What was done to each row's sample before the teacher saw it.
+        """The ``View`` of each row of the record ``key``: what was done to its sample before the teacher saw it.
 
         Raises:
             KeyError: the key is not in the cache.
@@ -241,11 +244,11 @@ class CacheReader:
         return self._lookup.records
 
     def __iter__(self) -> Iterator[Key | int]:
-        """The records' keys in the order they were written."""
+        """Iterate over the records' keys in the order they were written."""
         return iter(self._lookup)
 
     def keys(self) -> Iterator[Key | int]:
-        """The same."""
+        """Iterate over the records' keys in the order they were written."""
         return iter(self)
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -258,11 +261,12 @@ class CacheReader:
 
     @property
     def nbytes(self) -> int:
-        """The size of the labels themselves, without keys and indices."""
+        """The bytes of the labels themselves, without keys and indices."""
         return sum(shard.payload_bytes for shard in self._shards)
 
     @property
     def info(self) -> CacheInfo:
+        """What the cache holds, as one table of numbers."""
         meta = self._shards[0].meta
         marks = [shard.cross_entropy for shard in self._shards]
         total = sum(mark[0] for mark in marks if mark), sum(mark[1] for mark in marks if mark)
@@ -309,7 +313,7 @@ class CacheReader:
     def _locate(
         self, keys: Iterable[Any] | RecordIndex
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_] | None]:
-        """The rows of ``keys``: the shard of each, its number there, and which are present if not all are."""
+        """The shard of each row of ``keys``, its number there, and which rows are present, None standing for all."""
         index = keys if isinstance(keys, RecordIndex) else self.index(keys)
         if index.shards != self._fingerprint:
             raise CacheError(f"{self._path}: the index was made for other shards than these: make it again")

@@ -68,7 +68,7 @@ class _BinPacker:
         self._sizes = 0  # bit n is set if a row has room for n: a search is two operations
 
     def fitting(self, size: int) -> int:
-        """The fullest row with room for ``size``, or for a whole row if ``size`` is larger; a new one if need be."""
+        """The number of the fullest row with room for ``size`` (at most a whole row), or of a new one."""
         wanted = min(size, self._length)
         roomy = self._sizes >> wanted << wanted
         if not roomy:
@@ -76,11 +76,11 @@ class _BinPacker:
         return self._by_free[(roomy & -roomy).bit_length() - 1][-1]
 
     def open_row(self) -> int:
-        """The last row, or a new one if that is full."""
+        """The number of the last row, or of a new one if that is full."""
         return len(self.free) - 1 if self.free and self.free[-1] else self._new()
 
     def put(self, row: int, spans: Sequence[tuple[int | None, int, int]]) -> None:
-        """Add those that are not empty."""
+        """Add the ``spans`` that are not empty to ``row``."""
         self._by_free[self.free[row]].remove(row)
         if not self._by_free[self.free[row]]:
             self._sizes &= ~(1 << self.free[row])
@@ -102,7 +102,7 @@ class _BinPacker:
 
 
 def split_spans(entries: Any) -> tuple[Any, NDArray[np.int64] | None, NDArray[np.bool_]]:
-    """Keys, spans and which entries are absent, of entries that are keys, spans or None.
+    """Split entries, each a key, a span or None, into keys, spans and a mask of the absent ones.
 
     Returns:
         The keys of those that are not absent; (n, 2) first row and number of rows, -1 standing for the whole record,

@@ -1,4 +1,4 @@
-"""Every record of a cache once, in order, in batches of bounded size: for what reads a cache from end to end."""
+"""Walking a cache from end to end: every record once, in order, in batches of bounded size."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BATCH_VALUES = 2**20  # of one batch, unless a single record holds more
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Some records: their keys, the rows of each, and the labels of all, one after another."""
+    """Some records: their keys, the number of rows of each, and their labels, concatenated."""
 
     keys: list[Key | int]
     rows: list[int]
     labels: SoftLabels
 
     def records(self) -> Iterator[tuple[Key | int, SoftLabels]]:
-        """Each record by itself."""
+        """Yield the key and the labels of each record."""
         start = 0
         for key, rows in zip(self.keys, self.rows, strict=True):
             yield key, self.labels[start : start + rows]
@@ -38,7 +38,7 @@ class RecordBatch:
 
 
 def walk(path: str | os.PathLike[str], cache: CacheReader) -> Iterator[RecordBatch]:
-    """The records of ``cache``, which ``path`` holds, duplicates left out; in rising order where keys are integers."""
+    """Yield the records of ``cache``, which lies at ``path``, without duplicates; integer keys in ascending order."""
     per_row = 1
     keys: list[Key | int] = []
     rows: list[int] = []
@@ -57,7 +57,7 @@ def walk(path: str | os.PathLike[str], cache: CacheReader) -> Iterator[RecordBat
 
 
 def _records(path: str | os.PathLike[str]) -> Iterator[tuple[Key | int, int]]:
-    """Key and rows of each record, the first of equal keys alone."""
+    """Yield key and number of rows of each record; of equal keys only the first."""
     seen: set[Key | int] = set()
     shards = [(at, shard) for at, shard in enumerate(load_shards(open_storage(path)))]
     for _, shard in sorted(shards, key=lambda pair: (pair[1].first_record, pair[0])):

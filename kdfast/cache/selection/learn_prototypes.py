@@ -29,7 +29,7 @@ def learn_prototypes(
     rounds: int = 2,
     seed: int = 0,
 ) -> PrototypeTable:
-    """Cluster the tails of a teacher's distributions: what ``codec="prototype"`` wants as ``prototypes``.
+    """Cluster the tails of a teacher's distributions into the table that ``codec="prototype"`` takes.
 
     Rows are first clustered by a random projection of their centred log-probabilities. Then each round assigns rows
     to the prototype that represents them best in forward KL, and makes each prototype the mean of its rows: the
@@ -78,7 +78,7 @@ def _features(probs: Tensor, seed: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, count: int, seed: int, iterations: int = 10) -> Tensor:
-    """(rows,): Lloyd's algorithm from centres far apart."""
+    """(rows,) the cluster of each row, by Lloyd's algorithm from centres far apart."""
     centres = _spread(x, count, seed)
     groups = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for _ in range(iterations):
@@ -90,7 +90,7 @@ def _kmeans(x: Tensor, count: int, seed: int, iterations: int = 10) -> Tensor:
 
 
 def _spread(x: Tensor, count: int, seed: int) -> Tensor:
-    """k-means++: each centre is a row drawn by its squared distance from the nearest centre so far."""
+    """k-means++ seeding: each centre is a row drawn by its squared distance from the nearest centre so far."""
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(x), (), generator=generator))
     centres, nearest = [x[first]], (x - x[first]).square().sum(1)

@@ -45,7 +45,7 @@ class PrototypeTable:
 
     @classmethod
     def of(cls, tails: Tensor, means: Tensor) -> PrototypeTable:
-        """From (S, V) tail distributions, and (S, V) mean distributions that say which ids are likeliest."""
+        """Make a table of (S, V) tail distributions, and (S, V) mean distributions that say which ids are likeliest."""
         # Rows that their entries cover whole leave nothing to a tail: it is as good as uniform.
         tails = tails.double().masked_fill(tails.sum(1, keepdim=True) == 0, 1.0)
         log2 = tails.log2()
@@ -86,12 +86,12 @@ class PrototypeTable:
         return np.argsort(codes, axis=1, kind="stable").astype(np.int32)
 
     def to_bytes(self) -> bytes:
-        """A safetensors file: ``codes`` and ``favourites``."""
+        """The table as a safetensors file with the tensors ``codes`` and ``favourites``."""
         return save({"codes": self.codes, "favourites": self.favourites})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> PrototypeTable:
-        """Raises ``ValueError`` unless ``to_bytes`` has made them."""
+        """Read the file that ``to_bytes`` gave. Raises ``ValueError`` for other bytes."""
         try:
             tensors = load(data)
             return cls(tensors["codes"], tensors["favourites"])
@@ -100,14 +100,16 @@ class PrototypeTable:
 
     @cached_property
     def digest(self) -> str:
+        """32 hexadecimal digits that differ for each table: BLAKE2b-128 of ``to_bytes``."""
         return blake2b(self.to_bytes(), digest_size=16).hexdigest()
 
     @property
     def file_name(self) -> str:
+        """The name of the table's file beside a cache's shards."""
         return f"shapes-{self.digest}.safetensors"
 
     def assign(self, probs: Tensor, ids: Tensor) -> Tensor:
-        """(rows,): for each row the prototype that makes its label the closest to it in forward KL.
+        """(rows,) int64: for each row the prototype whose label is the closest to it in forward KL.
 
         Args:
             probs: (rows, vocab) probabilities.
@@ -117,10 +119,10 @@ class PrototypeTable:
         return self._best(rest @ self.log_table.to(probs.device), rest.sum(1), ids)
 
     def assign_drawn(self, drawn: Thresholded, ids: Tensor, rest: Tensor) -> Tensor:
-        """The same from an unbiased sample, at a fraction of the cost: all that a row's score needs is an expectation.
+        """``assign`` from an unbiased sample of each row, at a fraction of the cost: scores are expectations.
 
         Args:
-            drawn: of the whole rows.
+            drawn: a sample of the whole rows.
             ids: (rows, K) entries.
             rest: (rows,) the probability of all other columns.
         """

@@ -1,9 +1,9 @@
-"""The unbiased samplers: a few columns of each row, whose weights have the row's softmax as their expectation. And
-``top``: the likeliest columns.
+"""Unbiased samplers of a row's columns, whose weights have its softmax as expectation; and ``top``, the likeliest.
 
-On a CPU and, with Triton, on a GPU all work straight from the logits, without sorting a row; on a CPU in a fraction of
-the time of a log-sum-exp of PyTorch. Other devices, float64 on a GPU, and what no kernel is for run a plain PyTorch
-version of the same law. Entries differ where sums round differently.
+Kernels for CPUs and, with Triton, for GPUs work straight from the logits without sorting a row; on a CPU they take a
+fraction of the time of PyTorch's log-sum-exp. Everything else falls back to a PyTorch implementation of the same
+sampler: other devices, float64 on a GPU, and arguments that no kernel takes. The two differ in entries where their sums
+round differently.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class Thresholded(NamedTuple):
-    """What ``threshold`` keeps, row after row."""
+    """The entries that ``threshold`` keeps of each row, concatenated."""
 
     ids: Tensor  # (nnz,) int32, ascending within a row
     probs: Tensor  # (nnz,) float32: the probability itself above tau, tau below
@@ -47,7 +47,7 @@ class Thresholded(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What ``sample`` draws, row after row."""
+    """The entries that ``sample`` draws of each row, concatenated."""
 
     ids: Tensor  # (nnz,) int32, ascending within a row
     draws: Tensor  # (nnz,) int32: how often each was drawn; they sum to the row's draws
@@ -56,7 +56,7 @@ class Drawn(NamedTuple):
 
 
 class Top(NamedTuple):
-    """The likeliest columns of each row."""
+    """The k likeliest columns of each row, and the probability of all others."""
 
     ids: Tensor  # (rows, k) int32, the likeliest first; of equal ones, on a CPU, the smaller id; 0 for the missing
     probs: Tensor  # (rows, k) float64; 0 where a row has fewer columns of any probability
@@ -94,7 +94,7 @@ class ColumnOrder:
 def threshold(
     logits: Tensor, *, temperature: float, tau: float, seed: int, first_row: int = 0, order: ColumnOrder | None = None
 ) -> Thresholded:
-    """Keeps every probability above tau as it is, and each one below with probability p / tau, at the value tau.
+    """Keep every probability p above tau as it is, and each one below with probability p / tau, at the value tau.
 
     The columns below are chosen by systematic sampling: one uniform offset per row, and a column is kept where the
     cumulative sum of those before it and itself crosses a multiple of tau beyond the offset. A row has at most
@@ -125,7 +125,7 @@ def threshold(
 
 
 def sample(logits: Tensor, *, temperature: float, draws: int, seed: int, first_row: int = 0) -> Drawn:
-    """Draws columns with replacement from each row's softmax.
+    """Draw columns with replacement from each row's softmax.
 
     Args:
         logits: (rows, vocabulary), any float dtype. Without NaN and +inf; each row with a finite column.
@@ -148,7 +148,7 @@ def sample(logits: Tensor, *, temperature: float, draws: int, seed: int, first_r
 
 
 def top(logits: Tensor, *, temperature: float, k: int) -> Top:
-    """The k likeliest columns: ``(logits / temperature).softmax(1).topk(k)``, and what they leave.
+    """The k likeliest columns, ``(logits / temperature).softmax(1).topk(k)``, and the probability of all others.
 
     Args:
         logits: (rows, vocabulary), any float dtype. Without NaN and +inf; each row with a finite column.
@@ -177,8 +177,10 @@ GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 
 
 def uniforms(seed: int, first_row: int, rows: int, count: int = 1) -> NDArray[np.float64]:
-    """(rows, count): the uniform numbers in (0, 1) of ``rows`` rows. ``threshold`` takes each row's first one as its
-    offset; ``sample`` makes the spacings of its draws from ``draws + 1`` of them."""
+    """(rows, count) uniform numbers in (0, 1), a function of ``seed`` and each row's number alone (splitmix64).
+
+    ``threshold`` takes a row's first one as its offset; ``sample`` makes the spacings of its draws from ``draws + 1``.
+    """
     with np.errstate(over="ignore"):
         row = np.arange(first_row + 1, first_row + 1 + rows, dtype=np.uint64) * np.uint64(GOLDEN)
         stream = splitmix64(splitmix64(np.array([(seed + GOLDEN) % 2**64], np.uint64)) + row)

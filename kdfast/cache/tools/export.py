@@ -1,4 +1,4 @@
-"""``export``: a cache as one Parquet file, for tools that know nothing of kdfast."""
+"""``export``: writing a cache as one Parquet file, for tools that know nothing of kdfast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``merge``: the shards of several caches in one directory, as they are."""
+"""``merge``: copying the shards of several caches into one directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNFINISHED = (".part", ".journal")  # what a writer is at work on, or has left w
 
 @dataclass
 class MergeReport:
-    """What a merge has done, and what the destination holds now."""
+    """What one call of ``merge`` did, and what the destination holds now."""
 
     copied: int = 0  # shards
     present: int = 0  # shards that were there already, by an earlier run
@@ -45,7 +45,7 @@ def merge(
 
     Shards are checked byte by byte and copied as they are, under names that keep the order of the sources: of records
     with equal keys, one that the destination had before stays, then that of the first source. Each file appears
-    whole or not at all, and a second run goes on where one was cut short.
+    whole or not at all, and a second run resumes one that was cut short.
 
     Args:
         sources: directories. They stay as they are.
@@ -98,7 +98,7 @@ def _require_one_kind(caches: list[list[Shard]]) -> None:
 
 
 def _names(caches: list[list[Shard]], held: list[Shard]) -> Iterator[tuple[Shard, str | None]]:
-    """Each shard with its new name; None if the destination holds its like already.
+    """Yield each shard with its new name, None if the destination holds the same shard already.
 
     Names start with the number of the source, so that the sources' order is the order of the records. Numbers start
     where no name is taken by another shard.
@@ -132,7 +132,7 @@ def _copy_shard(shard: Shard, path: Path | None, link: bool, report: MergeReport
 
 
 def _copy_assets(source: Path, shard: Shard, target: Path, report: MergeReport) -> None:
-    """The tables that the codec reads beside the shards; before the shards, which are of no use without them."""
+    """Copy the files that the codec reads beside the shards. They come first: shards are of no use without them."""
     names: list[str] = []
 
     def read(name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""A cache's distributions as a PNG."""
+"""Plotting a cache's distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOUR = "#0072B2"
 
 
 def plot_stats(stats: CacheStats, path: Path) -> None:
-    """Entries per row, bytes per row of each block, and tail mass, side by side.
+    """Plot entries per row, bytes per row of each block, and tail mass side by side into the PNG ``path``.
 
     Raises:
         CacheError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a cache's bytes go to, and how its rows are distributed: every row is read once."""
+"""Statistics of a cache: what its bytes are for, and how its rows are distributed. Every row is read once."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class CacheBytes:
 
     @property
     def files(self) -> int:
+        """The sum of all."""
         return self.payload + self.model + self.tables + self.assets + self.indices
 
 
@@ -60,17 +61,18 @@ class CacheStats:
 
     @property
     def entries_per_row(self) -> float:
+        """The mean number of entries of a row."""
         return float(np.arange(len(self.entries)) @ self.entries) / max(self.rows, 1)
 
     def tail_quantile(self, share: float, temperature: int = 0) -> float:
-        """The upper end of the bin that holds the row at ``share`` of all rows, ordered by tail mass."""
+        """The tail mass that a ``share`` of the rows do not exceed, rounded up to the end of its bin."""
         assert self.tail_mass is not None
         counts = self.tail_mass[temperature].cumsum()
         return float(MASS_BINS[1 + np.searchsorted(counts, share * counts[-1])]) if counts[-1] else 0.0
 
 
 def cache_stats(path: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None) -> CacheStats:
-    """Read a cache from end to end and count.
+    """Read a cache from end to end, and count its bytes, entries and tail masses.
 
     Args:
         path: a directory or URL.
@@ -92,7 +94,7 @@ def cache_stats(path: str | os.PathLike[str], *, progress: Callable[[int], None]
 
 
 def _layout(storage: Storage) -> tuple[CacheBytes, NDArray[np.float64]]:
-    """Bytes by what they are for, and the bytes per row of each block."""
+    """The cache's bytes by what they are for, and the bytes per row of each block."""
     total = CacheBytes()
     blocks = [np.zeros(0)]
     shards = shard_names(storage)

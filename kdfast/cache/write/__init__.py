@@ -1,1 +1,1 @@
-"""From records to sealed shards, crash-safe. Nothing here reads a finished cache."""
+"""Writing a cache: from records to sealed shards, crash-safe. Nothing here imports the reader."""

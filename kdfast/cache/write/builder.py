@@ -1,4 +1,4 @@
-"""From records to shards: a codec learns from the first ones, blocks are cut, shards sealed."""
+"""From records to shards: a codec learns from the first records, blocks are cut, shards are sealed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ShardBuilder:
         codec: with its model, if it is known already.
         start: makes the n-th shard of this session, from 0.
         storage: where sealed shards and the codec's assets go.
-        parked: records to come first, which the journal of the shard that goes on has noted already.
+        parked: records to write first, which the journal of the shard to resume holds already.
         block_rows: a block closes after the record that brings it to as many rows, or as many records.
         shard_bytes: a shard closes after the block that brings it to this size.
     """
@@ -56,22 +56,22 @@ class ShardBuilder:
 
     @property
     def durable(self) -> int:
-        """Records in complete blocks."""
+        """How many records are in complete blocks."""
         return self._sealed_records + self._shard.tables.records
 
     @property
     def pending(self) -> list[Record]:
-        """Records in no block yet."""
+        """The records that are in no block yet."""
         return [*self._block, *self._waiting]
 
     def push(self, record: Record) -> None:
-        """Take a record. It is for ``advance`` to write it."""
+        """Queue a record, which ``advance`` will write."""
         self._waiting.append(record)
         self._waiting_rows += len(record.labels)
         self._noted = False
 
     def advance(self, *, final: bool = False) -> None:
-        """Write the blocks that are full, and seal the shards that are. ``final``: there will be no more records."""
+        """Write the blocks and seal the shards that are full; with ``final`` also the last ones, however small."""
         if self._learning:
             if not final and self._waiting_rows < self._codec.learn_rows:
                 return
@@ -85,14 +85,14 @@ class ShardBuilder:
             self._seal()
 
     def park(self) -> None:
-        """Note the records that are in no block yet, for the next writer of this name."""
+        """Store the records that are in no block yet in the journal, for the next writer of this name."""
         if self.pending and not self._noted:
             self._publish_assets()
             self._shard.park(self.pending)
             self._noted = True
 
     def close(self) -> None:
-        """Leave everything on disk as it is."""
+        """Close the shard's file and leave everything on disk as it is."""
         self._shard.close()
 
     @property

@@ -1,4 +1,4 @@
-"""What an unfinished shard holds, on disk beside it: by it a killed writer's work is taken up again.
+"""The journal beside an unfinished shard: what it holds, so that a killed writer can be resumed.
 
 A journal is a sequence of entries, each a length, a CRC and safetensors. Only entries are ever added, so that a kill
 can tear none but the last one. One file serves a writer for its whole life, and is locked as long.
@@ -28,7 +28,7 @@ _open: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 
 class Journal:
-    """A writer's journal, made if need be, and locked.
+    """The journal of one writer, created if it is not there, and locked.
 
     Raises:
         CacheBusyError: another writer, alive, has it.
@@ -43,7 +43,7 @@ class Journal:
         _open.add(self)
 
     def entries(self) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-        """Kind, contents and end of every entry from the first to the last good one."""
+        """Yield kind, contents and end offset of every entry, up to the first that is torn or corrupt."""
         with with_filename(self.path), open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
             data = file.read()
@@ -54,7 +54,7 @@ class Journal:
             yield kind, contents, end
 
     def append(self, kind: str, contents: Mapping[str, Tensor]) -> None:
-        """Add an entry. One that could not be written is not there, and can be tried again."""
+        """Add an entry. After an ``OSError`` it is not there, and the call can be repeated."""
         body = kind.encode() + save(dict(contents))
         length = np.uint32(len(body)).astype("<u4").tobytes()
         crc = np.uint32(crc32c(body, crc32c(length))).astype("<u4").tobytes()
@@ -63,21 +63,21 @@ class Journal:
         self._end += FRAME.itemsize + len(body)
 
     def cut(self, end: int) -> None:
-        """Drop everything from ``end``; the next entry goes there."""
+        """Drop everything from the offset ``end`` on; the next entry goes there."""
         with with_filename(self.path):
             os.ftruncate(self._descriptor, end)
         self._end = end
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """Whether the journal has no entry."""
         return os.fstat(self._descriptor).st_size == 0
 
     def __del__(self) -> None:
         self.close(remove=False)
 
     def close(self, *, remove: bool) -> None:
-        """Unlock it. A second call does nothing."""
+        """Unlock the journal, and remove it if asked. A second call does nothing."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:
@@ -89,7 +89,7 @@ class Journal:
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """All of ``data``: a single call writes less than asked for where it is large, or the disk nearly full."""
+    """Write all of ``data``. A single ``pwrite`` writes less where data are large, or the disk nearly full."""
     rest = memoryview(data)
     while len(rest):
         done = os.pwrite(descriptor, rest, offset)
@@ -97,7 +97,7 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def _parse(data: memoryview) -> tuple[str, dict[str, Tensor], int] | None:
-    """The first entry and its length; None where there is no good one."""
+    """Kind, contents and length of the first entry of ``data``; None if it is torn or corrupt."""
     if len(data) < FRAME.itemsize:
         return None
     length, crc = np.frombuffer(data, FRAME, 1)[0].tolist()
@@ -128,7 +128,7 @@ def _lock(path: Path) -> int:
 
 
 def _forget() -> None:
-    """A forked child must not hold the lock of a parent that has died."""
+    """Close the journals in a forked child, which must not hold the lock of a parent that has died."""
     for journal in list(_open):
         if journal._descriptor >= 0:
             os.close(journal._descriptor)

@@ -46,7 +46,7 @@ class Attachments(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """All but the labels of some records, one after another: what a journal holds of them, and a shard's tables."""
+    """Keys, row counts, targets and views of some records, concatenated: what journals and shards' tables hold."""
 
     keys: NDArray[np.uint8]  # (records, 16)
     rows: NDArray[np.int64]  # (records,)
@@ -68,11 +68,11 @@ class RecordColumns:
         return cls(keys, rows, np.array(crc), np.array(loss, np.float64), np.array(count), columns.views)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Those that are there, by name."""
+        """The columns that are not None, by name."""
         return {name: array for name, array in vars(self).items() if array is not None}
 
     def records(self, labels: SoftLabels) -> list[Record]:
-        """The reverse of ``of``. ``labels`` are those of all records, concatenated."""
+        """The records again, as ``of`` took them. ``labels`` are those of all records, concatenated."""
         ends = self.rows.cumsum().tolist()
         result = []
         for at, (end, rows) in enumerate(zip(ends, self.rows.tolist(), strict=True)):
@@ -85,7 +85,7 @@ class RecordColumns:
 
 
 class Tables:
-    """The tables of the shard being written. They take about 36 bytes per record, and 13 per row that has a view."""
+    """The tables of a shard being written: about 36 bytes per record, and 13 per row that has a view."""
 
     def __init__(self) -> None:
         self._blocks: list[tuple[int, int, int, int]] = []
@@ -95,7 +95,7 @@ class Tables:
         self._cross_entropy = 0.0
 
     def add(self, columns: RecordColumns, length: int, crc: int) -> None:
-        """The records of a block of ``length`` bytes; all of them are empty if it is 0."""
+        """Add the records of a block of ``length`` bytes, which is 0 if none of them has a row."""
         rows = int(columns.rows.sum())
         if rows:
             self._blocks.append((self.payload_bytes, length, self.rows, rows))
@@ -111,16 +111,16 @@ class Tables:
 
     @property
     def nbytes(self) -> int:
-        """About the size of the file so far."""
+        """The approximate size of the shard's file so far."""
         return self.payload_bytes + 32 * self.records  # a key and a span
 
     def keys(self) -> Iterable[Key]:
-        """Of the records, in order."""
+        """The records' keys, in order."""
         for columns in self._columns:
             yield from (Key(row.tobytes()) for row in columns.keys)
 
     def arrays(self, model: bytes, keys: str) -> dict[str, NDArray[Any]]:
-        """As the shard stores them. Keys that are consecutive, and spans of one row each, are left out."""
+        """The tables as a shard stores them, without consecutive keys and without spans of one row each."""
         rows = self._column("rows", np.int64)
         spans = np.stack([rows.cumsum() - rows, rows], 1)
         digests = self._column("keys", np.uint8).reshape(-1, DIGEST_BYTES)
@@ -139,7 +139,7 @@ class Tables:
         return tables
 
     def metadata(self, keys: str) -> dict[str, str]:
-        """What the records add to the shard's metadata."""
+        """The entries that the records add to the shard's metadata."""
         metadata = dict(ONE_ROW_EACH) if self._one_row_each() else {}
         if keys == RANGE:
             metadata["first_record"] = str(number_of(next(iter(self.keys()))))
@@ -167,7 +167,7 @@ class Tables:
 
 
 def check_logits(logits: Tensor, codec: Codec, width: int) -> Tensor:
-    """The first columns of (rows, width) ``logits``, as many as ``codec`` takes; every row fit to be selected from."""
+    """(rows, width) ``logits`` cut to the columns that ``codec`` takes. Raises for a row that cannot be stored."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"{codec.input_name} must be a floating-point tensor, got {got}")
@@ -186,7 +186,7 @@ def check_logits(logits: Tensor, codec: Codec, width: int) -> Tensor:
 
 
 def select(codec: Codec, logits: Tensor, key: bytes) -> SoftLabels:
-    """What ``codec`` keeps, on the CPU, sharing no memory with ``logits``: a teacher may reuse theirs."""
+    """The labels that ``codec`` selects, on the CPU, sharing no memory with ``logits``, which a teacher may reuse."""
     labels = codec.select(logits, key).to("cpu")
     if labels.values.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
         return _copy(labels)
@@ -194,7 +194,7 @@ def select(codec: Codec, logits: Tensor, key: bytes) -> SoftLabels:
 
 
 def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
-    """A copy of ``labels``, found to be such as ``codec`` selects."""
+    """A copy of ``labels``. Raises ``TypeError`` or ``ValueError`` unless ``codec`` can store them as they are."""
     if not isinstance(labels, SoftLabels):
         raise TypeError(f"labels must be SoftLabels, got {type(labels).__name__}")
     for name in ("kind", "vocab_size", "temperatures"):
@@ -210,7 +210,7 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
 
 
 def check_views(views: Sequence[View], rows: int) -> NDArray[np.uint8]:
-    """(rows, 13): ``views`` as a shard stores them."""
+    """(rows, 13) uint8: ``views`` as a shard stores them. Raises unless there is one ``View`` per row."""
     views = list(views)
     for view in views:
         if not isinstance(view, View):

@@ -23,13 +23,13 @@ def salvage(
 ) -> int:
     """Seal every unfinished shard of a cache that no live writer holds, up to its last good block.
 
-    A writer that will be started again needs no salvage: it goes on by itself, and its shards then come out as if it
-    had never stopped. After salvage they hold the same records, in shards that end elsewhere.
+    A writer that will be started again needs no salvage: it resumes by itself, and its shards then come out as if it
+    had never stopped. After a salvage the records are the same, but shards end elsewhere.
 
     Args:
         path: the cache's directory or URL.
         staging: as ``Writer`` was given it.
-        keep: names of writers that will go on themselves.
+        keep: names of writers that will resume by themselves, whose shards are left alone.
 
     Returns:
         The number of records sealed.

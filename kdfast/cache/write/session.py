@@ -1,4 +1,4 @@
-"""Taking up where a writer's name left off: its lock, its number, its model, and what a kill left unsealed."""
+"""Resume state of one writer name: its lock, next shard number, codec model, and the unsealed shard a crash left."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = ["Session", "journal_name", "work_folder"]
 
 
 def journal_name(writer: str) -> str:
+    """The file name of the journal of ``writer``."""
     return f"shard-{writer}.journal"
 
 
@@ -42,7 +43,7 @@ def work_folder(storage: Storage, staging: str | os.PathLike[str] | None) -> Pat
 
 
 class Session:
-    """What a writer of one name finds when it starts. It holds the name's lock until ``close``.
+    """What the writer ``writer`` finds when it starts. The session holds the name's lock until ``close``.
 
     Args:
         meta: the cache that the writer is for; None to take what is there.
@@ -68,12 +69,12 @@ class Session:
 
     @property
     def has_left(self) -> bool:
-        """Whether something is there that has not been sealed."""
+        """Whether an earlier session has left something unsealed."""
         return self._unfinished is not None or bool(self._parked)
 
     @property
     def own_records(self) -> int:
-        """In this writer's sealed shards, when it started."""
+        """How many records this writer's sealed shards held when the session began."""
         return sum(len(shard.keys) for shard in self._own)
 
     @property
@@ -83,7 +84,7 @@ class Session:
         return left or next((shard.model for shard in self._own if shard.model), b"")
 
     def keys(self) -> set[Key]:
-        """Of every record that is there, other writers' and parked ones included."""
+        """The keys of every stored record, other writers' and parked ones included."""
         found = {Key(row.tobytes()) for shard in self._sealed for row in shard.keys}
         if self._unfinished is not None:
             found.update(self._unfinished.tables.keys())
@@ -91,7 +92,7 @@ class Session:
 
     @property
     def last_key(self) -> Key | None:
-        """Of the shard that goes on, with the parked records that will be in it."""
+        """The key of the last record of the shard to resume, parked records included; None if it has none."""
         keys = [] if self._unfinished is None else list(self._unfinished.tables.keys())
         return self._parked[-1].key if self._parked else keys[-1] if keys else None
 
@@ -103,7 +104,7 @@ class Session:
         return Attachments.of(self._parked[0]) if self._parked else None
 
     def builder(self, codec: Codec, block_rows: int, shard_bytes: int) -> ShardBuilder:
-        """The builder that goes on from here, with ``codec``, which is given the model."""
+        """The builder that resumes the writer's work with ``codec``, which is given the model."""
         for name, data in codec.assets().items():
             if self._storage.exists(name) and self._storage.read_bytes(name) != data:
                 raise CacheMismatchError(f"{self._storage.describe(name)} is not the asset that codec {codec.name} has")
@@ -112,7 +113,7 @@ class Session:
         return ShardBuilder(codec, self._start, self._storage, self._parked, block_rows, shard_bytes)
 
     def close(self, builder: ShardBuilder | None) -> None:
-        """Give up the lock. What ``builder`` has not sealed stays where it is."""
+        """Release the lock. What ``builder`` has not sealed stays on disk for the next session."""
         if builder is not None:
             builder.close()
         self._journal.close(remove=builder is None or builder.empty)
@@ -135,7 +136,7 @@ class Session:
         return max((shard.number + 1 for shard in self._own), default=0)
 
     def _restore(self) -> tuple[Unfinished | None, list[Record]]:
-        """What the journal tells of, without what has been sealed all the same."""
+        """The unsealed shard and the parked records of the journal, without what has been sealed after all."""
         left = Unfinished.restore(self._folder, self._journal)
         if left is None:
             return None, []
@@ -158,7 +159,7 @@ class Session:
         return unfinished, parked
 
     def _require_meta(self, meta: CacheMeta | None) -> CacheMeta | None:
-        """``meta``, or that of the cache if there is one, when everything here agrees with it."""
+        """``meta``, or the cache's own if that is None. Raises ``CacheMismatchError`` if what is there differs."""
         there = [(shard.meta, self._storage.describe(shard.name)) for shard in self._sealed[:1]]
         if self._unfinished is not None:
             there.append((CacheMeta.from_strings(self._unfinished.metadata), str(self._unfinished.path)))

@@ -37,11 +37,12 @@ LARGEST_MARK = {
 
 
 def shard_name(writer: str, number: int) -> str:
+    """The file name of the shard ``number`` of ``writer``."""
     return f"shard-{writer}-{number:05d}.safetensors"
 
 
 class Unfinished:
-    """One shard, from its first block to its seal.
+    """One shard while it is written, from its first block to its seal.
 
     Every method that fails leaves things so that calling it again is right: where the next bytes go is known from the
     tables, which change only after the bytes are there.
@@ -49,8 +50,8 @@ class Unfinished:
     Args:
         folder: where the part file lies, on this machine.
         name: the shard's file name.
-        metadata: the shard's, but for what its records add.
-        journal: the writer's, which so far says nothing of this shard. It is not closed here.
+        metadata: the shard's, without the entries that its records add.
+        journal: the writer's, which has no entry of this shard yet. It is not closed here.
     """
 
     def __init__(self, folder: Path, name: str, metadata: dict[str, str], journal: Journal) -> None:
@@ -66,7 +67,7 @@ class Unfinished:
     # ---- writing --------------------------------------------------------------------------------------------------
 
     def use_model(self, model: bytes) -> None:
-        """Blocks will be encoded with ``model``."""
+        """Note in the journal that blocks are encoded with ``model`` from now on."""
         self._announce()
         if model and not self.model:
             self._journal.append(MODEL, {"model": _tensor(np.frombuffer(model, np.uint8))})
@@ -86,13 +87,13 @@ class Unfinished:
         self.tables.add(columns, len(block), crc)
 
     def park(self, records: Sequence[Record]) -> None:
-        """Note records in the journal that are in no block yet, labels and all."""
+        """Store records that are in no block yet in the journal, with their labels."""
         self._announce()
         labels = _labels_to_tensors(SoftLabels.cat([record.labels for record in records]))
         self._journal.append(PARKED, {**_tensors(RecordColumns.of(records)), **labels})
 
     def seal(self, storage: Storage) -> None:
-        """Complete the file and give it its name in ``storage``. The journal then no longer matters."""
+        """Complete the file and move it to its name in ``storage``. The journal then no longer matters."""
         before, after = self._ends()
         end = self._reserved + self.tables.payload_bytes
         with with_filename(self.path):
@@ -104,13 +105,13 @@ class Unfinished:
         self.close()
 
     def close(self) -> None:
-        """Leave the part as it is. A second call does nothing."""
+        """Close the part file and leave it as it is. A second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def discard(self) -> None:
-        """Remove the part: what it holds has been sealed."""
+        """Remove the part file, whose records have been sealed."""
         self.close()
         self.path.unlink(missing_ok=True)
 
@@ -125,7 +126,7 @@ class Unfinished:
             self._announced = True
 
     def _create(self) -> None:
-        """Start the file: spaces where the header will be, whatever its records turn out to have."""
+        """Start the part file with spaces where the header will be, as many as it can take."""
         reserved = reserve({**self.metadata, **LARGEST_MARK}, OPTIONAL)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -143,13 +144,13 @@ class Unfinished:
         assert len(before) == self._reserved, "the header outgrew its place"
         return before, after
 
-    # ---- taking up what a writer left -----------------------------------------------------------------------------
+    # ---- resuming ------------------------------------------------------------------------------------------------
 
     @classmethod
     def restore(cls, folder: Path, journal: Journal) -> tuple[Unfinished, list[Record]] | None:
-        """The shard that ``journal`` tells of, up to its last good block, and the records parked after it.
+        """Resume the shard of ``journal``: the shard up to its last good block, and the records parked after it.
 
-        None if it tells of none. What comes after the last good block is cut off.
+        None if the journal is empty. What comes after the last good block is cut off.
 
         Raises:
             CacheError: the journal is of another version.
@@ -190,7 +191,7 @@ class Unfinished:
         return unfinished
 
     def _has(self, contents: dict[str, Tensor]) -> bool:
-        """Whether the part holds the block of this entry, whole."""
+        """Whether the part file holds the block of this journal entry, whole."""
         length, crc, self._reserved = contents["block"].tolist()
         if self._descriptor < 0:
             return False
@@ -213,7 +214,7 @@ def _columns(contents: dict[str, Tensor]) -> RecordColumns:
 
 
 def _labels_to_tensors(labels: SoftLabels) -> dict[str, Tensor]:
-    """Every field, whatever its name: tensors as they are, the others as JSON."""
+    """Every field of ``labels`` by name: tensors as they are, the others together as JSON."""
     values = labels.to_fields()
     tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
     text = json.dumps({name: value for name, value in values.items() if name not in tensors}).encode()

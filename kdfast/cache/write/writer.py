@@ -35,15 +35,15 @@ class Writer:
     """Writes a cache, or adds to one. Use it as a context manager.
 
     Leaving the ``with`` block seals the last shard and writes the manifest. Several writers may fill one directory at
-    once if their ``writer`` names differ. Encoding and writing happen in a thread of their own; what that thread meets
-    with is raised by the next ``add`` or ``close``.
+    once if their ``writer`` names differ. Encoding and writing happen in a thread of their own; an error there is
+    raised by the next ``add`` or ``close``.
 
-    A writer that is killed leaves an unfinished shard, ``*.part``, and its journal. The next writer of that name goes
-    on from there: give it the same records in the same order, and the shards come out as if nothing had happened,
+    A writer that is killed leaves an unfinished shard, ``*.part``, and its journal. The next writer of that name
+    resumes there: give it the same records in the same order, and the shards come out as if nothing had happened,
     byte for byte (``key in writer`` tells which teacher passes can be skipped). A kill loses the records of the open
     block, fewer than ``block_rows`` rows, those that wait in the queue, at most 8 blocks, and, while a codec with a
     model gathers the rows to learn from, those. Leaving the ``with`` block by an exception loses none: records in no
-    block yet are noted in the journal. ``kdfast.cache.salvage`` seals what no writer will go on with. A power cut may
+    block yet are noted in the journal. ``kdfast.cache.salvage`` seals what no writer will resume. A power cut may
     take the blocks that the system has not written out yet; sealed shards are synced.
 
     What is on disk depends on the records and their order alone, never on time.
@@ -112,7 +112,7 @@ class Writer:
         self._make_key = make_key if keys == HASH else _number_key
         self._session = Session(self._storage, work_folder(self._storage, staging), writer, meta)
         self._seen = self._session.keys()
-        # With keys="range": the last record of the shard that goes on.
+        # With keys="range": the last record of the shard to resume.
         self._last = self._session.last_key if keys == RANGE else None
         try:
             self._builder = self._session.builder(self._codec, block_rows, shard_bytes)
@@ -201,7 +201,9 @@ class Writer:
         self._put(record)
 
     def close(self) -> None:
-        """Seal what is left and write the manifest. After an ``OSError`` it can be called again. Else it does nothing.
+        """Seal the last shard and write the manifest. After an ``OSError`` it can be called again.
+
+        A second call after a successful one does nothing.
 
         Raises:
             OSError: a file could not be written; nothing is lost.
@@ -278,7 +280,7 @@ class Writer:
 
 
 def _number_key(key: Any) -> Key:
-    """Raises ``TypeError`` or ``ValueError`` for what is no key of a cache with keys="range"."""
+    """The key of an integer, for keys="range". Raises ``TypeError`` or ``ValueError`` for anything else."""
     if not isinstance(key, Integral) or isinstance(key, bool):
         raise TypeError(f"with keys='range' a key is an int, got {describe(key)}")
     if not 0 <= int(key) < MAX_FIRST:
@@ -288,7 +290,7 @@ def _number_key(key: Any) -> Key:
 
 @contextmanager
 def _about(key: Any) -> Iterator[None]:
-    """Name the record that a bad input belongs to."""
+    """A context whose ``TypeError`` and ``ValueError`` name the record ``key`` that they are about."""
     try:
         yield
     except TypeError as error:

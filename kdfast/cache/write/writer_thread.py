@@ -1,4 +1,4 @@
-"""One thread that encodes and writes while the teacher computes."""
+"""The thread that encodes and writes while the teacher computes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ QUEUED_BLOCKS = 8
 class WriterThread:
     """Hands records to a builder in the order they come, in a thread of its own.
 
-    It holds ``QUEUED_BLOCKS`` blocks of records at most; ``put`` waits for room. When the builder fails the thread
-    stops at that record, and the next ``put`` or ``drain`` raises what the builder raised. Each call after that tries
-    again first, and goes on where it stopped if that succeeds: a disk that has room again loses nothing.
+    It queues at most ``QUEUED_BLOCKS`` blocks of records; ``put`` waits for room. When the builder fails the thread
+    stops at that record, and the next ``put`` or ``drain`` raises what the builder raised. Each call after that
+    retries first, and resumes where the thread stopped: once a full disk has room again, nothing is lost.
     """
 
     def __init__(self, builder: ShardBuilder, block_rows: int) -> None:
@@ -30,7 +30,7 @@ class WriterThread:
         self._finalizer = weakref.finalize(self, self._state.stop)
 
     def put(self, record: Record) -> None:
-        """Queue a record. Raises what the thread met with since the last call; the record is then not queued."""
+        """Queue a record. Raises an error of the thread since the last call; the record is then not queued."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._state.run, name="kdfast-writer", daemon=True)
             self._thread.start()
@@ -45,7 +45,7 @@ class WriterThread:
             state.condition.notify_all()
 
     def drain(self) -> None:
-        """Wait until the builder has every record. Raises what the thread met with."""
+        """Wait until the builder has every record. Raises an error of the thread since the last call."""
         state = self._state
         with state.condition:
             state.try_again()
@@ -53,7 +53,7 @@ class WriterThread:
             state.raise_error()
 
     def stop(self) -> list[Record]:
-        """End the thread after what it is doing now, and give back the records it has not got to."""
+        """End the thread after its current record. Returns the records that it has not given to the builder."""
         self._finalizer()
         if self._thread is not None:
             self._thread.join()
@@ -68,7 +68,7 @@ class WriterThread:
 
 
 class _State:
-    """What the thread and its callers share. Every field is guarded by ``condition``."""
+    """The state that the thread shares with its callers. Every field is guarded by ``condition``."""
 
     def __init__(self, builder: ShardBuilder) -> None:
         self.condition = threading.Condition()
@@ -84,7 +84,7 @@ class _State:
         return not (self.waiting or self._busy or self._failed)
 
     def try_again(self) -> None:
-        """Have the thread repeat what failed, if that has been raised already, and wait for the outcome."""
+        """Have the thread retry what failed, if its error has been raised already, and wait for the outcome."""
         if self._failed and self.error is None:
             self._retry = True
             self.condition.notify_all()
@@ -112,7 +112,7 @@ class _State:
                 self.condition.notify_all()
 
     def _take(self) -> bool:
-        """Wait for something to do, and give the builder its next record. False: it is over."""
+        """Wait for work, and give the builder its next record. Returns False when the thread is to end."""
         with self.condition:
             self.condition.wait_for(lambda: self._stopped or self._retry or bool(self.waiting and not self._failed))
             if self._stopped:
