@@ -39,14 +39,15 @@ class RecordBatch:
 
 def walk(path: str | os.PathLike[str], cache: CacheReader) -> Iterator[RecordBatch]:
     """Yield the records of ``cache``, which lies at ``path``, without duplicates; integer keys in ascending order."""
-    per_row = 1
+    per_row = 0  # values of a row; 0: not known before a record with rows has been read, by itself
     keys: list[Key | int] = []
     rows: list[int] = []
     total = 0
     for key, count in _records(path):
-        if keys and (total + count) * per_row > BATCH_VALUES:
+        if keys and (not per_row or (total + count) * per_row > BATCH_VALUES):
             batch = RecordBatch(keys, rows, cache.gather(keys))
-            per_row = max(1, batch.labels.values.numel() // max(1, len(batch.labels)))
+            if len(batch.labels):
+                per_row = max(1, batch.labels.values.numel() // len(batch.labels))
             yield batch
             keys, rows, total = [], [], 0
         keys.append(key)
