@@ -1,7 +1,6 @@
 """capture: what is run, what is stored under which key, and what a second run makes of it."""
 
 import functools
-import importlib
 import multiprocessing
 import random
 import signal
@@ -21,7 +20,6 @@ from support.caches import contents
 from support.children import CAPTURE_BATCHES, CAPTURES, capture_and_tell, capture_until_killed
 
 VOCAB, LENGTH = 9, 5
-module = importlib.import_module("kdfast.cache.capture.capture")
 
 
 class Teacher(nn.Module):
@@ -121,7 +119,7 @@ class Again:
 
 @pytest.mark.parametrize("stop", [3, 18, 20, 23])  # the prototypes are learned in three passes over six batches
 @pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 60, "block_rows": 4}])
-def test_a_resumed_capture_of_prototypes_goes_on_with_its_shapes(tmp_path, teacher, stop, sizes):
+def test_a_resumed_capture_of_prototypes_keeps_its_table(tmp_path, teacher, stop, sizes):
     options = {"codec": "prototype", "k": 2, **sizes}
     run(teacher, Again(), tmp_path / "whole", **options)
     with pytest.raises(Stopped):
@@ -175,7 +173,7 @@ KILLS = [("topk", [7]), ("sample", [12]), ("threshold", [29]), ("prototype", [50
 
 
 @pytest.mark.parametrize(("name", "kills"), KILLS)
-def test_a_killed_capture_goes_on_byte_for_byte(tmp_path, uninterrupted, name, kills):
+def test_a_killed_capture_resumes_byte_for_byte(tmp_path, uninterrupted, name, kills):
     check_killed(tmp_path, name, kills, uninterrupted)
 
 
@@ -258,46 +256,32 @@ def test_mask_stores_supervised_rows_alone(tmp_path, teacher):
         assert torch.equal(masked[ids].values, whole[ids].values[ids > 4])
 
 
-def stored(monkeypatch):
-    """What reaches the writer."""
-    added = []
-
-    class Writer(kdfast.cache.Writer):
-        def add(self, key, logits, *, targets=None, views=None):
-            added.append((key, logits, targets, views))
-            super().add(key, logits, targets=targets, views=views)
-
-    monkeypatch.setattr(module, "Writer", Writer)
-    return added
-
-
-def test_targets_and_views_go_with_their_rows(tmp_path, teacher, monkeypatch):
-    added = stored(monkeypatch)
+def test_targets_and_views_go_with_their_rows(tmp_path, teacher):
     batch = next(batches(1))
     views = [[View(seed=10 * i + j) for j in range(LENGTH)] for i in range(3)]
     run(
         teacher, [batch], tmp_path, mask=lambda b: b["input_ids"] % 2 == 0, targets=lambda b: b["input_ids"],
         views=lambda b: views,
     )  # fmt: skip
-    for i, (_, logits, targets, seen) in enumerate(added):
-        kept = batch["attention_mask"][i].bool() & (batch["input_ids"][i] % 2 == 0)
-        assert torch.equal(targets, batch["input_ids"][i][kept])
-        assert [view.seed for view in seen] == (10 * i + kept.nonzero().flatten()).tolist()
-        assert len(logits) == len(targets)
+    cache = kdfast.cache.open(tmp_path)
+    for i, (ids, real) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)):
+        key, kept = ids[real], real & (ids % 2 == 0)
+        cache.check_targets([key], [ids[kept]])
+        assert [view.seed for view in cache.views(key)] == (10 * i + kept.nonzero().flatten()).tolist()
+        assert len(cache[key]) == kept.sum()
 
 
-def test_images_have_one_row_a_target_and_a_view_each(tmp_path, monkeypatch):
-    added = stored(monkeypatch)
+def test_images_have_one_row_a_target_and_a_view_each(tmp_path):
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, VOCAB)), torch.randn(4, 3, 2, 2)
     views = [View(flip=bool(i % 2), seed=i) for i in range(4)]
     batch = (images, torch.tensor([3, 1, 4, 1]), ["a", "b", "c", "d"])
     run(
         model, [batch], tmp_path, key=lambda b: b[2], targets=lambda b: b[1], views=lambda b: views,
     )  # fmt: skip
-    assert [(targets.tolist(), seen) for _, _, targets, seen in added] == [
-        ([target], [view]) for target, view in zip([3, 1, 4, 1], views, strict=True)
-    ]
-    labels = kdfast.cache.open(tmp_path).gather(["d", "a"])
+    cache = kdfast.cache.open(tmp_path)
+    cache.check_targets(list("abcd"), [[3], [1], [4], [1]])
+    assert [cache.views(name) for name in "abcd"] == [[view] for view in views]
+    labels = cache.gather(["d", "a"])
     expected = model(images[[3, 0]]).log_softmax(1)
     assert (labels.values - expected).abs().max() < 0.05
 
@@ -430,7 +414,7 @@ def test_auto_takes_whole_rows_of_a_small_vocabulary(tmp_path, teacher):
     run(teacher, batches(), tmp_path, codec="auto", bits=4)
     info = kdfast.cache.open(tmp_path).info
     assert (info.codec, info.config["bits"]) == ("dense", 4)
-    assert info.why.startswith("a small vocabulary")
+    assert info.codec_reason.startswith("a small vocabulary")
 
 
 def test_auto_takes_topk_at_other_temperatures(tmp_path):
@@ -439,7 +423,7 @@ def test_auto_takes_topk_at_other_temperatures(tmp_path):
         writer.add(0, torch.randn(1, size))
     info = kdfast.cache.open(tmp_path).info
     assert (info.codec, info.config["k"]) == ("topk", 3)
-    assert "exact mass of the rest" in info.why
+    assert "exact mass of the rest" in info.codec_reason
 
 
 @pytest.mark.parametrize("vocab_size", [10, SMALL_VOCAB, SMALL_VOCAB + 1, 2**20])

@@ -71,7 +71,7 @@ def test_shares_make_up_the_corpus(teacher, tmp_path, alone):
     assert torch.allclose(one.values.float(), three.values.float(), atol=1e-2)
 
 
-def test_another_number_of_processes_goes_on(teacher, tmp_path, alone, monkeypatch):
+def test_another_number_of_processes_resumes(teacher, tmp_path, alone, monkeypatch):
     """What the first ones have left unsealed is sealed, and nobody runs the teacher over it again."""
     calls = 0
     forward = type(teacher).forward
@@ -97,7 +97,7 @@ def test_another_number_of_processes_goes_on(teacher, tmp_path, alone, monkeypat
     assert calls == before
 
 
-def test_salvage_leaves_alone_who_goes_on(teacher, tmp_path):
+def test_salvage_leaves_alone_who_resumes(teacher, tmp_path):
     writer = kdfast.cache.Writer(tmp_path, vocab_size=4, codec="topk", k=2, writer="0of2")
     writer.__enter__()
     writer.add("a", torch.randn(2, 4))

@@ -157,7 +157,7 @@ def test_the_files_do_not_depend_on_the_order_of_the_answers(tmp_path, url, repl
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_a_capture_goes_on_where_it_was_stopped(tmp_path, url, replay, concurrency):
+def test_a_capture_resumes_where_it_was_stopped(tmp_path, url, replay, concurrency):
     run(url, tmp_path / "whole", block_rows=4)
     replay.change = lambda prompt, text: "{}" if prompt[:-1] == WINDOWS[3].tolist() else text
     with pytest.raises(CacheError, match="window 3: "):

@@ -13,6 +13,7 @@ import kdfast.cache
 from kdfast import _C
 from kdfast.cache import codecs
 from kdfast.cache.codecs import TopK
+from kdfast.cache.format.container import read_container
 from kdfast.cache.format.keys import make_key, make_keys
 from kdfast.labels import SoftLabels
 from support.repack import repack
@@ -107,20 +108,20 @@ def test_width_is_known_exactly_where_no_row_is_short(tmp_path, codec):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_each_block_is_checked_once(tmp_path, monkeypatch):
-    checked = []
-
-    def crc32c(data, *start):
-        checked.append(len(data))
-        return _C.crc32c(data, *start)
-
+def test_a_block_is_checked_when_it_is_first_read_and_then_never_again(tmp_path):
     cache = write(tmp_path, [1] * 12, "dense", block_rows=4)
-    monkeypatch.setattr("kdfast.cache.format.shard.crc32c", crc32c)
-    cache.gather([0, 1, 0, 9])
-    assert len(checked) == 2
-    cache.gather(range(12))
-    cache.gather(range(12))
-    assert len(checked) == 3
+    cache.gather([0, 9])  # of the first and the last block
+    path = tmp_path / "shard-0-00000.safetensors"
+    payload = read_container(path).payload_start
+    with path.open("r+b") as file:
+        for row in range(12):
+            file.seek(payload + row * (VOCAB + 4) + 4)
+            code = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([code ^ 1]))
+    cache.gather([1, 0, 10])
+    with pytest.raises(kdfast.cache.CacheCorruptError, match="block 1: CRC is"):
+        cache.gather([4])
 
 
 # ---- an index ---------------------------------------------------------------------------------------------------

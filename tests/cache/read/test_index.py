@@ -159,7 +159,7 @@ def test_one_row_each_needs_no_spans(tmp_path):
     assert_same(cache.gather("fa"), kdfast.SoftLabels.cat([cache["f"], cache["a"]]))
 
 
-def test_a_writer_of_consecutive_keys_goes_on_where_it_was(tmp_path):
+def test_a_writer_of_consecutive_keys_resumes_where_it_was(tmp_path):
     def interrupted():
         with writer(tmp_path, keys="range") as w:
             for i in range(3, 8):

@@ -1,4 +1,4 @@
-"""Loading: identical labels whatever the workers and ranks, and a state that any number of ranks goes on from."""
+"""Loading: identical labels whatever the workers and ranks, and a state that any number of ranks resumes from."""
 
 import multiprocessing
 import pickle
@@ -128,7 +128,7 @@ def together(samplers, steps):
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("size", [24, 28])
-def test_any_number_of_ranks_goes_on_in_the_same_order(size, drop_last):
+def test_any_number_of_ranks_resumes_in_the_same_order(size, drop_last):
     want = take(ElasticSampler(size, 8, seed=5, drop_last=drop_last), 12)
     for first, second in ((1, 4), (4, 2), (2, 1)):
         for stop in (1, 4, 7):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import kdfast.cache
 from kdfast.cache import codecs
 from kdfast.cache.codecs import Codec
+from kdfast.cache.read.walk import BATCH_VALUES, walk
 from kdfast.labels import SoftLabels
 from support.caches import VOCAB, logits, writer
 
@@ -200,3 +201,14 @@ def test_shards_stay_near_the_size_asked_for(tmp_path):
     sizes = [p.stat().st_size for p in sorted(tmp_path.glob("shard-*"))]
     assert len(sizes) > 5
     assert max(sizes) < 2000 + 2200
+
+
+def test_a_walk_is_in_batches_of_bounded_size(tmp_path):
+    rows, vocab = 100, BATCH_VALUES // 250
+    with kdfast.cache.Writer(tmp_path, vocab_size=vocab, codec="dense", keys="range") as w:
+        for i in range(6):
+            w.add(i, torch.zeros(0 if i == 0 else rows, vocab))
+    batches = list(walk(tmp_path, kdfast.cache.open(tmp_path)))
+    assert [batch.keys for batch in batches] == [[0], [1], [2, 3], [4, 5]]
+    assert all(batch.labels.values.numel() <= BATCH_VALUES for batch in batches)
+    assert [len(labels) for batch in batches for _, labels in batch.records()] == [0, *[rows] * 5]

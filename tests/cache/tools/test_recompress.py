@@ -103,8 +103,7 @@ def test_integer_keys_stay_integers(tmp_path):
         assert torch.equal(b[i].ids.view(-1, 2), a[i].ids.view(-1, 4)[:, :2])
 
 
-def test_many_portions(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdfast.cache.read.walk.BATCH_VALUES", 30)
+def test_several_shards(tmp_path):
     fill(tmp_path / "a", k=8, block_rows=2, shard_bytes=300)
     assert kdfast.cache.open(tmp_path / "a").info.shards > 1
     recompress(tmp_path / "a", tmp_path / "b", codec="topk")

@@ -120,9 +120,7 @@ def read(path):
     return table, {row["key"]: row for row in table.to_pylist()}
 
 
-@pytest.mark.parametrize("batch_values", [10, 2**20])
-def test_exported_topk_labels_are_those_of_the_cache(tmp_path, monkeypatch, batch_values):
-    monkeypatch.setattr("kdfast.cache.read.walk.BATCH_VALUES", batch_values)
+def test_exported_topk_labels_are_those_of_the_cache(tmp_path):
     path = fill(tmp_path / "cache", k=4, temperatures=(1.0, 2.0), shard_bytes=100, block_rows=2)
     assert export(path, tmp_path / "out.parquet") == 5
     table, rows = read(tmp_path / "out.parquet")
@@ -141,8 +139,7 @@ def test_exported_topk_labels_are_those_of_the_cache(tmp_path, monkeypatch, batc
         )
         for field in ("ids", "values", "offsets", "tails"):
             assert torch.equal(getattr(back, field), getattr(labels, field)), field
-    groups = pq.ParquetFile(tmp_path / "out.parquet").num_row_groups
-    assert groups == 1 if batch_values > 10 else groups > 1
+    assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups == 2
     lists = [str(table.schema.field(name).type) for name in ("counts", "ids", "log_probs", "tails")]
     assert all(kind.startswith("large_list<") for kind in lists)
     about = json.loads(table.schema.metadata[b"kdfast"])

@@ -52,7 +52,7 @@ def check_resumed(path, codec, whole):
 
 
 @pytest.mark.parametrize(("codec", "kills"), [("topk", [3, 60]), ("toy", [20]), ("toy", [70, 100])])
-def test_a_killed_writer_goes_on_byte_for_byte(tmp_path, whole, codec, kills):
+def test_a_killed_writer_resumes_byte_for_byte(tmp_path, whole, codec, kills):
     for last in kills:
         kill_after(tmp_path, codec, last)
     check_resumed(tmp_path, codec, whole)
@@ -236,7 +236,7 @@ def test_parked_records_that_went_into_a_block_are_not_parked_any_more(tmp_path)
     assert left_in(tmp_path) == [make_key(i) for i in range(4)]
 
 
-def test_another_cache_does_not_go_on_from_what_was_left(tmp_path):
+def test_another_cache_does_not_resume_what_was_left(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write(tmp_path, range(10), announce=lambda i: 1 // (9 - i))
     left = contents(tmp_path)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 import kdfast.cache
 from kdfast._C import crc32c
+from kdfast.cache import codecs
 from kdfast.cache.format.container import read_container
 from kdfast.cache.format.keys import make_key
 from kdfast.cache.format.shard import Shard
@@ -217,14 +218,26 @@ def test_labels_that_the_codec_does_not_store_are_named(tmp_path):
 # ---- models and assets --------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_learned_once_from_the_first_rows(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Toy, "learn", lambda self, labels: seen.append(labels) or b"m%d" % len(labels))
-    with toy(tmp_path, learn_rows=10, block_rows=4, shard_bytes=600) as w:
+@codecs.register
+class Remembering(Toy):
+    """Remembers what it has learned from."""
+
+    name = "remembering toy"
+    seen = []  # noqa: RUF012
+
+    def learn(self, labels):
+        self.seen.append(labels)
+        return b"m%d" % len(labels)
+
+
+def test_a_model_is_learned_once_from_the_first_rows(tmp_path):
+    options = {"codec": Remembering.name, "learn_rows": 10, "block_rows": 4}
+    with toy(tmp_path, shard_bytes=600, **options) as w:
         for i in range(30):
             w.add(i, logits(3, seed=i))
-    with toy(tmp_path, learn_rows=10, block_rows=4) as w:
+    with toy(tmp_path, **options) as w:
         w.add(99, logits(3))
+    seen = Remembering.seen
     assert torch.equal(torch.cat([part.values for part in seen]), torch.cat([logits(3, seed=i) for i in range(4)]))
     shards = sorted(tmp_path.glob("shard-*.safetensors"))
     assert len(shards) > 3
@@ -322,15 +335,20 @@ def test_a_teacher_may_reuse_its_memory(tmp_path):
     assert torch.equal(cache["row"].values, logits(2)[:1])
 
 
-def test_the_queue_is_bounded(tmp_path, monkeypatch):
+@codecs.register
+class Waiting(Toy):
+    """Encodes nothing before it is told to."""
+
+    name = "waiting toy"
     entered, go = threading.Event(), threading.Event()
 
-    def slow(self, labels):
-        entered.set()
-        go.wait()
-        return labels.values.numpy().tobytes()
+    def encode(self, labels):
+        self.entered.set()
+        self.go.wait()
+        return super().encode(labels)
 
-    monkeypatch.setattr(Toy, "encode", slow)
+
+def test_the_queue_is_bounded(tmp_path):
     added = []
 
     def produce(w):
@@ -338,35 +356,41 @@ def test_the_queue_is_bounded(tmp_path, monkeypatch):
             w.add(i, logits(1))
             added.append(i)
 
-    with toy(tmp_path, block_rows=4) as w:
+    with toy(tmp_path, codec=Waiting.name, block_rows=4) as w:
         thread = threading.Thread(target=produce, args=(w,))
         thread.start()
-        entered.wait()
+        Waiting.entered.wait()
         thread.join(0.3)  # far longer than it needs to fill the queue
         assert len(added) <= 4 + 8 * 4
-        go.set()
+        Waiting.go.set()
         thread.join()
     assert len(added) == 100
 
 
-def test_an_error_of_the_background_is_raised_as_it_is_and_tried_again(tmp_path, monkeypatch):
-    class Broken(Exception):
-        pass
+class Broken(Exception):
+    pass
 
-    real, fail = Toy.encode, [True]
+
+@codecs.register
+class Failing(Toy):
+    """Encodes once it has been mended."""
+
+    name = "failing toy"
+    mended = False
 
     def encode(self, labels):
-        if fail:
+        if not self.mended:
             raise Broken("the codec")
-        return real(self, labels)
+        return super().encode(labels)
 
-    monkeypatch.setattr(Toy, "encode", encode)
-    w = toy(tmp_path, block_rows=1)
+
+def test_an_error_of_the_thread_is_raised_as_it_is_and_tried_again(tmp_path):
+    w = toy(tmp_path, codec=Failing.name, block_rows=1)
     w.add(0, logits(1))
     for again in (w._thread.drain, w._thread.drain, lambda: w.add(1, logits(1)), w.close, w.close):
         with pytest.raises(Broken, match="the codec"):
             again()
-    fail.clear()
+    w.codec.mended = True
     w.add(2, logits(1))
     w.close()
     assert list(kdfast.cache.open(tmp_path)) == [make_key(0), make_key(2)]
@@ -541,7 +565,7 @@ def test_a_remote_cache_has_the_same_files(tmp_path, memory):
         fsspec.filesystem("memory").makedirs("/kdfast-test")
 
 
-def test_a_remote_writer_goes_on_from_its_staging(tmp_path, memory):
+def test_a_remote_writer_resumes_from_its_staging(tmp_path, memory):
     write(tmp_path / "whole", range(60))
     with pytest.raises(ZeroDivisionError):
         write(memory, range(60), staging=tmp_path / "staging", announce=lambda i: 1 // (40 - i))
