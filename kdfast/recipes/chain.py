@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from kdfast.distill.distiller import Distiller
-from kdfast.recipes._rounds import History, check_options
-from kdfast.recipes.cohort import Cohort
+from kdfast.recipes.composite import Cohort
+from kdfast.recipes.rounds import History, check_options
 
 __all__ = ["BornAgain", "Chain", "TeacherAssistants"]
 

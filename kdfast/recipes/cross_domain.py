@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
-from kdfast.recipes._rounds import History, Rounds, check_options
-from kdfast.recipes._rows import answers_of, dense_logits, wide
+from kdfast.recipes._inputs import answers_of, dense_logits, wide
+from kdfast.recipes.rounds import History, Rounds, check_options
 
 __all__ = ["CrossDomain", "Unlabelled", "confident"]
 

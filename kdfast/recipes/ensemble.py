@@ -19,7 +19,7 @@ from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 from kdfast.loss.checks import values_are_checked
 from kdfast.models import logits_of
-from kdfast.recipes._rows import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, wide
+from kdfast.recipes._inputs import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, wide
 
 __all__ = ["LogitEnsemble", "ProbabilityEnsemble", "label_trust"]
 

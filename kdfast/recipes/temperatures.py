@@ -1,7 +1,8 @@
-"""Temperatures of their own for each row."""
+"""Options of ``KD`` that change: over the training, and from row to row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.distill.step import Step
-from kdfast.recipes._rows import answers_of, counted_rows, dense_logits, wide
+from kdfast.recipes._inputs import answers_of, counted_rows, dense_logits, wide
 
-__all__ = ["entropy_temperature", "focal_temperature", "temperature_of_entropy"]
+__all__ = ["anneal", "entropy_temperature", "focal_temperature", "ramp_up", "temperature_of_entropy"]
+
+
+# ---- from row to row ------------------------------------------------------------------------------------------------
 
 
 def focal_temperature(base: float, beta: float, gamma: float = 2.0) -> Callable[[Step], Tensor]:
@@ -78,3 +82,35 @@ def _entropy(logits: Tensor) -> Tensor:
 def _check(share: float, low: float, high: float) -> None:
     if not (0.0 < share < 1.0 and 0.0 < low < high):
         raise ValueError(f"share must be in (0, 1) and 0 < low < high, got share={share}, low={low} and high={high}")
+
+
+# ---- over the training ----------------------------------------------------------------------------------------------
+
+
+def anneal(start: float, end: float, shape: str = "linear") -> Callable[[Step], float]:
+    """From ``start`` to ``end``: ``KD(temperature=anneal(8.0, 1.0))`` (annealing KD, Jafari et al. 2021).
+
+    With x the share of all optimiser steps that is done, ``start + (end - start) * x``, or for shape "cosine"
+    ``end + (start - end) * (1 + cos(pi x)) / 2``, which is slow at both ends.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if shape not in ("linear", "cosine"):
+        raise ValueError(f'shape must be "linear" or "cosine", got {shape!r}')
+    if shape == "linear":
+        return lambda step: start + (end - start) * step.progress
+    return lambda step: end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * step.progress))
+
+
+def ramp_up(end: float, share: float = 0.2) -> Callable[[Step], float]:
+    """``end * exp(-5 (1 - x)^2)``, x = progress / share, at most 1: the weight of a teacher that has yet to learn.
+
+    Source: Laine & Aila 2017, for consistency losses such as ``self_distillation``'s.
+
+    Raises:
+        ValueError: a share that is not in (0, 1].
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    return lambda step: end * math.exp(-5.0 * (1.0 - min(1.0, step.progress / share)) ** 2)

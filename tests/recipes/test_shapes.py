@@ -6,10 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdfast import Distiller, SoftLabels
-from kdfast.recipes.detection import Detections, detection_kd
-from kdfast.recipes.recommendation import listwise_kd, ranking_distillation
-from kdfast.recipes.regression import gaussian_kd, regression_kd, teacher_bounded
-from kdfast.recipes.segmentation import channel_wise_kd, segmentation_kd
+from kdfast.recipes import (
+    Detections,
+    channel_wise_kd,
+    detection_kd,
+    gaussian_kd,
+    listwise_kd,
+    ranking_distillation,
+    regression_kd,
+    segmentation_kd,
+    teacher_bounded,
+)
 
 
 def randn(*shape):

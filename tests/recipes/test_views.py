@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 import kdfast.cache
 from kdfast.cache import CacheDataset, CacheError, CacheMismatchError, View, codecs
-from kdfast.recipes.augmentation import crop_and_flip, noise_tokens, random_view
-from kdfast.recipes.views import ViewedExamples, capture_views, view_span
+from kdfast.recipes import ViewedExamples, capture_views, crop_and_flip, noise_tokens, random_view, view_span
 
 NAMES = [f"image {i}" for i in range(5)]
 augment = partial(crop_and_flip, size=(6, 6), noise=0.1)

@@ -1,4 +1,4 @@
-"""What recipes ask of a step's rows: which count, and what the teacher says of whole ones."""
+"""What recipes are given, checked and brought to one form: a step's teachers and rows, and tensors of one shape."""
 
 from __future__ import annotations
 
@@ -14,9 +14,22 @@ from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 from kdfast.models import logits_of
 
-__all__ = ["answers_of", "counted_rows", "decoded", "dense_logits", "several_teachers", "soft_labels", "wide"]
+__all__ = [
+    "answers_of",
+    "counted_rows",
+    "decoded",
+    "dense_logits",
+    "require_alike",
+    "require_mask",
+    "several_teachers",
+    "soft_labels",
+    "wide",
+]
 
 IGNORE = -100
+
+
+# ---- a step ---------------------------------------------------------------------------------------------------------
 
 
 def answers_of(step: Step) -> Any:
@@ -71,3 +84,30 @@ def wide(x: Tensor) -> Tensor:
 
 def _each(teacher: Any) -> tuple[Any, ...]:
     return teacher if isinstance(teacher, tuple) else (teacher,)
+
+
+# ---- tensors of one shape -------------------------------------------------------------------------------------------
+
+
+def require_alike(frozen: str, /, **tensors: Tensor) -> None:
+    """Floating-point tensors of one shape, of which the one named ``frozen``, the teacher's, has no gradient.
+
+    Raises:
+        TypeError: one is no floating-point tensor.
+        ValueError: shapes differ, or the teacher's requires grad.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"all of these must have one shape, got {shapes}")
+    if tensors[frozen].requires_grad:
+        raise ValueError(f"{frozen} requires grad, but only the student is trained: compute it under torch.no_grad()")
+
+
+def require_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """A bool tensor of ``shape``. Raises ``ValueError`` otherwise."""
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"{name} must be a bool tensor of {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}")
