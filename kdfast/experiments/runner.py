@@ -15,11 +15,10 @@ from statistics import mean
 import torch
 
 from kdfast.bench.report import environment
-from kdfast.experiments.arm import Arm
+from kdfast.experiments.arms import Arm
 from kdfast.experiments.catalogue import EXPERIMENTS, Experiment
-from kdfast.experiments.runs import FINAL, TUNING, Options, Run
 from kdfast.experiments.settings import Settings
-from kdfast.experiments.store import Store
+from kdfast.experiments.store import FINAL, TUNING, Options, Run, Store
 from kdfast.experiments.tasks import CLEAN, Task
 
 __all__ = ["complete", "file_of", "planned"]

@@ -1,17 +1,40 @@
-"""An experiment's runs on disk: one line of JSON each, added when the run is done."""
+"""Runs, and where they are kept: one line of JSON each, added when the run is done."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from kdfast.experiments.runs import Run, RunKey
+__all__ = ["FINAL", "TUNING", "Options", "ResultsError", "Run", "RunKey", "Store", "read_runs"]
 
-__all__ = ["ResultsError", "Store", "read_runs"]
+TUNING, FINAL = "tuning", "final"  # scored on the validation split, or on the test split
+
+Options = Mapping[str, Any]
+RunKey = tuple[str, str, str, int, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one seed and one choice of its options."""
+
+    arm: str
+    stage: str
+    seed: int
+    options: Options
+    settings: str  # their fingerprint
+    scores: Mapping[str, float] = field(default_factory=dict)  # by test, in 0 ... 1; empty: not run yet
+    about: Mapping[str, Any] = field(default_factory=dict)  # seconds, machine, versions, commit
+
+    @property
+    def key(self) -> RunKey:
+        """Equal for runs that need not both be made."""
+        return self.settings, self.arm, self.stage, self.seed, json.dumps(dict(self.options), sort_keys=True)
 
 
 class ResultsError(ValueError):

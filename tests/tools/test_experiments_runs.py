@@ -16,12 +16,11 @@ pytest.importorskip("mlxtend")
 
 from kdfast.demo.settings import Schedule
 from kdfast.experiments import catalogue, runner
-from kdfast.experiments.arm import Arm, grid
+from kdfast.experiments.arms import Arm, grid
 from kdfast.experiments.catalogue import EXPERIMENTS, Experiment
 from kdfast.experiments.runner import complete, file_of, planned
-from kdfast.experiments.runs import FINAL, TUNING, Run
 from kdfast.experiments.settings import Settings
-from kdfast.experiments.store import ResultsError, Store, read_runs
+from kdfast.experiments.store import FINAL, TUNING, ResultsError, Run, Store, read_runs
 from kdfast.experiments.tasks import domain_shift, few_labels_digits, label_noise
 from kdfast.experiments.training import Batches, Featured, Remembered
 
