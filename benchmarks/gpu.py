@@ -104,8 +104,8 @@ def _sanitizer(out: Path) -> str:
 
 def _times(options: argparse.Namespace, checks: dict[str, str]) -> None:
     sys.path.insert(0, str(ROOT))
-    from kdfast.bench.gpu_cases import CASES, measure
-    from kdfast.bench.gpu_report import ceilings, save_gpu
+    from kdfast.bench.gpu import ceilings, measure, save_gpu
+    from kdfast.bench.gpu_cases import CASES
 
     machine, results = ceilings(), []
     path = None

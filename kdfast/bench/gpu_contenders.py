@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import SoftLabels, kd_loss
+from kdfast.bench.gpu_cases import GpuCase
 from kdfast.bench.head_contenders import HeadCase, head_contenders
 from kdfast.bench.loss import Case, Loss, eager, ours
 from kdfast.bench.steps import Contenders, Run, compiled, step
 from kdfast.cache.codecs.weights import Sample
-
-if TYPE_CHECKING:
-    from kdfast.bench.gpu_cases import GpuCase
 
 __all__ = ["contenders"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import kd_loss
+from kdfast.bench.report import markdown, save
 from kdfast.testing import relative_error
 
 __all__ = [
     "CASES",
+    "COLUMNS",
     "DTYPES",
     "SHAPES",
     "Case",
     "Loss",
     "Measurement",
+    "cells",
     "contenders",
     "eager",
     "gradient_errors",
     "measure",
     "ours",
+    "save_loss",
 ]
 
 SHAPES = [(8192, 1000), (512, 32000), (128, 128256)]
@@ -187,3 +192,29 @@ def gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tensor
         "ours": relative_error(gradient(ours(case), student, teacher), exact),
         "eager": relative_error(gradient(eager(case), student, teacher), exact),
     }
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+COLUMNS = ("case", "dtype", "rows x V", "ours ms", "eager", "torch.compile", "share of copy", "grad error ours / eager")
+
+
+def cells(r: Measurement) -> tuple[str, ...]:
+    """A measurement under ``COLUMNS``; every ratio is from one run with interleaved repeats."""
+    return (
+        r.case,
+        r.dtype,
+        f"{r.rows} x {r.columns}",
+        f"{r.ms['ours']:.1f}",
+        f"{r.ratios['eager']:.1f}x",
+        f"{r.ratios['compile']:.1f}x",
+        f"{r.share_of_copy:.0%}",
+        f"{r.gradient_error['ours']:.1e} / {r.gradient_error['eager']:.1e}",
+    )
+
+
+def save_loss(results: list[Measurement], folder: Path) -> Path:
+    """Writes ``loss-cpu-<date>.json`` and the same as a Markdown table beside it."""
+    rows = [{**asdict(result), "ratios": result.ratios} for result in results]
+    return save("loss-cpu", folder, {"results": rows}, markdown(COLUMNS, map(cells, results)))

@@ -1,14 +1,21 @@
-"""A training step of a loss, as a benchmark's contenders take it."""
+"""A training step of a loss, as a benchmark's contenders take it, and how much memory one takes."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Contenders", "Run", "compiled", "step"]
+from kdfast.loss.workspace import release
+
+__all__ = ["Contenders", "Run", "compiled", "extra_mib", "step"]
 
 # Returns what it computes, which a test compares and a benchmark drops.
 Run = Callable[[], Any]
@@ -48,3 +55,35 @@ def compiled(make: Callable[[Any], Run], loss: Any) -> Callable[[], Run]:
         return make(torch.compile(loss))
 
     return run
+
+
+# ---- memory: the most that a process of its own holds while a step runs ---------------------------------------------
+
+
+_MIB = 1 << 20
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def extra_mib(make: Callable[[], Run]) -> float:
+    """MiB above what is there before the step, its results included; ``make`` must be picklable. Linux only."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_extra_mib, make).result()
+
+
+def _extra_mib(make: Callable[[], Run]) -> float:
+    run = make()
+    run()  # compiles, and allocates what stays
+    release()  # what a loss keeps for the next one is a part of what it takes
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _status("VmRSS")
+    CLEAR.write_text("5")  # the high-water mark begins anew
+    results = run()
+    after = _status("VmHWM")
+    del results
+    return (after - before) / _MIB
+
+
+def _status(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024

@@ -41,8 +41,7 @@ def loss(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
 ) -> None:
     """CE + divergence, forward + backward: ours, eager PyTorch and torch.compile in one run."""
-    from kdfast.bench.loss import CASES, DTYPES, SHAPES, measure
-    from kdfast.bench.loss_report import COLUMNS, cells, save_loss
+    from kdfast.bench.loss import CASES, COLUMNS, DTYPES, SHAPES, cells, measure, save_loss
 
     shapes = [_parse_shape(text) for text in shape] if shape else SHAPES
     plan = [

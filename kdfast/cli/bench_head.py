@@ -25,8 +25,18 @@ def head(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
 ) -> None:
     """Loss from hidden states, forward + backward: ours, eager PyTorch, torch.compile, the bare matrix products."""
-    from kdfast.bench.head import CASES, MEMORY_CASES, measure_head, measure_memory
-    from kdfast.bench.head_report import COLUMNS, LEGEND, MEMORY_COLUMNS, cells, memory_cells, save_head
+    from kdfast.bench.head import (
+        CASES,
+        COLUMNS,
+        LEGEND,
+        MEMORY_CASES,
+        MEMORY_COLUMNS,
+        cells,
+        measure_head,
+        measure_memory,
+        memory_cells,
+        save_head,
+    )
 
     timed = [known(name, CASES) for name in case or CASES]
     weighed = [name for name in MEMORY_CASES if memory and name in timed]

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from kdfast.bench.gpu_cases import CASES, GpuCase, Result, gradient_errors_of
+from kdfast.bench.gpu import COLUMNS, Result, cells, gradient_errors_of, save_gpu
+from kdfast.bench.gpu_cases import CASES, GpuCase
 from kdfast.bench.gpu_contenders import contenders
-from kdfast.bench.gpu_report import COLUMNS, cells, save_gpu
 from kdfast.labels import SoftLabels
 
 SMALL = {
