@@ -4,7 +4,7 @@ from kdfast.recipes.adapters import LoRALinear, add_lora, merge_lora
 from kdfast.recipes.auxiliary import Adversarial, GraphAttention, discriminator
 from kdfast.recipes.chain import BornAgain, Chain, TeacherAssistants
 from kdfast.recipes.composite import Cohort, CohortOutput, Combined, EachStudent, MultiTask, MutualLearning, TaskOutput
-from kdfast.recipes.cross_domain import CrossDomain, Unlabelled, confident
+from kdfast.recipes.cross_domain import CrossDomain, Unlabelled
 from kdfast.recipes.ema import EMATeacher, self_distillation
 from kdfast.recipes.ensemble import LogitEnsemble, ProbabilityEnsemble, label_trust
 from kdfast.recipes.growing import Growing, deepen, widen
@@ -27,6 +27,7 @@ from kdfast.recipes.weighting import (
     ClassAttention,
     class_attention,
     confidence,
+    confident,
     disagreement,
     focal,
     hardest,

@@ -1,4 +1,4 @@
-"""What recipes are given, checked and brought to one form: a step's teachers and rows, and tensors of one shape."""
+"""What recipes are given, checked and brought to one form: a step's teachers, and tensors of one shape."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.cache.read.packed import PackedLabels
 from kdfast.distill.counting import counted_rows
+from kdfast.distill.objective import teacher_of
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
+from kdfast.labels.packed import unpacked
 from kdfast.models import logits_of
+from kdfast.objectives._vectors import widened
 
 __all__ = [
-    "answers_of",
+    "IGNORE",
+    "check_row_mask",
+    "check_same_shape",
+    "counted_logits",
     "counted_rows",
-    "decoded",
     "dense_logits",
-    "require_alike",
-    "require_mask",
     "several_teachers",
     "soft_labels",
-    "wide",
+    "teacher_logits",
+    "teacher_output",
+    "teacher_target",
+    "unpacked_teachers",
+    "widened",
 ]
 
 IGNORE = -100
@@ -32,8 +38,12 @@ IGNORE = -100
 # ---- a step ---------------------------------------------------------------------------------------------------------
 
 
-def answers_of(step: Step) -> Any:
-    """The one teacher's. Raises ``ValueError`` where there is none, or several."""
+def teacher_output(step: Step) -> Any:
+    """The output of the step's only teacher, or the labels that a cache has for it.
+
+    Raises:
+        ValueError: the step has no teacher, or several.
+    """
     if step.teacher is None:
         raise ValueError("this objective needs a teacher, got a step without one")
     if isinstance(step.teacher, tuple):
@@ -41,56 +51,72 @@ def answers_of(step: Step) -> Any:
     return step.teacher
 
 
+def teacher_target(step: Step) -> Any:
+    """The only teacher's logits or soft labels, as a loss takes them.
+
+    Raises:
+        ValueError: the step has no teacher, or several, or one of other classes than the student's.
+    """
+    teacher_output(step)
+    return teacher_of(step)
+
+
+def teacher_logits(step: Step) -> Tensor:
+    """The only teacher's logits, (..., vocabulary), with the leading dimensions of the student's.
+
+    Raises:
+        ValueError: the step has no teacher, or several; its labels do not hold whole rows; its logits require grad.
+    """
+    return dense_logits(teacher_output(step), step.logits)
+
+
+def counted_logits(step: Step) -> tuple[Tensor, Tensor]:
+    """The student's and the only teacher's logits, (n, vocabulary), of the n rows that count."""
+    counted = counted_rows(step)
+    return step.logits[counted], teacher_logits(step)[counted]
+
+
 def several_teachers(step: Step) -> tuple[Any, ...]:
-    """Raises ``ValueError`` unless there are two or more."""
+    """The outputs or labels of the step's teachers. Raises ``ValueError`` unless there are two or more."""
     if not isinstance(step.teacher, tuple) or len(step.teacher) < 2:
         got = len(step.teacher) if isinstance(step.teacher, tuple) else int(step.teacher is not None)
         raise ValueError(f"an ensemble needs two teachers or more, got {got}: Distiller(student, [teacher, ...])")
     return step.teacher
 
 
-def decoded(step: Step) -> Step:
-    """The step with a cache's labels unpacked, once for all who look at them."""
-    said = tuple(x.unpack() if isinstance(x, PackedLabels) else x for x in _each(step.teacher))
-    return replace(step, teacher=said if isinstance(step.teacher, tuple) else said[0])
+def unpacked_teachers(step: Step) -> Step:
+    """The step with a cache's labels unpacked, so that several objectives share the work."""
+    if isinstance(step.teacher, tuple):
+        return replace(step, teacher=tuple(map(unpacked, step.teacher)))
+    return replace(step, teacher=unpacked(step.teacher))
 
 
-def soft_labels(answers: Any) -> SoftLabels | None:
-    """A cache's labels, decoded; None where a teacher's logits are at hand."""
-    if isinstance(answers, PackedLabels):
-        return answers.unpack()
-    return answers if isinstance(answers, SoftLabels) else None
+def soft_labels(output: Any) -> SoftLabels | None:
+    """Unpacked labels, where ``output`` is a cache's; None where it is a model's."""
+    output = unpacked(output)
+    return output if isinstance(output, SoftLabels) else None
 
 
-def dense_logits(answers: Any, like: Tensor) -> Tensor:
+def dense_logits(output: Any, like: Tensor) -> Tensor:
     """(..., vocabulary) logits of a teacher's output or labels, with the leading dimensions of ``like``.
 
     Raises:
         ValueError: the labels do not hold whole rows, or logits require grad.
     """
-    labels = soft_labels(answers)
+    labels = soft_labels(output)
     if labels is not None:
         return labels.to_dense().values.reshape(*like.shape[:-1], -1)
-    logits = logits_of(answers)
+    logits: Tensor = logits_of(output)
     if logits.requires_grad:
         raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
     return logits
 
 
-def wide(x: Tensor) -> Tensor:
-    """float32 of narrower types, for a softmax."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _each(teacher: Any) -> tuple[Any, ...]:
-    return teacher if isinstance(teacher, tuple) else (teacher,)
-
-
 # ---- tensors of one shape -------------------------------------------------------------------------------------------
 
 
-def require_alike(frozen: str, /, **tensors: Tensor) -> None:
-    """Floating-point tensors of one shape, of which the one named ``frozen``, the teacher's, has no gradient.
+def check_same_shape(frozen: str, /, **tensors: Tensor) -> None:
+    """Check floating-point tensors of one shape, of which the one named ``frozen``, the teacher's, has no gradient.
 
     Raises:
         TypeError: one is no floating-point tensor.
@@ -107,7 +133,7 @@ def require_alike(frozen: str, /, **tensors: Tensor) -> None:
         raise ValueError(f"{frozen} requires grad, but only the student is trained: compute it under torch.no_grad()")
 
 
-def require_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    """A bool tensor of ``shape``. Raises ``ValueError`` otherwise."""
+def check_row_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``mask`` is a bool tensor of ``shape``."""
     if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(f"{name} must be a bool tensor of {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,40 +15,62 @@ from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.models import logits_of
-from kdfast.recipes._inputs import counted_rows, decoded
+from kdfast.recipes._inputs import counted_rows, unpacked_teachers
 
 __all__ = ["Cohort", "CohortOutput", "Combined", "EachStudent", "MultiTask", "MutualLearning", "TaskOutput"]
+
+
+class _Composite(nn.Module):
+    """An objective made of others. Those that are modules are trained, moved and saved with it, as ``submodules``."""
+
+    def __init__(self, objectives: Iterable[Objective]) -> None:
+        super().__init__()
+        self.submodules = nn.ModuleList(x for x in objectives if isinstance(x, nn.Module))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # Checkpoints of versions before 1.0 have another name for them.
+        before = f"{prefix}modules_among_them."
+        for name in [name for name in state_dict if name.startswith(before)]:
+            state_dict[f"{prefix}submodules.{name.removeprefix(before)}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _options_of(objectives: Iterable[Objective]) -> dict[str, Any]:
+    """The options of the first objective that has some: a sum counts rows by its rule."""
+    return next((x.options for x in objectives if hasattr(x, "options")), {})
 
 
 # ---- several losses -------------------------------------------------------------------------------------------------
 
 
-class Combined(nn.Module):
-    """``sum(weight * objective(step))``, such as KD and a relation loss beside it.
+class Combined(_Composite):
+    """A weighted sum of objectives, ``sum(weight * objective(step))``, such as KD and a relation loss::
 
         Combined(KD(temperature=4.0), GraphAttention(), weights=(1.0, 0.1))
 
+    Objectives that are modules are trained, and saved in checkpoints, with the sum. Which rows count for the trainer is
+    decided by the ``ignore_index`` and ``shift`` of the first objective that has options.
+
     Args:
-        objectives: one or more. What a module among them has to train or to remember goes with the sum.
-        weights: one per objective; all 1 without.
+        objectives: functions of a ``Step``, one or more.
+        weights: one per objective; all 1 if None.
 
     Raises:
-        ValueError: no objective, or another number of weights.
+        ValueError: there is no objective, or the number of weights is another.
     """
 
     def __init__(self, *objectives: Objective, weights: Sequence[float] | None = None) -> None:
-        super().__init__()
+        super().__init__(objectives)
         if not objectives:
             raise ValueError("Combined needs at least one objective, got none")
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(objectives)
         if len(self.weights) != len(objectives):
             raise ValueError(f"{len(objectives)} objectives need as many weights, got {len(self.weights)}")
         self.objectives = objectives
-        self.options: dict[str, Any] = next((x.options for x in objectives if hasattr(x, "options")), {})
-        self.modules_among_them = nn.ModuleList(x for x in objectives if isinstance(x, nn.Module))
+        self.options = _options_of(objectives)
 
     def forward(self, step: Step) -> Tensor:
-        step = decoded(step)
+        step = unpacked_teachers(step)
         terms = [weight * part(step) for weight, part in zip(self.weights, self.objectives, strict=True)]
         return sum(terms[1:], terms[0])
 
@@ -58,28 +80,33 @@ class Combined(nn.Module):
 
 @dataclass
 class CohortOutput:
-    """What the students of a cohort say: ``outputs``, and ``logits`` of their averaged probabilities."""
+    """The outputs of a ``Cohort``'s students for one batch.
+
+    Attributes:
+        outputs: one per student, as its forward returned it.
+    """
 
     outputs: tuple[Any, ...]
 
     @cached_property
     def logits(self) -> Tensor:
+        """The log of the students' averaged probabilities: the logits of their ensemble."""
         log_probs = torch.stack([logits_of(x).log_softmax(-1) for x in self.outputs])
         return log_probs.logsumexp(0) - torch.tensor(float(len(self.outputs))).log().to(log_probs)
 
 
 class Cohort(nn.Module):
-    """Several models as one, of the same arguments.
+    """Several students as one module, called with the same arguments and trained by one optimiser::
 
         cohort = Cohort(small, tiny)
         Distiller(cohort, teacher, objective=EachStudent(KD(temperature=4.0))).fit(loader, epochs=20)
 
-    The teacher, or the cache, is asked once per batch. Students share no parameter, so each gets the gradient that it
-    would get alone; ``clip_norm``, which measures all of them together, is the exception. A metric of a cohort is that
-    of the ensemble: evaluate ``cohort.students[i]`` for one's own.
+    The teacher, or the cache, is asked once per batch for all of them. Students share no parameter, so each gets the
+    gradient that it would get alone, except under ``clip_norm``, which measures all of them together. The trainer's
+    metrics are those of the ensemble; evaluate ``cohort.students[i]`` for one student's.
 
     Raises:
-        ValueError: less than two models, or models that share parameters.
+        ValueError: there are fewer than two models, or they share parameters.
     """
 
     def __init__(self, *students: nn.Module) -> None:
@@ -95,44 +122,40 @@ class Cohort(nn.Module):
         return CohortOutput(tuple(student(*args, **kwargs) for student in self.students))
 
 
-class EachStudent(nn.Module):
-    """The sum of each student's own objective: multi-student distillation, of a ``Cohort``.
+class EachStudent(_Composite):
+    """The sum of the objectives of a ``Cohort``'s students, each computed from that student's output alone.
 
     Args:
-        objectives: one that all students have, or one per student.
+        objectives: one for all students, or a sequence of one per student.
 
     Raises:
-        ValueError: the student is no cohort, or one of another size.
+        ValueError: when it is called, where the student is no cohort, or has another number of students.
     """
 
     def __init__(self, objectives: Objective | Sequence[Objective]) -> None:
-        super().__init__()
-        self.objectives = objectives if callable(objectives) else tuple(objectives)
-        found = (objectives,) if callable(objectives) else objectives
-        self.options: dict[str, Any] = next((x.options for x in found if hasattr(x, "options")), {})
-        self.modules_among_them = nn.ModuleList(x for x in found if isinstance(x, nn.Module))
+        found = (objectives,) if callable(objectives) else tuple(objectives)
+        super().__init__(found)
+        self.objectives = objectives if callable(objectives) else found
+        self.options = _options_of(found)
 
     def forward(self, step: Step) -> Tensor:
-        steps = each_student(step)
+        steps = _each_student(step)
         objectives = (self.objectives,) * len(steps) if callable(self.objectives) else self.objectives
         if len(objectives) != len(steps):
             raise ValueError(f"a cohort of {len(steps)} students needs as many objectives, got {len(objectives)}")
         return torch.stack([objective(one) for objective, one in zip(objectives, steps, strict=True)]).sum()
 
 
-def each_student(step: Step) -> tuple[Step, ...]:
+def _each_student(step: Step) -> tuple[Step, ...]:
     """The step as each student of a cohort sees it."""
     if not isinstance(step.student, CohortOutput):
         raise ValueError(f"this objective needs a Cohort of students, got a {type(step.student).__name__}")
-    said = decoded(step)
-    return tuple(replace(said, student=output) for output in step.student.outputs)
+    step = unpacked_teachers(step)
+    return tuple(replace(step, student=output) for output in step.student.outputs)
 
 
-# ---- students that teach one another --------------------------------------------------------------------------------
-
-
-class MutualLearning(nn.Module):
-    """Each student of a ``Cohort`` learns from labels, and from what its peers say of the same batch::
+class MutualLearning(_Composite):
+    """Deep mutual learning: each student of a ``Cohort`` learns from labels and from the other students::
 
         sum_i ( own_i + peer_weight / (K - 1) * sum_{j != i} T^2 KL(p_j || p_i) ),   p_j held constant
 
@@ -141,23 +164,23 @@ class MutualLearning(nn.Module):
     only; here ``own``, such as an ensemble's objective, gives every student all teachers that the distiller has.
 
     Args:
-        own: each student's objective besides its peers; ``KD()`` without, which is cross-entropy where the distiller
+        own: each student's objective besides its peers; ``KD()`` if None, which is cross-entropy where the distiller
             has no teacher.
-        peer_weight, temperature: of the peers' term.
+        peer_weight: of the KL divergences to the peers.
+        temperature: T of these divergences.
 
     Raises:
-        ValueError: the student is no cohort.
+        ValueError: when it is called, where the student is no cohort.
     """
 
     def __init__(self, own: Objective | None = None, *, peer_weight: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(() if own is None else (own,))
         self.own: Objective = KD() if own is None else own
-        self.modules_among_them = nn.ModuleList([own] if isinstance(own, nn.Module) else [])
-        self.options = getattr(self.own, "options", {})
+        self.options = _options_of((self.own,))
         self.peer_weight, self.temperature = peer_weight, temperature
 
     def forward(self, step: Step) -> Tensor:
-        steps = each_student(step)
+        steps = _each_student(step)
         logits = [logits_of(one.student) for one in steps]
         rule = Counting.of(self)
         counted = counted_rows(step, shift=rule.shift, ignore_index=rule.ignore_index)
@@ -173,28 +196,32 @@ class MutualLearning(nn.Module):
 
 
 class TaskOutput(dict[str, Any]):
-    """A student's outputs by task. Where one is asked for, by a cache or a metric, the first task's stands for all."""
+    """A model's outputs by task: a dict that stands for its first task where one output is wanted.
+
+    A cache and the trainer's metrics take ``logits``, which are those of the first task.
+    """
 
     @property
     def logits(self) -> Tensor:
+        """The first task's logits."""
         return logits_of(next(iter(self.values())))  # type: ignore[no-any-return]
 
 
-class MultiTask(nn.Module):
-    """``sum_t weight_t * objective_t``, where the student returns a ``TaskOutput``, or another mapping from tasks.
+class MultiTask(_Composite):
+    """A weighted sum over tasks, ``sum_t weight_t * objective_t``, of a student that returns its outputs by task::
 
         MultiTask({"topic": KD(temperature=2.0), "tone": KD(divergence="jsd")}, labels=lambda batch: batch["of_task"])
 
-    The teacher returns a mapping, too, and runs once per batch; or there are as many teachers or caches as tasks, in
-    the tasks' order.
+    The student returns a ``TaskOutput``, or another mapping from tasks. So does the teacher, which runs once per batch;
+    or there are as many teachers or caches as tasks, in the tasks' order.
 
     Args:
-        objectives: by task.
-        weights: by task; all 1 without.
-        labels: each task's, of a batch. Without, no task has labels.
+        objectives: a function of a ``Step`` for each task.
+        weights: by task; all 1 if None.
+        labels: a function of the batch giving labels by task; no task has labels if None.
 
     Raises:
-        ValueError: tasks that the weights, the student, the teacher or the labels lack.
+        ValueError: the weights lack a task; or, when it is called, the student, the teacher or the labels do.
     """
 
     def __init__(
@@ -204,18 +231,17 @@ class MultiTask(nn.Module):
         weights: Mapping[str, float] | None = None,
         labels: Callable[[Any], Mapping[str, Tensor]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(objectives.values())
         if not objectives:
             raise ValueError("MultiTask needs at least one task, got none")
         self.objectives, self.labels = dict(objectives), labels
-        self.weights = dict.fromkeys(objectives, 1.0) if weights is None else _of(objectives, weights, "weights")
-        self.modules_among_them = nn.ModuleList(x for x in objectives.values() if isinstance(x, nn.Module))
+        self.weights = dict.fromkeys(objectives, 1.0) if weights is None else _by_task(objectives, weights, "weights")
 
     def forward(self, step: Step) -> Tensor:
         tasks = list(self.objectives)
-        student = _of(tasks, step.student, "the student's output")
-        teacher = _of(tasks, _by_task(tasks, step.teacher), "the teacher's output")
-        labels = {} if self.labels is None else _of(tasks, self.labels(step.batch), "labels")
+        student = _by_task(tasks, step.student, "the student's output")
+        teacher = _by_task(tasks, _named(tasks, step.teacher), "the teacher's output")
+        labels = {} if self.labels is None else _by_task(tasks, self.labels(step.batch), "labels")
         return torch.stack(
             [
                 self.weights[task]
@@ -227,7 +253,8 @@ class MultiTask(nn.Module):
         ).sum()
 
 
-def _by_task(tasks: list[str], teacher: Any) -> Any:
+def _named(tasks: list[str], teacher: Any) -> Any:
+    """A step's teacher as a mapping from the tasks, where it is None or a tuple."""
     if teacher is None:
         return dict.fromkeys(tasks)
     if not isinstance(teacher, tuple):
@@ -237,7 +264,9 @@ def _by_task(tasks: list[str], teacher: Any) -> Any:
     return dict(zip(tasks, teacher, strict=True))
 
 
-def _of(tasks: Any, values: Any, what: str) -> dict[str, Any]:
+def _by_task(tasks: Iterable[str], values: Any, what: str) -> dict[str, Any]:
+    """``values`` of the tasks. Raises ``ValueError``, calling them ``what``, where a task is missing."""
+    tasks = list(tasks)
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a mapping from the tasks {', '.join(tasks)}, got a {type(values).__name__}")
     missing = [task for task in tasks if task not in values]

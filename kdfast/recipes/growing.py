@@ -1,4 +1,4 @@
-"""A student that grows while it learns and keeps what it has learned: Net2Net, and a training of two phases."""
+"""A student that grows during training and keeps the function that it has learned: Net2Net, and a loop around it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ __all__ = ["Growing", "deepen", "widen"]
 
 
 class Growing:
-    """Distils a small student first, lets it grow, and distils what it has become.
+    """Distillation in two phases: of a small student, and of the larger one that it grows into::
 
         growing = Growing(small, teacher, grow=lambda model: deepen(widen(model, 0, 64), 0))
         growing.fit(loader, epochs=20, at=0.5)
-        growing.student   # the large one
+        growing.student  # the large one
 
     The article swaps in a fresh large model at half time, which throws the first half away. Here growth must keep the
-    function, as ``widen`` and ``deepen`` do (Net2Net, Chen et al. 2016), and ``fit`` looks whether it has.
+    function, as ``widen`` and ``deepen`` do (Net2Net, Chen et al. 2016), and ``fit`` checks that it does.
 
     Args:
-        student, teacher: as ``Distiller`` takes them.
-        grow: of the trained student, makes the next one.
-        options: ``Distiller``'s and ``KD``'s, of both phases; ``folder`` has one per phase inside.
+        student: the small model.
+        teacher: as ``Distiller`` takes it.
+        grow: a function from the trained small model to the larger one.
+        folder: where checkpoints are kept: those of the phases in ``small`` and ``large``.
+        options: ``Distiller``'s and ``KD``'s, for both phases.
+
+    Attributes:
+        student: the small model, and the large one once ``fit`` has grown it.
 
     Raises:
-        TypeError: an optimizer that exists already.
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(
@@ -52,10 +57,19 @@ class Growing:
         self._folder, self._options = folder, options
 
     def fit(self, loader: Iterable[Any], *, epochs: int, at: float = 0.5, **plan: Any) -> tuple[History, History]:
-        """``round(epochs * at)`` epochs before growth, the others after it. Returns both histories.
+        """Train the small student, let it grow, and train the large one.
+
+        Args:
+            loader: as ``Distiller.fit`` takes it.
+            epochs: of both phases together.
+            at: the share of them before growth, rounded to whole epochs.
+            plan: ``Distiller.fit``'s other options, for each phase.
+
+        Returns:
+            The histories of the small and the large student.
 
         Raises:
-            ValueError: a phase without an epoch, or growth that changes what the student says of a batch.
+            ValueError: a phase has no epoch, or growth has changed the student's output for a batch.
         """
         first = round(epochs * at)
         if not 0 < first < epochs:
@@ -76,7 +90,7 @@ class Growing:
 def _check_function(small: Distiller, large: Distiller, batch: Any) -> None:
     arguments = small.fields.arguments(split(to_device(batch, small.device))[0])
     with evaluating(small.student), evaluating(large.student):
-        # Without the distillers' autocast, whose rounding alone is more than what is allowed here.
+        # Without the distillers' autocast, whose rounding alone is larger than what is allowed here.
         old, new = (logits_of(apply(x.student, arguments)) for x in (small, large))
     # What remains is rounding: sums of other lengths, in another order.
     if old.shape != new.shape or not bool((old - new).abs().amax() <= 1e-3 * old.abs().amax()):
@@ -86,30 +100,33 @@ def _check_function(small: Distiller, large: Distiller, batch: Any) -> None:
 # ---- Net2Net --------------------------------------------------------------------------------------------------------
 
 
-# What acts on each unit alone, whatever its place.
+# Modules that act on each unit alone.
 _FUNCTIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Identity)
 _UNITWISE = (*_FUNCTIONS, nn.Flatten, nn.Dropout)
-# Over a picture per unit, which a Linear does not make: its units are the last dimension.
+# Modules that pool the map of each unit. A Linear's units have no map: they are the last dimension.
 _POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 def widen(model: nn.Sequential, layer: int, width: int, *, generator: torch.Generator | None = None) -> nn.Sequential:
-    """A copy of ``model`` whose weight layer ``layer`` has ``width`` outputs, and which computes the same function.
+    """Copy a model with more units in one layer, so that the copy computes the same function.
 
-    Net2WiderNet (Chen et al. 2016): unit j >= n repeats a random unit g(j) < n, and the next layer shares g(j)'s
-    outgoing weight out among its copies: v'_j = s_j v_g(j), where the s_j of one unit sum to 1. Net2Net divides evenly,
-    which leaves copies alike for ever: they have one gradient. Here the shares are drawn, so they part at the first
-    step, and no noise need be added, which would change the function.
+    Net2WiderNet (Chen et al. 2016): of n units, unit j >= n repeats a random unit g(j) < n, and the outgoing weight of
+    g(j) is divided among its copies: v'_j = s_j v_g(j), where the s_j of one unit sum to 1. Net2Net divides evenly;
+    then copies have equal gradients and stay equal. Here the shares are random, so that copies differ after the first
+    step, without noise, which would change the function.
 
     Args:
         model: ``Linear`` and ``Conv2d`` layers, with batch norm, pooling and functions of single units between them.
         layer: the layer's position in ``model``, not its last.
-        width: its outputs afterwards, at least as many as now.
-        generator: of g and s.
+        width: how many outputs it gets, at least as many as it has.
+        generator: for g and s.
+
+    Returns:
+        The wider copy; ``model`` stays as it is.
 
     Raises:
-        ValueError: no such layer, less outputs than it has, grouped convolutions, a module in between that mixes units
-            or normalises anything but them, or a layer that is in ``model`` twice.
+        ValueError: there is no such layer; ``width`` is fewer than its outputs; a convolution is grouped; a module
+            between it and the next layer mixes units or normalises something else; or a layer is in ``model`` twice.
     """
     old, following = _weighted(model, layer), _next(model, layer)
     units = old.weight.shape[0]
@@ -130,13 +147,20 @@ def widen(model: nn.Sequential, layer: int, width: int, *, generator: torch.Gene
 
 
 def deepen(model: nn.Sequential, layer: int) -> nn.Sequential:
-    """A copy of ``model`` with one more layer and ReLU after ``layer``'s ReLU, which computes the same function.
+    """Copy a model with one more layer and ReLU after a layer's ReLU, so that the copy computes the same function.
 
-    Net2DeeperNet (Chen et al. 2016): the new layer is the identity, and ReLU of what is not negative is the same again.
-    That holds of no other common function, so others are refused.
+    Net2DeeperNet (Chen et al. 2016): the new layer is the identity, and ReLU leaves values that are not negative as
+    they are. No other common activation does that, so others are refused.
+
+    Args:
+        model: ``Linear`` and ``Conv2d`` layers, with batch norm, pooling and functions of single units between them.
+        layer: the layer's position in ``model``.
+
+    Returns:
+        The deeper copy; ``model`` stays as it is.
 
     Raises:
-        ValueError: no such layer, or one without a ReLU after it and its batch norm.
+        ValueError: there is no such layer, or no ReLU after it and its batch norm.
     """
     old = _weighted(model, layer)
     place = layer + 1
@@ -215,7 +239,10 @@ def _set_units(module: Any, copied: Tensor) -> None:
 
 @torch.no_grad()
 def _set_inputs(module: Any, copied: Tensor, share: Tensor, *, last: bool) -> None:
-    """Take the copies' outputs. After a Flatten a unit is several: side by side, or apart where it was ``last``."""
+    """Make the layer take the copies' outputs, each with its share of the weight.
+
+    After a Flatten a unit has several inputs: side by side, or interleaved where units were the ``last`` dimension.
+    """
     weight, units = module.weight, int(copied.max()) + 1
     copied, share = copied.to(weight.device), share.to(weight)
     if isinstance(module, nn.Linear):

@@ -20,9 +20,9 @@ History = list[dict[str, Any]]
 
 
 class Rounds:
-    """Distillers of one student. They share an optimizer, whose rate begins anew each round, as its schedule does.
+    """The distillers of one student, round by round, with one optimizer whose learning rate starts again each round.
 
-    A ``folder`` has one per round inside, so a recipe that was stopped goes on in the round where it was.
+    Each round has a subfolder of ``folder``, so that a recipe that was stopped resumes in its current round.
     """
 
     def __init__(self, student: nn.Module, *, folder: str | Path | None = None, **options: Any) -> None:
@@ -40,7 +40,7 @@ class Rounds:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raises ``TypeError`` for an optimizer that exists already: it is of one model, and there are several."""
+    """Raise ``TypeError`` where the options hold an optimizer: it is of one model, and there are several."""
     if isinstance(options.get("optimizer"), Optimizer):
         raise TypeError("optimizer must be a function that makes one of the parameters here, got an optimizer")
 
@@ -49,22 +49,24 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 class Bootstrap:
-    """Rounds of two turns: the student learns from the teacher, then the teacher from the student.
+    """Two models that teach each other in turn: the student learns from the teacher, then the teacher from it::
 
         Bootstrap(teacher, student, hard_share=0.5).fit(loader, rounds=3, epochs=2)
 
-    Whoever learns is in training mode, whoever teaches is fixed and in evaluation mode: a turn is a whole distillation.
-    Both learn from the labels as well, without which the two may agree on anything. In the article both are updated in
-    one loop, with labels that each has drawn before the other's last update.
+    A turn is a whole distillation: the model that learns is in training mode, the other is fixed and in evaluation
+    mode. Both learn from the labels as well, without which the two may agree on anything. In the article both are
+    updated in one loop, with labels that each has drawn before the other's last update.
 
     Args:
         teacher, student: modules; both are trained.
-        hard_share: of a batch's rows, those with the largest loss of the learner; all if 1.
-        kd_weight, ce_weight, temperature: ``KD``'s.
-        options: ``Distiller``'s, for both.
+        hard_share: the share of a batch's rows that counts, those with the learner's largest losses; all rows if 1.
+        temperature, kd_weight, ce_weight: ``KD``'s.
+        folder: where checkpoints are kept, in ``student/round-<number>`` and ``teacher/round-<number>``.
+        options: ``Distiller``'s, for both models.
 
     Raises:
-        ValueError: one model as both, no weight of the labels, or a share that is not in (0, 1].
+        ValueError: one model is both, ``ce_weight`` is not positive, or ``hard_share`` is not in (0, 1].
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(
@@ -96,7 +98,20 @@ class Bootstrap:
     def fit(
         self, loader: Iterable[Any], *, rounds: int, epochs: int, **plan: Any
     ) -> tuple[list[History], list[History]]:
-        """``rounds`` times both turns of ``epochs``. Returns the student's histories, and the teacher's."""
+        """Train the student and then the teacher, ``rounds`` times.
+
+        Args:
+            loader: as ``Distiller.fit`` takes it.
+            rounds: how often each model learns.
+            epochs: of each turn.
+            plan: ``Distiller.fit``'s other options, for each turn.
+
+        Returns:
+            The student's histories, one per round, and the teacher's.
+
+        Raises:
+            ValueError: ``rounds`` is less than 1.
+        """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         histories: tuple[list[History], list[History]] = ([], [])
@@ -110,31 +125,32 @@ class Bootstrap:
 
 
 class AdaptiveKD:
-    """Rounds of distillation; after each the student is measured, and a weak one listens to its teacher more::
+    """Distillation in rounds, in which the teacher's weight follows how far the student is behind::
 
         gap = teacher_score - score of the student
         kd_weight = low + (high - low) * min(1, max(0, gap) / first gap),   ce_weight = 1 - kd_weight
 
-    It stops when the gap is at most ``tolerance``. The first round has ``high``; the first gap, after it, is the scale,
-    so the weights are the same for any measure. The article raises the weight of a weak student and never says by how
-    much, or when it ends.
+    The student is measured after each round, and training stops when the gap is at most ``tolerance``. The first round
+    has ``kd_weight = high``. The gap after it is the scale of the later ones, so the weights do not depend on the unit
+    of the score. The article raises the weight of a weak student without saying by how much, or when it ends.
 
     Args:
         student, teacher: as ``Distiller`` takes them.
-        teacher_score: the teacher's ``monitor`` on the data that the student is measured on. Not the test set's: the
-            weights follow it.
+        teacher_score: the teacher's ``monitor`` on the data that the student is measured on. These must not be the test
+            set, since the weights depend on them.
         low, high: bounds of ``kd_weight``, in [0, 1].
         tolerance: the gap at which the student is good enough.
-        monitor: a number of ``Distiller.fit``'s records that grows with quality.
+        monitor: the name of a number in ``Distiller.fit``'s records that grows with quality.
         temperature: ``KD``'s.
         options: ``Distiller``'s.
 
     Attributes:
-        kd_weights: of each round that was trained.
-        gaps: after each of them.
+        kd_weights: the weight of each round so far.
+        gaps: the gap after each round so far.
 
     Raises:
-        ValueError: bounds out of order.
+        ValueError: not 0 <= low <= high <= 1.
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(
@@ -161,10 +177,20 @@ class AdaptiveKD:
     def fit(
         self, loader: Iterable[Any], *, rounds: int, epochs: int, eval_loader: Iterable[Any], **plan: Any
     ) -> list[History]:
-        """At most ``rounds`` of ``epochs`` each. Returns each round's history.
+        """Train round by round, until the gap is small enough or ``rounds`` are done.
+
+        Args:
+            loader: as ``Distiller.fit`` takes it.
+            rounds: how many there are at most.
+            epochs: of each round.
+            eval_loader: the data that the student is measured on.
+            plan: ``Distiller.fit``'s other options, for each round.
+
+        Returns:
+            The history of each round.
 
         Raises:
-            ValueError: ``eval_loader``'s records have no ``monitor``.
+            ValueError: the records have no ``monitor``.
         """
         histories: list[History] = []
         while len(histories) < rounds and not (self.gaps and self.gaps[-1] <= self.tolerance):
@@ -178,7 +204,7 @@ class AdaptiveKD:
         return histories
 
     def next_weight(self) -> float:
-        """The next round's ``kd_weight``, by the gaps so far."""
+        """The ``kd_weight`` of the next round, given the gaps so far."""
         if not self.gaps:
             return self.high
         # A first gap of 0 or less is below every tolerance that one would continue with.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdfast.cache.read.packed import PackedLabels
 from kdfast.labels import SoftLabels
+from kdfast.labels.packed import Packed
 from kdfast.loss.kd_loss import kd_loss
-from kdfast.recipes._inputs import require_alike, require_mask
+from kdfast.recipes._inputs import check_row_mask, check_same_shape
 
 __all__ = [
     "Detections",
@@ -29,10 +29,15 @@ __all__ = [
 
 
 class Detections(NamedTuple):
-    """What a head says of A anchors or queries in each of N images."""
+    """The output of a detection head for A anchors or queries in each of N images.
 
-    logits: Any  # a tensor of (N, A, classes), background included; a teacher's may be the labels of N * A rows
-    boxes: Tensor  # (N, A, 4), in whatever units the targets have
+    Attributes:
+        logits: (N, A, classes), background included. A teacher's may be soft labels of N * A rows instead.
+        boxes: (N, A, 4), in the units of the targets.
+    """
+
+    logits: Any
+    boxes: Tensor
 
 
 def detection_kd(
@@ -49,30 +54,34 @@ def detection_kd(
     margin: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """``kd_loss`` of the classes, smooth L1 of the boxes, and the teacher's error as a bound (Chen et al. 2017).
+    """The loss of a detector: ``kd_loss`` of the classes, smooth L1 of the boxes, and ``teacher_bounded`` of the boxes.
 
-    As an objective of ``Distiller``, with batches of (images, (classes, boxes))::
+    Source: Chen et al. 2017. As an objective of ``Distiller``, with batches of (images, (classes, boxes))::
 
         objective=lambda step: detection_kd(step.student, step.teacher, *step.batch[1], ce_weight=0.5),
         labels=lambda batch: batch[1][0],
 
     Args:
-        student, teacher: as ``Detections``.
+        student, teacher: what the two heads returned.
         classes: (N, A) class indices of the objects that anchors were matched with.
-        boxes: (N, A, 4) the objects' boxes; not looked at where there is none.
+        boxes: (N, A, 4), the objects' boxes; any values where there is no object.
         background: the class of anchors without an object.
-        foreground_weight: of an anchor with an object in the mean over anchors; others weigh 1. Anchors without one
-            are hundreds of times as many.
-        ignore_index: the class of anchors that do not count. -100 is what ``Distiller`` leaves out where it weighs the
-            batches that it accumulates: keep to it there, and map a matcher's -1 to it.
-        box_weight: of smooth L1 against ``boxes``: summed over coordinates, the mean over anchors with an object.
-        bound_weight: of ``teacher_bounded``, whose ``margin`` is that, over the same anchors.
+        foreground_weight: of an anchor with an object in the mean over anchors; others weigh 1. Anchors without an
+            object are hundreds of times as many.
+        ignore_index: the class of anchors that do not count. When ``Distiller`` accumulates batches, it weighs them by
+            their labels that are not -100: keep -100 there, and map a matcher's -1 to it.
+        box_weight: of smooth L1 against ``boxes``, summed over coordinates, the mean over anchors with an object.
+        bound_weight: of ``teacher_bounded`` over the same anchors.
+        margin: of ``teacher_bounded``.
         options: ``kd_loss``'s: ``temperature``, ``ce_weight``, ``divergence``, ...
 
+    Returns:
+        A scalar.
+
     Raises:
-        TypeError, ValueError: parts that do not fit one another, or classes that are negative and not ignored.
+        TypeError, ValueError: shapes do not fit one another, or a class is negative and not ``ignore_index``.
     """
-    require_alike(
+    check_same_shape(
         "teacher's boxes", **{"student's boxes": student.boxes, "teacher's boxes": teacher.boxes, "boxes": boxes}
     )
     counted = classes != ignore_index
@@ -100,36 +109,40 @@ def detection_kd(
 
 def segmentation_kd(
     student: Tensor,
-    teacher: Tensor | SoftLabels | PackedLabels,
+    teacher: Tensor | SoftLabels | Packed,
     labels: Tensor | None = None,
     *,
     ignore_index: int = 255,
     resize: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """``kd_loss`` over pixels: ``kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), labels, ...)``.
+    """The loss of a segmentation: ``kd_loss`` with a row per pixel.
 
-    Logits of a network in ``torch.channels_last`` are rows as they are, and nothing is copied. As an objective of
-    ``Distiller``::
+    It is ``kd_loss(student.movedim(1, -1), teacher.movedim(1, -1), labels, ...)``. Logits in ``torch.channels_last``
+    are rows already, and nothing is copied. As an objective of ``Distiller``::
 
         objective=lambda step: segmentation_kd(step.logits, step.teacher, step.labels, temperature=4.0)
 
-    ``Distiller``'s own metrics want the classes last: to ``fit`` with an ``eval_loader`` pass ``metrics``, a function
+    ``Distiller``'s own metrics expect the classes last: to ``fit`` with an ``eval_loader`` pass ``metrics``, a function
     (distiller, eval_loader) giving numbers by name, such as the share of pixels that are right.
 
     Args:
-        student, teacher: (N, C, H, W) logits. Cached labels of a teacher have a row per pixel of the student's, or of
-            what it is resized to, images one after another.
+        student: (N, C, H, W) logits.
+        teacher: the same, or labels from a cache with a row for each pixel of the student's logits, after ``resize``,
+            image after image.
         labels: (N, H, W) class indices.
-        ignore_index: pixels with this label do not count, neither for the labels nor for the teacher. ``Distiller``
-            weighs batches that it accumulates by their labels that are not -100: use that where they differ in pixels
-            that do not count.
-        resize: "bilinear", "bicubic" or "nearest": bring the logits of both to the labels' resolution, or to the
-            student's without labels. Without it another resolution is an error.
+        ignore_index: pixels with this label do not count, neither for the labels nor for the teacher. When
+            ``Distiller`` accumulates batches, it weighs them by their labels that are not -100: use -100 where batches
+            differ in how many pixels count.
+        resize: "bilinear", "bicubic" or "nearest": how both logits are interpolated to the labels' resolution, or to
+            the student's without labels. If None, another resolution is an error.
         options: ``kd_loss``'s: ``temperature``, ``ce_weight``, ``divergence``, ...
 
+    Returns:
+        A scalar, the mean over pixels that count.
+
     Raises:
-        TypeError, ValueError: bad arguments, such as resolutions that differ.
+        TypeError, ValueError: shapes do not fit one another, such as resolutions that differ.
     """
     maps = {"student": student, "teacher": teacher} if isinstance(teacher, Tensor) else {"student": student}
     _check_maps(**maps)
@@ -141,29 +154,30 @@ def segmentation_kd(
                 'resize="bilinear" interpolates its logits'
             )
     rows = [_resized(logits, size, resize).movedim(1, -1) for logits in maps.values()]
-    answers = rows[1] if isinstance(teacher, Tensor) else teacher
-    loss: Tensor = kd_loss(rows[0], answers, labels, ignore_index=ignore_index, **options)
+    target = rows[1] if isinstance(teacher, Tensor) else teacher
+    loss: Tensor = kd_loss(rows[0], target, labels, ignore_index=ignore_index, **options)
     return loss
 
 
 def channel_wise_kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, **options: Any) -> Tensor:
-    """``kd_loss(student.flatten(2), teacher.flatten(2), temperature=T)``: where in the picture each class is.
+    """Channel-wise distillation (CWD, Shu et al. 2021): a KL divergence over the pixels of each channel.
 
-    CWD (Shu et al. 2021): a softmax over the pixels of each channel, T^2/C times the sum of the channels' KL,
-    the mean over images. It serves feature maps, too.
+    It compares where in the image each class, or feature, is found: the softmax is over the H W pixels of a channel.
+    The loss is T^2 times the mean of the channels' divergences, ``kd_loss(student.flatten(2), teacher.flatten(2))``.
 
     Args:
         student, teacher: (N, C, H, W) logits, or features of equal shape.
+        temperature: T.
         options: ``kd_loss``'s; there are no labels.
 
+    Returns:
+        A scalar, the mean over images and channels.
+
     Raises:
-        TypeError, ValueError: bad arguments, such as shapes that differ.
+        TypeError, ValueError: the two are not maps of one shape, or the teacher's requires grad.
     """
     _check_maps(student=student, teacher=teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
+    check_same_shape("teacher", student=student, teacher=teacher)
     loss: Tensor = kd_loss(student.flatten(2), teacher.flatten(2), temperature=temperature, **options)
     return loss
 
@@ -193,20 +207,25 @@ def _times(size: tuple[int, ...]) -> str:
 def listwise_kd(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, candidates: Tensor, **options: Any
 ) -> Tensor:
-    """``kd_loss`` over the softmax of each list's candidates: ListNet's top-one probabilities (Cao et al. 2007).
+    """The loss of a recommender on lists of items: ``kd_loss`` over the softmax of each list's candidates.
+
+    Source: ListNet's top-one probabilities (Cao et al. 2007).
 
     Args:
         student, teacher: (lists, items) scores.
-        labels: (lists,) the item that was taken, where ``options`` have a ``ce_weight``.
-        candidates: (lists, items) bool: the others are padding, or seen before, and have no probability on either
-            side. A list without candidates does not count.
+        labels: (lists,), the item that was taken, where ``options`` have a ``ce_weight``.
+        candidates: (lists, items) bool. Other items, such as padding or those seen before, have no probability for
+            student or teacher. A list without candidates does not count.
         options: ``kd_loss``'s: ``temperature``, ``ce_weight``, ``divergence``, ... Not ``row_weight``.
 
+    Returns:
+        A scalar, the mean over lists.
+
     Raises:
-        TypeError, ValueError: bad arguments.
+        TypeError, ValueError: shapes do not fit one another, or the teacher's scores require grad.
     """
-    require_alike("teacher", student=student, teacher=teacher)
-    require_mask("candidates", candidates, student.shape)
+    check_same_shape("teacher", student=student, teacher=teacher)
+    check_row_mask("candidates", candidates, student.shape)
     s, t = (scores.masked_fill(~candidates, -torch.inf) for scores in (student, teacher))
     loss: Tensor = kd_loss(s, t, labels, row_weight=candidates.any(-1), **options)
     return loss
@@ -221,26 +240,32 @@ def ranking_distillation(
     decay: float = 10.0,
     sharpness: float = 0.1,
 ) -> Tensor:
-    """The teacher's first k items as if a user had taken them: ``-sum_r w_r log sigmoid(s[item_r])``, mean over lists.
+    """Ranking Distillation (Tang & Wang 2018): the teacher's first k items, as if users had taken them::
 
-    Ranking Distillation (Tang & Wang 2018): w_r is proportional to exp(-r / decay), the early places
-    counting most, times tanh(max(sharpness * (the student's rank of item_r - r), 0)), so that items which the student
-    ranks high enough have no loss; then normalised over the k places. The paper samples the student's ranks, which here
-    are exact. It is added to a loss of what users took, for nothing in it holds other items down.
+        mean over lists of  -sum_r w_r log sigmoid(s[item_r]),   item_r at the teacher's place r = 0 ... k - 1
+
+    w_r is proportional to exp(-r / decay), so that early places count most, times
+    tanh(max(sharpness * (the student's rank of item_r - r), 0)), so that items which the student ranks high enough have
+    no loss; the k weights of a list are then normalised. The paper samples the student's ranks; here they are exact.
+    Add it to a loss of what users took: nothing in it lowers the scores of other items.
 
     Args:
         student, teacher: (lists, items) scores.
-        k: places of the teacher's order.
-        candidates: (lists, items) bool: items that can be recommended; at least k in each list.
-        decay: in places.
-        sharpness: per place; 0 switches the second factor off.
+        k: how many of the teacher's places are used.
+        candidates: (lists, items) bool, items that can be recommended, at least k in each list; all if None.
+        decay: of the weights, in places.
+        sharpness: of the second factor, per place; 0 leaves the factor out.
+
+    Returns:
+        A scalar.
 
     Raises:
-        TypeError, ValueError: bad arguments.
+        TypeError, ValueError: shapes do not fit one another, the teacher's scores require grad, or a list has fewer
+            than k candidates.
     """
-    require_alike("teacher", student=student, teacher=teacher)
+    check_same_shape("teacher", student=student, teacher=teacher)
     candidates = torch.ones_like(student, dtype=torch.bool) if candidates is None else candidates
-    require_mask("candidates", candidates, student.shape)
+    check_row_mask("candidates", candidates, student.shape)
     fewest = int(candidates.sum(-1).min())
     if not 1 <= k <= fewest:
         raise ValueError(f"k must lie in 1 ... {fewest}, which is how many candidates the shortest list has, got {k}")
@@ -267,23 +292,28 @@ def regression_kd(
     target_weight: float = 0.5,
     labelled: Tensor | None = None,
 ) -> Tensor:
-    """``kd_weight * mse(student, teacher) + target_weight * mse(student, targets)`` (Ba & Caruana 2014).
+    """The loss of a regression, ``kd_weight * mse(student, teacher) + target_weight * mse(student, targets)``.
 
-    As an objective of ``Distiller``::
+    Source: Ba & Caruana 2014. As an objective of ``Distiller``::
 
         objective=lambda step: regression_kd(step.student, step.teacher, step.batch[1])
 
     Args:
         student, teacher, targets: (rows, ...) values.
-        labelled: (rows,) bool: only these rows have a target. The teacher's term is over all rows.
+        kd_weight: of the teacher's term.
+        target_weight: of the targets' term.
+        labelled: (rows,) bool, the rows that have a target; all if None. The teacher's term is over all rows.
+
+    Returns:
+        A scalar.
 
     Raises:
-        TypeError, ValueError: shapes that differ, or a teacher that requires grad.
+        TypeError, ValueError: shapes differ, or the teacher's values require grad.
     """
-    require_alike("teacher", student=student, teacher=teacher, targets=targets)
+    check_same_shape("teacher", student=student, teacher=teacher, targets=targets)
     kd = nn.functional.mse_loss(student, teacher)
     if labelled is not None:
-        require_mask("labelled", labelled, student.shape[:1])
+        check_row_mask("labelled", labelled, student.shape[:1])
         student, targets = student[labelled], targets[labelled]
     truth = (student - targets).square().sum() / max(targets.numel(), 1)
     return kd_weight * kd + target_weight * truth
@@ -292,16 +322,20 @@ def regression_kd(
 def teacher_bounded(student: Tensor, teacher: Tensor, targets: Tensor, *, margin: float = 0.0) -> Tensor:
     """The student's squared error where it is not yet better than the teacher's by ``margin``, and 0 elsewhere.
 
-    The mean over rows of ``|s - y|^2 if |s - y|^2 + margin > |t - y|^2 else 0`` (Chen et al. 2017): a teacher's
-    regression can point away from the target, so that it is a bound and no target itself.
+    The mean over rows of ``|s - y|^2 if |s - y|^2 + margin > |t - y|^2 else 0`` (Chen et al. 2017). The teacher is a
+    bound and not a target, since its error can point away from the target.
 
     Args:
         student, teacher, targets: (..., values), such as the 4 offsets of a box.
+        margin: 0 or more, in the squared units of the values.
+
+    Returns:
+        A scalar.
 
     Raises:
-        TypeError, ValueError: shapes that differ, a teacher that requires grad, or a negative margin.
+        TypeError, ValueError: shapes differ, the teacher's values require grad, or ``margin`` is negative.
     """
-    require_alike("teacher", student=student, teacher=teacher, targets=targets)
+    check_same_shape("teacher", student=student, teacher=teacher, targets=targets)
     if margin < 0:
         raise ValueError(f"margin must not be negative, got {margin}")
     error = (student - targets).square().sum(-1)
@@ -312,15 +346,24 @@ def teacher_bounded(student: Tensor, teacher: Tensor, targets: Tensor, *, margin
 def gaussian_kd(
     student_mean: Tensor, student_log_variance: Tensor, teacher_mean: Tensor, teacher_log_variance: Tensor
 ) -> Tensor:
-    """KL(N(t, exp(a)) || N(s, exp(b))), the mean over all values: a teacher that knows where it is unsure.
+    """The KL divergence of two Gaussians, for regressions that predict their own uncertainty::
 
-    ``(b - a + exp(a - b) + (t - s)^2 exp(-b) - 1) / 2``, with log-variances as networks give them (Kendall & Gal 2017).
-    Labels of its own the student takes through ``torch.nn.functional.gaussian_nll_loss``.
+        KL(N(t, exp(a)) || N(s, exp(b))) = (b - a + exp(a - b) + (t - s)^2 exp(-b) - 1) / 2
+
+    with log-variances, as networks predict them (Kendall & Gal 2017). For targets add
+    ``torch.nn.functional.gaussian_nll_loss``.
+
+    Args:
+        student_mean, student_log_variance: s and b, of any shape.
+        teacher_mean, teacher_log_variance: t and a, of the same shape.
+
+    Returns:
+        A scalar, the mean over all values.
 
     Raises:
-        TypeError, ValueError: shapes that differ, or a teacher that requires grad.
+        TypeError, ValueError: shapes differ, or the teacher's values require grad.
     """
     s, b, t, a = student_mean, student_log_variance, teacher_mean, teacher_log_variance
-    require_alike("teacher_mean", student_mean=s, student_log_variance=b, teacher_mean=t)
-    require_alike("teacher_log_variance", teacher_mean=t, teacher_log_variance=a)
+    check_same_shape("teacher_mean", student_mean=s, student_log_variance=b, teacher_mean=t)
+    check_same_shape("teacher_log_variance", teacher_mean=t, teacher_log_variance=a)
     return (b - a + (a - b).exp() + (t - s).square() * (-b).exp() - 1).mean() / 2

@@ -1,4 +1,4 @@
-"""Weights: which rows a loss listens to most, and which classes of a row."""
+"""Weights of rows for ``KD(row_weight=...)``, by several rules, and a divergence whose classes have weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from kdfast.distill.objective import teacher_of
 from kdfast.distill.step import Step
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.objectives._rows import TeacherRows
-from kdfast.recipes._inputs import IGNORE, answers_of, counted_rows, dense_logits, wide
+from kdfast.recipes._inputs import IGNORE, counted_rows, teacher_logits, teacher_target, widened
 
 __all__ = [
     "ClassAttention",
     "class_attention",
     "confidence",
+    "confident",
     "disagreement",
     "focal",
     "hardest",
@@ -27,18 +28,22 @@ __all__ = [
 ]
 
 
-def sample_attention(score: Callable[[Step], Tensor], *, temperature: float = 1.0) -> Callable[[Step], Tensor]:
-    """``n softmax_i(score_i / temperature)`` over the n rows that count.
+# ---- rows by a score of student or teacher --------------------------------------------------------------------------
 
-    ``KD(row_weight=sample_attention(confidence))``. The weights' mean is 1: attention moves the loss between rows and
-    leaves its scale.
+
+def sample_attention(score: Callable[[Step], Tensor], *, temperature: float = 1.0) -> Callable[[Step], Tensor]:
+    """A function that weighs rows by ``n softmax_i(score_i / temperature)`` over the n rows that count::
+
+        KD(row_weight=sample_attention(confidence))
+
+    The weights' mean is 1: attention moves the loss between rows and leaves its scale.
 
     Args:
-        score: of the step's rows, (...): ``confidence``, ``disagreement``, or one's own.
-        temperature: towards 0 the best row takes all; large ones weigh all rows alike.
+        score: a function of the step giving the rows' scores, (...): ``confidence``, ``disagreement``, or another.
+        temperature: near 0 the row of the highest score gets all weight; large ones weigh all rows alike.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: the temperature is not positive; or, when it is called, there is not one score per row.
     """
     if not temperature > 0.0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -56,33 +61,63 @@ def sample_attention(score: Callable[[Step], Tensor], *, temperature: float = 1.
 
 
 def confidence(step: Step) -> Tensor:
-    """Minus the teacher's entropy, in nats: rows of which it is sure come first."""
-    log_p = wide(dense_logits(answers_of(step), step.logits)).log_softmax(-1)
+    """(...) scores of the step's rows: minus the entropy of the teacher's distribution, in nats.
+
+    For ``sample_attention``: rows of which the teacher is sure weigh most.
+    """
+    log_p = widened(teacher_logits(step)).log_softmax(-1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)
 
 
 def disagreement(step: Step) -> Tensor:
-    """KL(teacher || student) of each row, in nats: rows that the student has yet to learn come first."""
+    """(...) scores of the step's rows: KL(teacher || student), in nats.
+
+    For ``sample_attention``: rows that the student has yet to learn weigh most.
+    """
     return row_losses(step, by="kd")
 
 
+def confident(threshold: float) -> Callable[[Step], Tensor]:
+    """A function that gives weight 1 to rows where the teacher's largest probability reaches ``threshold``, else 0::
+
+        KD(row_weight=confident(0.8))
+
+    Source: FixMatch, Sohn et al. 2020. The weights are numbers and no mask: the mean stays one over all rows, so that a
+    batch of which the teacher is sure weighs more than one where it guesses.
+
+    Raises:
+        ValueError: ``threshold`` is not in [0, 1].
+    """
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+
+    def weights(step: Step) -> Tensor:
+        probs = widened(teacher_logits(step)).softmax(-1)
+        return (probs.amax(-1) >= threshold).float()
+
+    return weights
+
+
+# ---- classes --------------------------------------------------------------------------------------------------------
+
+
 class ClassAttention:
-    """A divergence whose classes have weights, with p the teacher's and q the student's distribution at T::
+    """An objective whose classes have weights, with p the teacher's and q the student's distribution at T::
 
         T^2 mean_i sum_c w_ic (p_ic log(p_ic / q_ic) - p_ic + q_ic)
 
     The article multiplies the student's probabilities by the weights, after which they are no distribution. Weighting
     the terms of KL alone, ``sum_c w_c p_c log(p_c / q_c)``, is not enough: its optimum is q proportional to w p. With
-    the two linear terms (the generalised KL of Csiszar 1991, class by class) every class's part is 0 or more, and 0
-    only at q = p, whatever the weights. With all of them 1 it is KL, since p and q both sum to 1.
+    the two linear terms (the generalised KL of Csiszar 1991, class by class) the term of each class is 0 or more, and 0
+    only at q = p, whatever the weights. With all weights 1 the sum is KL, since p and q both sum to 1.
 
     Args:
-        weights: (V,), or a function of the step that gives (..., V) or (V,), such as ``class_attention()``.
-        temperature: T, of both.
+        weights: (V,), or a function of the step giving (..., V) or (V,), such as ``class_attention()``.
+        temperature: T, of both distributions.
         keep_optimum: False leaves the linear terms out, for weights that are meant to change the optimum.
 
     Raises:
-        ValueError: weights of another shape, or negative ones given as a tensor.
+        ValueError: the weights have another shape, or are negative and given as a tensor.
     """
 
     def __init__(
@@ -93,9 +128,8 @@ class ClassAttention:
         self.weights, self.temperature, self.keep_optimum = weights, temperature, keep_optimum
 
     def __call__(self, step: Step) -> Tensor:
-        answers_of(step)
         tau, counted = self.temperature, counted_rows(step)
-        rows = TeacherRows(step.logits, teacher_of(step), None, temperature=tau, row_weight=counted)
+        rows = TeacherRows(step.logits, teacher_target(step), None, temperature=tau, row_weight=counted)
         weights = (self.weights(step) if callable(self.weights) else self.weights).detach().to(rows.student.device)
         if weights.shape not in (step.logits.shape, step.logits.shape[-1:]):
             raise ValueError(
@@ -111,15 +145,20 @@ class ClassAttention:
 
 
 def class_attention(temperature: float = 1.0) -> Callable[[Step], Tensor]:
-    """``V softmax(z_t / temperature)`` of each row: attention to the classes that the teacher takes into account.
+    """A function that weighs each row's classes by ``V softmax(z_t / temperature)`` of the teacher's V logits z_t::
 
-    Raises ``ValueError`` for a temperature that is not positive.
+        ClassAttention(class_attention())
+
+    Classes that the teacher takes into account weigh most; a row's weights have the mean 1.
+
+    Raises:
+        ValueError: the temperature is not positive.
     """
     if not temperature > 0.0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
     def weights(step: Step) -> Tensor:
-        teacher = wide(dense_logits(answers_of(step), step.logits))
+        teacher = widened(teacher_logits(step))
         return (teacher / temperature).softmax(-1) * teacher.shape[-1]
 
     return weights
@@ -131,17 +170,17 @@ def class_attention(temperature: float = 1.0) -> Callable[[Step], Tensor]:
 def hardest(
     share: float, *, by: str = "ce", temperature: float = 1.0, shift: bool = False, ignore_index: int = IGNORE
 ) -> Callable[[Step], Tensor]:
-    """The share of the batch's rows with the largest loss, as a mask: ``KD(row_weight=hardest(0.5))``.
+    """A function that masks all rows of a batch but the share with the largest loss: ``KD(row_weight=hardest(0.5))``.
 
-    The others leave the denominator, so the loss is the mean over the hard rows (OHEM, Shrivastava et al. 2016). A
-    share of a row counts as a row; between equal losses the earlier row is taken.
+    Online hard-example mining (OHEM, Shrivastava et al. 2016): masked rows leave the denominator, so the loss is the
+    mean over the hard rows. Their number is rounded up; between equal losses the earlier row is taken.
 
     Args:
-        share: in (0, 1], of the rows that count.
+        share: of the rows that count, in (0, 1].
         by, temperature, shift, ignore_index: which loss is meant, as ``row_losses`` takes them.
 
     Raises:
-        ValueError: a share out of its range, or an unknown loss.
+        ValueError: ``share`` is not in (0, 1], or ``by`` is unknown.
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"share must be in (0, 1], got {share}")
@@ -160,17 +199,17 @@ def hardest(
 def focal(
     gamma: float, *, by: str = "ce", temperature: float = 1.0, shift: bool = False, ignore_index: int = IGNORE
 ) -> Callable[[Step], Tensor]:
-    """``(1 - exp(-loss))^gamma`` of every row: ``KD(row_weight=focal(2.0))``.
+    """A function that weighs each row by ``(1 - exp(-loss))^gamma``: ``KD(row_weight=focal(2.0))``.
 
-    Of cross-entropy this is ``(1 - q_y)^gamma``, the focal loss (Lin et al. 2017), but that the weight is held constant
-    and has no gradient. The denominator stays.
+    With cross-entropy for the loss this is ``(1 - q_y)^gamma``, as in the focal loss (Lin et al. 2017), except that the
+    weight is a constant and has no gradient. The denominator of the mean stays the number of rows.
 
     Args:
-        gamma: not negative; 0 weighs all rows alike.
+        gamma: 0 or more; 0 weighs all rows alike.
         by, temperature, shift, ignore_index: which loss is meant, as ``row_losses`` takes them.
 
     Raises:
-        ValueError: a negative gamma, or an unknown loss.
+        ValueError: ``gamma`` is negative, or ``by`` is unknown.
     """
     if not gamma >= 0.0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
@@ -187,17 +226,17 @@ def focal(
 def row_losses(
     step: Step, *, by: str = "ce", temperature: float = 1.0, shift: bool = False, ignore_index: int = IGNORE
 ) -> Tensor:
-    """(...) losses of the student's rows, in nats: a row that does not count has 0.
+    """(...) losses of a step's rows, in nats, without gradients; 0 for a row that does not count.
 
     Args:
-        step: what student and teacher say.
+        step: the outputs of student and teacher for a batch.
         by: "ce", cross-entropy on the labels, or "kd", KL(teacher || student).
         temperature: of "kd"; the divergence is not scaled by its square.
-        shift: position i is judged by label i + 1, as ``KD(shift=True)`` does.
-        ignore_index: of rows that do not count: ``KD``'s, where it has another than -100.
+        shift: position i is judged by label i + 1, as with ``KD(shift=True)``.
+        ignore_index: the label of rows that do not count, the same as the objective's.
 
     Raises:
-        ValueError: labels or a teacher that ``by`` needs are not there.
+        ValueError: ``by`` is unknown, or the step lacks the labels or the teacher that it needs.
     """
     _check(by)
     counted = counted_rows(step, shift=shift, ignore_index=ignore_index)
@@ -217,7 +256,7 @@ def row_losses(
         labels = (labels.roll(-1, -2) if shift else labels).flatten(0, -2)
     else:
         labels = Counting(ignore_index, shift).labels(labels).flatten().long()
-    rows = F.cross_entropy(wide(step.logits.flatten(0, -2)), labels, ignore_index=ignore_index, reduction="none")
+    rows = F.cross_entropy(widened(step.logits.flatten(0, -2)), labels, ignore_index=ignore_index, reduction="none")
     return torch.where(counted, rows.view(counted.shape), 0.0)
 
 

@@ -74,7 +74,7 @@ def test_chain_misuse():
         Chain(None, [])
     with pytest.raises(ValueError, match=r"pass \[assistant, ..., student\], got one"):
         TeacherAssistants(mlp(hidden=12), [mlp()])
-    with pytest.raises(ValueError, match=r"less parameters than the one before, got \[67, 99, 35\]"):
+    with pytest.raises(ValueError, match=r"fewer parameters than the one before, got \[67, 99, 35\]"):
         TeacherAssistants(mlp(hidden=8), [mlp(hidden=12), mlp(hidden=4)])
     with pytest.raises(ValueError, match="generations are of one architecture"):
         BornAgain(None, [mlp(), mlp(hidden=4)])

@@ -1,4 +1,4 @@
-"""Several students or tasks at once: one teacher pass, and the gradients of each alone."""
+"""Sums of objectives: students or tasks at once, with one teacher pass, the gradients of each, and one checkpoint."""
 
 import copy
 
@@ -10,7 +10,17 @@ from torch import nn
 import kdfast
 from kdfast import Distiller
 from kdfast.distill import KD, Step
-from kdfast.recipes import Cohort, CohortOutput, EachStudent, MultiTask, MutualLearning, TaskOutput
+from kdfast.recipes import (
+    Adversarial,
+    Cohort,
+    CohortOutput,
+    Combined,
+    EachStudent,
+    MultiTask,
+    MutualLearning,
+    TaskOutput,
+    discriminator,
+)
 from support.recipes import Counting, batches, blobs, gradient, make_step, mlp
 
 
@@ -135,6 +145,40 @@ def test_a_teacher_of_several_tasks_runs_once():
     assert teacher.calls == 1
     distiller.fit([inputs], epochs=20, progress=False)
     assert distiller.step(inputs).item() < 0.5 * before
+
+
+def critic():
+    return Adversarial(discriminator(3, hidden=2))
+
+
+COMPOSITES = {
+    "Combined": lambda: Combined(KD(), critic()),
+    "EachStudent, one for all": lambda: EachStudent(critic()),
+    "EachStudent, one each": lambda: EachStudent([critic(), critic()]),
+    "MutualLearning": lambda: MutualLearning(critic()),
+    "MultiTask": lambda: MultiTask({"a": critic(), "b": critic()}),
+    "nested": lambda: Combined(critic(), Combined(KD(), critic()), EachStudent([KD(), critic()])),
+}
+
+
+@pytest.mark.parametrize("make", COMPOSITES.values(), ids=COMPOSITES)
+def test_a_checkpoint_of_the_old_names_loads(make):
+    saved, loaded = make(), make()
+    old = {name.replace("submodules.", "modules_among_them."): value for name, value in saved.state_dict().items()}
+    kept = dict(old)
+    assert any(name.startswith("modules_among_them.") for name in old)
+    loaded.load_state_dict(old)
+    assert old == kept
+    assert loaded.state_dict().keys() == saved.state_dict().keys()
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_checkpoint_of_other_objectives_does_not_load():
+    old = {"modules_among_them.0.discriminator.0.weight": torch.zeros(2, 3)}
+    with pytest.raises(RuntimeError, match=r"Missing key.*submodules\.0\.discriminator\.0\.bias"):
+        Combined(critic()).load_state_dict(old)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*submodules\.1\.weight"):
+        Combined(KD()).load_state_dict({"modules_among_them.1.weight": torch.zeros(1)})
 
 
 def test_misuse_of_cohorts():
