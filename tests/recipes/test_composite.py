@@ -12,16 +12,18 @@ from kdfast import Distiller
 from kdfast.distill import KD, Step
 from kdfast.recipes import (
     Adversarial,
+    ClassAttention,
     Cohort,
     CohortOutput,
     Combined,
     EachStudent,
+    GraphAttention,
     MultiTask,
     MutualLearning,
     TaskOutput,
     discriminator,
 )
-from support.recipes import Counting, batches, blobs, gradient, make_step, mlp
+from support.recipes import CLASSES, Counting, batches, blobs, gradient, make_step, mlp
 
 
 def gradients(model):
@@ -124,8 +126,8 @@ def test_tasks_are_summed_with_their_weights_and_labels():
     expected = 2.0 * parts["a"](Step(student["a"], teacher["a"], labels["a"]))
     expected = expected + 0.5 * parts["b"](Step(student["b"], teacher["b"], labels["b"]))
     ours = MultiTask(parts, weights={"a": 2.0, "b": 0.5}, labels=lambda batch: batch["of_task"])
-    for said in (teacher, (teacher["a"], teacher["b"])):
-        assert torch.allclose(ours(Step(TaskOutput(student), said, batch={"of_task": labels})), expected)
+    for outputs in (teacher, (teacher["a"], teacher["b"])):
+        assert torch.allclose(ours(Step(TaskOutput(student), outputs, batch={"of_task": labels})), expected)
 
 
 def test_a_teacher_of_several_tasks_runs_once():
@@ -145,6 +147,25 @@ def test_a_teacher_of_several_tasks_runs_once():
     assert teacher.calls == 1
     distiller.fit([inputs], epochs=20, progress=False)
     assert distiller.step(inputs).item() < 0.5 * before
+
+
+def test_objectives_combine():
+    step = make_step()
+    ours = Combined(KD(), GraphAttention(), weights=(0.5, 3.0))(step)
+    assert torch.allclose(ours, 0.5 * KD()(step) + 3.0 * GraphAttention()(step))
+    assert torch.allclose(Combined(KD())(step), KD()(step))
+    with pytest.raises(ValueError, match="at least one objective"):
+        Combined()
+    with pytest.raises(ValueError, match="1 objectives need as many weights, got 2"):
+        Combined(KD(), weights=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("objective", [GraphAttention(), ClassAttention(torch.ones(CLASSES)), Combined(KD())])
+def test_a_teacher_that_could_be_trained_is_refused(objective):
+    step = make_step()
+    step.teacher.requires_grad_()
+    with pytest.raises(ValueError, match="teacher requires grad"):
+        objective(step)
 
 
 def critic():

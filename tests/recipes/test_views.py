@@ -149,7 +149,7 @@ def test_tokens_are_replaced_at_the_rate_by_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("call", "error", "message"),
     [
         (lambda: random_view("a", 0, smallest=0.0), ValueError, r"smallest must lie in \(0, 1\]"),
         (lambda: crop_and_flip(torch.zeros(3, 3), View(), size=(2, 2)), TypeError, r"\(C, H, W\)"),
@@ -158,6 +158,6 @@ def test_tokens_are_replaced_at_the_rate_by_the_seed():
         (lambda: noise_tokens(torch.arange(3), View(), rate=2.0, token=1), ValueError, "rate 2.0"),
     ],
 )
-def test_bad_input_is_named(call, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
         call()

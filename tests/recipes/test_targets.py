@@ -1,6 +1,7 @@
-"""Sequence-level distillation: what the teacher wrote becomes examples, and its likelihood the loss."""
+"""Sequences, classes and distributions of the teacher: what it wrote becomes examples, their likelihood the loss."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdfast import Distiller
+from kdfast import Distiller, SoftLabels
 from kdfast.distill import KD, Step
-from kdfast.recipes import pad_sequences, sequence_level, teacher_sequences
+from kdfast.recipes import (
+    HardTargets,
+    pad_sequences,
+    sequence_level,
+    soft_targets,
+    teacher_sequences,
+)
+from support.recipes import make_step
 
 VOCAB, EOS, PAD = 6, 5, 0
 
@@ -172,3 +180,19 @@ def test_misuse():
         teacher_sequences(Bigram(), [], eos=EOS)
     with pytest.raises(ValueError, match="word_weight must not be negative"):
         sequence_level(word_weight=-1.0)
+
+
+@pytest.mark.parametrize("make", [lambda z: z, SoftLabels.dense])
+def test_hard_targets_are_the_teachers_classes(make):
+    step = make_step()
+    ours = HardTargets()(replace(step, teacher=make(step.teacher)))
+    assert torch.allclose(ours, F.cross_entropy(step.student, step.teacher.argmax(-1)), rtol=1e-6)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        HardTargets()(replace(step, teacher=None))
+
+
+def test_soft_targets_need_no_labels():
+    step = make_step(labels=False)
+    log_q, log_p = ((x / 4.0).log_softmax(-1) for x in (step.student, step.teacher))
+    expected = 16.0 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    assert torch.allclose(soft_targets()(step), expected)

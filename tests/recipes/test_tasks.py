@@ -254,7 +254,7 @@ def test_ranking_distillation_takes_its_items_from_the_candidates():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("call", "error", "message"),
     [
         (lambda x: regression_kd(x, x[:2], x), ValueError, r"student \(3, 4\), teacher \(2, 4\)"),
         (lambda x: regression_kd(x, x.clone().requires_grad_(), x), ValueError, "teacher requires grad"),
@@ -272,6 +272,6 @@ def test_ranking_distillation_takes_its_items_from_the_candidates():
         (lambda x: detection_kd(Detections(x, x), Detections(x, x[:1]), x[:, 0].long(), x), ValueError, "boxes"),
     ],
 )
-def test_bad_input_is_named(call, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
         call(torch.zeros(3, 4))

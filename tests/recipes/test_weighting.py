@@ -1,36 +1,26 @@
-"""Numbers per row: hard examples, attention, temperatures; and numbers per step."""
+"""Weights of rows, by their losses and by attention, and of classes."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdfast import SoftLabels
+from kdfast import kd_loss
 from kdfast.distill import KD, Step
 from kdfast.recipes import (
-    HardTargets,
-    anneal,
+    ClassAttention,
+    class_attention,
     confidence,
     disagreement,
-    entropy_temperature,
     focal,
-    focal_temperature,
     hardest,
-    ramp_up,
     row_losses,
     sample_attention,
-    soft_targets,
-    temperature_of_entropy,
 )
-from support.recipes import gradient, make_step
+from support.recipes import CLASSES, entropy, gradient, make_step
 
 IGNORE = -100
-
-
-def entropy(logits):
-    return torch.distributions.Categorical(logits=logits).entropy()
 
 
 def test_row_losses_are_the_rows():
@@ -155,68 +145,63 @@ def test_confidence_of_a_narrow_teacher_is_computed_in_float32():
     assert torch.allclose(confidence(step), -entropy(step.teacher.float()), rtol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_rows_of_equal_entropy(share):
-    teacher = torch.randn(20, 7, dtype=torch.float64) * 4
-    teacher[:, 2] = -torch.inf
-    tau = temperature_of_entropy(teacher, share, low=1e-3, high=1e3)
-    assert torch.allclose(entropy(teacher / tau[:, None]), torch.full((20,), share * math.log(6)).double(), atol=1e-9)
+def divergence(step, weights, temperature, keep_optimum):
+    """As the formula says it."""
+    p, q = ((x / temperature).softmax(-1) for x in (step.teacher, step.student))
+    terms = p * (p / q).log() + (q - p if keep_optimum else 0.0)
+    return temperature**2 * (weights * terms).sum(-1).mean()
 
 
-def test_temperatures_stay_within_bounds():
-    teacher = torch.tensor([[100.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
-    assert temperature_of_entropy(teacher, 0.9, low=0.5, high=4.0).tolist() == pytest.approx([4.0, 0.5])
-
-
-def test_a_temperature_per_row_reaches_the_loss():
+@pytest.mark.parametrize("keep_optimum", [True, False])
+def test_classes_weigh_their_terms(keep_optimum):
     step = make_step()
-    tau = entropy_temperature(0.5)(step)
-    rows = tau**2 * row_losses(
-        replace(step, student=step.student / tau[:, None], teacher=step.teacher / tau[:, None]), by="kd"
-    )
-    assert torch.allclose(soft_targets(temperature=entropy_temperature(0.5))(step), rows.mean(), rtol=1e-9)
+    weights = torch.linspace(0.0, 3.0, CLASSES, dtype=torch.float64)
+    ours = ClassAttention(weights, temperature=3.0, keep_optimum=keep_optimum)(step)
+    expected = divergence(step, weights, 3.0, keep_optimum)
+    assert torch.allclose(ours, expected, rtol=1e-12)
+    assert torch.allclose(gradient(ours, step.student)[0], gradient(expected, step.student)[0], rtol=1e-10)
 
 
-def test_focal_temperatures_fall_with_distance():
-    step = make_step(rows=8)
-    step.labels[0] = IGNORE
-    tau = focal_temperature(8.0, 1.0, gamma=2.0)(step)
-    distance = 1 - F.cosine_similarity(step.student, step.teacher).detach()
-    expected = 8.0 + (distance[1:] ** 2).mean() - distance**2
-    assert torch.allclose(tau, expected)
-    with pytest.raises(ValueError, match=r"base must exceed beta \* 2\*\*gamma"):
-        focal_temperature(4.0, 1.0, gamma=2.0)
-
-
-def test_schedules():
-    at = {x: Step(None, progress=x) for x in (0.0, 0.1, 0.25, 0.5, 1.0)}
-    assert [anneal(8.0, 1.0)(step) for step in at.values()] == pytest.approx([8.0, 7.3, 6.25, 4.5, 1.0])
-    assert anneal(8.0, 1.0, "cosine")(at[0.25]) == pytest.approx(1.0 + 7.0 * (1 + math.sqrt(0.5)) / 2)
-    assert ramp_up(2.0)(at[0.0]) == pytest.approx(2.0 * math.exp(-5))
-    assert ramp_up(2.0)(at[0.1]) == pytest.approx(2.0 * math.exp(-1.25))
-    assert ramp_up(2.0)(at[0.25]) == 2.0
-    with pytest.raises(ValueError, match='"linear" or "cosine"'):
-        anneal(8.0, 1.0, "step")
-    with pytest.raises(ValueError, match="share must be in"):
-        ramp_up(1.0, 0.0)
-
-
-def test_an_annealed_loss_is_the_one_at_its_temperature():
-    step = make_step(progress=0.5)
-    assert torch.equal(KD(temperature=anneal(4.0, 2.0))(step), KD(temperature=3.0)(step))
-
-
-@pytest.mark.parametrize("make", [lambda z: z, SoftLabels.dense])
-def test_hard_targets_are_the_teachers_classes(make):
+def test_equal_classes_are_kl():
     step = make_step()
-    ours = HardTargets()(replace(step, teacher=make(step.teacher)))
-    assert torch.allclose(ours, F.cross_entropy(step.student, step.teacher.argmax(-1)), rtol=1e-6)
-    with pytest.raises(ValueError, match="needs a teacher"):
-        HardTargets()(replace(step, teacher=None))
+    ours = ClassAttention(torch.ones(CLASSES), temperature=2.0)(step)
+    assert torch.allclose(ours, kd_loss(step.student, step.teacher, temperature=2.0), rtol=1e-12)
 
 
-def test_soft_targets_need_no_labels():
-    step = make_step(labels=False)
-    log_q, log_p = ((x / 4.0).log_softmax(-1) for x in (step.student, step.teacher))
-    expected = 16.0 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    assert torch.allclose(soft_targets()(step), expected)
+def test_the_teacher_stays_the_optimum_unless_told_otherwise():
+    step = make_step()
+    weights = class_attention()(step)
+    at_teacher = step.teacher.clone().requires_grad_()
+    for keep_optimum in (True, False):
+        loss = ClassAttention(class_attention(), keep_optimum=keep_optimum)(replace(step, student=at_teacher))
+        moves = gradient(loss, at_teacher)[0].abs().max() > 1e-6
+        assert bool(moves) is not keep_optimum
+    assert ClassAttention(weights)(step) > 0
+    # Without the linear terms it is at q proportional to w p.
+    reweighed = (step.teacher / 2.0 + weights.log()).mul(2.0).requires_grad_()
+    loss = ClassAttention(weights, keep_optimum=False)(replace(step, student=reweighed))
+    assert gradient(loss, reweighed)[0].abs().max() < 1e-12
+
+
+def test_class_attention_is_a_softmax_of_mean_one():
+    step = make_step()
+    step.teacher[0, 0] = -torch.inf
+    weights = class_attention(2.0)(step)
+    assert torch.allclose(weights, CLASSES * (step.teacher / 2.0).softmax(-1))
+    assert torch.isfinite(gradient(ClassAttention(class_attention(2.0))(step), step.student)[0]).all()
+
+
+def test_rows_that_do_not_count_have_no_attention():
+    step = make_step()
+    step.labels[0] = -100
+    kept = replace(step, student=step.student[1:], teacher=step.teacher[1:], labels=None)
+    assert torch.allclose(ClassAttention(class_attention())(step), ClassAttention(class_attention())(kept))
+
+
+def test_class_attention_misuse():
+    with pytest.raises(ValueError, match=r"must not be negative, got -1\.0"):
+        ClassAttention(torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"must be \(5,\) or \(6, 5\), got \(3,\)"):
+        ClassAttention(torch.ones(3))(make_step())
+    with pytest.raises(ValueError, match="takes one teacher, got 2"):
+        ClassAttention(torch.ones(5))(make_step(teachers=2))

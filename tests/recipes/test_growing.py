@@ -1,4 +1,4 @@
-"""Growth keeps the function, to rounding, and what has grown goes on learning."""
+"""Growth keeps the function, to rounding, and what has grown trains further."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_what_mixes_units_is_refused():
         deepen(nn.Linear(4, 8), 0)
 
 
-def test_a_student_that_grows_keeps_what_it_has_learned_and_goes_on():
+def test_a_student_that_grows_keeps_what_it_has_learned_and_trains_further():
     torch.manual_seed(1)
     data = batches(*blobs(samples=96))
     growing = Growing(mlp(hidden=3), mlp(), grow=lambda model: deepen(widen(model, 0, 12), 0), ce_weight=1.0, lr=0.01)

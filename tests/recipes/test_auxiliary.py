@@ -1,6 +1,7 @@
-"""The discriminator and the student work against each other, and neither touches the other's gradient."""
+"""Terms beside KD: a discriminator and a student that leave each other's gradients alone, and a graph of the batch."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 
 from kdfast import Distiller
 from kdfast.distill import KD, Step
-from kdfast.recipes import Adversarial, Combined, discriminator
-from support.recipes import batches, blobs, gradient, make_step, mlp, weights_of
+from kdfast.recipes import Adversarial, Combined, GraphAttention, discriminator
+from support.recipes import CLASSES, batches, blobs, gradient, make_step, mlp, weights_of
 
 
 def both(step):
@@ -64,16 +65,16 @@ def test_the_discriminator_learns_and_the_student_moves_because_of_it():
     alone = copy.deepcopy(student)
 
     def verdicts():
-        said = student(data[0]).log_softmax(-1), teacher(data[0]).log_softmax(-1)
-        return adversarial.student_loss(said[0]).item(), adversarial.discriminator_loss(*said).item()
+        log_probs = student(data[0]).log_softmax(-1), teacher(data[0]).log_softmax(-1)
+        return adversarial.student_loss(log_probs[0]).item(), adversarial.discriminator_loss(*log_probs).item()
 
     # A student that stands still: the discriminator's loss falls.
     first = verdicts()
     loop = torch.optim.Adam(judge.parameters(), 0.05)
     for _ in range(50):
         loop.zero_grad()
-        said = student(data[0]).log_softmax(-1), teacher(data[0]).log_softmax(-1)
-        adversarial.discriminator_loss(*said).backward()
+        log_probs = student(data[0]).log_softmax(-1), teacher(data[0]).log_softmax(-1)
+        adversarial.discriminator_loss(*log_probs).backward()
         loop.step()
     trained = verdicts()
     assert trained[1] < 0.8 * first[1]
@@ -134,3 +135,69 @@ def test_misuse():
         Adversarial(nn.Linear(5, 2).double())(make_step())
     with pytest.raises(ValueError, match="needs a teacher"):
         Adversarial(discriminator(5))(Step(torch.randn(3, 5)))
+
+
+def graph(student, teacher, temperature):
+    """As the formula says it: softmax over the others."""
+    rows = []
+    for features in (student, teacher):
+        unit = features / features.norm(dim=1, keepdim=True)
+        cosines = unit @ unit.T / temperature
+        others = ~torch.eye(len(unit), dtype=torch.bool)
+        rows.append(cosines[others].view(len(unit), -1).log_softmax(-1))
+    return F.kl_div(rows[0], rows[1], log_target=True, reduction="batchmean")
+
+
+def test_the_graphs_attentions_are_compared():
+    step = make_step(rows=8)
+    ours, expected = GraphAttention(temperature=0.3)(step), graph(step.student, step.teacher, 0.3)
+    assert torch.allclose(ours, expected, rtol=1e-9)
+    assert torch.allclose(gradient(ours, step.student)[0], gradient(expected, step.student)[0], atol=1e-9)
+
+
+def test_only_the_geometry_counts():
+    step = make_step(rows=8)
+    turn = torch.linalg.qr(torch.randn(CLASSES, CLASSES, dtype=torch.float64))[0]
+    turned = replace(step, student=(3.0 * step.teacher @ turn).requires_grad_())
+    assert abs(GraphAttention()(turned).item()) < 1e-9
+    assert GraphAttention()(step) > 1e-3
+    order = torch.randperm(8)
+    shuffled = replace(step, student=step.student[order], teacher=step.teacher[order], labels=step.labels[order])
+    assert torch.allclose(GraphAttention()(shuffled), GraphAttention()(step))
+
+
+def test_features_of_other_widths_and_rows_that_do_not_count():
+    step = make_step(rows=8)
+    narrow = torch.randn(8, 2, 3, dtype=torch.float64, requires_grad=True)
+    wide = torch.randn(8, 11, dtype=torch.float64)
+    ours = GraphAttention(features=lambda step: (narrow, wide), temperature=0.5)(step)
+    assert torch.allclose(ours, graph(narrow.flatten(1), wide, 0.5))
+    step.labels[0] = -100
+    assert torch.allclose(GraphAttention()(step), graph(step.student[1:], step.teacher[1:], 0.1))
+
+
+def test_a_sample_without_features_has_no_gradient():
+    student, teacher = torch.randn(5, 3).relu(), torch.randn(5, 4)
+    student[1] = 0.0
+    student.requires_grad_()
+    found = gradient(GraphAttention(features=lambda step: (student, teacher))(make_step()), student)[0]
+    assert not found[1].any()
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_a_graph_of_too_few_samples_says_nothing(rows):
+    step = make_step(rows=rows)
+    loss = GraphAttention()(step)
+    assert loss.item() == 0.0
+    assert not gradient(loss, step.student)[0].any()
+
+
+def test_graph_misuse():
+    features = torch.randn(4, 3), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="of the same samples, got 4 and 5"):
+        GraphAttention(features=lambda step: features)(make_step())
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        GraphAttention(temperature=0.0)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        GraphAttention()(replace(make_step(), teacher=None))
