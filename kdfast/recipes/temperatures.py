@@ -19,7 +19,7 @@ __all__ = ["anneal", "entropy_temperature", "focal_temperature", "ramp_up", "tem
 
 
 def focal_temperature(base: float, beta: float, gamma: float = 2.0) -> Callable[[Step], Tensor]:
-    """A function that gives each row a temperature, lower where the student's logits are far from the teacher's::
+    """Make a function that gives each row a temperature, lower where the student's logits are far from the teacher's::
 
         T_i = base + beta (mean(w) - w_i),   w_i = (1 - cos(z_s, z_t))^gamma
 
@@ -46,7 +46,7 @@ def focal_temperature(base: float, beta: float, gamma: float = 2.0) -> Callable[
 
 
 def entropy_temperature(share: float, *, low: float = 0.25, high: float = 32.0) -> Callable[[Step], Tensor]:
-    """A function that gives each row the temperature at which the teacher's entropy is ``share`` of log V::
+    """Make a function that gives each row the temperature at which the teacher's entropy is ``share`` of log V::
 
         KD(temperature=entropy_temperature(0.2))
 
@@ -107,7 +107,9 @@ def _check(share: float, low: float, high: float) -> None:
 
 
 def anneal(start: float, end: float, shape: str = "linear") -> Callable[[Step], float]:
-    """A function that moves a number from ``start`` to ``end`` over the training: ``KD(temperature=anneal(8.0, 1.0))``.
+    """Make a function that moves a number from ``start`` to ``end`` over the training::
+
+        KD(temperature=anneal(8.0, 1.0))
 
     Annealing KD, Jafari et al. 2021. With x the share of all optimiser steps that is done, the number is
     ``start + (end - start) * x``, or for shape "cosine" ``end + (start - end) * (1 + cos(pi x)) / 2``, which changes
@@ -124,7 +126,7 @@ def anneal(start: float, end: float, shape: str = "linear") -> Callable[[Step], 
 
 
 def ramp_up(end: float, share: float = 0.2) -> Callable[[Step], float]:
-    """A function that raises a weight from nearly 0 to ``end``: ``KD(kd_weight=ramp_up(1.0))``.
+    """Make a function that raises a weight from nearly 0 to ``end``: ``KD(kd_weight=ramp_up(1.0))``.
 
     The weight is ``end * exp(-5 (1 - x)^2)`` with ``x = min(1, progress / share)``, and ``progress`` the share of all
     optimiser steps that is done. Source: Laine & Aila 2017, for teachers that still learn themselves, such as that of

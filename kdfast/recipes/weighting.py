@@ -32,7 +32,7 @@ __all__ = [
 
 
 def sample_attention(score: Callable[[Step], Tensor], *, temperature: float = 1.0) -> Callable[[Step], Tensor]:
-    """A function that weighs rows by ``n softmax_i(score_i / temperature)`` over the n rows that count::
+    """Make a function that weighs rows by ``n softmax_i(score_i / temperature)`` over the n rows that count::
 
         KD(row_weight=sample_attention(confidence))
 
@@ -78,7 +78,7 @@ def disagreement(step: Step) -> Tensor:
 
 
 def confident(threshold: float) -> Callable[[Step], Tensor]:
-    """A function that gives weight 1 to rows where the teacher's largest probability reaches ``threshold``, else 0::
+    """Make a function that weighs rows 1 where the teacher's largest probability reaches ``threshold``, else 0::
 
         KD(row_weight=confident(0.8))
 
@@ -145,11 +145,11 @@ class ClassAttention:
 
 
 def class_attention(temperature: float = 1.0) -> Callable[[Step], Tensor]:
-    """A function that weighs each row's classes by ``V softmax(z_t / temperature)`` of the teacher's V logits z_t::
+    """Make a function that weighs each row's classes by ``V softmax(z_t / temperature)`` of the teacher's logits::
 
         ClassAttention(class_attention())
 
-    Classes that the teacher takes into account weigh most; a row's weights have the mean 1.
+    V is the number of classes. Those that the teacher takes into account weigh most; a row's weights have the mean 1.
 
     Raises:
         ValueError: the temperature is not positive.
@@ -170,7 +170,9 @@ def class_attention(temperature: float = 1.0) -> Callable[[Step], Tensor]:
 def hardest(
     share: float, *, by: str = "ce", temperature: float = 1.0, shift: bool = False, ignore_index: int = IGNORE
 ) -> Callable[[Step], Tensor]:
-    """A function that masks all rows of a batch but the share with the largest loss: ``KD(row_weight=hardest(0.5))``.
+    """Make a function that masks all rows of a batch but the share with the largest loss::
+
+        KD(row_weight=hardest(0.5))
 
     Online hard-example mining (OHEM, Shrivastava et al. 2016): masked rows leave the denominator, so the loss is the
     mean over the hard rows. Their number is rounded up; between equal losses the earlier row is taken.
@@ -199,7 +201,7 @@ def hardest(
 def focal(
     gamma: float, *, by: str = "ce", temperature: float = 1.0, shift: bool = False, ignore_index: int = IGNORE
 ) -> Callable[[Step], Tensor]:
-    """A function that weighs each row by ``(1 - exp(-loss))^gamma``: ``KD(row_weight=focal(2.0))``.
+    """Make a function that weighs each row by ``(1 - exp(-loss))^gamma``: ``KD(row_weight=focal(2.0))``.
 
     With cross-entropy for the loss this is ``(1 - q_y)^gamma``, as in the focal loss (Lin et al. 2017), except that the
     weight is a constant and has no gradient. The denominator of the mean stays the number of rows.
