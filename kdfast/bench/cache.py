@@ -22,7 +22,7 @@ from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.tools.stats import cache_stats
 from kdfast.labels.support import CODEC_KINDS
 
-__all__ = ["ARMS", "Arm", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
+__all__ = ["ARMS", "CodecConfig", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
 
 DRAWS = 8  # that noise is told from bias by
 SYMBOLS = {"draws": "N", "tau": "τ", "k": "k"}
@@ -30,7 +30,7 @@ SPEED_WINDOWS = 32  # decoded at once for the rate
 
 
 @dataclass(frozen=True)
-class Arm:
+class CodecConfig:
     """One way to write a cache. ``prototypes``: how many the table has that it chooses from, or orders ids by."""
 
     codec: str
@@ -76,20 +76,20 @@ class Arm:
         }[self.codec]
 
 
-def _arms() -> list[Arm]:
-    draws = [Arm("sample", {"draws": n}) for n in (50, 23, 10)]
-    draws += [Arm("threshold", {"tau": tau}) for tau in (0.1, 0.05, 0.02)]
-    prototypes = [Arm("prototype", {"k": k}, 256) for k in (0, 1, 3, 9)]
+def _arms() -> list[CodecConfig]:
+    draws = [CodecConfig("sample", {"draws": n}) for n in (50, 23, 10)]
+    draws += [CodecConfig("threshold", {"tau": tau}) for tau in (0.1, 0.05, 0.02)]
+    prototypes = [CodecConfig("prototype", {"k": k}, 256) for k in (0, 1, 3, 9)]
     return [
         *draws,
-        Arm("sample", {"draws": 23, "coding": "rows"}),
-        Arm("topk", {"k": 16}),
+        CodecConfig("sample", {"draws": 23, "coding": "rows"}),
+        CodecConfig("topk", {"k": 16}),
         *(replace(arm, prototypes=256) for arm in draws),
-        Arm("sample", {"draws": 23, "coding": "rows"}, 256),
+        CodecConfig("sample", {"draws": 23, "coding": "rows"}, 256),
         *prototypes,
-        Arm("prototype", {"k": 1, "coding": "rows"}, 256),
-        Arm("sample", {"draws": 50}, 1024),
-        Arm("prototype", {"k": 1}, 1024),
+        CodecConfig("prototype", {"k": 1, "coding": "rows"}, 256),
+        CodecConfig("sample", {"draws": 50}, 1024),
+        CodecConfig("prototype", {"k": 1}, 1024),
     ]
 
 
@@ -123,7 +123,7 @@ class Row:
 def measure_ours(
     corpus: Corpus,
     tables: Mapping[int, PrototypeTable],
-    arms: Iterable[Arm],
+    arms: Iterable[CodecConfig],
     folder: Path,
     *,
     sampled: Tensor,
@@ -155,7 +155,11 @@ def sampled_rows(corpus: Corpus, count: int) -> Tensor:
 
 
 def _write(
-    corpus: Corpus, prototypes: PrototypeTable | None, arms: list[Arm], folder: Path, advance: Callable[[str], None]
+    corpus: Corpus,
+    prototypes: PrototypeTable | None,
+    arms: list[CodecConfig],
+    folder: Path,
+    advance: Callable[[str], None],
 ) -> None:
     """The caches of ``arms``, in one pass over the teacher."""
     extra: dict[str, Any] = {} if prototypes is None else {"prototypes": prototypes}
@@ -175,7 +179,7 @@ def _write(
             advance("writing")
 
 
-def _measure(corpus: Corpus, arm: Arm, path: Path, sampled: Tensor, logits: Tensor, repeats: int) -> Row:
+def _measure(corpus: Corpus, arm: CodecConfig, path: Path, sampled: Tensor, logits: Tensor, repeats: int) -> Row:
     cache = kdfast.cache.open(path)
     first = cache.pack(range(min(len(corpus), SPEED_WINDOWS)))
     # Before the caches are counted, so that no reading of all of them has filled the processor's caches with theirs.

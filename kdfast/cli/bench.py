@@ -16,7 +16,7 @@ from kdfast.cli.failing import failing, known
 from kdfast.cli.progress import bar
 
 if TYPE_CHECKING:
-    from kdfast.bench.cache import Arm, Row
+    from kdfast.bench.cache import CodecConfig, Row
     from kdfast.bench.random_access import RandomAccess
 
 TABLE_WIDTH = 150  # of the cache's table, which nobody could read if it were folded
@@ -102,7 +102,9 @@ def cache(
             console.print(f"Written to {path}", soft_wrap=True)
 
 
-def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], repeats: int) -> tuple[list[Row], int]:
+def _cache_rows(
+    teacher: Path, tokens: int, evaluated: int, arms: list[CodecConfig], repeats: int
+) -> tuple[list[Row], int]:
     """The rows, and how many positions were stored: windows that the prototypes were not learned from."""
     from kdfast.bench.cache import measure_ours, measure_rivals, sampled_rows
     from kdfast.bench.layouts import LAYOUTS

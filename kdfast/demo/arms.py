@@ -12,13 +12,13 @@ from kdfast import SoftLabels, kd_loss
 from kdfast.demo.settings import Settings
 from kdfast.demo.train import Objective
 
-__all__ = ["BASELINE", "UPPER_BOUND", "Arm", "arms", "objective"]
+__all__ = ["BASELINE", "UPPER_BOUND", "DemoArm", "arms", "objective"]
 
 BASELINE, UPPER_BOUND = "no_kd", "all_labels"
 
 
 @dataclass(frozen=True)
-class Arm:
+class DemoArm:
     """How a student is trained. All students have one architecture, schedule and, per seed, initial weights."""
 
     name: str
@@ -30,19 +30,19 @@ class Arm:
     smoothing: float = 0.0
 
 
-def arms(s: Settings) -> tuple[Arm, ...]:
+def arms(s: Settings) -> tuple[DemoArm, ...]:
     n, kd, ce = s.labelled, s.kd_weight, 1.0 - s.kd_weight
     return (
-        Arm(BASELINE, f"no KD: {n} labels"),
-        Arm("smoothing", f"label smoothing: {n} labels", smoothing=s.smoothing),
-        Arm("kd_own", f"KD, teacher of {n} labels", teacher="own", kd_weight=kd, ce_weight=ce),
-        Arm("kd_labelled", f"KD from cache: {n} images", teacher="main", kd_weight=kd, ce_weight=ce),
-        Arm("kd_all", "KD from cache: all images", all_images=True, teacher="main", kd_weight=1.0, ce_weight=0.0),
-        Arm(UPPER_BOUND, "no KD: all labels", all_images=True),
+        DemoArm(BASELINE, f"no KD: {n} labels"),
+        DemoArm("smoothing", f"label smoothing: {n} labels", smoothing=s.smoothing),
+        DemoArm("kd_own", f"KD, teacher of {n} labels", teacher="own", kd_weight=kd, ce_weight=ce),
+        DemoArm("kd_labelled", f"KD from cache: {n} images", teacher="main", kd_weight=kd, ce_weight=ce),
+        DemoArm("kd_all", "KD from cache: all images", all_images=True, teacher="main", kd_weight=1.0, ce_weight=0.0),
+        DemoArm(UPPER_BOUND, "no KD: all labels", all_images=True),
     )
 
 
-def objective(arm: Arm, labels: Tensor, soft: Mapping[str, SoftLabels], temperature: float) -> Objective:
+def objective(arm: DemoArm, labels: Tensor, soft: Mapping[str, SoftLabels], temperature: float) -> Objective:
     """The arm's loss. ``labels`` and ``soft`` (by teacher) have one row per training image."""
     if arm.teacher is None:
         return lambda logits, rows: F.cross_entropy(logits, labels[rows], label_smoothing=arm.smoothing)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdfast import SoftLabels
 from kdfast.demo import labels, models
-from kdfast.demo.arms import Arm, arms, objective
+from kdfast.demo.arms import DemoArm, arms, objective
 from kdfast.demo.data import load, pick_labelled
 from kdfast.demo.labels import CacheSize
 from kdfast.demo.metrics import Scores, score
@@ -88,11 +88,11 @@ class Experiment:
 
     def _teach(self, name: str, rows: Tensor, seed: int) -> nn.Module:
         model = models.build(models.teacher, seed, self.settings.device)
-        hard = objective(Arm(name, name), self.train.labels, {}, 1.0)
+        hard = objective(DemoArm(name, name), self.train.labels, {}, 1.0)
         self._fit(name, model, rows, hard, self.settings.teacher, seed)
         return model
 
-    def _distil(self, arm: Arm, rows: Tensor, soft: dict[str, SoftLabels], seed: int) -> None:
+    def _distil(self, arm: DemoArm, rows: Tensor, soft: dict[str, SoftLabels], seed: int) -> None:
         model = models.build(models.student, seed, self.settings.device)
         loss = objective(arm, self.train.labels, soft, self.settings.temperature)
         self._fit(arm.name, model, rows, loss, self.settings.student, seed)
