@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arms import ARMS, Arm
+from arms import ARMS, LabelSource
 from residual import Residual, residual_of
 from teacher import LENGTH, TRAIN_WINDOWS, Corpus
 from torch import Tensor
@@ -52,13 +52,13 @@ def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
     return made
 
 
-def _labels(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Labels:
+def _labels(corpus: Corpus, folder: Path, arm: LabelSource, draw: int) -> Labels:
     assert arm.codec is not None
     options = dict(arm.options)
     if arm.codec in ("sample", "threshold"):
         options["seed"] = draw
-    if arm.shapes:
-        options["prototypes"] = load_prototypes(corpus, folder, arm.shapes, options["k"])
+    if arm.prototypes:
+        options["prototypes"] = load_prototypes(corpus, folder, arm.prototypes, options["k"])
     stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits)
     windows, payload, model, residual = stored.windows, float(stored.payload), stored.model, []
     if arm.residual:
