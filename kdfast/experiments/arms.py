@@ -14,7 +14,7 @@ import kdfast
 from kdfast.distill import KD, Objective, Step
 from kdfast.experiments.store import Options
 from kdfast.experiments.tasks import Labelled, Task
-from kdfast.experiments.training import Featured, fit
+from kdfast.experiments.training import WithFeatures, fit
 from kdfast.objectives import (
     Hint,
     dist_loss,
@@ -47,13 +47,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm is called, and how it makes a student of a task.
+    """One way to train a student, to be compared with others.
 
     Attributes:
+        name: its key in results and on the command line.
+        title: its name in the report.
         train: ``train(task, **options)`` returns the trained student.
-        candidates: the options to choose from on the validation split, as many for every arm of an experiment; the
-            first ones are taken where nothing is tuned.
-        bound: it has labels that the others may not have, and is shown without being compared.
+        candidates: the options to choose from on the validation split, as many for every arm of an experiment. Where
+            nothing is tuned, the first are taken.
+        bound: whether it has labels that other arms do not have: it is shown and not compared.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Arm:
 
 
 def grid(**values: list[Any]) -> tuple[Options, ...]:
-    """Every combination: ``grid(a=[1, 2], b=[3])`` is ``({"a": 1, "b": 3}, {"a": 2, "b": 3})``."""
+    """Every combination of options: ``grid(a=[1, 2], b=[3])`` is ``({"a": 1, "b": 3}, {"a": 2, "b": 3})``."""
     return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 
 
@@ -79,14 +81,14 @@ SOFT: dict[str, Any] = {"kd_weight": 1.0, "ce_weight": 0.0}
 
 
 def distil(task: Task, objective: Objective, teacher: Any = None) -> nn.Module:
-    """The student, trained on its labelled images by ``objective`` with the task's teacher, or another."""
-    teacher = task.told if teacher is None else teacher
+    """The student, trained on its labelled inputs by ``objective``, with the task's teacher if ``teacher`` is None."""
+    teacher = task.precomputed_teacher if teacher is None else teacher
     return fit(task.student(), task.labelled, task.settings.student, task.seed, teacher=teacher, objective=objective)
 
 
 def distil_all(task: Task, objective: Objective, teacher: Any = None) -> nn.Module:
-    """The same on all images, without a label."""
-    teacher = task.told if teacher is None else teacher
+    """The student, trained on all inputs without labels by ``objective``, with the task's teacher if None is given."""
+    teacher = task.precomputed_teacher if teacher is None else teacher
     return fit(task.student(), (task.inputs,), task.settings.student, task.seed, teacher=teacher, objective=objective)
 
 
@@ -107,11 +109,11 @@ def kd(task: Task, temperature: float) -> nn.Module:
 
 
 def kd_own(task: Task, temperature: float) -> nn.Module:
-    return distil(task, KD(temperature=temperature, **BLEND), task.remember(task.own_teacher))
+    return distil(task, KD(temperature=temperature, **BLEND), task.precompute(task.own_teacher))
 
 
 def kd_own_all(task: Task, temperature: float) -> nn.Module:
-    return distil_all(task, KD(temperature=temperature, **SOFT), task.remember(task.own_teacher))
+    return distil_all(task, KD(temperature=temperature, **SOFT), task.precompute(task.own_teacher))
 
 
 def kd_all(task: Task, temperature: float) -> nn.Module:
@@ -120,7 +122,9 @@ def kd_all(task: Task, temperature: float) -> nn.Module:
 
 def pseudo_labels(task: Task, **schedule: Any) -> nn.Module:
     student = replace(task.settings.student, **schedule)
-    return fit(task.student(), (task.inputs,), student, task.seed, teacher=task.told, objective=HardTargets())
+    return fit(
+        task.student(), (task.inputs,), student, task.seed, teacher=task.precomputed_teacher, objective=HardTargets()
+    )
 
 
 def _supervised(task: Task, examples: Labelled, **schedule: Any) -> nn.Module:
@@ -147,7 +151,7 @@ UPPER_BOUND = Arm("all_labels", "no KD, all labels", all_labels, _SCHEDULES, bou
 # ---- plain KD with another loss: divergences, margins, relations, features ------------------------------------------
 
 
-STUDENT_WIDTH, TEACHER_WIDTH = 16, 128  # of what their last layers are given
+STUDENT_WIDTH, TEACHER_WIDTH = 16, 128  # of the inputs of their last layers
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -172,7 +176,7 @@ def dist(task: Task, temperature: float, weight: float) -> nn.Module:
 
 
 def margin(task: Task, loss: Callable[..., Any], margin: float) -> nn.Module:
-    """Of the labels alone: there is no teacher."""
+    """The student, trained by a margin loss of the labels alone, without a teacher."""
     return fit(
         task.student(),
         task.labelled,
@@ -190,15 +194,15 @@ def entropy(task: Task, temperature: float, weight: float) -> nn.Module:
 
 
 def features(task: Task, loss: Callable[[], Loss], temperature: float, weight: float) -> nn.Module:
-    """Plain KD, and ``loss()`` of what the last layers are given."""
-    student, teacher = Featured(task.student()), task.remember(Featured(task.teacher))
-    objective = Combined(KD(temperature=temperature, **BLEND), Compared(loss()), weights=(1.0, weight))
+    """The student, trained by plain KD and by ``loss()`` of the inputs of student's and teacher's last layers."""
+    student, teacher = WithFeatures(task.student()), task.precompute(WithFeatures(task.teacher))
+    objective = Combined(KD(temperature=temperature, **BLEND), FeatureLoss(loss()), weights=(1.0, weight))
     fit(student, task.labelled, task.settings.student, task.seed, teacher=teacher, objective=objective)
     return student.model
 
 
-class Compared(nn.Module):
-    """A loss of the student's and the teacher's features; its parameters are trained along."""
+class FeatureLoss(nn.Module):
+    """An objective that is a loss of the student's and the teacher's features. Its parameters are trained."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()

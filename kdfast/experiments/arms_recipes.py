@@ -1,4 +1,4 @@
-"""Arms of ``kdfast.recipes``: objectives, arrangements of several trainings, and the shift of a domain."""
+"""Arms of ``kdfast.recipes``: objectives, sequences of several trainings, and those of the domain shift."""
 
 from __future__ import annotations
 
@@ -68,14 +68,16 @@ def ensemble_all(task: Task, temperature: float) -> nn.Module:
 
 
 def mutual(task: Task, temperature: float, peer_weight: float) -> nn.Module:
-    """Two students without a teacher; the first is scored."""
+    """Train two students that teach each other without a teacher; the first is scored."""
     return _cohort(task, MutualLearning(temperature=temperature, peer_weight=peer_weight), None)
 
 
 def co_training(task: Task, temperature: float, peer_weight: float) -> nn.Module:
-    """Two students with the teacher; the first is scored."""
+    """Train two students that teach each other and have the teacher; the first is scored."""
     own = KD(temperature=temperature, **BLEND)
-    return _cohort(task, MutualLearning(own, temperature=temperature, peer_weight=peer_weight), task.told)
+    return _cohort(
+        task, MutualLearning(own, temperature=temperature, peer_weight=peer_weight), task.precomputed_teacher
+    )
 
 
 def hard_examples(task: Task, temperature: float, share: float) -> nn.Module:
@@ -117,7 +119,7 @@ def adversarial(task: Task, temperature: float, weight: float) -> nn.Module:
 
 
 def _three(task: Task) -> tuple[Any, ...]:
-    return tuple(task.remember(teacher) for teacher in task.teachers)
+    return tuple(task.precompute(teacher) for teacher in task.teachers)
 
 
 def _cohort(task: Task, objective: MutualLearning, teacher: Any) -> nn.Module:
@@ -156,7 +158,7 @@ QUIET: dict[str, Any] = {"progress": False}
 
 
 def ema(task: Task, decay: float, weight: float) -> nn.Module:
-    """The student's own average teaches it; the student is scored."""
+    """Train a student whose teacher is the average of its weights; the student is scored."""
     student = task.student()
     objective = KD(temperature=1.0, kd_weight=ramp_up(weight), ce_weight=1.0)
     distiller = self_distillation(student, decay=decay, objective=objective, **_trainer(task))
@@ -165,7 +167,7 @@ def ema(task: Task, decay: float, weight: float) -> nn.Module:
 
 
 def born_again(task: Task, temperature: float) -> nn.Module:
-    """Three generations, the first one of labels; the last one is scored."""
+    """Train three generations, the first on labels; the last one is scored."""
     students = [task.student(offset) for offset in (2, 1, 0)]
     chain = BornAgain(None, students, temperature=temperature, **BLEND, **_trainer(task))
     chain.fit(_labelled(task), epochs=_epochs(task), **QUIET)
@@ -173,7 +175,7 @@ def born_again(task: Task, temperature: float) -> nn.Module:
 
 
 def bootstrap(task: Task, share: float, kd_weight: float) -> nn.Module:
-    """Two students that teach each other in turn, each as often as one is trained elsewhere; the first is scored."""
+    """Train two students in turn, each for as many epochs as other arms train one; one of them is scored."""
     peer, student = task.student(offset=1), task.student()
     weights: dict[str, Any] = {"kd_weight": kd_weight, "ce_weight": 1.0 - kd_weight}
     recipe = Bootstrap(peer, student, hard_share=share, temperature=1.0, **weights, **_trainer(task))
@@ -182,28 +184,40 @@ def bootstrap(task: Task, share: float, kd_weight: float) -> nn.Module:
 
 
 def growth(task: Task, temperature: float) -> nn.Module:
-    """Half as wide for half of the epochs, then widened to the student's width."""
+    """Train a student of half the width for half of the epochs, then widened to the usual width."""
     small = models.build(_narrow, task.seed, "cpu")
     recipe = Growing(
-        small, task.told, grow=lambda model: widen(model, 0, 16), temperature=temperature, **BLEND, **_trainer(task)
+        small,
+        task.precomputed_teacher,
+        grow=lambda model: widen(model, 0, 16),
+        temperature=temperature,
+        **BLEND,
+        **_trainer(task),
     )
     recipe.fit(_labelled(task), epochs=_epochs(task), **QUIET)
     return recipe.student
 
 
 def assistant(task: Task, temperature: float) -> nn.Module:
-    """An MLP of 64 hidden units between the CNN and the student."""
+    """Train an MLP of 64 hidden units with the CNN for its teacher, and the student with the MLP for its teacher."""
     middle, student = models.build(_wide, task.seed, "cpu"), task.student()
-    chain = TeacherAssistants(task.told, [middle, student], temperature=temperature, **BLEND, **_trainer(task))
+    chain = TeacherAssistants(
+        task.precomputed_teacher, [middle, student], temperature=temperature, **BLEND, **_trainer(task)
+    )
     chain.fit(_labelled(task), epochs=_epochs(task), **QUIET)
     return student
 
 
 def adaptive(task: Task, temperature: float) -> nn.Module:
-    """Measured by its agreement with the teacher on images without labels."""
+    """Train a student with a weight that follows its agreement with the teacher on inputs without labels."""
     student = task.student()
     recipe = AdaptiveKD(
-        student, task.told, teacher_score=1.0, monitor="agreement", temperature=temperature, **_trainer(task)
+        student,
+        task.precomputed_teacher,
+        teacher_score=1.0,
+        monitor="agreement",
+        temperature=temperature,
+        **_trainer(task),
     )
     unlabelled = [(task.inputs,)]
     epochs = max(1, _epochs(task) // ROUNDS)
@@ -247,7 +261,7 @@ CHAINS = (
 
 
 def cross_domain(task: Task, rounds: int, confidence: float) -> nn.Module:
-    """As many steps in all as every other arm's."""
+    """Train a student on the target in rounds, with as many steps in all as every other arm."""
     schedule, student = task.settings.student, task.student()
     recipe = CrossDomain(
         task.teacher, student, confidence=confidence, temperature=1.0, optimizer=adamw(schedule), schedule="cosine"

@@ -14,7 +14,7 @@ __all__ = ["EXPERIMENTS", "FEW_CHARACTERS", "FEW_LABELS", "LABEL_NOISE", "Experi
 
 _ALL = (*CONTROLS, *PLAIN, *LOSSES, *FEATURES, *RECIPES, *SELF_TAUGHT, *CHAINS)
 _BOUNDS = (UPPER_BOUND, TEACHER)
-# Teacher and student have the same labels, and the student all images: some arms would be others once more.
+# Teacher and student have the same labels, and the student all images, so that some arms would equal others.
 _NOISE = (
     *("no_kd", "smoothing", "kd", "kd_all", "pseudo_labels", "reverse_kl", "jsd", "ls_kd", "logit_mse", "ensemble"),
     *("ensemble_all", "mutual", "co_training", "hard_examples", "focal", "annealed", "confidence", "ema", "growth"),
@@ -34,10 +34,13 @@ FEW_CHARACTERS = (*(arm for arm in _ALL if arm.name in _TEXT), *_BOUNDS)
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that share a task.
+    """Arms that are compared on one task.
 
     Attributes:
-        task: ``task(seed, settings, validation=...)``.
+        name: its key in results and on the command line.
+        title: its name in the report.
+        task: ``task(seed, settings, validation=...)`` makes the task of a seed.
+        arms: in the report's order.
         references: the names of the arms that the others are compared with, the plainest first.
         notes: what a reader must know before quoting a number.
         tuned: whether options are chosen on the validation split; if not, every arm's first candidate is taken.

@@ -29,11 +29,11 @@ TOLD_APART = ("no_kd", "smoothing", "kd", "kd_all", "all_labels")  # in the pict
 
 
 class NoResultsError(ValueError):
-    """There is nothing to report on. The message names the folder."""
+    """Raised where a folder has no final run to report on. The message names the folder."""
 
 
 def write_report(folder: Path, path: Path) -> Path:
-    """Report on the results in ``folder``, as the page ``path``.
+    """Write the report on the results in ``folder`` as the HTML page ``path``, and return ``path``.
 
     Raises:
         NoResultsError: no experiment has a final run there.
@@ -48,7 +48,7 @@ def write_report(folder: Path, path: Path) -> Path:
 
 
 def html(found: Sequence[Summary], language: Sequence[LanguageRow] = ()) -> str:
-    """The page. ``language``: of SmolLM2's students, if there are any."""
+    """The report's HTML, of the experiments in ``found`` and of a language model's students, if there are any."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["p_value"] = _p_value
     template = environment.from_string((files(__package__) / "report.html").read_text("utf-8"))
@@ -69,7 +69,7 @@ def html(found: Sequence[Summary], language: Sequence[LanguageRow] = ()) -> str:
 
 
 def _verdicts(summary: Summary) -> list[dict[str, Any]]:
-    """Per reference, the titles of the arms by verdict."""
+    """For each reference, the titles of the arms by verdict."""
     rows = []
     for reference in summary.experiment.references:
         judged = {
@@ -88,7 +88,7 @@ def _verdicts(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _about(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Every version, machine and commit that the runs were made with."""
+    """The versions, machines and commits that the runs were made with."""
     names = [name for name in runs[-1].about if name not in ("seconds", "date")]
     dates = sorted(str(run.about["date"]) for run in runs)
     seconds = sum(float(run.about["seconds"]) for run in runs)
@@ -112,7 +112,7 @@ COLOURS = {"helps": "#009E73", "hurts": "#D55E00", "no evidence": "#0072B2", "":
 
 
 def accuracy_figure(summary: Summary) -> str:
-    """Each arm's seeds, mean and standard deviation on the clean test; colours say the verdict."""
+    """Draw each arm's seeds, mean and standard deviation on the clean test, coloured by verdict, as a data URI."""
     arms = list(summary.arms.values())
     figure, axes = _canvas(9.5, 1.4 + 0.27 * len(arms))
     first = next((name for name in summary.experiment.references if name in summary.arms), None)
@@ -130,7 +130,7 @@ def accuracy_figure(summary: Summary) -> str:
 
 
 def robustness_figure(summary: Summary, names: Sequence[str]) -> str:
-    """The accuracy of a few arms under each corruption."""
+    """Draw the accuracy of a few arms under each corruption, as a data URI."""
     arms = [summary.arms[name] for name in names if name in summary.arms]
     figure, axes = _canvas(9.5, 4)
     width = 0.8 / len(arms)
@@ -184,7 +184,7 @@ def _legend(figure: Figure, title: str) -> None:
 
 
 def _encoded(figure: Figure) -> str:
-    """As a data URI."""
+    """The figure's PNG as a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Runs what an experiment lacks: its tuning first, then every arm with the options that did best."""
+"""Runs what is missing of an experiment: its tuning first, then every arm with the options that did best."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NOTED = ("date", "commit", "torch", "python", "processor", "cores", "isa")  # of
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where an experiment's runs are."""
+    """The file in ``folder`` that has the runs of the experiment ``name``."""
     return folder / f"experiments-{name}.jsonl"
 
 
 def planned(experiment: Experiment, settings: Settings) -> int:
-    """How many runs the experiment is, tuning included."""
+    """How many runs an experiment has, tuning included."""
     return len(experiment.arms) * settings.seeds + len(_tuning(experiment, settings))
 
 
@@ -45,13 +45,19 @@ def complete(
     jobs: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Run]:
-    """The final runs, those that ``folder`` has from before among them. ``advance`` is called once per planned run.
+    """Run what ``folder`` lacks of an experiment, and return its final runs.
 
-    Interrupt it at will: it goes on with what is missing. ``jobs`` processes of one thread each share the work; the
-    numbers do not depend on how many.
+    It can be interrupted at any time: the next call resumes with what is missing.
+
+    Args:
+        experiment: tuned first, where it is to be tuned.
+        settings: how many runs, and how long.
+        folder: where the runs are kept.
+        jobs: how many processes of one thread each share the work. The numbers do not depend on it.
+        advance: called once per planned run, as soon as it is there.
 
     Raises:
-        ResultsError: the experiment's file is in use, or is something else.
+        ResultsError: the experiment's file is in use, or is no file of runs.
     """
     with Store(file_of(folder, experiment.name)) as store:
         tuning = _tuning(experiment, settings)
@@ -68,7 +74,7 @@ def complete(
 
 
 def _tuning(experiment: Experiment, settings: Settings) -> list[Run]:
-    """Nothing where there is nothing to choose from, or to choose by."""
+    """The runs that options are chosen by; none where there is nothing to choose from, or to choose by."""
     if settings.candidates == 1 or not experiment.tuned:
         return []
     return [
@@ -81,7 +87,7 @@ def _tuning(experiment: Experiment, settings: Settings) -> list[Run]:
 
 
 def _best(tried: list[Run], arm: Arm) -> Options:
-    """The candidate with the best mean score on the validation split; among equals, or untried ones, the first."""
+    """The candidate with the best mean score on the validation split: the first of several, or if none was tried."""
 
     def score(options: Options) -> float:
         return mean([run.scores[CLEAN] for run in tried if run.options == options] or [0.0])
@@ -111,7 +117,7 @@ def _make(
 
 @contextmanager
 def _executed(name: str, settings: Settings, runs: list[Run], jobs: int) -> Iterator[Iterator[Run]]:
-    """The runs with their scores, as they end. A failure, or an interrupt, drops what has not begun."""
+    """The runs with their scores, as they end. After a failure, or an interrupt, no further run is begun."""
     if jobs == 1:
         yield (execute(name, settings, run) for run in runs)
         return
@@ -143,5 +149,5 @@ def execute(name: str, settings: Settings, run: Run) -> Run:
 
 @lru_cache(maxsize=1)
 def _task(name: str, seed: int, settings: Settings, validation: bool) -> Task:
-    """Kept from arm to arm, for its teachers' sake."""
+    """The task of a seed, which is kept from arm to arm, so that its teachers are trained once."""
     return EXPERIMENTS[name].task(seed, settings, validation=validation)

@@ -21,39 +21,56 @@ __all__ = ["ArmSummary", "LanguageRow", "Summary", "language_rows", "summaries",
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm over its seeds. ``comparisons`` are with the references, by name, on the clean test."""
+    """The final runs of one arm.
+
+    Attributes:
+        arm: the arm.
+        scores: accuracies by test and seed.
+        options: those that it was run with.
+        comparisons: with the experiment's references, by their names, on the clean test.
+    """
 
     arm: Arm
-    scores: dict[str, dict[int, float]]  # by test and seed
+    scores: dict[str, dict[int, float]]
     options: Options
     comparisons: dict[str, Comparison]
 
     def mean(self, test: str = CLEAN) -> float:
+        """The mean accuracy over seeds."""
         return mean(self.scores[test].values())
 
     def std(self, test: str = CLEAN) -> float:
-        """With n - 1; 0 for a single seed."""
+        """The standard deviation over seeds, with n - 1; 0 for a single seed."""
         values = list(self.scores[test].values())
         return stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says of one experiment."""
+    """The results of one experiment, as the report shows them.
+
+    Attributes:
+        experiment: the experiment.
+        arms: those with results, by name, in the experiment's order.
+        seeds: how many every arm has at least.
+        tuning_runs: how many runs the options were chosen by.
+        runs: the final ones.
+    """
 
     experiment: Experiment
-    arms: dict[str, ArmSummary]  # in the experiment's order
-    seeds: int  # that every arm has
+    arms: dict[str, ArmSummary]
+    seeds: int
     tuning_runs: int
-    runs: tuple[Run, ...]  # the final ones
+    runs: tuple[Run, ...]
 
     @property
     def tests(self) -> list[str]:
+        """The names of the tests, the clean one first."""
         return list(next(iter(self.arms.values())).scores)
 
 
 def summaries(folder: Path) -> list[Summary]:
-    """Every experiment with results in ``folder``.
+    """Summarise every experiment that has final runs in ``folder``.
 
     Raises:
         ResultsError: a file there is no file of runs.
@@ -63,7 +80,9 @@ def summaries(folder: Path) -> list[Summary]:
 
 
 def summarise(experiment: Experiment, runs: Sequence[Run]) -> Summary:
-    """Of the runs with the last one's settings, and of each arm's those with its last run's options."""
+    """Summarise an experiment's runs: those with the settings of the last run, and of each arm those with the options
+    of its last run.
+    """
     current = [run for run in runs if run.settings == runs[-1].settings]
     final = _final(current)
     last = {run.arm: run for run in final}
@@ -94,7 +113,7 @@ def _scores(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
 
 
 def _versus(scores: dict[str, dict[int, float]], reference: str) -> dict[str, Comparison]:
-    """Of the arms that have seeds enough."""
+    """The comparisons with ``reference`` of the arms that share enough seeds with it."""
     theirs = scores[reference]
     others = {
         name: ours
@@ -119,18 +138,27 @@ TITLES = {
 
 @dataclass(frozen=True)
 class LanguageRow:
-    """Students of one kind, after so many epochs. Cross-entropy is that of held-out text, in nats per token."""
+    """Students that were trained from one kind of labels for the same number of epochs.
+
+    Attributes:
+        title: the labels' name in the report.
+        epochs: of training.
+        seeds: how many students there are.
+        cross_entropy: mean, of held-out text, in nats per token.
+        std: of the cross-entropy over seeds.
+        comparison: by how much the cross-entropy is below that without KD.
+    """
 
     title: str
     epochs: int
     seeds: int
     cross_entropy: float
     std: float
-    comparison: Comparison | None  # by how much it is below that of no KD
+    comparison: Comparison | None
 
 
 def language_rows(folder: Path) -> list[LanguageRow]:
-    """By epochs and kind; none if ``folder`` does not have the file.
+    """Read the language model's students in ``folder``, by epochs and kind of labels; none if the file is missing.
 
     Raises:
         ResultsError: the file holds something else.
@@ -148,7 +176,7 @@ def language_rows(folder: Path) -> list[LanguageRow]:
 
 
 def _rows(epochs: int, losses: dict[str, dict[int, float]]) -> list[LanguageRow]:
-    """Of the kinds with seeds enough."""
+    """A row for each kind of labels that has enough seeds."""
     found = {arm: losses[arm] for arm in TITLES if len(losses[arm]) >= FEWEST_PAIRS}
     # Of a loss the lower is the better.
     gains = {arm: {seed: -loss for seed, loss in by_seed.items()} for arm, by_seed in found.items()}

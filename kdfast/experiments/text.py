@@ -1,4 +1,4 @@
-"""Few labels, of text: the next character in Python's help topics, which are inside every Python."""
+"""Few labels of text: the next character in Python's help topics, from a teacher that counts n-grams."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["CONTEXT", "NGram", "TextTask", "few_characters"]
 
 
 class NGram(nn.Module):
-    """Witten-Bell's interpolation of n-grams up to ``order`` (Witten & Bell 1991), lower orders first::
+    """A character model that interpolates n-grams up to ``order`` (Witten & Bell 1991), lower orders first::
 
         p_k(c | h) = (count(h, c) + kinds(h) p_{k-1}(c | h)) / (count(h) + kinds(h))
 
     where ``h`` is the last k characters, ``kinds(h)`` the number of different characters seen after it, and p_{-1} is
-    uniform. Forward takes (rows, context) ids, context >= order - 1, and gives (rows, alphabet) log-probabilities.
+    uniform. ``forward`` takes (rows, context) ids, context >= order - 1, and returns (rows, alphabet)
+    log-probabilities.
 
     Args:
-        contexts, following: (n, context) ids and the (n,) ids that come next, which are counted.
+        contexts, following: (n, context) ids, and the (n,) ids that come next. They are counted here.
         alphabet: how many ids there are; ``alphabet**order`` must fit into int64.
     """
 
@@ -70,7 +71,7 @@ LABELS, INPUTS, TESTED = 2_000, 20_000, 4_000  # windows
 
 
 class TextTask(Task):
-    """The student is an MLP over embeddings, the teacher counts n-grams."""
+    """A task of text, whose student is an MLP over embeddings, and whose teacher counts n-grams."""
 
     def student(self, offset: int = 0) -> nn.Module:
         return models.build(_student, self.seed + 10_000 * offset, "cpu")
@@ -80,7 +81,7 @@ class TextTask(Task):
 
 
 def few_characters(seed: int, settings: Settings, *, validation: bool) -> Task:
-    """2000 characters whose successor the student is told; the teacher counted all of the training text."""
+    """The task of 2000 labelled windows of text, and a teacher that has counted all of the training text."""
     train, tuning, test = _texts()
     generator = Generator().manual_seed(seed)
     inputs, following = _draw(train, INPUTS, generator)

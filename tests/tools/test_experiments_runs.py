@@ -1,4 +1,4 @@
-"""How experiments are run: what an arm is given, tuning, going on after a kill, and the same numbers in any process."""
+"""How experiments are run: what an arm is given, tuning, resuming after a kill, and the same numbers in any process."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ from kdfast.experiments.runner import complete, file_of, planned
 from kdfast.experiments.settings import Settings
 from kdfast.experiments.store import FINAL, TUNING, ResultsError, Run, Store, read_runs
 from kdfast.experiments.tasks import domain_shift, few_labels_digits, label_noise
-from kdfast.experiments.training import Batches, Featured, Remembered
+from kdfast.experiments.training import Batches, PrecomputedTeacher, WithFeatures
 
 SHORT = Schedule(epochs=2, learning_rate=1e-2, weight_decay=1e-2, steps_per_epoch=2, batch=20)
 TINY = Settings(seeds=2, candidates=2, tuning_seeds=1, student=SHORT, teacher=SHORT, source_teacher=SHORT)
@@ -105,7 +105,7 @@ class TestStore:
 
 
 class TestComplete:
-    def test_tunes_first_and_goes_on_with_the_best(self, counted, tmp_path):
+    def test_tunes_first_and_continues_with_the_best(self, counted, tmp_path):
         experiment, calls = counted
         ticks = []
         runs = complete(experiment, TINY, tmp_path, advance=lambda: ticks.append(1))
@@ -155,7 +155,7 @@ class TestComplete:
         assert [run.scores for run in alone] == [run.scores for run in shared]
         assert len({str(run.scores) for run in alone}) > 1
 
-    def test_goes_on_after_a_kill(self, tmp_path):
+    def test_resumes_after_a_kill(self, tmp_path):
         main = [sys.executable, "-c", "from kdfast.cli import main; main()"]
         command = [*main, "experiments", "run", "label-noise", "--quick", "--out", str(tmp_path)]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -228,22 +228,22 @@ class TestTraining:
         assert not first.equal(second)
         assert all(left.equal(-right) for left, right in seen)
 
-    def test_remembered_answers_are_the_models(self):
+    def test_precomputed_outputs_are_the_models(self):
         model = nn.Sequential(nn.Linear(64, 4), nn.Dropout(0.5), nn.Linear(4, 3))
         images = torch.rand(30, 64)
-        for module in (model, Featured(model)):
-            told = Remembered(module, images)
+        for module in (model, WithFeatures(model)):
+            teacher = PrecomputedTeacher(module, images)
             rows = torch.randperm(30)[:7]
             with torch.no_grad():
                 expected = module.eval()(images[rows])
             module.train()
-            torch.testing.assert_close(told(images[rows]), expected)
+            torch.testing.assert_close(teacher(images[rows]), expected)
         with pytest.raises(KeyError):
-            told(torch.rand(1, 64))
+            teacher(torch.rand(1, 64))
 
     def test_features_are_what_the_last_layer_is_given(self):
         model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
         images = torch.rand(5, 64)
-        found = Featured(model)(images)
+        found = WithFeatures(model)(images)
         assert found["features"].equal(model[:2](images))
         assert found["logits"].equal(model(images))
