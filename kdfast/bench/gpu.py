@@ -35,7 +35,16 @@ FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU at hand
 
 @dataclass(frozen=True)
 class Result:
-    """Median milliseconds of each contender, in one run; one that failed says why instead."""
+    """What one run has measured of a case.
+
+    Attributes:
+        name, rows, columns, dtype: the case's.
+        ms: median milliseconds by contender.
+        failed: the error of each contender that could not run.
+        gb_s: ours, in GB/s of the fewest bytes that must be moved; 0 where memory is not the limit.
+        peak_mib: MiB beyond the inputs, by contender.
+        gradient_error: see ``gradient_errors_of``; empty where it was not measured.
+    """
 
     name: str
     rows: int
@@ -43,13 +52,13 @@ class Result:
     dtype: str
     ms: dict[str, float]
     failed: dict[str, str]
-    gb_s: float  # of ours, at the fewest bytes; 0 where they are not what counts
-    peak_mib: dict[str, float]  # beyond the inputs
+    gb_s: float
+    peak_mib: dict[str, float]
     gradient_error: dict[str, float] = field(default_factory=dict)
 
 
 def measure(case: GpuCase, repeats: int = 15) -> Result:
-    """Times a case's contenders in turn."""
+    """Time a case's contenders in turn, on the current CUDA device."""
     torch.cuda.empty_cache()
     runs, failed, peak = {}, {}, {}
     for name, make in contenders(case, "cuda").items():
@@ -73,7 +82,10 @@ def measure(case: GpuCase, repeats: int = 15) -> Result:
 
 
 def gradient_errors_of(case: GpuCase, device: str) -> dict[str, float]:
-    """Against float64, of a few rows, at logits of standard deviation 1, 3 and 10."""
+    """Errors of the gradients of kdfast and of eager PyTorch against float64, relative to the largest gradient.
+
+    They are of 16 rows with logits of standard deviation 1, 3 and 10.
+    """
     errors: dict[str, float] = {}
     for scale in (1, 3, 10):
         generator = torch.Generator(device).manual_seed(scale)
@@ -90,7 +102,7 @@ def gradient_errors_of(case: GpuCase, device: str) -> dict[str, float]:
 
 
 def interleaved_ms(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, after two rounds that warm up."""
+    """Median milliseconds of each run by its name, after two rounds of warm-up."""
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 2):
@@ -107,7 +119,7 @@ def interleaved_ms(runs: Mapping[str, Run], repeats: int) -> dict[str, float]:
 
 
 def replay_ms(run: Run, replays: int = 50) -> float:
-    """Milliseconds of a step that is captured as a CUDA graph: its latency without Python's."""
+    """Milliseconds of a step that is replayed as a CUDA graph: its latency without that of Python."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -152,7 +164,7 @@ COLUMNS = (
 
 
 def ceilings() -> dict[str, Any]:
-    """The machine, and how fast it copies and multiplies."""
+    """The device's name, and how fast it copies and multiplies."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "copy_gb_s": copy_bandwidth(),
@@ -162,7 +174,7 @@ def ceilings() -> dict[str, Any]:
 
 
 def cells(result: Result, copy_gb_s: float) -> tuple[str, ...]:
-    """A result under ``COLUMNS``; the others' times are over ours in the same run."""
+    """The table's row of a result, in the order of ``COLUMNS``; other contenders' times are divided by ours."""
     ours = result.ms.get("ours", float("nan"))
     others = [f"{name} {ms / ours:.1f}" for name, ms in result.ms.items() if name != "ours"]
     others += [f"{name} failed" for name in result.failed]
@@ -180,12 +192,15 @@ def cells(result: Result, copy_gb_s: float) -> tuple[str, ...]:
 
 
 def save_gpu(results: list[Result], machine: dict[str, Any], checks: dict[str, str], folder: Path) -> Path:
-    """Writes ``gpu-<date>.json`` and the same as Markdown beside it. Call it after every case: a run may be cut."""
+    """Write ``gpu-<date>.json`` and the same as Markdown, and return the JSON's path.
+
+    Call it after every case, so that a run that is cut short has left its results.
+    """
     lines = [
         markdown(COLUMNS, (cells(result, machine["copy_gb_s"]) for result in results)),
         "`GB/s`: the fewest bytes that a case must move over our time; `of copy`: of the copy bandwidth in that run.",
         *(
-            f"{result.name}, {result.dtype}: gradient error against float64 " + errors(result)
+            f"{result.name}, {result.dtype}: gradient error against float64 " + _errors(result)
             for result in results
             if result.gradient_error
         ),
@@ -196,6 +211,5 @@ def save_gpu(results: list[Result], machine: dict[str, Any], checks: dict[str, s
     return save("gpu", folder, document, "\n\n".join(lines), machine)
 
 
-def errors(result: Result) -> str:
-    """In words."""
+def _errors(result: Result) -> str:
     return ", ".join(f"{name} {value:.1e}" for name, value in result.gradient_error.items())

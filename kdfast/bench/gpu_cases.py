@@ -17,18 +17,25 @@ SHAPES = [(8192, 32000), (8192, 50257), (8192, 128256), (8192, 151936), (8192, 2
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One line of the table.
+    """What is timed in one line of the table.
 
-    ``bytes``: per column of a row that a perfect implementation moves through memory; 0 where that is not what limits
-    it. ``compile``: whether torch.compile is among the contenders, which takes it many seconds. ``others``: what else
-    of ours KDFAST_GPU can name. ``width``: of the hidden states before a head.
+    Attributes:
+        name: in the table.
+        rows, columns: of the logits.
+        dtype: of the logits.
+        kind: dense, sparse, head, capture, decode or graph.
+        bytes: per column of a row that a perfect implementation moves through memory; 0 where memory is not the limit.
+        case: the loss, of the kinds dense and graph.
+        compile: whether torch.compile is among the contenders; compiling takes many seconds.
+        others: other kernels of ours that are timed, by the names that KDFAST_GPU takes.
+        width: of the hidden states, of the kind head.
     """
 
     name: str
     rows: int
     columns: int
     dtype: torch.dtype
-    kind: str  # dense, sparse, head, capture, decode, graph
+    kind: str
     bytes: float
     case: Case = field(default_factory=lambda: CPU_CASES["kl"])
     compile: bool = False
