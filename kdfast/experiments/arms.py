@@ -87,7 +87,7 @@ def distil(task: Task, objective: Objective, teacher: Any = None) -> nn.Module:
 
 
 def distil_all(task: Task, objective: Objective, teacher: Any = None) -> nn.Module:
-    """The student, trained on all inputs without labels by ``objective``, with the task's teacher if None is given."""
+    """The student, trained on all inputs, without labels, with the task's teacher if ``teacher`` is None."""
     teacher = task.precomputed_teacher if teacher is None else teacher
     return fit(task.student(), (task.inputs,), task.settings.student, task.seed, teacher=teacher, objective=objective)
 

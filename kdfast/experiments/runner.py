@@ -109,33 +109,38 @@ def _make(
             advance()
         else:
             missing.append(run)
-    with _executed(experiment.name, settings, missing, jobs) as done:
+    with _executed(experiment, settings, missing, jobs) as done:
         for run in done:
             store.append(run)
             advance()
 
 
 @contextmanager
-def _executed(name: str, settings: Settings, runs: list[Run], jobs: int) -> Iterator[Iterator[Run]]:
+def _executed(experiment: Experiment, settings: Settings, runs: list[Run], jobs: int) -> Iterator[Iterator[Run]]:
     """The runs with their scores, as they end. After a failure, or an interrupt, no further run is begun."""
     if jobs == 1:
-        yield (execute(name, settings, run) for run in runs)
+        yield (_execute(experiment, settings, run) for run in runs)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     try:
-        futures: list[Future[Run]] = [pool.submit(execute, name, settings, run) for run in runs]
+        futures: list[Future[Run]] = [pool.submit(_execute_named, experiment.name, settings, run) for run in runs]
         yield (future.result() for future in as_completed(futures))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def execute(name: str, settings: Settings, run: Run) -> Run:
+def _execute_named(name: str, settings: Settings, run: Run) -> Run:
+    """``_execute`` in another process, to which an experiment's functions cannot be sent."""
+    return _execute(EXPERIMENTS[name], settings, run)
+
+
+def _execute(experiment: Experiment, settings: Settings, run: Run) -> Run:
     """Train the run's arm on one thread, and score it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        task = _task(name, run.seed, settings, run.stage == TUNING)
-        arm = next(arm for arm in EXPERIMENTS[name].arms if arm.name == run.arm)
+        task = _task(experiment.task, run.seed, settings, run.stage == TUNING)
+        arm = next(arm for arm in experiment.arms if arm.name == run.arm)
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -148,6 +153,6 @@ def execute(name: str, settings: Settings, run: Run) -> Run:
 
 
 @lru_cache(maxsize=1)
-def _task(name: str, seed: int, settings: Settings, validation: bool) -> Task:
+def _task(make: Callable[..., Task], seed: int, settings: Settings, validation: bool) -> Task:
     """The task of a seed, which is kept from arm to arm, so that its teachers are trained once."""
-    return EXPERIMENTS[name].task(seed, settings, validation=validation)
+    return make(seed, settings, validation=validation)

@@ -80,8 +80,9 @@ def summaries(folder: Path) -> list[Summary]:
 
 
 def summarise(experiment: Experiment, runs: Sequence[Run]) -> Summary:
-    """Summarise an experiment's runs: those with the settings of the last run, and of each arm those with the options
-    of its last run.
+    """Summarise an experiment's runs that may be averaged.
+
+    They have the settings of the last run, and of each arm the options of its last run.
     """
     current = [run for run in runs if run.settings == runs[-1].settings]
     final = _final(current)

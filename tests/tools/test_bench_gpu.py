@@ -38,7 +38,7 @@ def test_gradient_errors_are_of_both():
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.kind == "decode"])
-def test_decoders_agree(name, monkeypatch):
+def test_decoders_agree(name):
     pytest.importorskip("triton")
     case = GpuCase(name, 96, 300, torch.int32, "decode", 0)
     made = contenders(case, "cpu")

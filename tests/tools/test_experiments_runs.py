@@ -15,7 +15,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")
 
 from kdfast.demo.settings import Schedule
-from kdfast.experiments import catalogue, runner
 from kdfast.experiments.arms import Arm, grid
 from kdfast.experiments.catalogue import EXPERIMENTS, Experiment
 from kdfast.experiments.runner import complete, file_of, planned
@@ -37,7 +36,7 @@ def weights(model):
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted():
     """An experiment whose arms count their trainings: ``good`` is best with ``a=2``."""
     calls = []
 
@@ -59,10 +58,7 @@ def counted(monkeypatch):
         return replace(made, tests={"clean": (torch.zeros(10, 64), torch.zeros(10, dtype=torch.int64))})
 
     arm = Arm("good", "good", train, grid(a=[1, 2]))
-    experiment = Experiment("counted", "Counted", task, (arm,), ("good",), ())
-    monkeypatch.setitem(catalogue.EXPERIMENTS, "counted", experiment)
-    runner._task.cache_clear()
-    return experiment, calls
+    return Experiment("counted", "Counted", task, (arm,), ("good",), ()), calls
 
 
 class TestStore:
