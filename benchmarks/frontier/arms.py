@@ -1,4 +1,4 @@
-"""What the students are trained from: each arm's codec, or why it has none."""
+"""The frontier's arms: which labels students are trained from."""
 
 from __future__ import annotations
 

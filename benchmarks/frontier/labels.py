@@ -24,7 +24,7 @@ BLOCK_WINDOWS = 8  # 2048 rows to a block
 
 
 class Labels:
-    """One arm's labels of every training window, and what they take."""
+    """The labels of every training window for one arm, and their size."""
 
     def __init__(self, windows: list[SoftLabels], payload: float, model: int, residual: list[Residual]) -> None:
         self.windows, self.residual = windows, residual
@@ -39,7 +39,7 @@ class Labels:
 
 
 def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
-    """One arm's labels; ``draw`` seeds them where they are drawn."""
+    """The labels of the arm ``name``, from ``folder`` or made and written there; ``draw`` seeds random ones."""
     arm = ARMS[name]
     drawn = arm.codec in ("sample", "threshold") or arm.residual
     path = folder / f"labels-{name}-{draw if drawn else 'all'}.pt"
@@ -106,7 +106,7 @@ def _residual(corpus: Corpus, codec: Codec, windows: list[SoftLabels]) -> tuple[
 
 
 def _without_tail(labels: SoftLabels) -> SoftLabels:
-    """Top-k as most rivals use it: the entries scaled up to a mass of 1."""
+    """Top-k labels as most other systems use them: entries scaled up to a mass of 1, without a tail."""
     assert labels.ids is not None
     probs = labels.values.exp().view(len(labels), -1)
     ids = labels.ids.view(len(labels), -1)

@@ -32,12 +32,12 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm at one number of epochs."""
+    """The students of one arm after the same number of epochs."""
 
     arm: str
-    kl: float
-    difference: float | None  # from dense KD, paired
-    interval: float | None  # half of the 95 % interval of that
+    kl: float  # held-out KL(teacher, student), mean over seeds, nats
+    difference: float | None  # from dense KD, paired by seed
+    interval: float | None  # half of the 95 % interval of ``difference``
     seeds: int
     bytes_per_token: float | None
     entries_per_token: float | None
@@ -67,7 +67,7 @@ def epochs_of(rows: list[dict]) -> list[int]:
 
 
 def summarise(rows: list[dict]) -> list[Result]:
-    """By held-out KL, the best first."""
+    """The arms' results, in the order of their held-out KL, the best first."""
     kl: dict[str, dict[int, float]] = defaultdict(dict)
     last: dict[str, dict] = {}
     for row in rows:

@@ -138,7 +138,7 @@ def test_misuse():
 
 
 def graph(student, teacher, temperature):
-    """As the formula says it: softmax over the others."""
+    """The formula, written out: a softmax over the others."""
     rows = []
     for features in (student, teacher):
         unit = features / features.norm(dim=1, keepdim=True)

@@ -37,7 +37,7 @@ def cache(tmp_path_factory, teacher, images):
 
 
 def stored(teacher, image):
-    """What the cache keeps of the teacher's answer."""
+    """What the cache keeps of the teacher's output."""
     with torch.no_grad():
         logits = teacher.eval()(image[None])
     return codecs.find("dense")(4, (1.0,)).select(logits, b"").values

@@ -146,7 +146,7 @@ def test_confidence_of_a_narrow_teacher_is_computed_in_float32():
 
 
 def divergence(step, weights, temperature, keep_optimum):
-    """As the formula says it."""
+    """The formula, written out."""
     p, q = ((x / temperature).softmax(-1) for x in (step.teacher, step.student))
     terms = p * (p / q).log() + (q - p if keep_optimum else 0.0)
     return temperature**2 * (weights * terms).sum(-1).mean()

@@ -1,6 +1,7 @@
 """How experiments are run: what an arm is given, tuning, resuming after a kill, and the same numbers in any process."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from kdfast.experiments.settings import Settings
 from kdfast.experiments.store import FINAL, TUNING, ResultsError, Run, Store, read_runs
 from kdfast.experiments.tasks import domain_shift, few_labels_digits, label_noise
 from kdfast.experiments.training import Batches, PrecomputedTeacher, WithFeatures
+from support import ROOT
 
 SHORT = Schedule(epochs=2, learning_rate=1e-2, weight_decay=1e-2, steps_per_epoch=2, batch=20)
 TINY = Settings(seeds=2, candidates=2, tuning_seeds=1, student=SHORT, teacher=SHORT, source_teacher=SHORT)
@@ -167,6 +169,21 @@ class TestComplete:
         runs = complete(replace(experiment, arms=arms), Settings(seeds=1).quick(), tmp_path)
         assert runs[: len(before)] == before
         assert len(read_runs(path)) == len(before) + 1
+
+
+class TestPublished:
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_results_in_the_repository_are_resumed_with_nothing_to_run(self, name, tmp_path):
+        def refuse(task, **options):
+            raise AssertionError(f"no run of the file is {options}")
+
+        shutil.copy(file_of(ROOT / "benchmarks" / "results", name), tmp_path)
+        experiment = EXPERIMENTS[name]
+        arms = tuple(replace(arm, train=refuse) for arm in experiment.arms)
+        ticks = []
+        runs = complete(replace(experiment, arms=arms), Settings(), tmp_path, advance=lambda: ticks.append(1))
+        assert len(runs) == len(arms) * Settings().seeds
+        assert len(ticks) == planned(experiment, Settings())
 
 
 class TestFairness:
