@@ -1,21 +1,28 @@
-"""Checkpoints: files that appear whole, and are read without running what is in them."""
+"""Checkpoints: files that appear whole, the last one that a run goes on from, and the best student so far."""
 
 from __future__ import annotations
 
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast._atomic import publish
+from kdfast.distill import parallel
+from kdfast.distill.state import random_state, set_random_state
 
-__all__ = ["BEST", "LAST", "load", "restore", "save"]
+if TYPE_CHECKING:
+    from kdfast.distill.fitting import Fit
+
+__all__ = ["Best", "Saving", "load", "monitored", "restore", "save"]
 
 LAST, BEST = "last.pt", "best.pt"
 VERSION = 1
+
+LESS_IS_BETTER = ("loss", "cross_entropy", "ece")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -56,3 +63,139 @@ def copy_of(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().clone()
     return {name: copy_of(value) for name, value in state.items()} if isinstance(state, dict) else state
+
+
+class Saving:
+    """Writes and reads ``last.pt`` of a run's folder; without a folder it does nothing.
+
+    In data parallelism the first process writes, every process's random numbers are in it, and all of them read it: the
+    folder is one that all see.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self._fit = fit
+        folder = fit.distiller.folder
+        self._path = None if folder is None else folder / LAST
+
+    def save(self) -> None:
+        """Raises ``OSError`` with the file's name; the checkpoint that was there is as it was."""
+        if self._path is None:
+            return
+        student = self._fit.distiller.student
+        parallel.share(student, buffers_only=True)
+        mine = {"random": random_state(self._fit.position.generators), "position": self._fit.position.state_dict()}
+        processes = parallel.all_of(mine)
+        if parallel.is_first():
+            parts = {name: part.state_dict() for name, part in self._parts().items()}
+            save(self._path, {**parts, "processes": processes})
+
+    def go_on(self) -> None:
+        """From the checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is of another student, objective, optimizer or loader, naming file and part.
+        """
+        if self._path is None or not parallel.same(self._path.exists()):
+            return
+        content = load(self._path)
+        parts = self._parts()
+        if set(parts) != set(content) - {"version", "processes"}:
+            raise ValueError(
+                f"{self._path} holds {', '.join(content)}, but this run has {', '.join(parts)}: it is another one's; "
+                "resume=False, or another folder, starts anew"
+            )
+        for name, part in parts.items():
+            restore(name, part, content[name], self._path)
+        processes = content["processes"]
+        mine = processes[parallel.rank() % len(processes)]
+        restore("loader", self._fit.position, mine["position"], self._path)
+        set_random_state(mine["random"], self._fit.position.generators)
+
+    def whereabouts(self) -> str:
+        """Where the last good checkpoint is, for a message."""
+        if self._path is None:
+            return "no checkpoint was asked for (folder=...)"
+        return f"the last checkpoint is {self._path}" if self._path.exists() else "no checkpoint had been written yet"
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state, by name."""
+        fit, d = self._fit, self._fit.distiller
+        parts = {
+            "student": parallel.bare(d.student),
+            "objective": d.objective,
+            "optimizer": d.optimizer,
+            "scheduler": fit.update.scheduler,
+            "scaler": fit.update.scaler,
+            "best": fit.best,
+            "tally": fit.tally,
+        }
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+class Best:
+    """Keeps the student whose ``monitor`` is best: in ``folder``, or in memory where there is none.
+
+    Args:
+        student: whose weights.
+        monitor: a name in the epochs' records. More is better, but for loss, cross_entropy and ece, and where a minus
+            comes before the name.
+        patience: evaluations without a better one until training stops. If None it does not, and memory holds nothing.
+        folder: of the run.
+    """
+
+    def __init__(self, student: nn.Module, monitor: str, patience: int | None, folder: Path | None) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self._student, self._patience = student, patience
+        self._name = monitor.removeprefix("-")
+        self._less = monitor.startswith("-") or monitor in LESS_IS_BETTER
+        self._path = None if folder is None else folder / BEST
+        self._kept: Any = None
+        self.value: float | None = None
+        self.stale = 0
+
+    def offer(self, record: dict[str, Any]) -> None:
+        """Look at an evaluation. Raises ``ValueError`` where it lacks the monitored number."""
+        if self._patience is None and self._name not in record:
+            return
+        found = monitored(record, self._name)
+        value = -found if self._less else found
+        self.stale += 1
+        if value == value and (self.value is None or value > self.value):
+            self.value, self.stale = value, 0
+            self._keep(record)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience is at its end."""
+        return self._patience is not None and self.stale >= self._patience
+
+    def restore(self) -> None:
+        """Make the student the best one again, where training is stopped early."""
+        if self._patience is None or self.value is None:
+            return
+        if self._path is None:
+            self._student.load_state_dict(self._kept)
+        else:
+            parallel.wait()
+            restore("student", self._student, load(self._path)["student"], self._path)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        if self._path is None:
+            self._kept = copy_of(self._student.state_dict()) if self._patience is not None else None
+        elif parallel.is_first():
+            save(self._path, {"student": self._student.state_dict(), "record": record})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "stale": self.stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.stale = state["value"], state["stale"]
+
+
+def monitored(record: dict[str, Any], monitor: str) -> float:
+    """The number of that name, whose minus is not part of it. Raises ``ValueError`` where the record lacks it."""
+    name = monitor.removeprefix("-")
+    if name not in record:
+        raise ValueError(f"monitor {name!r} is none of {', '.join(record)}")
+    return float(record[name])

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.distill.arguments import Optimizers, check_arguments, optimizer_of
+from kdfast.distill.arguments import Plan, check_arguments
 from kdfast.distill.fields import Fields, split, to_device
-from kdfast.distill.first_batch import check_first
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, still
-from kdfast.distill.objective import KD
+from kdfast.distill.objective import KD, check_first
+from kdfast.distill.optimizer import Optimizers, Schedule, optimizer_of, schedule_of
 from kdfast.distill.parallel import bare
-from kdfast.distill.plan import Plan
-from kdfast.distill.schedules import Schedule, schedule_of
+from kdfast.distill.state import Record
 from kdfast.distill.step import Objective, Step
-from kdfast.distill.tally import Record
 from kdfast.distill.teachers import Teachers, owner
 from kdfast.models import apply, device_of
 

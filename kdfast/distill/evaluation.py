@@ -1,25 +1,30 @@
-"""A student's measures on a loader."""
+"""A student measured: its metrics on a loader, and what it costs in parameters, bytes, speed and memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.cache import PackedLabels
 from kdfast.distill.counting import Counting
+from kdfast.distill.fields import samples
 from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
-from kdfast.models import evaluating, logits_of
+from kdfast.models import call, device_of, evaluating, logits_of
 from kdfast.objectives.teacher_argmax import teacher_argmax
 
 if TYPE_CHECKING:
     from kdfast.distill.distiller import Distiller
 
-__all__ = ["evaluate"]
+__all__ = ["Footprint", "evaluate", "footprint", "peak_memory"]
 
 
 def evaluate(distiller: Distiller, loader: Iterable[Any], metrics: Any = None) -> dict[str, float]:
@@ -74,3 +79,60 @@ def _likeliest(teacher: Any) -> Tensor | None:
     if isinstance(said, SoftLabels) and said.kind == "weights":
         return None
     return teacher_argmax(said if isinstance(said, SoftLabels) else logits_of(said), ignore_index=-1)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one model."""
+
+    parameters: int
+    nbytes: int  # of parameters and buffers
+    samples_per_second: float  # forward, in evaluation mode
+    peak_memory: int  # bytes: of the GPU during the calls, or of the process since it began
+
+
+def footprint(model: nn.Module, arguments: Any, *, repeats: int = 5) -> Footprint:
+    """Call ``model`` on a batch and measure::
+
+        for model in (teacher, student):
+            print(footprint(model, images))
+
+    Args:
+        model: is in the mode it was in afterwards.
+        arguments: what it is called with: a tensor, a tuple of positions or a dict of keywords; the first tensor's
+            length is the number of samples.
+        repeats: timed calls, after one that is not; the fastest counts.
+
+    Raises:
+        ValueError: ``repeats`` is not positive.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    device = device_of(model) or torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with evaluating(model):
+        seconds = [_seconds(model, arguments, device) for _ in range(repeats + 1)][1:]
+    held = [*model.parameters(), *model.buffers()]
+    return Footprint(
+        parameters=sum(x.numel() for x in model.parameters()),
+        nbytes=sum(x.numel() * x.element_size() for x in held),
+        samples_per_second=samples(arguments) / min(seconds),
+        peak_memory=peak_memory(device),
+    )
+
+
+def peak_memory(device: torch.device | None) -> int:
+    """Bytes: the most that tensors have held of a GPU, or this process of the main memory."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _seconds(model: nn.Module, arguments: Any, device: torch.device) -> float:
+    start = time.perf_counter()
+    call(model, arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.util import find_spec
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from kdfast.distill import parallel
-from kdfast.distill.best import Best, monitored
-from kdfast.distill.curves import plot_curves
-from kdfast.distill.evaluation import evaluate
+from kdfast.distill.arguments import Plan
+from kdfast.distill.checkpoint import Best, Saving, monitored
+from kdfast.distill.evaluation import evaluate, peak_memory
 from kdfast.distill.fields import samples, split, to_device
-from kdfast.distill.footprint import peak_memory
-from kdfast.distill.log import Log
-from kdfast.distill.plan import Plan
-from kdfast.distill.position import Position
-from kdfast.distill.saving import Saving
-from kdfast.distill.schedules import constant
-from kdfast.distill.tally import Record, Tally
+from kdfast.distill.freezing import training
+from kdfast.distill.log import Log, plot_curves
+from kdfast.distill.optimizer import constant
+from kdfast.distill.state import Position, Record, Tally
 from kdfast.distill.update import Update
 
 if TYPE_CHECKING:
@@ -158,21 +154,6 @@ class Fit:
         shown = self.plan.progress and parallel.is_first()
         # None: only where standard error is a terminal.
         return tqdm(total=total, initial=self.tally.step, unit="step", disable=None if shown else True)
-
-
-@contextmanager
-def training(student: nn.Module, still: list[nn.Module]) -> Iterator[None]:
-    """Training mode for a student that is not in it, but for ``still``. Every part's own mode comes back afterwards."""
-    flags = {module: module.training for module in student.modules()}
-    if not student.training:
-        student.train()
-    for module in still:  # its owner may have called train() since it was frozen
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _steps(loader: Iterable[Any], distiller: Distiller) -> int | None:

@@ -1,14 +1,15 @@
-"""Freezing a part of a model."""
+"""Freezing a part of a model, which then stays still while the rest is trained."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["freeze", "still"]
+__all__ = ["freeze", "still", "training"]
 
 
 def freeze(module: nn.Module, patterns: Sequence[str | re.Pattern[str]]) -> list[str]:
@@ -57,6 +58,21 @@ def still(module: nn.Module, frozen: set[str]) -> list[nn.Module]:
         if governing and governing <= frozen and any(True for _ in part.buffers(recurse=False)):
             found.append(part)
     return found
+
+
+@contextmanager
+def training(student: nn.Module, still: list[nn.Module]) -> Iterator[None]:
+    """Training mode for a student that is not in it, but for ``still``. Every part's own mode comes back afterwards."""
+    flags = {module: module.training for module in student.modules()}
+    if not student.training:
+        student.train()
+    for module in still:  # its owner may have called train() since it was frozen
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
 
 
 def _governing(module: nn.Module, prefix: str) -> set[str]:

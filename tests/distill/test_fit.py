@@ -11,7 +11,7 @@ from torch import nn
 
 import kdfast.cache
 from kdfast import Distiller
-from kdfast.distill.curves import plot_curves
+from kdfast.distill import plot_curves
 from support.distillers import CLASSES, FEATURES, data, loader, states_equal, student, teacher
 
 

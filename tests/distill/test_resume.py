@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from kdfast import Distiller
-from kdfast.distill.position import Position
-from kdfast.distill.random_state import random_state
+from kdfast.distill.state import Position, random_state
 from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
 from support.distillers import CLASSES, FEATURES, loader, states_equal, student, teacher
 

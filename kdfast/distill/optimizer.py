@@ -1,18 +1,20 @@
-"""Learning rates over a run: each is a function that makes a scheduler, which moves at every optimiser step."""
+"""The optimizer of a run, and its learning rate: a schedule makes a scheduler, which moves at every optimiser step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Schedule", "constant", "cosine", "inverse_decay", "schedule_of"]
+__all__ = ["Optimizers", "Schedule", "constant", "cosine", "inverse_decay", "optimizer_of", "schedule_of"]
 
 # (optimizer, steps per epoch, epochs) to a scheduler
 Schedule = Callable[[Optimizer, int, int], Any]
+Optimizers = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def constant(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> LambdaLR:
@@ -57,3 +59,27 @@ def schedule_of(schedule: str | Schedule) -> Schedule:
             f"got {type(schedule).__name__}"
         )
     return schedule
+
+
+def optimizer_of(
+    optimizer: Optimizers | Optimizer | None, lr: float, student: nn.Module, parameters: list[nn.Parameter]
+) -> Optimizer:
+    """One of ``parameters``, the student's and the objective's that are trained: made, or as it is.
+
+    Raises:
+        ValueError: one that exists lacks some of the student's.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return AdamW(parameters, lr) if optimizer is None else optimizer(parameters)
+    held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    missing = [x for x in parameters if id(x) not in held]
+    ours = {id(x) for x in student.parameters()}
+    lacking = sum(id(x) in ours for x in missing)
+    if lacking:
+        raise ValueError(
+            f"{lacking} trainable parameters of the student are not the optimizer's: give it all of them, or freeze "
+            "these"
+        )
+    if missing:
+        optimizer.add_param_group({"params": missing})
+    return optimizer

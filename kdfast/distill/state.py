@@ -1,16 +1,53 @@
-"""Where in a loader's epoch training is, to go on with the very batch that comes next."""
+"""Where a run is: its counters, the place in the loader's epoch, and the random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
-from kdfast.distill.random_state import random_state, set_random_state
+__all__ = ["Position", "Record", "Tally", "random_state", "set_random_state"]
 
-__all__ = ["Position"]
+Record = dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """Counters of a run, and of the epoch that it is in."""
+
+    epoch: int = 0  # complete ones
+    step: int = 0  # of the optimiser
+    stopped: bool = False  # by early stopping
+    history: list[Record] = field(default_factory=list)
+    updates: int = 0  # of this epoch
+    loss: float = 0.0  # their sum
+    last_loss: float = 0.0
+    samples: int = 0
+    seconds: float = 0.0
+
+    def count(self, loss: float, samples: int) -> None:
+        """A step."""
+        self.step += 1
+        self.updates += 1
+        self.loss, self.last_loss = self.loss + loss, loss
+        self.samples += samples
+
+    def end_epoch(self, record: Record) -> None:
+        """Keep its record, and begin the next one."""
+        self.history.append(record)
+        self.epoch += 1
+        self.updates, self.loss, self.samples, self.seconds = 0, 0.0, 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
 class Position:
@@ -94,3 +131,31 @@ class Position:
         self._began = state["began"]
         if self._stateful is not None:
             self._stateful.load_state_dict(state["own"])
+
+
+def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """PyTorch's on the CPU and every GPU, Python's, NumPy's global one, and ``generators``'."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (what a dataset uses is not for us to choose)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (str(name), np.asarray(keys).tolist(), *rest),
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Go on from ``random_state``. Raises ``ValueError`` if it was of another number of generators."""
+    if len(state["generators"]) != len(generators):
+        raise ValueError(
+            f"the state is of {len(state['generators'])} generators of a loader, this one has {len(generators)}"
+        )
+    torch.set_rng_state(state["torch"])
+    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, device)
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+    for generator, own in zip(generators, state["generators"], strict=True):
+        generator.set_state(own)
