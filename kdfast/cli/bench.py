@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -11,20 +12,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kdfast.cli.bench_head import head
-from kdfast.cli.failing import failing, known
-from kdfast.cli.progress import bar
+from kdfast.cli.terminal import bar, failing, known
 
 if TYPE_CHECKING:
     from kdfast.bench.cache import Arm, Row
     from kdfast.bench.random_access import RandomAccess
 
-TABLE_WIDTH = 150  # of the cache's table, which nobody could read if it were folded
+TABLE_WIDTH = 150  # of the tables that nobody could read if they were folded
 
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
-
-
-app.command()(head)
 
 
 @app.callback()
@@ -56,6 +52,29 @@ def loss(
     console.print(table)
     if out is not None:
         console.print(f"Written to {save_loss(results, out)}")
+
+
+@app.command()
+def head(
+    case: Annotated[list[str] | None, typer.Option(help="Cases to time; default: all.")] = None,
+    memory: Annotated[bool, typer.Option(help="Also how much memory the cases take, at a larger shape.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds per case.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
+) -> None:
+    """Loss from hidden states, forward + backward: ours, eager PyTorch, torch.compile, the bare matrix products."""
+    from kdfast.bench.head import CASES, MEMORY_CASES, measure_head, measure_memory
+    from kdfast.bench.head_report import COLUMNS, LEGEND, MEMORY_COLUMNS, cells, memory_cells, save_head
+
+    timed = [known(name, CASES) for name in case or CASES]
+    weighed = [name for name in MEMORY_CASES if memory and name in timed]
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    times = [measure_head(name, repeats) for name in track(timed, "Timing", console=console)]
+    sizes = [measure_memory(name) for name in track(weighed, "Weighing", console=console)]
+    _print(console, COLUMNS, [cells(result) for result in times])
+    _print(console, MEMORY_COLUMNS, [memory_cells(result) for result in sizes])
+    console.print(LEGEND.replace("\n", " "))
+    if out is not None:
+        console.print(f"Written to {save_head(times, sizes, out)}", soft_wrap=True)
 
 
 @app.command()
@@ -138,3 +157,12 @@ def _parse_shape(text: str) -> tuple[int, int]:
     except ValueError:
         raise typer.BadParameter(f"a shape is ROWSxCOLUMNS, such as 512x32000; got {text!r}") from None
     return rows, columns
+
+
+def _print(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,17 +1,18 @@
-"""How a command ends when a cache, a file or a name is at fault."""
+"""What commands share: how one ends when a cache, a file or a name is at fault, and a bar for what takes long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kdfast.cache import CacheError
 
-__all__ = ["failing", "known"]
+__all__ = ["bar", "failing", "known"]
 
 
 @contextmanager
@@ -31,3 +32,12 @@ def known(name: str, names: Iterable[str]) -> str:
     if name not in names:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}")
     return name
+
+
+@contextmanager
+def bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A function that moves the bar on by a number of steps. ``total`` None: it is not known how far it goes."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda steps: progress.advance(task, steps)
