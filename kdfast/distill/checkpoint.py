@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast._atomic import publish
 from kdfast.distill import parallel
-from kdfast.distill.state import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from kdfast.distill.fitting import Fit
+from kdfast.distill.state import Position, random_state, set_random_state
 
 __all__ = ["Best", "Saving", "load", "monitored", "restore", "save"]
 
@@ -70,23 +67,29 @@ class Saving:
 
     In data parallelism the first process writes, every process's random numbers are in it, and all of them read it: the
     folder is one that all see.
+
+    Args:
+        folder: of the run.
+        student: as it is called, in DDP's wrapper if it has one.
+        position: of the loader.
+        others: what else a run goes on with, by name; what has no ``state_dict`` is left out.
     """
 
-    def __init__(self, fit: Fit) -> None:
-        self._fit = fit
-        folder = fit.distiller.folder
+    def __init__(self, folder: Path | None, student: nn.Module, position: Position, **others: Any) -> None:
         self._path = None if folder is None else folder / LAST
+        self._student, self._position = student, position
+        parts = {"student": parallel.bare(student), **others}
+        self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def save(self) -> None:
         """Raises ``OSError`` with the file's name; the checkpoint that was there is as it was."""
         if self._path is None:
             return
-        student = self._fit.distiller.student
-        parallel.share(student, buffers_only=True)
-        mine = {"random": random_state(self._fit.position.generators), "position": self._fit.position.state_dict()}
+        parallel.share(self._student, buffers_only=True)
+        mine = {"random": random_state(self._position.generators), "position": self._position.state_dict()}
         processes = parallel.all_of(mine)
         if parallel.is_first():
-            parts = {name: part.state_dict() for name, part in self._parts().items()}
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
             save(self._path, {**parts, "processes": processes})
 
     def go_on(self) -> None:
@@ -98,38 +101,23 @@ class Saving:
         if self._path is None or not parallel.same(self._path.exists()):
             return
         content = load(self._path)
-        parts = self._parts()
-        if set(parts) != set(content) - {"version", "processes"}:
+        if set(self._parts) != set(content) - {"version", "processes"}:
             raise ValueError(
-                f"{self._path} holds {', '.join(content)}, but this run has {', '.join(parts)}: it is another one's; "
-                "resume=False, or another folder, starts anew"
+                f"{self._path} holds {', '.join(content)}, but this run has {', '.join(self._parts)}: it is another "
+                "one's; resume=False, or another folder, starts anew"
             )
-        for name, part in parts.items():
+        for name, part in self._parts.items():
             restore(name, part, content[name], self._path)
         processes = content["processes"]
         mine = processes[parallel.rank() % len(processes)]
-        restore("loader", self._fit.position, mine["position"], self._path)
-        set_random_state(mine["random"], self._fit.position.generators)
+        restore("loader", self._position, mine["position"], self._path)
+        set_random_state(mine["random"], self._position.generators)
 
     def whereabouts(self) -> str:
         """Where the last good checkpoint is, for a message."""
         if self._path is None:
             return "no checkpoint was asked for (folder=...)"
         return f"the last checkpoint is {self._path}" if self._path.exists() else "no checkpoint had been written yet"
-
-    def _parts(self) -> dict[str, Any]:
-        """What has a state, by name."""
-        fit, d = self._fit, self._fit.distiller
-        parts = {
-            "student": parallel.bare(d.student),
-            "objective": d.objective,
-            "optimizer": d.optimizer,
-            "scheduler": fit.update.scheduler,
-            "scaler": fit.update.scaler,
-            "best": fit.best,
-            "tally": fit.tally,
-        }
-        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
 class Best:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,15 @@ from kdfast.cache import PackedLabels
 from kdfast.distill.counting import Counting
 from kdfast.distill.fields import samples
 from kdfast.distill.metrics import Metrics, is_function
-from kdfast.distill.step import Step
+from kdfast.distill.step import Step, SupportsForward
 from kdfast.labels import SoftLabels
 from kdfast.models import call, device_of, evaluating, logits_of
 from kdfast.objectives.teacher_argmax import teacher_argmax
 
-if TYPE_CHECKING:
-    from kdfast.distill.distiller import Distiller
-
 __all__ = ["Footprint", "evaluate", "footprint", "peak_memory"]
 
 
-def evaluate(distiller: Distiller, loader: Iterable[Any], metrics: Any = None) -> dict[str, float]:
+def evaluate(distiller: SupportsForward, loader: Iterable[Any], metrics: Any = None) -> dict[str, float]:
     """Every metric over all rows of a loader that count, in evaluation mode and without gradients.
 
     Each part of the student has its own mode back afterwards, whatever has happened.

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -19,23 +20,31 @@ from kdfast.distill.evaluation import evaluate, peak_memory
 from kdfast.distill.fields import samples, split, to_device
 from kdfast.distill.freezing import training
 from kdfast.distill.log import Log, plot_curves
-from kdfast.distill.optimizer import constant
+from kdfast.distill.optimizer import Schedule, constant
 from kdfast.distill.state import Position, Record, Tally
-from kdfast.distill.update import Update
+from kdfast.distill.update import SupportsUpdate, Update
 
-if TYPE_CHECKING:
-    from kdfast.distill.distiller import Distiller
-
-__all__ = ["Fit"]
+__all__ = ["Fit", "SupportsFit"]
 
 CURVES = "curves.png"
+
+
+class SupportsFit(SupportsUpdate, Protocol):
+    """What a run takes, as ``Distiller`` has it, and where it leaves how far it is."""
+
+    schedule: Schedule
+    accumulate: int
+    folder: Path | None
+    still: list[nn.Module]
+    epoch: int
+    progress: float
 
 
 class Fit:
     """One call of ``Distiller.fit``."""
 
     def __init__(
-        self, distiller: Distiller, loader: Iterable[Any], eval_loader: Iterable[Any] | None, plan: Plan
+        self, distiller: SupportsFit, loader: Iterable[Any], eval_loader: Iterable[Any] | None, plan: Plan
     ) -> None:
         plan.check(eval_loader is not None)
         self.distiller, self.eval_loader, self.plan = distiller, eval_loader, plan
@@ -48,7 +57,17 @@ class Fit:
         self.tally = Tally()
         self.update = Update(distiller, distiller.schedule(distiller.optimizer, self.steps or 1, plan.epochs))
         self._check_plateau()
-        self.saving = Saving(self)
+        self.saving = Saving(
+            distiller.folder,
+            distiller.student,
+            self.position,
+            objective=distiller.objective,
+            optimizer=distiller.optimizer,
+            scheduler=self.update.scheduler,
+            scaler=self.update.scaler,
+            best=self.best,
+            tally=self.tally,
+        )
         if plan.resume:
             self.saving.go_on()
         self.log = Log(folder, self.tally.step)
@@ -156,7 +175,7 @@ class Fit:
         return tqdm(total=total, initial=self.tally.step, unit="step", disable=None if shown else True)
 
 
-def _steps(loader: Iterable[Any], distiller: Distiller) -> int | None:
+def _steps(loader: Iterable[Any], distiller: SupportsFit) -> int | None:
     """Of an epoch; None where the loader has no length. Raises ``ValueError`` where it is empty, or must have one."""
     try:
         batches = len(loader)  # type: ignore[arg-type]

@@ -1,16 +1,16 @@
-"""``Step``: what a loss is computed from."""
+"""``Step``: what a loss is computed from, and what makes one of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.models import logits_of
 
-__all__ = ["Objective", "Step"]
+__all__ = ["Objective", "Step", "SupportsForward"]
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,12 @@ class Step:
 
 # A scalar: the mean over the rows that count. An ``nn.Module`` with parameters of its own is trained along.
 Objective = Callable[[Step], Tensor]
+
+
+class SupportsForward(Protocol):
+    """What makes a ``Step`` of a batch, as ``Distiller`` does."""
+
+    student: nn.Module
+    objective: Objective
+
+    def forward(self, batch: Any, *, strict: bool = True) -> Step: ...

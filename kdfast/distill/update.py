@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdfast.distill import parallel
 from kdfast.distill.counting import Counting, leading
-from kdfast.distill.step import Step
+from kdfast.distill.fields import Fields
+from kdfast.distill.step import Step, SupportsForward
 from kdfast.loss.data_parallel import global_items
 
-if TYPE_CHECKING:
-    from kdfast.distill.distiller import Distiller
+__all__ = ["SupportsUpdate", "Update"]
 
-__all__ = ["Update"]
+
+class SupportsUpdate(SupportsForward, Protocol):
+    """What a step of the optimiser takes, as ``Distiller`` has it."""
+
+    fields: Fields
+    optimizer: Optimizer
+    device: torch.device | None
+    amp: torch.dtype | None
+    clip_norm: float | None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]: ...
+
+    def loss(self, step: Step) -> Tensor: ...
 
 
 class Update:
@@ -30,7 +44,7 @@ class Update:
     that were there before, of a step that was broken off or a loop of one's own, do not count.
     """
 
-    def __init__(self, distiller: Distiller, scheduler: Any) -> None:
+    def __init__(self, distiller: SupportsUpdate, scheduler: Any) -> None:
         self.distiller, self.scheduler = distiller, scheduler
         device = distiller.device or torch.device("cpu")
         self.scaler = torch.amp.GradScaler(device.type, enabled=distiller.amp == torch.float16)
