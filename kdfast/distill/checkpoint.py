@@ -78,16 +78,16 @@ class Saving:
     def __init__(self, folder: Path | None, student: nn.Module, position: Position, **others: Any) -> None:
         self._path = None if folder is None else folder / LAST
         self._student, self._position = student, position
-        parts = {"student": parallel.bare(student), **others}
+        parts = {"student": parallel.unwrap(student), **others}
         self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def save(self) -> None:
         """Raises ``OSError`` with the file's name; the checkpoint that was there is as it was."""
         if self._path is None:
             return
-        parallel.share(self._student, buffers_only=True)
+        parallel.broadcast_module(self._student, buffers_only=True)
         mine = {"random": random_state(self._position.generators), "position": self._position.state_dict()}
-        processes = parallel.all_of(mine)
+        processes = parallel.all_gather_object(mine)
         if parallel.is_first():
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             save(self._path, {**parts, "processes": processes})
@@ -98,7 +98,7 @@ class Saving:
         Raises:
             ValueError: it is of another student, objective, optimizer or loader, naming file and part.
         """
-        if self._path is None or not parallel.same(self._path.exists()):
+        if self._path is None or not parallel.broadcast_object(self._path.exists()):
             return
         content = load(self._path)
         if set(self._parts) != set(content) - {"version", "processes"}:
@@ -165,7 +165,7 @@ class Best:
         if self._path is None:
             self._student.load_state_dict(self._kept)
         else:
-            parallel.wait()
+            parallel.barrier()
             restore("student", self._student, load(self._path)["student"], self._path)
 
     def _keep(self, record: dict[str, Any]) -> None:

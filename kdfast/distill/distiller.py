@@ -17,7 +17,7 @@ from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, still
 from kdfast.distill.objective import KD, check_first
 from kdfast.distill.optimizer import Optimizers, Schedule, optimizer_of, schedule_of
-from kdfast.distill.parallel import bare
+from kdfast.distill.parallel import unwrap
 from kdfast.distill.state import Record
 from kdfast.distill.step import Objective, Step
 from kdfast.distill.teachers import Teachers, owner
@@ -209,4 +209,4 @@ class Distiller:
 
 def _freeze(student: nn.Module, patterns: Sequence[Any]) -> list[nn.Module]:
     """Freezes, and gives the parts with statistics that have become still."""
-    return still(bare(student), set(freeze(bare(student), patterns))) if patterns else []
+    return still(unwrap(student), set(freeze(unwrap(student), patterns))) if patterns else []

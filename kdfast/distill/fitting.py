@@ -53,7 +53,7 @@ class Fit:
             self.position.require_exact()
         self.steps = _steps(loader, distiller)
         folder = distiller.folder if parallel.is_first() else None
-        self.best = Best(parallel.bare(distiller.student), plan.monitor, plan.patience, distiller.folder)
+        self.best = Best(parallel.unwrap(distiller.student), plan.monitor, plan.patience, distiller.folder)
         self.tally = Tally()
         self.update = Update(distiller, distiller.schedule(distiller.optimizer, self.steps or 1, plan.epochs))
         self._check_plateau()
@@ -77,7 +77,7 @@ class Fit:
         d, tally = self.distiller, self.tally
         for module in (d.student, d.objective):
             if isinstance(module, nn.Module):
-                parallel.share(module)
+                parallel.broadcast_module(module)
         try:
             with training(d.student, d.still), self._bar() as bar:
                 while tally.epoch < self.plan.epochs and not tally.stopped:
@@ -147,8 +147,8 @@ class Fit:
             "peak_memory": peak_memory(d.device),
         }
         if self.eval_loader is not None and (tally.epoch + 1) % plan.eval_every == 0:
-            parallel.share(d.student, buffers_only=True)
-            record = parallel.same(record | evaluate(d, self.eval_loader, plan.metrics))
+            parallel.broadcast_module(d.student, buffers_only=True)
+            record = parallel.broadcast_object(record | evaluate(d, self.eval_loader, plan.metrics))
             self._watch(record)
         elif plan.monitor == "loss":
             self._watch(record)
