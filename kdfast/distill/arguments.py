@@ -12,7 +12,7 @@ from torch import nn
 from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.state import Record
 
-__all__ = ["Plan", "check_arguments"]
+__all__ = ["FitOptions", "check_arguments"]
 
 
 def check_arguments(
@@ -34,7 +34,7 @@ def check_arguments(
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitOptions:
     """``Distiller.fit``'s options."""
 
     epochs: int

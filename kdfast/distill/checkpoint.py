@@ -14,10 +14,11 @@ from kdfast._atomic import publish
 from kdfast.distill import parallel
 from kdfast.distill.state import Position, random_state, set_random_state
 
-__all__ = ["Best", "Saving", "load", "monitored", "restore", "save"]
+__all__ = ["Best", "Checkpointer", "load", "monitored", "restore", "save"]
 
 LAST, BEST = "last.pt", "best.pt"
 VERSION = 1
+RENAMED = {"tally": "train_state"}  # parts by the names that older checkpoints have for them
 
 LESS_IS_BETTER = ("loss", "cross_entropy", "ece")
 
@@ -55,14 +56,14 @@ def restore(what: str, holder: Any, state: Any, path: Path) -> None:
         ) from error
 
 
-def copy_of(state: Any) -> Any:
+def _copy_of(state: Any) -> Any:
     """A state's tensors as they are now."""
     if isinstance(state, Tensor):
         return state.detach().clone()
-    return {name: copy_of(value) for name, value in state.items()} if isinstance(state, dict) else state
+    return {name: _copy_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
 
-class Saving:
+class Checkpointer:
     """Writes and reads ``last.pt`` of a run's folder; without a folder it does nothing.
 
     In data parallelism the first process writes, every process's random numbers are in it, and all of them read it: the
@@ -92,7 +93,7 @@ class Saving:
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             save(self._path, {**parts, "processes": processes})
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """From the checkpoint, if there is one.
 
         Raises:
@@ -100,7 +101,7 @@ class Saving:
         """
         if self._path is None or not parallel.broadcast_object(self._path.exists()):
             return
-        content = load(self._path)
+        content = {RENAMED.get(name, name): part for name, part in load(self._path).items()}
         if set(self._parts) != set(content) - {"version", "processes"}:
             raise ValueError(
                 f"{self._path} holds {', '.join(content)}, but this run has {', '.join(self._parts)}: it is another "
@@ -113,7 +114,7 @@ class Saving:
         restore("loader", self._position, mine["position"], self._path)
         set_random_state(mine["random"], self._position.generators)
 
-    def whereabouts(self) -> str:
+    def describe(self) -> str:
         """Where the last good checkpoint is, for a message."""
         if self._path is None:
             return "no checkpoint was asked for (folder=...)"
@@ -154,7 +155,7 @@ class Best:
             self._keep(record)
 
     @property
-    def is_over(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether patience is at its end."""
         return self._patience is not None and self.stale >= self._patience
 
@@ -170,7 +171,7 @@ class Best:
 
     def _keep(self, record: dict[str, Any]) -> None:
         if self._path is None:
-            self._kept = copy_of(self._student.state_dict()) if self._patience is not None else None
+            self._kept = _copy_of(self._student.state_dict()) if self._patience is not None else None
         elif parallel.is_first():
             save(self._path, {"student": self._student.state_dict(), "record": record})
 

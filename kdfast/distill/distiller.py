@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.distill.arguments import Plan, check_arguments
+from kdfast.distill.arguments import FitOptions, check_arguments
 from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, still
@@ -195,12 +195,12 @@ class Distiller:
                 ``ReduceLROnPlateau`` without anything to watch; and whatever a batch was refused for.
             ImportError: torchmetrics is not installed, and there is an ``eval_loader``.
         """
-        plan = Plan(
+        options = FitOptions(
             epochs, eval_every, patience, monitor, metrics, checkpoint_every, log_every, resume, progress, on_epoch
         )
         rates = [group["lr"] for group in self.optimizer.param_groups]
         try:
-            return Fit(self, loader, eval_loader, plan).run()
+            return Fit(self, loader, eval_loader, options).run()
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

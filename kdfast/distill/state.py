@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Position", "Record", "Tally", "random_state", "set_random_state"]
+__all__ = ["Position", "Record", "TrainState", "random_state", "set_random_state"]
 
 Record = dict[str, Any]
 
 
 @dataclass
-class Tally:
+class TrainState:
     """Counters of a run, and of the epoch that it is in."""
 
     epoch: int = 0  # complete ones
@@ -66,13 +66,13 @@ class Position:
         found = [getattr(x, "generator", None) for x in holders]
         self.generators = list({id(x): x for x in found if isinstance(x, torch.Generator)}.values())
         self._began: dict[str, Any] = {}
-        self._consumed = self._behind = 0
+        self._consumed = self._skip = 0
 
     def require_exact(self) -> None:
         """Raises ``ValueError`` where an epoch cannot be begun again: persistent workers go on with their numbers."""
         if self._stateful is None and getattr(self._loader, "persistent_workers", False):
             raise ValueError(
-                "a run with a folder cannot go on exactly with persistent_workers=True: give the loader "
+                "a run with a folder cannot resume exactly with persistent_workers=True: give the loader "
                 "persistent_workers=False, or a sampler with a state_dict (kdfast.cache.ElasticSampler)"
             )
 
@@ -85,9 +85,9 @@ class Position:
         for holder in self._holders:
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(epoch)
-        behind, self._behind = self._behind, 0
-        batches = self._go_on(behind) if behind else self._begin()
-        empty = not behind
+        skip, self._skip = self._skip, 0
+        batches = self._fast_forward(skip) if skip else self._begin()
+        empty = not skip
         for batch in batches:
             empty = False
             yield batch
@@ -98,14 +98,14 @@ class Position:
         self._began = random_state(self.generators)
         return iter(self._loader)
 
-    def _go_on(self, behind: int) -> Iterator[Any]:
+    def _fast_forward(self, skip: int) -> Iterator[Any]:
         here = random_state(self.generators)
         if self._stateful is None:
             set_random_state(self._began, self.generators)
         batches = iter(self._loader)
-        skipped = sum(1 for _ in islice(batches, behind)) if self._stateful is None else behind
-        if skipped < behind:
-            raise ValueError(f"the loader has {skipped} batches, and {behind} were trained on: it is another one")
+        skipped = sum(1 for _ in islice(batches, skip)) if self._stateful is None else skip
+        if skipped < skip:
+            raise ValueError(f"the loader has {skipped} batches, and {skip} were trained on: it is another one")
         set_random_state(here, self.generators)
         return batches
 
@@ -127,7 +127,7 @@ class Position:
         """Go on from there. Raises ``ValueError`` where the loader is of another kind."""
         if (state["own"] is None) != (self._stateful is None):
             raise ValueError("of the two loaders' samplers one has a state_dict, the other has none")
-        self._consumed = self._behind = state["consumed"]
+        self._consumed = self._skip = state["consumed"]
         self._began = state["began"]
         if self._stateful is not None:
             self._stateful.load_state_dict(state["own"])

@@ -64,14 +64,14 @@ class Update:
             loss = d.loss(step if number == 0 else d.forward(batch))
             loss = loss if shares is None else loss * shares[number].to(loss.dtype)
             total = total + loss.detach()
-            with self._communicating(number == len(batches) - 1):
+            with self._gradient_sync(number == len(batches) - 1):
                 torch.autograd.backward(self.scaler.scale(loss))
         value = self._mean(total)
         if not math.isfinite(value):
             d.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {value}")
-        self._average()
-        self._move()
+        self._average_gradients()
+        self._optimizer_step()
         return value
 
     def _shares(self, batches: list[Any], step: Step) -> Tensor | None:
@@ -84,7 +84,7 @@ class Update:
         items = global_items(*(x.long() for x in rows), ignore_index=0).double()
         return torch.stack([x.sum() for x in rows]) / items.clamp(min=torch.finfo(torch.double).tiny)
 
-    def _communicating(self, last: bool) -> AbstractContextManager[Any]:
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
         """DDP's processes talk in the last backward pass of a step only."""
         student = self.distiller.student
         return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
@@ -94,14 +94,14 @@ class Update:
             dist.all_reduce(loss)
         return float(loss) / parallel.world_size()
 
-    def _average(self) -> None:
+    def _average_gradients(self) -> None:
         d = self.distiller
         if parallel.world_size() == 1:
             return
         done = {id(x) for x in d.student.parameters()} if parallel.reduces_itself(d.student) else set()
         parallel.average_gradients([x for x in d.parameters if id(x) not in done])
 
-    def _move(self) -> None:
+    def _optimizer_step(self) -> None:
         d = self.distiller
         if d.clip_norm is not None:
             self.scaler.unscale_(d.optimizer)

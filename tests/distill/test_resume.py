@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from torch import nn
 from kdfast import Distiller
 from kdfast.distill.state import Position, random_state
 from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
-from support.distillers import CLASSES, FEATURES, loader, states_equal, student, teacher
+from support.distillers import CLASSES, FEATURES, data, loader, states_equal, student, teacher
 
+OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["distill_runs", "torchmetrics"])
+SERVER.set_forkserver_preload(["support.distill_runs", "torchmetrics"])
 
 
 def kill(folder, kind, batch, every):
@@ -126,3 +129,27 @@ def test_workers_that_persist_are_refused_where_a_run_is_to_go_on(tmp_path):
     batches = loader(num_workers=1, persistent_workers=True)
     with pytest.raises(ValueError, match="persistent_workers=False, or a sampler with a state_dict"):
         Distiller(student(), folder=tmp_path).fit(batches, epochs=1, progress=False)
+
+
+def test_a_checkpoint_of_an_older_layout_resumes(tmp_path):
+    """It is of step 8, the second of epoch 2, and calls the counters "tally"."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    held = torch.load(OLD / "last.pt", weights_only=True)
+    model, calls = student(7), []
+    model.register_forward_pre_hook(lambda *_: calls.append(model[0].weight.clone()) if model.training else None)
+    distiller = Distiller(model, teacher(), schedule="cosine", lr=0.01, folder=tmp_path)
+    history = distiller.fit(
+        [data(8, seed) for seed in range(6)],
+        epochs=2,
+        eval_loader=[data(16)],
+        metrics=["accuracy"],
+        patience=2,
+        progress=False,
+    )
+    assert len(calls) == 4
+    assert torch.equal(calls[0], held["student"]["0.weight"])
+    assert history[:1] == held["tally"]["history"]
+    assert [record["step"] for record in history] == [6, 12]
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert "tally" not in saved
+    assert saved["train_state"]["epoch"] == 2
