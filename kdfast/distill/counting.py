@@ -14,7 +14,7 @@ from kdfast.distill.fields import Fields, samples, split, tensors
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 
-__all__ = ["Counting", "counted_rows", "leading", "without_padding"]
+__all__ = ["Counting", "counted_rows", "rows_shape", "without_padding"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = -100) -
     With ``shift`` a row's label is the next position's.
     """
     counted = Counting(ignore_index, shift).of_step(step)
-    for said in step.teacher if isinstance(step.teacher, tuple) else (step.teacher,):
-        if isinstance(said, (SoftLabels, PackedLabels)) and said.present is not None:
-            counted = counted & said.present.to(counted.device).view(counted.shape)
+    for output in step.teacher if isinstance(step.teacher, tuple) else (step.teacher,):
+        if isinstance(output, (SoftLabels, PackedLabels)) and output.present is not None:
+            counted = counted & output.present.to(counted.device).view(counted.shape)
     return counted
 
 
@@ -123,7 +123,7 @@ def without_padding(step: Step, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def leading(step: Step) -> torch.Size:
+def rows_shape(step: Step) -> torch.Size:
     """The shape of the rows; of one dimension where the student's output has no logits."""
     try:
         return step.logits.shape[:-1]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from kdfast.distill.arguments import FitOptions, check_arguments
 from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.fitting import Fit
-from kdfast.distill.freezing import freeze, still
+from kdfast.distill.freezing import freeze, frozen_norms
 from kdfast.distill.objective import KD, check_first
 from kdfast.distill.optimizer import Optimizers, Schedule, optimizer_of, schedule_of
 from kdfast.distill.parallel import unwrap
@@ -102,7 +102,7 @@ class Distiller:
                 model.to(device)
         # Of "cuda" the weights say which one.
         self.device = device_of(student) or (None if device is None else torch.device(device))
-        self.still = _freeze(student, freeze)
+        self.frozen_norms = _freeze(student, freeze)
         self.optimizer = optimizer_of(optimizer, lr, student, self.parameters)
         self.schedule = schedule_of(schedule)
         self.amp, self.accumulate, self.clip_norm = amp, accumulate, clip_norm
@@ -209,4 +209,4 @@ class Distiller:
 
 def _freeze(student: nn.Module, patterns: Sequence[Any]) -> list[nn.Module]:
     """Freezes, and gives the parts with statistics that have become still."""
-    return still(unwrap(student), set(freeze(unwrap(student), patterns))) if patterns else []
+    return frozen_norms(unwrap(student), set(freeze(unwrap(student), patterns))) if patterns else []

@@ -61,21 +61,22 @@ def _count(metrics: Metrics, step: Step, counting: Counting) -> None:
             raise ValueError(f"labels must be {tuple(rows)} for this student, got {tuple(labels.shape)}")
     counted = counting.of_step(step)
     labels = None if labels is None else labels[counted]
-    said = _likeliest(step.teacher) if metrics.need_teacher else None
-    if said is not None:
-        known = said.view(rows) >= 0
-        metrics.update(logits[counted & known].view(-1, classes), None, said.view(rows)[counted & known])
+    teacher = _argmax(step.teacher) if metrics.need_teacher else None
+    if teacher is not None:
+        teacher = teacher.view(rows)
+        both = counted & (teacher >= 0)
+        metrics.update(logits[both].view(-1, classes), None, teacher[both])
     metrics.update(logits[counted], labels, None)
 
 
-def _likeliest(teacher: Any) -> Tensor | None:
+def _argmax(teacher: Any) -> Tensor | None:
     """The classes that a single teacher has said, -1 where it says nothing; None where it has none to say."""
     if teacher is None or isinstance(teacher, tuple):
         return None
-    said = teacher.unpack() if isinstance(teacher, PackedLabels) else teacher
-    if isinstance(said, SoftLabels) and said.kind == "weights":
+    output = teacher.unpack() if isinstance(teacher, PackedLabels) else teacher
+    if isinstance(output, SoftLabels) and output.kind == "weights":
         return None
-    return teacher_argmax(said if isinstance(said, SoftLabels) else logits_of(said), ignore_index=-1)
+    return teacher_argmax(output if isinstance(output, SoftLabels) else logits_of(output), ignore_index=-1)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class SupportsFit(SupportsUpdate, Protocol):
     schedule: Schedule
     accumulate: int
     folder: Path | None
-    still: list[nn.Module]
+    frozen_norms: list[nn.Module]
     epoch: int
     progress: float
 
@@ -79,7 +79,7 @@ class Fit:
             if isinstance(module, nn.Module):
                 parallel.broadcast_module(module)
         try:
-            with training(d.student, d.still), self._bar() as bar:
+            with training(d.student, d.frozen_norms), self._bar() as bar:
                 while state.epoch < self.options.epochs and not state.stopped:
                     self._epoch(bar)
         finally:

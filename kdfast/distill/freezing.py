@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["freeze", "still", "training"]
+__all__ = ["freeze", "frozen_norms", "training"]
 
 
 def freeze(module: nn.Module, patterns: Sequence[str | re.Pattern[str]]) -> list[str]:
@@ -42,12 +42,12 @@ def freeze(module: nn.Module, patterns: Sequence[str | re.Pattern[str]]) -> list
         frozen |= found
     for name in frozen:
         module.get_parameter(name).requires_grad_(False)
-    for part in still(module, frozen):
+    for part in frozen_norms(module, frozen):
         part.eval()
     return sorted(frozen)
 
 
-def still(module: nn.Module, frozen: set[str]) -> list[nn.Module]:
+def frozen_norms(module: nn.Module, frozen: set[str]) -> list[nn.Module]:
     """The parts with running statistics of which every parameter is frozen.
 
     One without parameters, such as a batch norm that is not affine, goes by what is around it.
@@ -61,12 +61,12 @@ def still(module: nn.Module, frozen: set[str]) -> list[nn.Module]:
 
 
 @contextmanager
-def training(student: nn.Module, still: list[nn.Module]) -> Iterator[None]:
-    """Training mode for a student that is not in it, but for ``still``. Every part's own mode comes back afterwards."""
+def training(student: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
+    """Training mode for a student that is not in it, but for ``norms``. Every part's own mode comes back afterwards."""
     flags = {module: module.training for module in student.modules()}
     if not student.training:
         student.train()
-    for module in still:  # its owner may have called train() since it was frozen
+    for module in norms:  # its owner may have called train() since it was frozen
         module.eval()
     try:
         yield

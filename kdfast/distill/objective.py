@@ -93,8 +93,8 @@ def check_first(step: Step, objective: Any) -> None:
             too many.
     """
     logits = _logits(step.student)
-    said = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
-    for name, x in (("student", logits), *(("teacher", _logits(each)) for each in said)):
+    outputs = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
+    for name, x in (("student", logits), *(("teacher", _logits(output)) for output in outputs)):
         if x is not None and _look_like_probabilities(x.detach()):
             raise ValueError(f"the {name} gives probabilities (rows in [0, 1] that sum to 1): leave its softmax out")
     labels = step.labels

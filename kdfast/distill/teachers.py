@@ -53,10 +53,10 @@ class Teachers:
             if not all(isinstance(member, CacheReader) for member in self.members):
                 raise ValueError("the batch brings labels from a cache, and there is a teacher besides: give only one")
             return cached
-        said = [self._ask(member, inner, student, device, strict) for member in self.members]
-        return tuple(said) if self.several else said[0] if said else None
+        outputs = [self._output(member, inner, student, device, strict) for member in self.members]
+        return tuple(outputs) if self.several else outputs[0] if outputs else None
 
-    def _ask(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
+    def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
             try:
                 labels = look_up(member, self._fields.keys_of(batch), batch, logits_of(student).shape[:-1])
@@ -69,10 +69,10 @@ class Teachers:
             return labels if device is None else labels.to(device)
         own = device_of(owner(member)) or device
         with evaluating(owner(member)):
-            said = call(member, to_device(self._fields.arguments(batch), own))
-        if any(x.requires_grad for x in tensors(said)):
+            output = call(member, to_device(self._fields.arguments(batch), own))
+        if any(x.requires_grad for x in tensors(output)):
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
-        return said if own == device else to_device(said, device)
+        return output if own == device else to_device(output, device)
 
 
 def owner(teacher: Any) -> Any:

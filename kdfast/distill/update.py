@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdfast.distill import parallel
-from kdfast.distill.counting import Counting, leading
+from kdfast.distill.counting import Counting, rows_shape
 from kdfast.distill.fields import Fields
 from kdfast.distill.step import Step, SupportsForward
 from kdfast.loss.data_parallel import global_items
@@ -79,7 +79,7 @@ class Update:
         d = self.distiller
         if len(batches) == 1 and parallel.world_size() == 1:
             return None
-        counting, per_token = Counting.of(d.objective), len(leading(step)) > 1
+        counting, per_token = Counting.of(d.objective), len(rows_shape(step)) > 1
         rows = [counting.rows(batch, d.fields, per_token).to(d.device) for batch in batches]
         items = global_items(*(x.long() for x in rows), ignore_index=0).double()
         return torch.stack([x.sum() for x in rows]) / items.clamp(min=torch.finfo(torch.double).tiny)
