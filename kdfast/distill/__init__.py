@@ -1,4 +1,4 @@
-"""The trainer: a student, its teachers and an objective, from the first batch to the best checkpoint.
+"""The trainer: a student, its teachers and an objective, from the first batch to the best checkpoint::
 
 distiller = kdfast.Distiller(student, teacher, temperature=2.0, kd_weight=0.5, ce_weight=0.5)
 history = distiller.fit(loader, epochs=20, eval_loader=test)

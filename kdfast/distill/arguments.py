@@ -1,4 +1,4 @@
-"""The arguments of ``Distiller`` and of its ``fit``: whether they fit."""
+"""The arguments of ``Distiller`` and of ``Distiller.fit``, and checks of their values."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["FitOptions", "check_arguments"]
 def check_arguments(
     student: object, objective: object, amp: object, accumulate: int, clip_norm: float | None, options: dict[str, Any]
 ) -> None:
-    """Raises ``TypeError`` or ``ValueError``, naming what was passed and what was wanted."""
+    """Check arguments of ``Distiller``. Raises ``TypeError`` or ``ValueError`` with what was passed and wanted."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module, got {type(student).__name__}")
     if objective is not None and not callable(objective):
         raise TypeError(f"objective must be a function of a Step, got {type(objective).__name__}")
     if objective is not None and options:
-        raise TypeError(f"{', '.join(sorted(options))}: KD's options go without an objective of one's own")
+        raise TypeError(f"{', '.join(sorted(options))}: KD's options do not go with another objective")
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp must be torch.bfloat16 or torch.float16, got {amp}")
     if accumulate < 1:
@@ -35,7 +35,7 @@ def check_arguments(
 
 @dataclass(frozen=True)
 class FitOptions:
-    """``Distiller.fit``'s options."""
+    """The options of ``Distiller.fit``, which describes them."""
 
     epochs: int
     eval_every: int
@@ -49,7 +49,11 @@ class FitOptions:
     on_epoch: Callable[[Record], object] | None
 
     def check(self, evaluates: bool) -> None:
-        """Raises ``ValueError`` for numbers that are not positive, and for patience without anything to watch."""
+        """Check the options of a run that ``evaluates`` its student, or does not.
+
+        Raises:
+            ValueError: a number that is not positive, patience without anything to monitor, or an unknown metric.
+        """
         for name in ("epochs", "eval_every", "checkpoint_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

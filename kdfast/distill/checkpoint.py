@@ -1,4 +1,7 @@
-"""Checkpoints: files that appear whole, the last one that a run goes on from, and the best student so far."""
+"""Checkpoints of a run: ``last.pt``, from which it resumes, and ``best.pt``, its best student so far.
+
+A file appears whole or not at all, and reading it runs no code that is in it.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ LESS_IS_BETTER = ("loss", "cross_entropy", "ece")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content``, which holds tensors, numbers, strings and lists, tuples and dicts of these, as one file.
+    """Write a checkpoint: tensors, numbers, strings, and lists, tuples and dicts of these.
 
     Raises:
-        OSError: with the file's name; the file that was there is as it was.
+        OSError: it cannot be written, with the file's name. The file that was there before is unchanged.
     """
     buffer = io.BytesIO()
     torch.save({"version": VERSION, **content}, buffer)
@@ -36,7 +39,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What ``save`` wrote, on the CPU. Raises ``ValueError`` for another file, or a version that is not known."""
+    """Read a checkpoint onto the CPU. Raises ``ValueError`` for a file that is none, or an unknown version."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -47,33 +50,33 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def restore(what: str, holder: Any, state: Any, path: Path) -> None:
-    """``holder.load_state_dict(state)``. Raises ``ValueError`` where they do not fit, naming file and part."""
+    """Call ``holder.load_state_dict(state)``. Raises ``ValueError`` if it does not fit, naming file and part."""
     try:
         holder.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} is of another {what} ({error}); resume=False, or another folder, starts anew"
+            f"{path} is of another {what} ({error}); resume=False, or another folder, starts over"
         ) from error
 
 
 def _copy_of(state: Any) -> Any:
-    """A state's tensors as they are now."""
+    """A state dict with copies of its tensors."""
     if isinstance(state, Tensor):
         return state.detach().clone()
     return {name: _copy_of(value) for name, value in state.items()} if isinstance(state, dict) else state
 
 
 class Checkpointer:
-    """Writes and reads ``last.pt`` of a run's folder; without a folder it does nothing.
+    """Writes and reads a run's ``last.pt``; without a folder it does nothing.
 
-    In data parallelism the first process writes, every process's random numbers are in it, and all of them read it: the
-    folder is one that all see.
+    With several processes rank 0 writes the random states of all of them, and all of them read: they must share the
+    folder.
 
     Args:
-        folder: of the run.
-        student: as it is called, in DDP's wrapper if it has one.
-        position: of the loader.
-        others: what else a run goes on with, by name; what has no ``state_dict`` is left out.
+        folder: the run's folder, or None.
+        student: the student as it is called, wrapped in DDP if it is.
+        position: the place in the loader.
+        others: the run's other parts by name. Parts without a ``state_dict`` are left out.
     """
 
     def __init__(self, folder: Path | None, student: nn.Module, position: Position, **others: Any) -> None:
@@ -83,7 +86,7 @@ class Checkpointer:
         self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def save(self) -> None:
-        """Raises ``OSError`` with the file's name; the checkpoint that was there is as it was."""
+        """Write the checkpoint. Raises ``OSError`` with the file's name; the last checkpoint is then unchanged."""
         if self._path is None:
             return
         parallel.broadcast_module(self._student, buffers_only=True)
@@ -94,18 +97,18 @@ class Checkpointer:
             save(self._path, {**parts, "processes": processes})
 
     def resume(self) -> None:
-        """From the checkpoint, if there is one.
+        """Restore the run's parts from the checkpoint, if there is one.
 
         Raises:
-            ValueError: it is of another student, objective, optimizer or loader, naming file and part.
+            ValueError: the checkpoint is of another student, objective, optimizer or loader, naming file and part.
         """
         if self._path is None or not parallel.broadcast_object(self._path.exists()):
             return
         content = {RENAMED.get(name, name): part for name, part in load(self._path).items()}
         if set(self._parts) != set(content) - {"version", "processes"}:
             raise ValueError(
-                f"{self._path} holds {', '.join(content)}, but this run has {', '.join(self._parts)}: it is another "
-                "one's; resume=False, or another folder, starts anew"
+                f"{self._path} holds {', '.join(content)}, but this run has {', '.join(self._parts)}: it is of "
+                "another run; resume=False, or another folder, starts over"
             )
         for name, part in self._parts.items():
             restore(name, part, content[name], self._path)
@@ -115,21 +118,25 @@ class Checkpointer:
         set_random_state(mine["random"], self._position.generators)
 
     def describe(self) -> str:
-        """Where the last good checkpoint is, for a message."""
+        """Where the last checkpoint is, as a clause of an error message."""
         if self._path is None:
             return "no checkpoint was asked for (folder=...)"
         return f"the last checkpoint is {self._path}" if self._path.exists() else "no checkpoint had been written yet"
 
 
 class Best:
-    """Keeps the student whose ``monitor`` is best: in ``folder``, or in memory where there is none.
+    """Keeps the weights of the student whose ``monitor`` is best: in ``folder``, or in memory without a folder.
 
     Args:
-        student: whose weights.
-        monitor: a name in the epochs' records. More is better, but for loss, cross_entropy and ece, and where a minus
-            comes before the name.
-        patience: evaluations without a better one until training stops. If None it does not, and memory holds nothing.
-        folder: of the run.
+        student: the student.
+        monitor: the name of a number in the epochs' records. Higher is better, except for loss, cross_entropy and ece,
+            and for a name with a minus before it.
+        patience: the number of evaluations without improvement after which training stops. With None it does not
+            stop, and nothing is kept in memory.
+        folder: the run's folder, or None.
+
+    Raises:
+        ValueError: ``patience`` is less than 1.
     """
 
     def __init__(self, student: nn.Module, monitor: str, patience: int | None, folder: Path | None) -> None:
@@ -144,7 +151,7 @@ class Best:
         self.stale = 0
 
     def offer(self, record: dict[str, Any]) -> None:
-        """Look at an evaluation. Raises ``ValueError`` where it lacks the monitored number."""
+        """Keep the student if this record is the best. Raises ``ValueError`` if it lacks the monitored number."""
         if self._patience is None and self._name not in record:
             return
         found = monitored(record, self._name)
@@ -156,11 +163,11 @@ class Best:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether the last ``patience`` evaluations brought no improvement."""
         return self._patience is not None and self.stale >= self._patience
 
     def restore(self) -> None:
-        """Make the student the best one again, where training is stopped early."""
+        """Load the best weights into the student; without ``patience``, or before any evaluation, do nothing."""
         if self._patience is None or self.value is None:
             return
         if self._path is None:
@@ -176,14 +183,16 @@ class Best:
             save(self._path, {"student": self._student.state_dict(), "record": record})
 
     def state_dict(self) -> dict[str, Any]:
+        """The best value, and the number of evaluations since then."""
         return {"value": self.value, "stale": self.stale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore value and count from ``state_dict``."""
         self.value, self.stale = state["value"], state["stale"]
 
 
 def monitored(record: dict[str, Any], monitor: str) -> float:
-    """The number of that name, whose minus is not part of it. Raises ``ValueError`` where the record lacks it."""
+    """The number in a record that ``monitor`` names, without its minus. Raises ``ValueError`` if there is none."""
     name = monitor.removeprefix("-")
     if name not in record:
         raise ValueError(f"monitor {name!r} is none of {', '.join(record)}")

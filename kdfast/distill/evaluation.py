@@ -1,4 +1,4 @@
-"""A student measured: its metrics on a loader, and what it costs in parameters, bytes, speed and memory."""
+"""Measuring a student: its metrics on a loader, and what it costs in parameters, bytes, speed and memory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ __all__ = ["Footprint", "evaluate", "footprint", "peak_memory"]
 
 
 def evaluate(distiller: SupportsForward, loader: Iterable[Any], metrics: Any = None) -> dict[str, float]:
-    """Every metric over all rows of a loader that count, in evaluation mode and without gradients.
+    """Evaluate a ``Distiller``'s student: every metric over all rows of ``loader`` that count. Returns them by name.
 
-    Each part of the student has its own mode back afterwards, whatever has happened.
+    The student runs in evaluation mode and without gradients. The mode of each of its submodules is restored
+    afterwards, after an error, too.
 
     Args:
-        distiller: whose student, and whose teacher for the agreement, where it knows the loader's records.
-        loader: of batches as ``fit`` takes them.
-        metrics: as ``Metrics`` takes them, or a function (distiller, loader) of one's own giving numbers by name.
+        distiller: a ``Distiller``. The agreement is with its teacher, on the records that the teacher knows.
+        loader: batches as ``Distiller.fit`` takes them.
+        metrics: names, torchmetrics' metrics by name, or None, as ``kdfast.distill.metrics.Metrics`` takes them; or a
+            function (distiller, loader) that returns numbers by name.
 
     Raises:
         ValueError: the loader is empty.
@@ -70,7 +72,10 @@ def _count(metrics: Metrics, step: Step, counting: Counting) -> None:
 
 
 def _argmax(teacher: Any) -> Tensor | None:
-    """The classes that a single teacher has said, -1 where it says nothing; None where it has none to say."""
+    """The likeliest class of each row by a single teacher, -1 for rows that it has no labels of.
+
+    None without a teacher, with several, or of a sampler's draws, which have no likeliest class.
+    """
     if teacher is None or isinstance(teacher, tuple):
         return None
     output = teacher.unpack() if isinstance(teacher, PackedLabels) else teacher
@@ -81,25 +86,33 @@ def _argmax(teacher: Any) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one model."""
+    """What a model costs.
+
+    Attributes:
+        parameters: the number of its parameters.
+        nbytes: bytes of its parameters and buffers.
+        samples_per_second: speed of the forward pass in evaluation mode.
+        peak_memory: bytes: the most that tensors held of the GPU during the calls; on the CPU, the most that the
+            process has held since it started.
+    """
 
     parameters: int
-    nbytes: int  # of parameters and buffers
-    samples_per_second: float  # forward, in evaluation mode
-    peak_memory: int  # bytes: of the GPU during the calls, or of the process since it began
+    nbytes: int
+    samples_per_second: float
+    peak_memory: int
 
 
 def footprint(model: nn.Module, arguments: Any, *, repeats: int = 5) -> Footprint:
-    """Call ``model`` on a batch and measure::
+    """Measure what ``model`` costs, by calling it on a batch::
 
         for model in (teacher, student):
             print(footprint(model, images))
 
     Args:
-        model: is in the mode it was in afterwards.
-        arguments: what it is called with: a tensor, a tuple of positions or a dict of keywords; the first tensor's
-            length is the number of samples.
-        repeats: timed calls, after one that is not; the fastest counts.
+        model: the model. Its mode is restored afterwards.
+        arguments: its arguments: a tensor, a tuple of positional arguments or a dict of keywords. The length of the
+            first tensor is the number of samples.
+        repeats: the number of timed calls, after one call that is not timed. The fastest counts.
 
     Raises:
         ValueError: ``repeats`` is not positive.
@@ -121,7 +134,7 @@ def footprint(model: nn.Module, arguments: Any, *, repeats: int = 5) -> Footprin
 
 
 def peak_memory(device: torch.device | None) -> int:
-    """Bytes: the most that tensors have held of a GPU, or this process of the main memory."""
+    """Peak memory in bytes: the most that tensors have held of a GPU, or that this process has held on the CPU."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""A run of training: epochs, evaluation, early stopping, and going on where one was stopped."""
+"""A run of training: epochs, evaluation, early stopping, checkpoints, and resuming from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CURVES = "curves.png"
 
 
 class SupportsFit(SupportsUpdate, Protocol):
-    """What a run takes, as ``Distiller`` has it, and where it leaves how far it is."""
+    """The part of ``Distiller`` that a run uses. The run sets ``epoch`` and ``progress``, which every ``Step`` has."""
 
     schedule: Schedule
     accumulate: int
@@ -41,7 +41,17 @@ class SupportsFit(SupportsUpdate, Protocol):
 
 
 class Fit:
-    """One call of ``Distiller.fit``."""
+    """A run of training: one call of ``Distiller.fit``.
+
+    Args:
+        distiller: a ``Distiller``.
+        loader: the batches to train on.
+        eval_loader: the batches to evaluate on, or None.
+        options: the other arguments of ``Distiller.fit``.
+
+    Raises:
+        ValueError: options that do not fit, an empty loader, or a checkpoint of another run.
+    """
 
     def __init__(
         self, distiller: SupportsFit, loader: Iterable[Any], eval_loader: Iterable[Any] | None, options: FitOptions
@@ -73,7 +83,7 @@ class Fit:
         self.log = Log(folder, self.state.step)
 
     def run(self) -> list[Record]:
-        """Train to the end; returns a record per epoch."""
+        """Train to the end. Returns a record per epoch, those of a resumed run included."""
         d, state = self.distiller, self.state
         for module in (d.student, d.objective):
             if isinstance(module, nn.Module):
@@ -124,17 +134,17 @@ class Fit:
         state.count(loss, sum(samples(d.fields.arguments(split(batch)[0])) for batch in group))
 
     def _log_and_save(self) -> None:
-        """A line of the log and a checkpoint, if it is time for them."""
+        """Write a line of the log and a checkpoint, if they are due."""
         state, every = self.state, self.options.checkpoint_every
         if state.step % self.options.log_every == 0:
             line = {"step": state.step, "epoch": state.epoch + 1, "loss": state.last_loss, "lr": self._rate()}
             self.log.write(line)
-        # The last step of an epoch has a checkpoint of its own, after the evaluation.
+        # After the last step of an epoch there is a checkpoint anyway, once it is evaluated.
         if every is not None and state.step % every == 0 and state.updates != self.steps:
             self.checkpointer.save()
 
     def _epoch_record(self) -> Record:
-        """What is known at an epoch's end, the evaluation included if it is time for one."""
+        """The record of the epoch that ends, with the evaluation if one is due."""
         d, state, options = self.distiller, self.state, self.options
         record: Record = {
             "epoch": state.epoch + 1,
@@ -155,7 +165,7 @@ class Fit:
         return record
 
     def _check_plateau(self) -> None:
-        """Raises ``ValueError`` where nothing would ever be measured for the schedule."""
+        """Raise ``ValueError`` if ``ReduceLROnPlateau`` would never get a number."""
         plateau = isinstance(self.update.scheduler, ReduceLROnPlateau)
         if plateau and self.eval_loader is None and self.options.monitor != "loss":
             raise ValueError('ReduceLROnPlateau needs an eval_loader, or monitor="loss", the loss of training')
@@ -171,12 +181,16 @@ class Fit:
     def _bar(self) -> Any:
         total = self.steps and self.steps * self.options.epochs
         shown = self.options.progress and parallel.is_first()
-        # None: only where standard error is a terminal.
+        # disable=None shows the bar only if standard error is a terminal.
         return tqdm(total=total, initial=self.state.step, unit="step", disable=None if shown else True)
 
 
 def _steps(loader: Iterable[Any], distiller: SupportsFit) -> int | None:
-    """Of an epoch; None where the loader has no length. Raises ``ValueError`` where it is empty, or must have one."""
+    """Optimiser steps of an epoch; None if the loader has no length.
+
+    Raises:
+        ValueError: the loader is empty, or has no length and the schedule needs one.
+    """
     try:
         batches = len(loader)  # type: ignore[arg-type]
     except TypeError:

@@ -1,4 +1,4 @@
-"""A run's log: lines of JSON, TensorBoard's where that is installed, and a picture of its curves."""
+"""A run's log: JSON lines, TensorBoard's events if it is installed, and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """Appends to a folder's ``log.jsonl``. Without a folder it writes nothing.
+    """Appends records to a folder's ``log.jsonl`` and to TensorBoard; without a folder it writes nothing.
 
     Args:
-        folder: of the run.
-        step: that the run goes on from. Lines after it, of a run that was killed, are made again.
+        folder: the run's folder, or None.
+        step: the optimiser step from which the run resumes, 0 for a new run. Lines after it, which a killed run has
+            left, are dropped: the resumed run writes them again.
     """
 
     def __init__(self, folder: Path | None, step: int) -> None:
@@ -36,7 +37,7 @@ class Log:
         self._board = _board(folder, step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A line. What JSON lacks, such as NaN, is null."""
+        """Append a record as a line of JSON. Numbers that JSON lacks, such as NaN, become null."""
         if self._file is None:
             return
         values = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
@@ -48,13 +49,14 @@ class Log:
                     self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
+        """Close the files."""
         for stream in (self._file, self._board):
             if stream is not None:
                 stream.close()
 
 
 def _up_to(path: Path, step: int) -> list[str]:
-    """The lines until ``step``; a kill may have cut the last one."""
+    """The lines up to ``step``. A kill may have cut the last one."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
         try:
@@ -80,7 +82,12 @@ def plot_curves(
     path: str | os.PathLike[str],
     metrics: Sequence[str] = ("accuracy", "agreement"),
 ) -> None:
-    """Draw what ``Distiller.fit`` returned: losses on the left, ``metrics`` on the right, by epoch.
+    """Plot the history of ``Distiller.fit`` by epoch: losses on the left, ``metrics`` on the right.
+
+    Args:
+        history: a record per epoch.
+        path: the PNG file to write.
+        metrics: names in the records. Those that no record has are left out.
 
     Raises:
         ImportError: matplotlib is not installed.

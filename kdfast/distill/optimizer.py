@@ -1,4 +1,4 @@
-"""The optimizer of a run, and its learning rate: a schedule makes a scheduler, which moves at every optimiser step."""
+"""The optimizer of a run and its schedule, which sets the learning rate of each optimiser step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = ["Optimizers", "Schedule", "constant", "cosine", "inverse_decay", "optimizer_of", "schedule_of"]
 
-# (optimizer, steps per epoch, epochs) to a scheduler
+# A function (optimizer, steps_per_epoch, epochs) that returns one of PyTorch's schedulers, which moves at every step.
 Schedule = Callable[[Optimizer, int, int], Any]
 Optimizers = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def constant(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> LambdaLR:
-    """The optimizer's own rate throughout."""
+    """A schedule that keeps the optimizer's learning rate throughout. Returns PyTorch's scheduler."""
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
 def cosine(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> LambdaLR:
-    """Half a cosine from the optimizer's rate to 0 (Loshchilov & Hutter, 2017).
+    """A schedule that decays the learning rate to 0 along half a cosine (Loshchilov & Hutter, 2017)::
 
-    A run that goes on with other ``epochs`` follows their cosine: the number of steps is no part of its state.
+        lr / 2 * (1 + cos(pi * step / (steps_per_epoch * epochs)))
+
+    Returns PyTorch's scheduler. A run that resumes with other ``epochs`` follows the cosine of the new number, for the
+    number of steps is not part of the scheduler's state.
     """
     steps = max(1, steps_per_epoch * epochs)
     return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps)))
 
 
 def inverse_decay(decay: float) -> Schedule:
-    """``lr / (1 + decay * epoch)``, with epochs from 0.
+    """Make a schedule whose learning rate is ``lr / (1 + decay * epoch)``, with epochs from 0.
 
     Raises:
         ValueError: ``decay`` is negative.
@@ -47,7 +50,12 @@ def inverse_decay(decay: float) -> Schedule:
 
 
 def schedule_of(schedule: str | Schedule) -> Schedule:
-    """By its name, or as it is. Raises ``ValueError`` for another name, ``TypeError`` for what is not a function."""
+    """The schedule with that name; a function is returned as it is.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a function.
+    """
     named: dict[str, Schedule] = {"constant": constant, "cosine": cosine}
     if isinstance(schedule, str):
         if schedule not in named:
@@ -64,10 +72,16 @@ def schedule_of(schedule: str | Schedule) -> Schedule:
 def optimizer_of(
     optimizer: Optimizers | Optimizer | None, lr: float, student: nn.Module, parameters: list[nn.Parameter]
 ) -> Optimizer:
-    """One of ``parameters``, the student's and the objective's that are trained: made, or as it is.
+    """Make the optimizer of ``parameters``, or add to an existing one what it lacks of the objective's.
+
+    Args:
+        optimizer: a function of the parameters, an optimizer, or None for AdamW.
+        lr: AdamW's learning rate.
+        student: the student.
+        parameters: the parameters of student and objective that are trained.
 
     Raises:
-        ValueError: one that exists lacks some of the student's.
+        ValueError: an existing optimizer lacks trainable parameters of the student.
     """
     if not isinstance(optimizer, Optimizer):
         return AdamW(parameters, lr) if optimizer is None else optimizer(parameters)

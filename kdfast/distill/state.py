@@ -1,4 +1,4 @@
-"""Where a run is: its counters, the place in the loader's epoch, and the random numbers."""
+"""The state of a run: its counters, its place in the loader's epoch, and the random number generators."""
 
 from __future__ import annotations
 
@@ -18,44 +18,61 @@ Record = dict[str, Any]
 
 @dataclass
 class TrainState:
-    """Counters of a run, and of the epoch that it is in."""
+    """How far a run is: its counters, and those of the epoch under way.
 
-    epoch: int = 0  # complete ones
-    step: int = 0  # of the optimiser
-    stopped: bool = False  # by early stopping
+    Attributes:
+        epoch: epochs completed.
+        step: optimiser steps of the whole run.
+        stopped: whether early stopping has ended the run.
+        history: a record per completed epoch.
+        updates: optimiser steps of this epoch.
+        loss: sum of this epoch's losses, one per step.
+        last_loss: loss of the last step.
+        samples: samples of this epoch in this process.
+        seconds: time that this epoch has taken.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    stopped: bool = False
     history: list[Record] = field(default_factory=list)
-    updates: int = 0  # of this epoch
-    loss: float = 0.0  # their sum
+    updates: int = 0
+    loss: float = 0.0
     last_loss: float = 0.0
     samples: int = 0
     seconds: float = 0.0
 
     def count(self, loss: float, samples: int) -> None:
-        """A step."""
+        """Count an optimiser step with its loss and samples."""
         self.step += 1
         self.updates += 1
         self.loss, self.last_loss = self.loss + loss, loss
         self.samples += samples
 
     def end_epoch(self, record: Record) -> None:
-        """Keep its record, and begin the next one."""
+        """Add the epoch's record to the history, and reset the epoch's counters."""
         self.history.append(record)
         self.epoch += 1
         self.updates, self.loss, self.samples, self.seconds = 0, 0.0, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
+        """The attributes by name."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the attributes from ``state_dict``."""
         vars(self).update(state)
 
 
 class Position:
-    """A loader's batches from anywhere in an epoch.
+    """A place in a loader's epoch, from which a run resumes with the very batch that comes next.
 
-    A sampler that knows its own place (``state_dict``, as ``kdfast.cache.ElasticSampler`` has it, or a loader of that
-    kind) is asked for it. Otherwise the epoch is begun again with the random numbers that it began with, and the
-    batches that were consumed are read and left out.
+    If the loader or its sampler has a ``state_dict``, as ``kdfast.cache.ElasticSampler`` has, that restores the place.
+    Otherwise the epoch starts over from the random state that it began with, and the batches that were consumed are
+    read and skipped.
+
+    Args:
+        loader: a ``DataLoader``, or any iterable of batches.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -69,7 +86,7 @@ class Position:
         self._consumed = self._skip = 0
 
     def require_exact(self) -> None:
-        """Raises ``ValueError`` where an epoch cannot be begun again: persistent workers go on with their numbers."""
+        """Raise ``ValueError`` if an epoch cannot be repeated: persistent workers keep random states of their own."""
         if self._stateful is None and getattr(self._loader, "persistent_workers", False):
             raise ValueError(
                 "a run with a folder cannot resume exactly with persistent_workers=True: give the loader "
@@ -77,7 +94,7 @@ class Position:
             )
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        """Those of an epoch, or what is left of it after ``load_state_dict``. Call ``consume`` after each.
+        """Iterate over an epoch's batches; after ``load_state_dict``, over those that remain. ``consume`` each.
 
         Raises:
             ValueError: the loader has no batch, or fewer than were consumed.
@@ -110,21 +127,22 @@ class Position:
         return batches
 
     def consume(self, count: int) -> None:
-        """Some batches have been trained on."""
+        """Count batches that have been trained on."""
         self._consumed += count
         for _ in range(count if hasattr(self._stateful, "step") else 0):
             self._stateful.step()  # type: ignore[union-attr]
 
     def end_epoch(self) -> None:
-        """All of them have been."""
+        """Reset the count: every batch of the epoch has been trained on."""
         self._consumed = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """The number of batches consumed, the random state at the epoch's start, and the sampler's own state."""
         own = None if self._stateful is None else self._stateful.state_dict()
         return {"consumed": self._consumed, "began": self._began, "own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises ``ValueError`` where the loader is of another kind."""
+        """Move to the place of ``state_dict``. Raises ``ValueError`` if the loader's sampler is of another kind."""
         if (state["own"] is None) != (self._stateful is None):
             raise ValueError("of the two loaders' samplers one has a state_dict, the other has none")
         self._consumed = self._skip = state["consumed"]
@@ -134,7 +152,10 @@ class Position:
 
 
 def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """PyTorch's on the CPU and every GPU, Python's, NumPy's global one, and ``generators``'."""
+    """The state of all random number generators, in types that ``torch.load`` reads with ``weights_only``.
+
+    These are PyTorch's on the CPU and every GPU, Python's, NumPy's global one, and ``generators``.
+    """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002  (what a dataset uses is not for us to choose)
     return {
         "torch": torch.get_rng_state(),
@@ -146,7 +167,7 @@ def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
-    """Go on from ``random_state``. Raises ``ValueError`` if it was of another number of generators."""
+    """Restore the generators from ``random_state``. Raises ``ValueError`` for another number of ``generators``."""
     if len(state["generators"]) != len(generators):
         raise ValueError(
             f"the state is of {len(state['generators'])} generators of a loader, this one has {len(generators)}"

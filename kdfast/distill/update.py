@@ -1,4 +1,4 @@
-"""One step of the optimiser: gradients of several batches, as of one that has all their rows."""
+"""One optimiser step over several batches, with the gradient of one batch that has all their rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["SupportsUpdate", "Update"]
 
 
 class SupportsUpdate(SupportsForward, Protocol):
-    """What a step of the optimiser takes, as ``Distiller`` has it."""
+    """The part of ``Distiller`` that an optimiser step uses."""
 
     fields: Fields
     optimizer: Optimizer
@@ -32,16 +32,24 @@ class SupportsUpdate(SupportsForward, Protocol):
     clip_norm: float | None
 
     @property
-    def parameters(self) -> list[nn.Parameter]: ...
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        ...
 
-    def loss(self, step: Step) -> Tensor: ...
+    def loss(self, step: Step) -> Tensor:
+        """The objective of a step."""
+        ...
 
 
 class Update:
-    """``update(batches)`` for a distiller and its scheduler.
+    """Takes optimiser steps: ``loss = update(batches)``.
 
-    The loss is looked at before the weights change, so that one that is not finite leaves them as they are. Gradients
-    that were there before, of a step that was broken off or a loop of one's own, do not count.
+    The loss is checked before the weights change, so a loss that is not finite leaves them as they are. Gradients from
+    before, of an interrupted step or of another training loop, are discarded.
+
+    Args:
+        distiller: a ``Distiller``.
+        scheduler: a scheduler of its optimizer, which moves at every step unless it is ``ReduceLROnPlateau``.
     """
 
     def __init__(self, distiller: SupportsUpdate, scheduler: Any) -> None:
@@ -50,10 +58,13 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=distiller.amp == torch.float16)
 
     def __call__(self, batches: list[Any]) -> float:
-        """Train on batches as ``to_device`` makes them; returns the loss over the rows of all processes.
+        """Take one step on several batches, as ``to_device`` makes them.
+
+        Returns:
+            The mean loss over the rows that count, of all processes.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: the loss is not finite.
         """
         d = self.distiller
         d.optimizer.zero_grad()
@@ -75,7 +86,7 @@ class Update:
         return value
 
     def _shares(self, batches: list[Any], step: Step) -> Tensor | None:
-        """Each batch's share in the rows that count, over all processes; None where the only batch has them all."""
+        """Each batch's share of the rows that count in all processes; None if a single batch has them all."""
         d = self.distiller
         if len(batches) == 1 and parallel.world_size() == 1:
             return None
@@ -85,7 +96,7 @@ class Update:
         return torch.stack([x.sum() for x in rows]) / items.clamp(min=torch.finfo(torch.double).tiny)
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """DDP's processes talk in the last backward pass of a step only."""
+        """DDP reduces gradients in the last backward pass of a step only."""
         student = self.distiller.student
         return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
 
@@ -110,6 +121,6 @@ class Update:
         self.scaler.step(d.optimizer)
         self.scaler.update()
         d.optimizer.zero_grad()
-        taken = self.scaler.get_scale() >= scale  # else the scaler has left the step out
-        if taken and not isinstance(self.scheduler, ReduceLROnPlateau):  # which moves at evaluations
+        taken = self.scaler.get_scale() >= scale  # else the scaler has skipped the step
+        if taken and not isinstance(self.scheduler, ReduceLROnPlateau):  # that one moves at evaluations
             self.scheduler.step()
