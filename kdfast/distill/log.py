@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast._atomic import publish
+from kdfast._optional import import_optional
 
 __all__ = ["LOG", "Log", "plot_curves"]
 
@@ -95,21 +96,19 @@ def plot_curves(
     """
     if not history:
         raise ValueError("there is nothing to plot in an empty history")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError('curves need matplotlib: pip install "kdfast[demo]"') from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
+    backend, figures, ticker = (
+        import_optional(f"matplotlib.{module}", "plotting curves", extra="demo")
+        for module in ("backends.backend_agg", "figure", "ticker")
+    )
+    figure = figures.Figure(figsize=(10, 4), layout="constrained")
+    backend.FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     for axes, names in zip(figure.subplots(1, 2), (("loss", "cross_entropy"), metrics), strict=True):
         for name in names:
             points = [(record["epoch"], record[name]) for record in history if name in record]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None, label=name)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         if axes.lines:
             axes.legend(frameon=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast._optional import import_optional
 from kdfast.distill.objective import MANY_CLASSES
 
 __all__ = ["FEW_CLASSES", "NAMES", "Metrics", "is_function"]
@@ -34,8 +35,8 @@ class Metrics:
 
     Args:
         wanted: names of the above; or a mapping of names to torchmetrics' metrics, which are given probabilities
-            (rows, classes) and labels (rows,). None means all of the above for fewer than 1000 classes, and accuracy,
-            cross_entropy and agreement for more.
+            (rows, classes) and labels (rows,). None means all of the above, or from 1000 classes on accuracy,
+            cross_entropy and agreement.
 
     Raises:
         ValueError: an unknown name.
@@ -54,7 +55,7 @@ class Metrics:
         unknown = set(self.names or ()) - set(NAMES)
         if unknown:
             raise ValueError(f"metrics are {', '.join(NAMES)}; there is no {', '.join(sorted(unknown))}")
-        self._package = _load()
+        self._package = import_optional("torchmetrics", "evaluation", extra="demo")
         self._metrics: dict[str, Any] = {}
         for metric in self._given.values():
             metric.reset()
@@ -136,11 +137,3 @@ def _auroc(metric: Any, confusion: Any) -> float:
         warnings.filterwarnings("ignore", "No (positive|negative) samples")
         areas = metric.compute()
     return float(areas[occurs].mean()) if bool(occurs.any()) else torch.nan
-
-
-def _load() -> Any:
-    try:
-        import torchmetrics
-    except ImportError as error:
-        raise ImportError('metrics need torchmetrics: pip install "kdfast[demo]"') from error
-    return torchmetrics
