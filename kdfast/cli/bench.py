@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kdfast.cli.terminal import bar, failing, known
+from kdfast.cli.terminal import check_choice, exit_on_error, progress_bar
 
 if TYPE_CHECKING:
     from kdfast.bench.cache import Arm, Row
@@ -42,7 +42,10 @@ def loss(
 
     shapes = [_parse_shape(text) for text in shape] if shape else SHAPES
     plan = [
-        (known(c, CASES), known(d, DTYPES), *size) for c in case or CASES for d in dtype or DTYPES for size in shapes
+        (check_choice(c, CASES), check_choice(d, DTYPES), *size)
+        for c in case or CASES
+        for d in dtype or DTYPES
+        for size in shapes
     ]
     console = Console()
     results = [measure(*item, repeats) for item in track(plan, "Timing", console=console)]
@@ -65,13 +68,13 @@ def head(
     from kdfast.bench.head import CASES, MEMORY_CASES, measure_head, measure_memory
     from kdfast.bench.head_report import COLUMNS, LEGEND, MEMORY_COLUMNS, cells, memory_cells, save_head
 
-    timed = [known(name, CASES) for name in case or CASES]
+    timed = [check_choice(name, CASES) for name in case or CASES]
     weighed = [name for name in MEMORY_CASES if memory and name in timed]
     console = Console(width=max(Console().width, TABLE_WIDTH))
     times = [measure_head(name, repeats) for name in track(timed, "Timing", console=console)]
     sizes = [measure_memory(name) for name in track(weighed, "Weighing", console=console)]
-    _print(console, COLUMNS, [cells(result) for result in times])
-    _print(console, MEMORY_COLUMNS, [memory_cells(result) for result in sizes])
+    _print_table(console, COLUMNS, [cells(result) for result in times])
+    _print_table(console, MEMORY_COLUMNS, [memory_cells(result) for result in sizes])
     console.print(LEGEND.replace("\n", " "))
     if out is not None:
         console.print(f"Written to {save_head(times, sizes, out)}", soft_wrap=True)
@@ -98,9 +101,9 @@ def cache(
     from kdfast.bench.cache_plot import plot_cache
     from kdfast.bench.cache_report import COLUMNS, LEGEND, cells, describe_access, save_cache
 
-    arms = [ARMS[known(name, ARMS)] for name in arm or ARMS]
+    arms = [ARMS[check_choice(name, ARMS)] for name in arm or ARMS]
     console = Console(width=max(Console().width, TABLE_WIDTH))
-    with failing():
+    with exit_on_error():
         rows, stored = _cache_rows(teacher, tokens, evaluated, arms, repeats)
         access = _random_access(records) if records else None
         table = Table(*COLUMNS)
@@ -136,7 +139,7 @@ def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], rep
     passes = len({a.prototypes for a in arms})
     with (
         TemporaryDirectory(prefix="kdfast-bench-") as folder,
-        bar("Caches", passes * len(corpus) + len(arms) + len(LAYOUTS)) as step,
+        progress_bar("Caches", passes * len(corpus) + len(arms) + len(LAYOUTS)) as step,
     ):
         ours = measure_ours(
             corpus, tables, arms, Path(folder), sampled=sampled, repeats=repeats, advance=lambda doing: step(1)
@@ -147,7 +150,7 @@ def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], rep
 def _random_access(records: int) -> RandomAccess:
     from kdfast.bench.random_access import random_access
 
-    with TemporaryDirectory(prefix="kdfast-bench-") as folder, bar("Records", records) as step:
+    with TemporaryDirectory(prefix="kdfast-bench-") as folder, progress_bar("Records", records) as step:
         return random_access(Path(folder), records, step)
 
 
@@ -159,7 +162,7 @@ def _parse_shape(text: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _print(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not rows:
         return
     table = Table(*columns)

@@ -13,7 +13,7 @@ from rich.table import Table
 import kdfast.cache
 from kdfast.cache import CacheInfo
 from kdfast.cli.cache_sources import capture, capture_vllm, convert
-from kdfast.cli.terminal import bar, failing
+from kdfast.cli.terminal import exit_on_error, progress_bar
 
 if TYPE_CHECKING:
     from kdfast.cache.tools.stats import CacheStats
@@ -31,14 +31,14 @@ for command in (capture, capture_vllm, convert):
 @app.command()
 def info(folder: Folder) -> None:
     """What the cache holds. Headers, indices and keys are checked."""
-    with failing():
+    with exit_on_error():
         Console().print(_info_table(kdfast.cache.open(folder).info))
 
 
 @app.command()
 def verify(folder: Folder) -> None:
     """Read every file and check every byte."""
-    with failing():
+    with exit_on_error():
         cache = kdfast.cache.open(folder)
         cache.verify()
     Console().print(f"[green]ok[/]: {len(cache):,} records, every checksum matches")
@@ -52,8 +52,8 @@ def stats(
     """What the bytes go to, and how entries and tails are distributed. Every row is read."""
     from kdfast.cache.tools.stats import cache_stats
 
-    with failing():
-        with bar("Records", len(kdfast.cache.open(folder))) as advance:
+    with exit_on_error():
+        with progress_bar("Records", len(kdfast.cache.open(folder))) as advance:
             found = cache_stats(folder, progress=advance)
         Console().print(_stats_table(found))
         if plot is not None:
@@ -76,9 +76,9 @@ def merge(
     if len(folders) < 2:
         raise typer.BadParameter("give at least one source and the destination")
     *sources, destination = folders
-    with failing():
+    with exit_on_error():
         total = sum(kdfast.cache.open(source).info.shards for source in dict.fromkeys(sources))
-        with bar("Shards", total) as advance:
+        with progress_bar("Shards", total) as advance:
             report = merge(sources, destination, link=link, progress=lambda: advance(1))
     already = f", {report.present:,} there already" if report.present else ""
     Console().print(
@@ -102,7 +102,7 @@ def export(
     """Write the labels as Parquet, one record per row, for tools that know nothing of kdfast."""
     from kdfast.cache.tools.export import export
 
-    with failing(), bar("Records", len(kdfast.cache.open(folder))) as advance:
+    with exit_on_error(), progress_bar("Records", len(kdfast.cache.open(folder))) as advance:
         records = export(folder, out, progress=advance)
     Console().print(f"{records:,} records written to {out}", soft_wrap=True)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 import kdfast.cache
 from kdfast.cache import CacheError, windows
 from kdfast.cache.capture.ranks import Ranks, capture_share
-from kdfast.cli.terminal import bar, failing
+from kdfast.cli.terminal import exit_on_error, progress_bar
 
 if TYPE_CHECKING:
     from kdfast.cache.convert import BiasReport, Source
@@ -44,7 +44,7 @@ def capture(
     change from one start to the next.
     """
     ranks = Ranks.of_environment()
-    with failing(ValueError, TypeError):
+    with exit_on_error(ValueError, TypeError):
         teacher, tokenizer = _load(model, dtype)
         corpus = windows(tokenizer, documents(texts, field), max_length)
         report = capture_share(
@@ -58,7 +58,7 @@ def capture(
             max_length=max_length,
             batch_size=batch_size,
             progress=ranks.rank == 0,
-            **dict(option_of(text) for text in option or ()),
+            **dict(parse_option(text) for text in option or ()),
         )
     Console().print(
         f"process {ranks.rank} of {ranks.world}: {report.records:,} records, {report.rows:,} rows added; "
@@ -86,8 +86,8 @@ def capture_vllm(
     field: Annotated[str, typer.Option(help="Of a .jsonl file's lines: which holds the document.")] = "text",
 ) -> None:
     """Store the top-k log-probabilities that a vLLM server gives for documents, or go on with doing so."""
-    options = dict(option_of(text) for text in option or ())
-    with failing(ValueError, TypeError):
+    options = dict(parse_option(text) for text in option or ())
+    with exit_on_error(ValueError, TypeError):
         report = kdfast.cache.capture_vllm(
             url,
             documents(texts, field),
@@ -137,10 +137,10 @@ def convert(
     drop_broken: Annotated[bool, typer.Option("--drop-broken", help="Leave out records with a broken row.")] = False,
 ) -> None:
     """Import labels that another tool has stored, or store a kdfast cache in another way; and say what is left out."""
-    options = dict(option_of(text) for text in option or ())
+    options = dict(parse_option(text) for text in option or ())
     if k is not None:
         options["k"] = k
-    with failing(ValueError, TypeError):
+    with exit_on_error(ValueError, TypeError):
         if form is Format.kdfast:
             report = _recompress(source, destination, codec=codec, temperatures=temperature, **options)
         else:
@@ -189,14 +189,14 @@ def documents(files: Sequence[Path], field: str) -> Iterator[str]:
 def _recompress(source: Path, destination: Path, **options: Any) -> BiasReport:
     from kdfast.cache.convert import recompress
 
-    with bar("Records", len(kdfast.cache.open(source))) as advance:
+    with progress_bar("Records", len(kdfast.cache.open(source))) as advance:
         return recompress(source, destination, progress=lambda: advance(1), **options)
 
 
 def _import(records: Source, destination: Path, **options: Any) -> BiasReport:
     from kdfast.cache.convert import import_records
 
-    with bar("Records", records.size) as advance:
+    with progress_bar("Records", records.size) as advance:
         return import_records(records, destination, progress=lambda: advance(1), **options)
 
 
@@ -212,7 +212,7 @@ def _source(form: Format, path: Path, config: Path | None, alignment: str | None
     return Megatron(path, tokens)
 
 
-def option_of(text: str) -> tuple[str, Any]:
+def parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise typer.BadParameter(f"an option is NAME=VALUE, such as value_dtype=float32; got {text!r}")

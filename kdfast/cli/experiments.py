@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kdfast.cli.terminal import bar, failing, known
+from kdfast.cli.terminal import check_choice, exit_on_error, progress_bar
 
 if TYPE_CHECKING:
     from kdfast.demo.experiment import Result
@@ -29,7 +29,7 @@ Out = Annotated[Path | None, typer.Option(help=f"Folder of the results. [default
 Quick = Annotated[bool, typer.Option("--quick", help="Minutes: three seeds, short training, nothing tuned.")]
 
 
-def _usable(device: str) -> str:
+def _check_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
@@ -40,7 +40,7 @@ def _usable(device: str) -> str:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the cache, the figure and the numbers.")] = Path("output/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Runs per arm.")] = 8,
-    device: Annotated[str, typer.Option(callback=_usable, help="Where to train: cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str, typer.Option(callback=_check_device, help="Where to train: cpu, cuda, cuda:1, ...")] = "cpu",
     temperature: Annotated[float, typer.Option(min=0.01, help="Of student and teacher, for the KD arms.")] = 1.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds: at most 2 seeds, few epochs.")] = False,
     validation: Annotated[
@@ -51,7 +51,7 @@ def demo(
     from kdfast.demo.settings import Settings
 
     settings = Settings(seeds=seeds, device=device, validation=validation, temperature=temperature)
-    with failing():
+    with exit_on_error():
         out.mkdir(parents=True, exist_ok=True)
         result = _run_demo(settings.quick() if quick else settings, out)
         _publish(result, out)
@@ -91,11 +91,11 @@ def run(
     from kdfast.experiments.catalogue import EXPERIMENTS
     from kdfast.experiments.settings import Settings
 
-    chosen = [EXPERIMENTS[known(name, EXPERIMENTS)] for name in names or EXPERIMENTS]
+    chosen = [EXPERIMENTS[check_choice(name, EXPERIMENTS)] for name in names or EXPERIMENTS]
     settings = Settings(seeds=seeds)
     settings = settings.quick() if quick else settings
     folder = out or (QUICK_OUT if quick else OUT)
-    with failing(ValueError):
+    with exit_on_error(ValueError):
         for experiment in chosen:
             _run(experiment, settings, folder, jobs)
         _report(folder)
@@ -110,7 +110,7 @@ def list_(out: Out = None, quick: Quick = False) -> None:
 
     folder = out or (QUICK_OUT if quick else OUT)
     table = Table("experiment", "title", "arms", "runs done")
-    with failing(ValueError):
+    with exit_on_error(ValueError):
         for name, experiment in EXPERIMENTS.items():
             done = len(read_runs(file_of(folder, name)))
             table.add_row(name, experiment.title, ", ".join(arm.name for arm in experiment.arms), str(done))
@@ -124,14 +124,14 @@ def report(
     page: Annotated[Path | None, typer.Option(help="The HTML file. [default: report.html in the folder]")] = None,
 ) -> None:
     """Tables, figures and verdicts as one HTML page, from the results that are there."""
-    with failing(ValueError):
+    with exit_on_error(ValueError):
         _report(out or (QUICK_OUT if quick else OUT), page)
 
 
 def _run(experiment: Experiment, settings: Settings, folder: Path, jobs: int) -> None:
     from kdfast.experiments.runner import complete, planned
 
-    with bar(experiment.name, planned(experiment, settings)) as advance:
+    with progress_bar(experiment.name, planned(experiment, settings)) as advance:
         complete(experiment, settings, folder, jobs=jobs, advance=lambda: advance(1))
 
 

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdfast.cache import CacheError
 
-__all__ = ["bar", "failing", "known"]
+__all__ = ["check_choice", "exit_on_error", "progress_bar"]
 
 
 @contextmanager
-def failing(*also: type[Exception]) -> Iterator[None]:
+def exit_on_error(*also: type[Exception]) -> Iterator[None]:
     """End the command with the error's text and exit code 1: for ``CacheError``, ``OSError`` and ``also``."""
     try:
         yield
@@ -27,7 +27,7 @@ def failing(*also: type[Exception]) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def known(name: str, names: Iterable[str]) -> str:
+def check_choice(name: str, names: Iterable[str]) -> str:
     """The name, if it is one of them."""
     if name not in names:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}")
@@ -35,7 +35,7 @@ def known(name: str, names: Iterable[str]) -> str:
 
 
 @contextmanager
-def bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A function that moves the bar on by a number of steps. ``total`` None: it is not known how far it goes."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
