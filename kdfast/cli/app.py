@@ -1,4 +1,4 @@
-"""The typer app: its commands, ``--version``, and ``kdfast doctor``: what is installed, and which kernels run where."""
+"""The typer app: ``--version``, ``kdfast doctor`` on what is installed, and the groups of commands."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ app.add_typer(experiments_app, name="experiments")
 
 VOCABULARIES = (1000, 32_000, 128_256, 262_144)
 
-# Extra: the distributions it brings. `dev` is for working on kdfast itself.
-EXTRAS = {
+# The distributions of each extra. `dev` is for working on kdfast itself.
+DISTRIBUTIONS = {
     "demo": ("scikit-learn", "torchmetrics", "rich", "matplotlib", "typer"),
     "experiments": ("mlxtend", "scipy", "jinja2"),
     "lm": ("transformers", "gguf", "accelerate"),
+    "convert": ("pyarrow", "zstandard", "pyyaml"),
+    "vllm": ("requests",),
+    "ray": ("ray",),
     "triton": ("triton",),
 }
 
@@ -57,12 +60,12 @@ def options(
 
 @app.command()
 def doctor() -> None:
-    """Versions, the instruction set in use, devices, and the optional packages."""
+    """Print versions, the instruction set in use, devices, and the optional packages."""
     table = Table(show_header=False)
     for name, value in {**_versions(), **_cpu(), **_accelerators()}.items():
         table.add_row(name, escape(value))
     table.add_section()
-    for extra, packages in EXTRAS.items():
+    for extra, packages in DISTRIBUTIONS.items():
         table.add_row(escape(f"kdfast[{extra}]"), ", ".join(map(_installed, packages)))
     Console().print(table)
 
@@ -86,12 +89,12 @@ def _accelerators() -> dict[str, str]:
         "CUDA": f"{cuda}" + (f", torch built for {torch.version.cuda}" if torch.version.cuda else ""),
         "one-read CUDA kernels": f"{built}; for compute capability 9.0, 10.0 and 10.3",
         "Triton kernels": "importable" if find_spec("triton") else "not installed: GPUs run the PyTorch reference",
-        **{f"GPU rows of {columns:,}": _plan(columns) for columns in VOCABULARIES},
+        **{f"GPU rows of {columns:,}": _kernels_for(columns) for columns in VOCABULARIES},
     }
 
 
-def _plan(columns: int) -> str:
-    """Which kernel takes rows of so many bfloat16 columns, where both kinds are there."""
+def _kernels_for(columns: int) -> str:
+    """The kernel that each op runs for rows of ``columns`` bfloat16 values, if both kinds are there."""
     sizes = {op: cluster.plan(op, columns, torch.bfloat16) for op in cluster.HELD}
     kernels = {op: f"one read, clusters of {size}" if size else "Triton" for op, size in sizes.items()}
     return ", ".join(f"{op.removesuffix('_rows')}: {kernel}" for op, kernel in kernels.items())

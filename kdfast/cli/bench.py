@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kdfast.bench.cache import Arm, Row
     from kdfast.bench.random_access import RandomAccess
 
-TABLE_WIDTH = 150  # of the tables that nobody could read if they were folded
+TABLE_WIDTH = 150  # of tables that nobody could read in folded lines
 
-app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app = typer.Typer(help="Benchmarks of the losses and the cache.", no_args_is_help=True)
 
 
 @app.callback()
 def _bench() -> None:
-    """Benchmarks."""
+    """Benchmarks of the losses and the cache."""
 
 
 @app.command()
@@ -36,7 +36,7 @@ def loss(
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds per case.")] = 11,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
 ) -> None:
-    """CE + divergence, forward + backward: ours, eager PyTorch and torch.compile in one run."""
+    """Time cross-entropy + divergence, forward + backward: kdfast, eager PyTorch and torch.compile in one run."""
     from kdfast.bench.loss import CASES, DTYPES, SHAPES, measure
     from kdfast.bench.loss_report import COLUMNS, cells, save_loss
 
@@ -49,10 +49,7 @@ def loss(
     ]
     console = Console()
     results = [measure(*item, repeats) for item in track(plan, "Timing", console=console)]
-    table = Table(*COLUMNS)
-    for result in results:
-        table.add_row(*cells(result))
-    console.print(table)
+    _print_table(console, COLUMNS, [cells(result) for result in results])
     if out is not None:
         console.print(f"Written to {save_loss(results, out)}")
 
@@ -60,19 +57,19 @@ def loss(
 @app.command()
 def head(
     case: Annotated[list[str] | None, typer.Option(help="Cases to time; default: all.")] = None,
-    memory: Annotated[bool, typer.Option(help="Also how much memory the cases take, at a larger shape.")] = True,
+    memory: Annotated[bool, typer.Option(help="Also measure the memory of the cases, at a larger shape.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds per case.")] = 7,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
 ) -> None:
-    """Loss from hidden states, forward + backward: ours, eager PyTorch, torch.compile, the bare matrix products."""
+    """Time losses from hidden states: kdfast, eager PyTorch, torch.compile, and the matrix products alone."""
     from kdfast.bench.head import CASES, MEMORY_CASES, measure_head, measure_memory
     from kdfast.bench.head_report import COLUMNS, LEGEND, MEMORY_COLUMNS, cells, memory_cells, save_head
 
     timed = [check_choice(name, CASES) for name in case or CASES]
-    weighed = [name for name in MEMORY_CASES if memory and name in timed]
+    measured = [name for name in MEMORY_CASES if memory and name in timed]
     console = Console(width=max(Console().width, TABLE_WIDTH))
     times = [measure_head(name, repeats) for name in track(timed, "Timing", console=console)]
-    sizes = [measure_memory(name) for name in track(weighed, "Weighing", console=console)]
+    sizes = [measure_memory(name) for name in track(measured, "Measuring memory", console=console)]
     _print_table(console, COLUMNS, [cells(result) for result in times])
     _print_table(console, MEMORY_COLUMNS, [memory_cells(result) for result in sizes])
     console.print(LEGEND.replace("\n", " "))
@@ -84,19 +81,19 @@ def head(
 def cache(
     teacher: Annotated[
         Path,
-        typer.Option(help="The teacher's states, made if need be; shapes-256-1.safetensors and others lie beside it."),
+        typer.Option(help="The teacher's hidden states, made if absent, with its prototypes beside it."),
     ] = Path("output/bench/teacher.safetensors"),
     tokens: Annotated[int, typer.Option(min=256, help="Positions to store.")] = 30_720,
-    evaluated: Annotated[int, typer.Option(min=2, help="Of these, how many are compared with the teacher.")] = 1024,
-    arm: Annotated[list[str] | None, typer.Option(help="Our ways to store, such as sample-50; default: all.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 7,
+    evaluated: Annotated[int, typer.Option(min=2, help="Positions of these to compare with the teacher.")] = 1024,
+    arm: Annotated[list[str] | None, typer.Option(help="Codecs of kdfast, such as sample-50; default: all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each timing.")] = 7,
     records: Annotated[
-        int, typer.Option("--random-access", min=0, help="Single-row records to write and gather; 0: leave it out.")
+        int, typer.Option("--random-access", min=0, help="Single-row records to write and gather; 0 for none.")
     ] = 1_000_000,
-    remark: Annotated[str, typer.Option(help="Noted in the results, such as what else the machine did.")] = "",
+    remark: Annotated[str, typer.Option(help="A remark for the results, such as what else the machine did.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and PNG results.")] = None,
 ) -> None:
-    """Bytes per token against gradient noise, bias and KL: our codecs through real files, and rivals' layouts."""
+    """Compare codecs and other systems' layouts: bytes per token, gradient noise, bias and KL."""
     from kdfast.bench.cache import ARMS
     from kdfast.bench.cache_plot import plot_cache
     from kdfast.bench.cache_report import COLUMNS, LEGEND, cells, describe_access, save_cache
@@ -126,7 +123,7 @@ def cache(
 
 
 def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], repeats: int) -> tuple[list[Row], int]:
-    """The rows, and how many positions were stored: windows that the prototypes were not learned from."""
+    """The table's rows, and the number of positions stored. The prototypes were learned from other windows."""
     from kdfast.bench.cache import measure_ours, measure_rivals, sampled_rows
     from kdfast.bench.layouts import LAYOUTS
     from kdfast.bench.teacher import LEARN_WINDOWS, LENGTH, load_prototypes, load_teacher

@@ -1,4 +1,4 @@
-"""``kdfast cache``: look into caches of soft labels, and make one from another."""
+"""``kdfast cache``: inspect, merge and export caches of soft labels. The commands that make one: ``cache_sources``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look into caches of soft labels, and make one from another.")
+app = typer.Typer(no_args_is_help=True, help="Capture, inspect, convert, merge and export caches of soft labels.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's directory.", show_default=False)]
 
@@ -30,14 +30,14 @@ for command in (capture, capture_vllm, convert):
 
 @app.command()
 def info(folder: Folder) -> None:
-    """What the cache holds. Headers, indices and keys are checked."""
+    """Print what a cache holds. Headers, indices and keys are checked."""
     with exit_on_error():
         Console().print(_info_table(kdfast.cache.open(folder).info))
 
 
 @app.command()
 def verify(folder: Folder) -> None:
-    """Read every file and check every byte."""
+    """Read a whole cache and check every checksum."""
     with exit_on_error():
         cache = kdfast.cache.open(folder)
         cache.verify()
@@ -46,10 +46,10 @@ def verify(folder: Folder) -> None:
 
 @app.command()
 def stats(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The cache's directory.", show_default=False)],
-    plot: Annotated[Path | None, typer.Option(help="Write the distributions as a PNG.")] = None,
+    folder: Folder,
+    plot: Annotated[Path | None, typer.Option(help="A PNG to draw the distributions in.")] = None,
 ) -> None:
-    """What the bytes go to, and how entries and tails are distributed. Every row is read."""
+    """Print what a cache's bytes go to, and how entries and tails are distributed. Every row is read."""
     from kdfast.cache.tools.stats import cache_stats
 
     with exit_on_error():
@@ -66,11 +66,11 @@ def stats(
 @app.command()
 def merge(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="SRC... DST", help="Caches of one kind, and where to bring them together.")
+        list[Path], typer.Argument(metavar="SRC... DST", help="Caches of one kind, and the directory to merge them in.")
     ],
-    link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Make hard links instead of copies.")] = False,
 ) -> None:
-    """Bring caches together: shards are checked and copied as they are. Can be run again after a crash."""
+    """Merge caches: shards are checked and copied as they are. After a crash, run it again."""
     from kdfast.cache.tools.merge import merge
 
     if len(folders) < 2:
@@ -96,10 +96,10 @@ def merge(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The cache's directory.", show_default=False)],
+    folder: Folder,
     out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file to write.", show_default=False)],
 ) -> None:
-    """Write the labels as Parquet, one record per row, for tools that know nothing of kdfast."""
+    """Write a cache's labels as Parquet, one record per row, for tools that do not know kdfast."""
     from kdfast.cache.tools.export import export
 
     with exit_on_error(), progress_bar("Records", len(kdfast.cache.open(folder))) as advance:

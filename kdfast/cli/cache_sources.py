@@ -1,4 +1,4 @@
-"""``kdfast cache capture | capture-vllm | convert``: labels from a model, from a server, from another tool's files."""
+"""Commands that bring labels into a cache: from a model, from a vLLM server, or from the files of another tool."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import kdfast.cache
+from kdfast._optional import import_optional
 from kdfast.cache import CacheError, windows
 from kdfast.cache.capture.ranks import Ranks, capture_share
 from kdfast.cli.terminal import exit_on_error, progress_bar
@@ -23,28 +24,33 @@ if TYPE_CHECKING:
 
 __all__ = ["capture", "capture_vllm", "convert"]
 
+Texts = Annotated[
+    list[Path], typer.Argument(metavar="TEXTS...", help=".jsonl files, or other files of one document each.")
+]
+Destination = Annotated[str, typer.Option(help="The cache's directory or URL.", show_default=False)]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
+Field = Annotated[str, typer.Option(help="The field of a .jsonl line that holds the document.")]
+
 
 def capture(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face causal model: a folder or a name.")],
-    texts: Annotated[
-        list[Path], typer.Argument(metavar="TEXTS...", help=".jsonl files, or others of one document each.")
-    ],
-    out: Annotated[str, typer.Option(help="The cache's directory or URL.", show_default=False)],
+    texts: Texts,
+    out: Destination,
     codec: Annotated[str, typer.Option(help="How to store the labels.")] = "auto",
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the codec or the writer.")] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="That the student will use. [default: 1]")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows that the teacher sees at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the teacher's weights: auto, float32, bfloat16 or float16.")] = "auto",
-    field: Annotated[str, typer.Option(help="Of a .jsonl file's lines: which holds the document.")] = "text",
+    temperature: Annotated[list[float] | None, typer.Option(help="The student's; may be repeated. Default: 1.")] = None,
+    max_length: MaxLength = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per batch.")] = 8,
+    dtype: Annotated[str, typer.Option(help="The teacher's dtype: auto, float32, bfloat16 or float16.")] = "auto",
+    field: Field = "text",
 ) -> None:
-    """Run a language model over documents and store what it says, or go on with doing so.
+    """Run a language model over documents and store its soft labels. A capture that was stopped is resumed.
 
-    With torchrun --no-python every process runs a part, on a GPU of its own if there are any, and their number may
-    change from one start to the next.
+    With torchrun --no-python each process captures a share, on a GPU of its own if there are any. The number of
+    processes may change from one start to the next.
     """
     ranks = Ranks.of_environment()
-    with exit_on_error(ValueError, TypeError):
+    with exit_on_error(ValueError, TypeError, ImportError):
         teacher, tokenizer = _load(model, dtype)
         corpus = windows(tokenizer, documents(texts, field), max_length)
         report = capture_share(
@@ -62,32 +68,30 @@ def capture(
         )
     Console().print(
         f"process {ranks.rank} of {ranks.world}: {report.records:,} records, {report.rows:,} rows added; "
-        f"{report.skipped:,} batches were there"
+        f"{report.skipped:,} batches were stored already"
     )
 
 
 def capture_vllm(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server: http://host:8000.", show_default=False)],
-    texts: Annotated[
-        list[Path], typer.Argument(metavar="TEXTS...", help=".jsonl files, or others of one document each.")
-    ],
-    out: Annotated[str, typer.Option(help="The cache's directory or URL.", show_default=False)],
-    tokenizer: Annotated[str, typer.Option(help="The teacher's, of Hugging Face: a folder or a name.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Of the teacher's logits.", show_default=False)],
-    teacher: Annotated[str, typer.Option(help="Its fingerprint: a text that changes with its weights.")],
+    texts: Texts,
+    out: Destination,
+    tokenizer: Annotated[str, typer.Option(help="The teacher's tokenizer, of Hugging Face: a folder or a name.")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Size of the teacher's vocabulary.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="The teacher's fingerprint: a text that changes with its weights.")],
     k: Annotated[int, typer.Option(min=1, help="Entries per row; above 20 the server needs --max-logprobs.")] = 20,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: another option, such as value_dtype.")] = None,
     model: Annotated[str | None, typer.Option(help="The served model's name, if there are several.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 32,
+    max_length: MaxLength = 1024,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 600.0,
-    retries: Annotated[int, typer.Option(min=0, help="When the connection is lost or the server busy.")] = 5,
-    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's.")] = None,
-    field: Annotated[str, typer.Option(help="Of a .jsonl file's lines: which holds the document.")] = "text",
+    retries: Annotated[int, typer.Option(min=0, help="Retries when the connection is lost or the server is busy.")] = 5,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")] = None,
+    field: Field = "text",
 ) -> None:
-    """Store the top-k log-probabilities that a vLLM server gives for documents, or go on with doing so."""
+    """Store top-k log-probabilities of documents from a vLLM server. A capture that was stopped is resumed."""
     options = dict(parse_option(text) for text in option or ())
-    with exit_on_error(ValueError, TypeError):
+    with exit_on_error(ValueError, TypeError, ImportError):
         report = kdfast.cache.capture_vllm(
             url,
             documents(texts, field),
@@ -108,7 +112,7 @@ def capture_vllm(
 
 
 class Format(str, Enum):
-    """Formats that can be imported."""
+    """Formats that ``convert`` reads."""
 
     distillkit = "distillkit"
     topk_logprobs = "topk-logprobs"
@@ -124,10 +128,10 @@ def convert(
         int | None, typer.Option(min=1, help="The teacher's vocabulary. Known if SRC is a kdfast cache.")
     ] = None,
     codec: Annotated[str, typer.Option(help="How to store the labels.")] = "topk",
-    k: Annotated[int | None, typer.Option(min=1, help="Entries to keep per row. [default: all]")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Entries to keep per row. Default: all.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: another option of the codec.")] = None,
     teacher: Annotated[str, typer.Option(help="The teacher's fingerprint. Kept if SRC is a kdfast cache.")] = "",
-    temperature: Annotated[list[float] | None, typer.Option(help="kdfast: which to keep. [default: all]")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="kdfast: one to keep. Default: all.")] = None,
     config: Annotated[Path | None, typer.Option(help="distillkit: the compression config.")] = None,
     alignment: Annotated[
         str | None, typer.Option(help="topk-logprobs: 'position' (element i is of token i) or 'next' (of token i + 1).")
@@ -136,7 +140,7 @@ def convert(
     tolerance: Annotated[float, typer.Option(min=0, help="How far above 1 a row's probabilities may add up.")] = 0.01,
     drop_broken: Annotated[bool, typer.Option("--drop-broken", help="Leave out records with a broken row.")] = False,
 ) -> None:
-    """Import labels that another tool has stored, or store a kdfast cache in another way; and say what is left out."""
+    """Import labels of another tool, or re-encode a kdfast cache, and report the bias of what is left out."""
     options = dict(parse_option(text) for text in option or ())
     if k is not None:
         options["k"] = k
@@ -164,16 +168,17 @@ def _load(name: str, dtype: str) -> tuple[Any, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A Hugging Face tokenizer. Raises ``CacheError`` if transformers is not installed."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise CacheError('a language model needs transformers: pip install "kdfast[lm]"') from error
-    return AutoTokenizer.from_pretrained(name)
+    """Load a Hugging Face tokenizer. Raises ``ImportError`` if transformers is not installed."""
+    transformers = import_optional("transformers", "a language model", extra="lm")
+    return transformers.AutoTokenizer.from_pretrained(name)
 
 
 def documents(files: Sequence[Path], field: str) -> Iterator[str]:
-    """A document per file, or per line of a .jsonl file. Raises ``CacheError`` for a line without ``field``."""
+    """Iterate over documents: one per file, or per line of a .jsonl file, by its ``field``.
+
+    Raises:
+        CacheError: a line without ``field``.
+    """
     for file in files:
         if file.suffix != ".jsonl":
             yield file.read_text()
@@ -213,6 +218,7 @@ def _source(form: Format, path: Path, config: Path | None, alignment: str | None
 
 
 def parse_option(text: str) -> tuple[str, Any]:
+    """Split NAME=VALUE. The value is read as JSON, or else is a string. Raises ``typer.BadParameter``."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise typer.BadParameter(f"an option is NAME=VALUE, such as value_dtype=float32; got {text!r}")
@@ -223,6 +229,7 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def print_bias(report: BiasReport) -> None:
+    """Print what an import kept and its bias, warnings in red."""
     console = Console()
     for line in report.lines():
         console.print(

@@ -1,4 +1,4 @@
-"""``kdfast demo`` and ``kdfast experiments``: does distillation pay? Measured, against controls, on real data."""
+"""``kdfast demo`` and ``kdfast experiments``: does distillation pay? Measured against controls, on real data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Every recipe against its controls,
 
 OUT = Path("output/experiments")
 QUICK_OUT = Path("output/experiments-quick")
-Out = Annotated[Path | None, typer.Option(help=f"Folder of the results. [default: {OUT}, --quick: {QUICK_OUT}]")]
+Out = Annotated[Path | None, typer.Option(help=f"Folder of the results. Default: {OUT}, with --quick {QUICK_OUT}.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Minutes: three seeds, short training, nothing tuned.")]
 
 
@@ -41,13 +41,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the cache, the figure and the numbers.")] = Path("output/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Runs per arm.")] = 8,
     device: Annotated[str, typer.Option(callback=_check_device, help="Where to train: cpu, cuda, cuda:1, ...")] = "cpu",
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of student and teacher, for the KD arms.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of student and teacher, in the KD arms.")] = 1.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds: at most 2 seeds, few epochs.")] = False,
     validation: Annotated[
-        bool, typer.Option("--validation", help="Score on a part of the training split: for choosing settings.")
+        bool, typer.Option("--validation", help="Score on a part of the training split, as for choosing settings.")
     ] = False,
 ) -> None:
-    """Train a small student of real digits with 60 labels: does distillation pay, and against which controls?"""
+    """Train a small student on real digits with 60 labels, with and without a teacher, and compare with controls."""
     from kdfast.demo.settings import Settings
 
     settings = Settings(seeds=seeds, device=device, validation=validation, temperature=temperature)
@@ -87,7 +87,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="Final runs per arm.")] = 10,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
 ) -> None:
-    """Run what is missing, then write the report. Interrupt it at will: the next call goes on."""
+    """Run what is missing, then write the report. It can be interrupted: the next call resumes."""
     from kdfast.experiments.catalogue import EXPERIMENTS
     from kdfast.experiments.settings import Settings
 
@@ -103,7 +103,7 @@ def run(
 
 @app.command("list")
 def list_(out: Out = None, quick: Quick = False) -> None:
-    """The experiments, their arms, and how many runs of each are done."""
+    """List the experiments, their arms, and how many runs of each are done."""
     from kdfast.experiments.catalogue import EXPERIMENTS
     from kdfast.experiments.runner import file_of
     from kdfast.experiments.store import read_runs
@@ -121,9 +121,9 @@ def list_(out: Out = None, quick: Quick = False) -> None:
 def report(
     out: Out = None,
     quick: Quick = False,
-    page: Annotated[Path | None, typer.Option(help="The HTML file. [default: report.html in the folder]")] = None,
+    page: Annotated[Path | None, typer.Option(help="The HTML file. Default: report.html in the folder.")] = None,
 ) -> None:
-    """Tables, figures and verdicts as one HTML page, from the results that are there."""
+    """Write tables, figures and verdicts as one HTML page, from the results so far."""
     with exit_on_error(ValueError):
         _report(out or (QUICK_OUT if quick else OUT), page)
 

@@ -1,4 +1,4 @@
-"""What commands share: how one ends when a cache, a file or a name is at fault, and a bar for what takes long."""
+"""What the commands share: exiting on errors, checking names, progress bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_choice", "exit_on_error", "progress_bar"]
 
 @contextmanager
 def exit_on_error(*also: type[Exception]) -> Iterator[None]:
-    """End the command with the error's text and exit code 1: for ``CacheError``, ``OSError`` and ``also``."""
+    """Exit the command with code 1 and the error's text, for ``CacheError``, ``OSError`` and the types ``also``."""
     try:
         yield
     except Exception as error:
@@ -28,7 +28,7 @@ def exit_on_error(*also: type[Exception]) -> Iterator[None]:
 
 
 def check_choice(name: str, names: Iterable[str]) -> str:
-    """The name, if it is one of them."""
+    """Return ``name`` if it is one of ``names``. Raises ``typer.BadParameter`` with all of them otherwise."""
     if name not in names:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(names)}")
     return name
@@ -36,7 +36,15 @@ def check_choice(name: str, names: Iterable[str]) -> str:
 
 @contextmanager
 def progress_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A function that moves the bar on by a number of steps. ``total`` None: it is not known how far it goes."""
+    """Show a progress bar on standard error for a ``with`` block, so that the output stays clean.
+
+    Args:
+        title: the text before the bar.
+        total: the number of steps; None if it is not known.
+
+    Yields:
+        A function that advances the bar by a number of steps.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
