@@ -1,4 +1,4 @@
-"""The students that are compared: one row each."""
+"""The arms of the experiment: the students that are compared, and the loss of each."""
 
 from __future__ import annotations
 
@@ -19,18 +19,29 @@ BASELINE, UPPER_BOUND = "no_kd", "all_labels"
 
 @dataclass(frozen=True)
 class DemoArm:
-    """How a student is trained. All students have one architecture, schedule and, per seed, initial weights."""
+    """How a student is trained. All students share architecture, schedule and, per seed, initial weights.
+
+    Attributes:
+        name: the arm's name in the JSON.
+        title: its name in tables and figures.
+        all_images: whether it trains on all images, or on the labelled ones alone.
+        teacher: None; "own", trained on the labelled images alone; or "main", trained on all labels and read from the
+            cache.
+        kd_weight, ce_weight: as ``kd_loss`` takes them.
+        smoothing: label smoothing of an arm without a teacher.
+    """
 
     name: str
     title: str
-    all_images: bool = False  # else the labelled ones alone
-    teacher: str | None = None  # "own": trained on the labelled images alone. "main": the cache, of all labels
+    all_images: bool = False
+    teacher: str | None = None
     kd_weight: float = 0.0
     ce_weight: float = 1.0
     smoothing: float = 0.0
 
 
 def arms(s: Settings) -> tuple[DemoArm, ...]:
+    """The arms of the experiment, from the baseline without a teacher to the upper bound with all labels."""
     n, kd, ce = s.labelled, s.kd_weight, 1.0 - s.kd_weight
     return (
         DemoArm(BASELINE, f"no KD: {n} labels"),
@@ -43,7 +54,14 @@ def arms(s: Settings) -> tuple[DemoArm, ...]:
 
 
 def objective(arm: DemoArm, labels: Tensor, soft: Mapping[str, SoftLabels], temperature: float) -> Objective:
-    """The arm's loss. ``labels`` and ``soft`` (by teacher) have one row per training image."""
+    """The loss of an arm, a function of (logits, training rows).
+
+    Args:
+        arm: the arm.
+        labels: (images,) class indices of the training images.
+        soft: the soft labels of each teacher, a row per training image.
+        temperature: of student and teacher.
+    """
     if arm.teacher is None:
         return lambda logits, rows: F.cross_entropy(logits, labels[rows], label_smoothing=arm.smoothing)
     teacher = soft[arm.teacher]
