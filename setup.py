@@ -30,8 +30,8 @@ def extension():
     import pybind11
 
     cuda = builds_cuda()
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])]
-    sources = sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
+    patterns = ["*.cpp", *(["*.cu"] if cuda else [])]
+    sources = sorted(str(path) for pattern in patterns for path in Path("csrc").rglob(pattern))
     return (CUDAExtension if cuda else CppExtension)(
         "kdfast._C",
         sources,

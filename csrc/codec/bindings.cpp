@@ -1,5 +1,5 @@
 // The host codec over numpy arrays, GIL released.
-#include "codec_bindings.h"
+#include "bindings.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>

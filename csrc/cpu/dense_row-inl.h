@@ -1,5 +1,24 @@
-// A student row against a row of teacher logits: every divergence, CE and z-loss in one sweep. Included like vec.h.
+// A student row against a row of teacher logits: every divergence, CE and z-loss in one sweep.
 // A sparse row with a background has the logarithm of its distribution for logits.
+
+#if defined(KDFAST_CPU_DENSE_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_DENSE_ROW_INL_H_
+#undef KDFAST_CPU_DENSE_ROW_INL_H_
+#else
+#define KDFAST_CPU_DENSE_ROW_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "../divergence.h"
+#include "../rowmath.h"
+#include "row_sweep-inl.h"
+#include "tail_prototype-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 template <typename T>
 class DenseRow : RowSweep<T> {
@@ -409,3 +428,9 @@ class DenseRow : RowSweep<T> {
   bool dead_ = false, rest_is_dead_ = false;
   double slope_sum_ = 0, mse_slope_ = 0, target_gap_ = 0;
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

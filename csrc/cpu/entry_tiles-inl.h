@@ -1,4 +1,20 @@
-// The entries of a sparse row in the order of their tiles. Included like vec.h.
+// The entries of a sparse row in the order of their tiles.
+
+#if defined(KDFAST_CPU_ENTRY_TILES_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_ENTRY_TILES_INL_H_
+#undef KDFAST_CPU_ENTRY_TILES_INL_H_
+#else
+#define KDFAST_CPU_ENTRY_TILES_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "row.h"
+#include "softmax-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 class EntryTiles {
  public:
@@ -37,3 +53,9 @@ class EntryTiles {
  private:
   int32_t *order_ = nullptr, *starts_ = nullptr;
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

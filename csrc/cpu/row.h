@@ -96,10 +96,17 @@ struct Kernels {
 // The best kernels this processor runs, or the ones KDFAST_CPU_ISA names (baseline, avx2, avx512).
 const Kernels& kernels();
 
-extern const Kernels kBaseline;
+// Each target's, in its namespace.
+namespace baseline {
+extern const Kernels kKernels;
+}
 #if defined(__x86_64__)
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
 #endif
 
 }  // namespace kdfast

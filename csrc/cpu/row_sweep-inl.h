@@ -1,5 +1,23 @@
 // What dense and sparse rows share: the student's exponentials, the ground-truth terms and the gradient sweep.
-// Included like vec.h.
+
+#if defined(KDFAST_CPU_ROW_SWEEP_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_ROW_SWEEP_INL_H_
+#undef KDFAST_CPU_ROW_SWEEP_INL_H_
+#else
+#define KDFAST_CPU_ROW_SWEEP_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "entry_tiles-inl.h"
+#include "row.h"
+#include "simd/load-inl.h"
+#include "simd/vec-inl.h"
+#include "softmax-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 // Where the student's softmax at temperature 1 comes from.
 enum class AtOne {
@@ -390,3 +408,9 @@ class RowSweep {
     for (int64_t k = 0; k < tiles; ++k) masked_[k] = false;
   }
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,7 +1,25 @@
 // One side's exponentials, tile by tile, straight from the logits: 2^((x - origin) log2(e) / tau), with an origin per
 // tile. The origin only has to come near the tile's maximum, so a few logits decide it and nobody looks for the maximum
 // first; a tile whose sums grow too large all the same is done again.
-// The factors that normalize() leaves turn a tile's exponentials into probabilities. Included like vec.h.
+// The factors that normalize() leaves turn a tile's exponentials into probabilities.
+
+#if defined(KDFAST_CPU_SOFTMAX_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SOFTMAX_INL_H_
+#undef KDFAST_CPU_SOFTMAX_INL_H_
+#else
+#define KDFAST_CPU_SOFTMAX_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "../rowmath.h"
+#include "simd/load-inl.h"
+#include "simd/vec-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 // 64 additions per lane of a float sum, whatever the vector's width, before double takes over.
 constexpr int kTile = 16 * KDFAST_VEC_BYTES;
@@ -235,3 +253,9 @@ Base2<T> base2(T bits, const From* x, int count) {
   const T top = maximum<T>(x, count);
   return {bits, is_finite(top) ? top : T(0)};
 }
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,9 +1,26 @@
 // A student row against K (id, weight) entries and a tail: the student's softmax over the whole row, and a gather.
 // A tail with a shape (forward KL and soft cross-entropy) is a second row, read along with the student's, of which the
-// gradient needs no logarithm and no exponential. Included like vec.h.
+// gradient needs no logarithm and no exponential.
 //
 // The entries' columns are taken out before the exponentials, so that the tail's log-sum-exp is exact however small its
 // mass is; their own gradient is written from the row's statistics at the end.
+
+#if defined(KDFAST_CPU_SPARSE_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SPARSE_ROW_INL_H_
+#undef KDFAST_CPU_SPARSE_ROW_INL_H_
+#else
+#define KDFAST_CPU_SPARSE_ROW_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "row_sweep-inl.h"
+#include "tail_prototype-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 template <typename T>
 class SparseRow : RowSweep<T> {
@@ -230,3 +247,9 @@ class SparseRow : RowSweep<T> {
   bool dead_ = false;
   double tail_z_ = 0, tail_lse_ = 0, lse_s_ = 0, mass_ = 0, tail_mass_ = 0;
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,5 +1,24 @@
 // The columns of a sparse row outside its entries, where the tail's mass has the shape of a row of a table.
-// Included like vec.h.
+
+#if defined(KDFAST_CPU_TAIL_PROTOTYPE_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_TAIL_PROTOTYPE_INL_H_
+#undef KDFAST_CPU_TAIL_PROTOTYPE_INL_H_
+#else
+#define KDFAST_CPU_TAIL_PROTOTYPE_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "entry_tiles-inl.h"
+#include "row.h"
+#include "simd/load-inl.h"
+#include "simd/vec-inl.h"
+#include "softmax-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 // Natural logarithm of what is not negative: -inf at 0, right where log() is not, below the normal range.
 template <typename T>
@@ -136,3 +155,9 @@ class Background {
   const int64_t shared_;
   const EntryTiles& tiles_;
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -5,18 +5,22 @@
 // GPU.
 #pragma once
 
+#include "scalar.h"  // the target, before rowmath.h
+
+#include "../divergence.h"
+#include "../rowmath.h"
 #include "gradient.h"
 
 namespace kdfast::cuda {
 
-KD_BOTH rowmath::Column<float> column_of(float x, float y, const Normaliser& n) {
+KD_INLINE rowmath::Column<float> column_of(float x, float y, const Normaliser& n) {
   const float u = ::fmaf(x, n.c.s, -n.origin_s), v = ::fmaf(y, n.c.t, -n.origin_t);
   return {exp2(v) * n.factor_t, exp2(u) * n.factor_s, (v - u) * kLn2 + (n.log_s - n.log_t), v * kLn2 - n.log_t,
           u * kLn2 - n.log_s};
 }
 
 template <Kind kKind>
-KD_BOTH rowmath::Element<float> element_of(const rowmath::Column<float>& column, const Divergence& divergence) {
+KD_INLINE rowmath::Element<float> element_of(const rowmath::Column<float>& column, const Divergence& divergence) {
   const rowmath::Limits<float> limits = {kLowest, kInf};
   const float log_a = -::logf(float(divergence.a)), log_rest = -::log1pf(-float(divergence.a));
   if constexpr (kKind == Kind::kReverseKl) return rowmath::reverse_kl(column, limits);
@@ -33,8 +37,8 @@ constexpr bool is_forward(Kind kind) { return kind == Kind::kForwardKl || kind =
 using Values = rowmath::Element<float>;  // sums of them
 
 template <Kind kKind, typename T>
-KD_BOTH Values values_of(const Slice<T>& slice, int thread, int threads, const Normaliser& n,
-                         const Divergence& divergence) {
+KD_INLINE Values values_of(const Slice<T>& slice, int thread, int threads, const Normaliser& n,
+                           const Divergence& divergence) {
   Values sum = {0, 0};
   for (int pack = thread; pack < slice.packs; pack += threads) {
     const bool whole = slice.is_whole(pack);
@@ -50,15 +54,15 @@ KD_BOTH Values values_of(const Slice<T>& slice, int thread, int threads, const N
   return sum;
 }
 
-KD_BOTH float forward_value(const Sums& sums, Kind kind) {
+KD_INLINE float forward_value(const Sums& sums, Kind kind) {
   const float keep = kind == Kind::kSoftCe ? 0.0f : ::logf(sums.t);
   return sums.cross == kInf ? kInf : kLn2 * (sums.cross / sums.t) + (::logf(sums.s) - keep);
 }
 
 // Loss and gradient from everything that was summed. `values` are those of divergences that are not forward.
-KD_BOTH RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int columns, const Sums& sums,
-                              const Normaliser& n, const Values& values, const Smoothing& smoothing,
-                              float label_logit) {
+KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int columns, const Sums& sums,
+                                const Normaliser& n, const Values& values, const Smoothing& smoothing,
+                                float label_logit) {
   RowOutcome out;
   Gradient& g = out.gradient;
   if (row.kd != 0 && n.factor_s != 0 && n.factor_t != 0) {
@@ -81,7 +85,7 @@ KD_BOTH RowOutcome outcome_of(const RowCoefficients& row, const Divergence& dive
 }
 
 template <Kind kKind, AtOne kAtOne>
-KD_BOTH float gradient_of(float x, float y, const Gradient& g, const Normaliser& n, const Divergence& divergence) {
+KD_INLINE float gradient_of(float x, float y, const Gradient& g, const Normaliser& n, const Divergence& divergence) {
   const float value = student_gradient<kAtOne>(x, g, n);
   if constexpr (is_forward(kKind))
     return ::fmaf(g.b, exp2(::fmaf(y, n.c.t, -n.origin_t)), value);
@@ -90,16 +94,17 @@ KD_BOTH float gradient_of(float x, float y, const Gradient& g, const Normaliser&
 }
 
 template <Kind kKind, AtOne kAtOne, typename T>
-KD_BOTH void write_with_teacher(const Slice<T>& slice, int thread, int threads, const Gradient& g, const Normaliser& n,
-                                const Divergence& divergence, int label, const GradientRow<T>& to) {
+KD_INLINE void write_with_teacher(const Slice<T>& slice, int thread, int threads, const Gradient& g,
+                                  const Normaliser& n, const Divergence& divergence, int label,
+                                  const GradientRow<T>& to) {
   write_columns<true>(slice, thread, threads, label, g.label, to,
                       [&](float x, float y) { return gradient_of<kKind, kAtOne>(x, y, g, n, divergence); });
 }
 
 template <Kind kKind, typename T>
-KD_BOTH void write_gradient(const Slice<T>& slice, int thread, int threads, const Gradient& g, const Normaliser& n,
-                            const Divergence& divergence, bool teacher, int label, AtOne mode,
-                            const GradientRow<T>& to) {
+KD_INLINE void write_gradient(const Slice<T>& slice, int thread, int threads, const Gradient& g, const Normaliser& n,
+                              const Divergence& divergence, bool teacher, int label, AtOne mode,
+                              const GradientRow<T>& to) {
   if (!teacher)
     write_columns<false>(slice, thread, threads, label, g.label, to,
                          [&](float x, float) { return student_gradient<AtOne::kShared>(x, g, n); });

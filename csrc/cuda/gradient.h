@@ -13,7 +13,7 @@ struct Normaliser {
   float log_s, log_t;                    // of the sums
 };
 
-KD_BOTH Normaliser normaliser_of(const Sums& sums, Scales c, AtOne mode) {
+KD_INLINE Normaliser normaliser_of(const Sums& sums, Scales c, AtOne mode) {
   Normaliser n = {c, 0, 0, 0, 0, 0, 0, ::logf(sums.s), ::logf(sums.t)};
   if (sums.top_s > -kInf) {
     n.origin_s = origin_of(sums.top_s, c.s);
@@ -41,7 +41,7 @@ struct RowOutcome {
 };
 
 // Cross-entropy of the label's logit, smoothed.
-KD_BOTH float cross_entropy(const RowCoefficients& row, float lse, float label_logit, const Smoothing& smoothing) {
+KD_INLINE float cross_entropy(const RowCoefficients& row, float lse, float label_logit, const Smoothing& smoothing) {
   const float hard = row.smoothing < 1 ? lse - label_logit : 0.0f;
   if (row.smoothing == 0) return hard;
   const float smooth = lse - smoothing.logits / smoothing.count;
@@ -49,8 +49,8 @@ KD_BOTH float cross_entropy(const RowCoefficients& row, float lse, float label_l
 }
 
 // Adds cross-entropy and z-loss to the outcome. Returns what an exponential at temperature 1 weighs in the gradient.
-KD_BOTH float add_truth(const RowCoefficients& row, float lse, const Smoothing& smoothing, float label_logit,
-                        RowOutcome& out) {
+KD_INLINE float add_truth(const RowCoefficients& row, float lse, const Smoothing& smoothing, float label_logit,
+                          RowOutcome& out) {
   float slope = 0;
   if (row.wants_ce()) {
     out.loss += row.ce * cross_entropy(row, lse, label_logit, smoothing);
@@ -67,7 +67,7 @@ KD_BOTH float add_truth(const RowCoefficients& row, float lse, const Smoothing& 
 
 // The gradient in a column, of its logit: what both softmaxes of the student make of it.
 template <AtOne kAtOne>
-KD_BOTH float student_gradient(float x, const Gradient& g, const Normaliser& n) {
+KD_INLINE float student_gradient(float x, const Gradient& g, const Normaliser& n) {
   const float e = exp2(::fmaf(x, n.c.s, -n.origin_s));
   const float value = ::fmaf(kAtOne == AtOne::kSquared ? ::fmaf(g.c, e, g.a) : g.a, e, -g.share);
   if constexpr (kAtOne != AtOne::kSeparate) return value;
@@ -82,7 +82,7 @@ struct GradientRow {
 };
 
 template <typename T>
-KD_BOTH void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, const Pack<T>& value) {
+KD_INLINE void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, const Pack<T>& value) {
   const int column = slice.column(pack);
   if (to.aligned && slice.is_whole(pack)) {
     *reinterpret_cast<Pack<T>*>(to.row + column) = value;
@@ -96,8 +96,8 @@ KD_BOTH void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, co
 // Writes of(x, y), of both sides' logits, in a thread's packs; `less` is taken off in the label's column, and masked
 // columns get 0.
 template <bool kTeacher, typename T, typename Of>
-KD_BOTH void write_columns(const Slice<T>& slice, int thread, int threads, int label, float less,
-                           const GradientRow<T>& to, Of of) {
+KD_INLINE void write_columns(const Slice<T>& slice, int thread, int threads, int label, float less,
+                             const GradientRow<T>& to, Of of) {
   constexpr int kLanes = Pack<T>::kLanes;
   for (int pack = thread; pack < slice.packs; pack += threads) {
     float x[kLanes], y[kLanes], value[kLanes];
@@ -117,7 +117,7 @@ KD_BOTH void write_columns(const Slice<T>& slice, int thread, int threads, int l
 
 // The same number throughout: rows that do not count, and failed ones.
 template <typename T>
-KD_BOTH void fill_gradient(const Slice<T>& slice, int thread, int threads, float value, const GradientRow<T>& to) {
+KD_INLINE void fill_gradient(const Slice<T>& slice, int thread, int threads, float value, const GradientRow<T>& to) {
   Pack<T> out;
 #pragma unroll
   for (int i = 0; i < Pack<T>::kLanes; ++i) out.lane[i] = from_float<T>(value);

@@ -3,7 +3,7 @@
 
 #include "cluster.h"
 #include "gradient.h"
-#include "rows_view.h"
+#include "strided_rows.h"
 
 namespace kdfast::cuda {
 

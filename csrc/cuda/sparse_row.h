@@ -24,7 +24,7 @@ struct SparseSums {
 };
 
 template <AtOne kAtOne>
-KD_BOTH void include_entry(SparseSums& sums, float x, float weight, Scales c) {
+KD_INLINE void include_entry(SparseSums& sums, float x, float weight, Scales c) {
   Sums& at = sums.entries;
   at.top_t = 0;  // weights are relative to nothing
   if (x > at.top_s) raise_student<kAtOne>(at, x, c);
@@ -43,8 +43,8 @@ KD_BOTH void include_entry(SparseSums& sums, float x, float weight, Scales c) {
 
 // Takes a thread's entries out of the block's columns. One that no column has makes the row NaN.
 template <AtOne kAtOne, typename T>
-KD_BOTH void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* student, const EntriesView& entries,
-                          int thread, int threads, Scales c) {
+KD_INLINE void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* student, const EntriesView& entries,
+                            int thread, int threads, Scales c) {
   constexpr int kLanes = Pack<T>::kLanes;
   for (int64_t i = thread; i < entries.count; i += threads) {
     const int id = entries.id[i], at = id - slice.first;
@@ -59,11 +59,11 @@ KD_BOTH void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* stud
 }
 
 template <AtOne kAtOne, typename T>
-KD_BOTH void sweep_outside(SparseSums& sums, const Slice<T>& slice, int thread, int threads, Scales c) {
+KD_INLINE void sweep_outside(SparseSums& sums, const Slice<T>& slice, int thread, int threads, Scales c) {
   sums.outside = sweep<Sweep<kAtOne, false, false>>(slice, thread, threads, c);
 }
 
-KD_BOTH SparseSums merge(const SparseSums& a, const SparseSums& b, Scales c, AtOne mode) {
+KD_INLINE SparseSums merge(const SparseSums& a, const SparseSums& b, Scales c, AtOne mode) {
   return {merge(a.outside, b.outside, c, mode), merge(a.entries, b.entries, c, mode), a.entropy + b.entropy};
 }
 
@@ -76,8 +76,8 @@ struct SparseOutcome {
   float one = 0;            // of an exponential at temperature 1, relative to `all`
 };
 
-KD_BOTH float sparse_value(const SparseSums& sums, const Sums& all, const EntriesView& entries, Scales c,
-                           bool subtract_entropy) {
+KD_INLINE float sparse_value(const SparseSums& sums, const Sums& all, const EntriesView& entries, Scales c,
+                             bool subtract_entropy) {
   const float log_all = ::logf(all.s);
   float value = all.cross == kInf ? kInf : kLn2 * all.cross + all.t * log_all;
   if (subtract_entropy) value += sums.entropy;
@@ -89,9 +89,9 @@ KD_BOTH float sparse_value(const SparseSums& sums, const Sums& all, const Entrie
   return value + ::expf(entries.tail) * ((subtract_entropy ? entries.tail : 0.0f) - log_tail);
 }
 
-KD_BOTH SparseOutcome outcome_of(const RowCoefficients& row, int columns, const SparseSums& sums,
-                                 const EntriesView& entries, Scales c, bool subtract_entropy,
-                                 const Smoothing& smoothing, float label_logit) {
+KD_INLINE SparseOutcome outcome_of(const RowCoefficients& row, int columns, const SparseSums& sums,
+                                   const EntriesView& entries, Scales c, bool subtract_entropy,
+                                   const Smoothing& smoothing, float label_logit) {
   const AtOne mode = at_one(row);
   Sums all = merge(sums.outside, sums.entries, c, mode);
   SparseOutcome out;
@@ -122,8 +122,8 @@ KD_BOTH SparseOutcome outcome_of(const RowCoefficients& row, int columns, const 
 }
 
 template <typename T>
-KD_BOTH void write_outside(const Slice<T>& slice, int thread, int threads, const SparseOutcome& out, int label,
-                           AtOne mode, const GradientRow<T>& to) {
+KD_INLINE void write_outside(const Slice<T>& slice, int thread, int threads, const SparseOutcome& out, int label,
+                             AtOne mode, const GradientRow<T>& to) {
   const Gradient& g = out.row.gradient;
   const auto write = [&](auto of) { write_columns<false>(slice, thread, threads, label, g.label, to, of); };
   if (mode == AtOne::kSquared)
@@ -136,8 +136,8 @@ KD_BOTH void write_outside(const Slice<T>& slice, int thread, int threads, const
 
 // After all of the block's threads have written the columns outside.
 template <typename T>
-KD_BOTH void write_entries(const Slice<T>& slice, const EntriesView& entries, int thread, int threads,
-                           const SparseOutcome& out, int label, AtOne mode, const GradientRow<T>& to) {
+KD_INLINE void write_entries(const Slice<T>& slice, const EntriesView& entries, int thread, int threads,
+                             const SparseOutcome& out, int label, AtOne mode, const GradientRow<T>& to) {
   const Gradient& g = out.row.gradient;
   for (int64_t i = thread; i < entries.count; i += threads) {
     const int id = entries.id[i], at = id - slice.first;

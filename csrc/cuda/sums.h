@@ -16,7 +16,7 @@ struct Scales {
   float entropy;
 };
 
-KD_BOTH Scales scales_of(const RowCoefficients& row, Kind kind) {
+KD_INLINE Scales scales_of(const RowCoefficients& row, Kind kind) {
   if (row.kd == 0) return {kLog2e, kLog2e, 0};
   return {kLog2e / row.tau_s, kLog2e / row.tau_t, kind == Kind::kSoftCe ? 0.0f : 1.0f};
 }
@@ -28,20 +28,20 @@ struct Sums {
   float s = 0, t = 0, cross = 0;
   float one = 0;  // the student's at temperature 1, relative to top_s
 
-  KD_BOTH bool are_finite() const { return ::fabsf(s + t + cross + one) < kInf; }
+  KD_INLINE bool are_finite() const { return ::fabsf(s + t + cross + one) < kInf; }
 };
 
 // What exponents are relative to. It is rounded, which does no harm as long as every exponent of a side, and every rise
 // from one origin to another, is relative to the same number.
 // Logits may be masked with the lowest finite number: neither an origin nor the product of a sum and a rise overflows.
-KD_BOTH float origin_of(float top, float scale) { return ::fmaxf(product(top, scale), kLowest); }
+KD_INLINE float origin_of(float top, float scale) { return ::fmaxf(product(top, scale), kLowest); }
 
-KD_BOTH float rise_of(float from, float to, float scale) {
+KD_INLINE float rise_of(float from, float to, float scale) {
   return ::fminf(origin_of(to, scale) - origin_of(from, scale), 1e34f);
 }
 
 template <AtOne kAtOne>
-KD_BOTH void raise_student(Sums& sums, float top, Scales c) {
+KD_INLINE void raise_student(Sums& sums, float top, Scales c) {
   if (sums.top_s > -kInf) {
     const float rise = rise_of(sums.top_s, top, c.s), factor = exp2(-rise);
     sums.s *= factor;
@@ -52,7 +52,7 @@ KD_BOTH void raise_student(Sums& sums, float top, Scales c) {
   sums.top_s = top;
 }
 
-KD_BOTH void raise_teacher(Sums& sums, float top, Scales c) {
+KD_INLINE void raise_teacher(Sums& sums, float top, Scales c) {
   if (sums.top_t > -kInf) {
     const float rise = rise_of(sums.top_t, top, c.t), factor = exp2(-rise);
     sums.cross = sums.cross == kInf ? kInf : factor * (sums.cross - c.entropy * sums.t * rise);
@@ -69,7 +69,7 @@ struct Sweep {
 };
 
 template <typename S, typename T>
-KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teacher, Scales c) {
+KD_INLINE void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teacher, Scales c) {
   constexpr int kLanes = Pack<T>::kLanes;
   float x[kLanes], y[kLanes];
   unpack(student, x);
@@ -103,7 +103,7 @@ KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teach
 // One column of any kind. Masked on one side it takes no part in that side's sums; a masked student's gap is infinite
 // however small the teacher's probability there.
 template <typename S>
-KD_BOTH void sweep_column(Sums& sums, float x, float y, Scales c) {
+KD_INLINE void sweep_column(Sums& sums, float x, float y, Scales c) {
   if (x > sums.top_s) raise_student<S::kAtOne>(sums, x, c);
   if (S::kTeacher && y > sums.top_t) raise_teacher(sums, y, c);
   const float u = ::fmaf(x, c.s, -origin_of(sums.top_s, c.s)), v = ::fmaf(y, c.t, -origin_of(sums.top_t, c.t));
@@ -121,7 +121,7 @@ KD_BOTH void sweep_column(Sums& sums, float x, float y, Scales c) {
 }
 
 template <typename S, typename T>
-KD_BOTH void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales c) {
+KD_INLINE void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales c) {
 #pragma unroll 1
   for (int i = 0; i < Pack<T>::kLanes; ++i) {
     if (!slice.has(slice.column(pack) + i)) continue;
@@ -132,7 +132,7 @@ KD_BOTH void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales
 
 // A thread's packs. Masked columns, NaN and overflow show in the sums: then everything is done again with care.
 template <typename S, typename T>
-KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
+KD_INLINE Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
   Sums sums;
   for (int pack = thread; pack < slice.packs; pack += threads) {
     if (slice.is_whole(pack))
@@ -148,7 +148,7 @@ KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
 }
 
 template <bool kCross, typename T>
-KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, bool teacher, AtOne mode) {
+KD_INLINE Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, bool teacher, AtOne mode) {
   if (!teacher) return sweep<Sweep<AtOne::kShared, false, false>>(slice, thread, threads, c);
   if (mode == AtOne::kSquared) return sweep<Sweep<AtOne::kSquared, true, kCross>>(slice, thread, threads, c);
   if (mode == AtOne::kSeparate) return sweep<Sweep<AtOne::kSeparate, true, kCross>>(slice, thread, threads, c);
@@ -156,7 +156,7 @@ KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, boo
 }
 
 // The sums over both sets of columns.
-KD_BOTH Sums merge(Sums a, Sums b, Scales c, AtOne mode) {
+KD_INLINE Sums merge(Sums a, Sums b, Scales c, AtOne mode) {
   const float top_s = ::fmaxf(a.top_s, b.top_s), top_t = ::fmaxf(a.top_t, b.top_t);
   Sums* const both[] = {&a, &b};
   for (Sums* part : both) {
@@ -179,7 +179,7 @@ struct Smoothing {
 };
 
 template <typename T>
-KD_BOTH Smoothing smoothing_of(const Slice<T>& slice, int thread, int threads) {
+KD_INLINE Smoothing smoothing_of(const Slice<T>& slice, int thread, int threads) {
   Smoothing sum;
   for (int pack = thread; pack < slice.packs; pack += threads)
     for (int i = 0; i < Pack<T>::kLanes; ++i) {

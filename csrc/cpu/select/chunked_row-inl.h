@@ -1,5 +1,24 @@
 // A row in chunks of columns: one full sweep leaves every chunk's sum of exponentials, so that those who look for few
-// columns look again only at chunks that may hold one. Included like vec.h.
+// columns look again only at chunks that may hold one.
+
+#if defined(KDFAST_CPU_SELECT_CHUNKED_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SELECT_CHUNKED_ROW_INL_H_
+#undef KDFAST_CPU_SELECT_CHUNKED_ROW_INL_H_
+#else
+#define KDFAST_CPU_SELECT_CHUNKED_ROW_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "../row.h"
+#include "../simd/load-inl.h"
+#include "../simd/vec-inl.h"
+#include "../softmax-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 template <typename T, typename From>
 class ChunkedRow {
@@ -132,3 +151,9 @@ class ChunkedRow {
   T bits_, lowest_, origin_ = -Real<T>::kMax;
   From padded_[kSelectChunk];
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

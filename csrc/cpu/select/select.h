@@ -1,7 +1,7 @@
 // What the ops that select columns share.
 #pragma once
 
-#include "rows.h"
+#include "../rows.h"
 
 namespace kdfast {
 

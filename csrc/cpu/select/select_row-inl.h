@@ -1,6 +1,22 @@
 // The unbiased samplers' row: which columns the points of a cumulative probability fall on, without sorting and with
 // one full sweep. Only chunks that a point falls in, or that weigh enough to hold an entry above tau, are looked at
-// again. Included like vec.h.
+// again.
+
+#if defined(KDFAST_CPU_SELECT_SELECT_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SELECT_SELECT_ROW_INL_H_
+#undef KDFAST_CPU_SELECT_SELECT_ROW_INL_H_
+#else
+#define KDFAST_CPU_SELECT_SELECT_ROW_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "chunked_row-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 // The grid of systematic sampling: points at (k + offset) * step.
 struct GridPoints {
@@ -166,3 +182,9 @@ class SelectRow : ChunkedRow<T, From> {
   int64_t count_ = 0;
   double* share_;  // (chunks, kSelectChunk), only with an order
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

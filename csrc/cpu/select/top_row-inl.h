@@ -1,4 +1,20 @@
-// A row's likeliest columns, and what all others hold. Included like vec.h.
+// A row's likeliest columns, and what all others hold.
+
+#if defined(KDFAST_CPU_SELECT_TOP_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SELECT_TOP_ROW_INL_H_
+#undef KDFAST_CPU_SELECT_TOP_ROW_INL_H_
+#else
+#define KDFAST_CPU_SELECT_TOP_ROW_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#include "chunked_row-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 template <typename T, typename From>
 class TopRow : ChunkedRow<T, From> {
@@ -92,3 +108,9 @@ class TopRow : ChunkedRow<T, From> {
   int64_t count_ = 0;
   double lowest_ = 0;  // no column of less mass can still be kept
 };
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

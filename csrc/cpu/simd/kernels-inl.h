@@ -1,24 +1,23 @@
-// One ISA's kernels. The including file sets KDFAST_ISA (its namespace), KDFAST_TABLE (its entry in row.h),
-// KDFAST_VEC_BYTES and the target pragma, after isa.h.
+// One target's kernels, as its file kernels_TARGET.cpp compiles them.
 
+#if defined(KDFAST_CPU_SIMD_KERNELS_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SIMD_KERNELS_INL_H_
+#undef KDFAST_CPU_SIMD_KERNELS_INL_H_
+#else
+#define KDFAST_CPU_SIMD_KERNELS_INL_H_
+#endif
+
+#include "../dense_row-inl.h"
+#include "../row.h"
+#include "../select/select_row-inl.h"
+#include "../select/top_row-inl.h"
+#include "../sparse_row-inl.h"
+#include "load-inl.h"
+#include "vec-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
 namespace kdfast {
-namespace KDFAST_ISA {
-
-// In the order that they need each other.
-// clang-format off
-#include "vec.h"
-#include "../rowmath.h"
-#include "load.h"
-#include "softmax.h"
-#include "entry_tiles.h"
-#include "row_sweep.h"
-#include "background.h"
-#include "dense_row.h"
-#include "sparse_row.h"
-#include "chunked_row.h"
-#include "select_row.h"
-#include "top_row.h"
-// clang-format on
+namespace KDFAST_TARGET {
 
 template <typename T>
 RowResult dense_row(const Divergence& divergence, const RowTask& task, void* workspace) {
@@ -79,22 +78,26 @@ void scale(void* data, Dtype dtype, int64_t size, double factor) {
   scale_tiles<float>(data, dtype, size, factor);
 }
 
-}  // namespace KDFAST_ISA
-
-#define KDFAST_NAME_OF(isa) #isa
-#define KDFAST_NAME(isa) KDFAST_NAME_OF(isa)
-extern const Kernels KDFAST_TABLE = {
-    KDFAST_NAME(KDFAST_ISA),
-    KDFAST_ISA::dense_row<float>,
-    KDFAST_ISA::dense_row<double>,
-    KDFAST_ISA::sparse_row<float>,
-    KDFAST_ISA::sparse_row<double>,
-    KDFAST_ISA::select_row,
-    KDFAST_ISA::shape_entropy<float>,
-    KDFAST_ISA::shape_entropy<double>,
-    KDFAST_ISA::scale,
-    KDFAST_ISA::workspace_bytes,
-    KDFAST_ISA::fence,
+#define KDFAST_NAME_OF(target) #target
+#define KDFAST_NAME(target) KDFAST_NAME_OF(target)
+extern const Kernels kKernels = {
+    KDFAST_NAME(KDFAST_TARGET),
+    dense_row<float>,
+    dense_row<double>,
+    sparse_row<float>,
+    sparse_row<double>,
+    select_row,
+    shape_entropy<float>,
+    shape_entropy<double>,
+    scale,
+    workspace_bytes,
+    fence,
 };
+#undef KDFAST_NAME
+#undef KDFAST_NAME_OF
 
+}  // namespace KDFAST_TARGET
 }  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "row.h"
+#include "../row.h"
 
 namespace kdfast {
 namespace {
@@ -13,19 +13,19 @@ bool runs_here(const Kernels& kernels) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  if (&kernels == &kAvx2) return avx2;
-  if (&kernels == &kAvx512)
+  if (&kernels == &avx2::kKernels) return avx2;
+  if (&kernels == &avx512::kKernels)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-  return &kernels == &kBaseline;
+  return &kernels == &baseline::kKernels;
 }
 
 const Kernels& choose() {
 #if defined(__x86_64__)
-  const Kernels* const all[] = {&kAvx512, &kAvx2, &kBaseline};
+  const Kernels* const all[] = {&avx512::kKernels, &avx2::kKernels, &baseline::kKernels};
 #else
-  const Kernels* const all[] = {&kBaseline};
+  const Kernels* const all[] = {&baseline::kKernels};
 #endif
   const char* forced = std::getenv("KDFAST_CPU_ISA");
   for (const Kernels* kernels : all)

@@ -1,4 +1,21 @@
-// Rows of any dtype to and from vectors and tiles of the working type. Included like vec.h.
+// Rows of any dtype to and from vectors and tiles of the working type.
+
+#if defined(KDFAST_CPU_SIMD_LOAD_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SIMD_LOAD_INL_H_
+#undef KDFAST_CPU_SIMD_LOAD_INL_H_
+#else
+#define KDFAST_CPU_SIMD_LOAD_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "../row.h"
+#include "half.h"
+#include "vec-inl.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 struct BFloat16 {
   uint16_t bits;
@@ -150,3 +167,9 @@ inline double load_one(const Source& row, int64_t at) {
 }
 
 inline void store_one(double value, void* row, Dtype dtype, int64_t at) { store(&value, 1, row, dtype, at); }
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,10 +1,25 @@
 // SIMD values of one ISA, on the compiler's vector extensions, with their own exp2 and log.
-//
-// Included by each ISA's file inside its own namespace, after its target pragma and after every standard header, so
-// that no template of the standard library is compiled for an ISA that the machine may lack.
 // KDFAST_VEC_BYTES is the register width.
 
-#define KD_INLINE inline __attribute__((always_inline))
+#if defined(KDFAST_CPU_SIMD_VEC_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_CPU_SIMD_VEC_INL_H_
+#undef KDFAST_CPU_SIMD_VEC_INL_H_
+#else
+#define KDFAST_CPU_SIMD_VEC_INL_H_
+#endif
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../../target.h"
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 
 template <typename T>
 struct VecTypes;
@@ -259,3 +274,9 @@ KD_INLINE Vec<T> log1p(Vec<T> x) {
   const Vec<T> one(T(1)), u = one + x;
   return select(u == one, x, log(u) * (x / (u - one)));
 }
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
