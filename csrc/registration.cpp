@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("sparse_rows_grad(Tensor student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor grad, Tensor parts)");
   m.def("sparse_rows_inplace(Tensor(a!) student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
   m.def("select_threshold(" KDFAST_SELECT ", float tau, " KDFAST_STREAM
-        ", Tensor? order=None) -> (Tensor ids, Tensor probs, Tensor counts, Tensor lse)");
+        ") -> (Tensor ids, Tensor probs, Tensor counts, Tensor lse)");
   m.def("select_sample(" KDFAST_SELECT ", int draws, " KDFAST_STREAM
         ") -> (Tensor ids, Tensor counts_of_id, Tensor counts, Tensor lse)");
   m.def("select_top(" KDFAST_SELECT ", int k) -> (Tensor ids, Tensor probs, Tensor rest, Tensor lse)");

@@ -62,7 +62,6 @@ struct SelectTask {
   double tau = 0;                  // threshold: entries above it are kept, the others on a grid of this spacing
   const double* points = nullptr;  // threshold: the grid's offset; sample: `draws` positions, ascending
   int64_t draws = 0;               // 0: threshold
-  const int32_t* order = nullptr;  // threshold: the columns in the order that the grid walks them; null: ascending
   bool likeliest = false;          // the `capacity` likeliest columns instead
   Entry* entries = nullptr;        // room for `capacity` of them
   int64_t capacity = 0;
@@ -84,7 +83,7 @@ struct Kernels {
   RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
   RowResult (*sparse_float)(const RowTask&, void* workspace);
   RowResult (*sparse_double)(const RowTask&, void* workspace);
-  // Its workspace holds two doubles for each chunk, and with an order one for each of its columns.
+  // Its workspace holds two doubles for each chunk.
   Selection (*select)(const SelectTask&, void* workspace);
   double (*shape_entropy_float)(const Source& shape, int64_t shared);
   double (*shape_entropy_double)(const Source& shape, int64_t shared);

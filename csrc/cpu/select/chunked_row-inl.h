@@ -37,8 +37,7 @@ class ChunkedRow {
   }
 
  protected:
-  static constexpr int kDoublesPerChunk = 2;  // of the workspace
-  static constexpr int kGroup = 16;           // columns added up together when a chunk is looked at
+  static constexpr int kGroup = 16;  // columns added up together when a chunk is looked at
 
   // False where the row holds a NaN or +inf, or nothing but -inf.
   bool sweep() { return sum_chunks() && scale_chunks(); }

@@ -44,7 +44,6 @@ struct SelectArguments {
   int64_t seed, first_row;
   double tau = 0;
   int64_t draws = 0;
-  const int32_t* order = nullptr;
 };
 
 // The entries of some rows one after another.
@@ -75,11 +74,9 @@ class PieceRunner {
     task_.tau = arguments.tau;
     task_.draws = arguments.draws;
     task_.points = points_.data();
-    task_.order = arguments.order;
     task_.entries = entries_.data();
     task_.capacity = int64_t(entries_.size());
-    const int64_t doubles = chunk_count(columns) * (2 + (arguments.order ? kSelectChunk : 0));
-    workspace_ = thread_workspace(int64_t(sizeof(double)) * doubles);
+    workspace_ = thread_workspace(int64_t(sizeof(double)) * 2 * chunk_count(columns));
   }
 
   Selection operator()(const Source& row, int64_t i) {
@@ -89,11 +86,7 @@ class PieceRunner {
     else
       points_[0] = uniforms[0];
     task_.logits = row;
-    const Selection selection = kernels().select(task_, workspace_);
-    if (arguments_.order)
-      std::sort(entries_.begin(), entries_.begin() + selection.count,
-                [](const Entry& a, const Entry& b) { return a.id < b.id; });
-    return selection;
+    return kernels().select(task_, workspace_);
   }
 
   const Entry* entries() const { return entries_.data(); }
@@ -151,17 +144,10 @@ Outputs pack(const SelectOutputs& out, ScalarType dtype) {
 
 }  // namespace
 
-Outputs select_threshold(Tensor logits, double temperature, double tau, int64_t seed, int64_t first_row,
-                         std::optional<Tensor> order) {
+Outputs select_threshold(Tensor logits, double temperature, double tau, int64_t seed, int64_t first_row) {
   STD_TORCH_CHECK(tau > 0 && tau <= 1, "expected tau in (0, 1]");
   SelectArguments arguments = {logits, temperature, seed, first_row};
   arguments.tau = tau;
-  if (order) {
-    const int64_t columns = logits.size(2);
-    arguments.order = vector_data<int32_t>(*order, ScalarType::Int, columns);
-    for (int64_t i = 0; i < columns; ++i)
-      STD_TORCH_CHECK(arguments.order[i] >= 0 && arguments.order[i] < columns, "order must be a permutation");
-  }
   return pack<float>(run(arguments), ScalarType::Float);
 }
 

@@ -58,12 +58,11 @@ struct DrawnPoints {
 template <typename T, typename From>
 class SelectRow : ChunkedRow<T, From> {
   using Base = ChunkedRow<T, From>;
-  using Base::chunks_, Base::columns_, Base::e_, Base::exponentiate, Base::groups_, Base::kGroup, Base::mass_;
+  using Base::chunks_, Base::e_, Base::exponentiate, Base::groups_, Base::kGroup, Base::mass_;
   using Base::sum_, Base::task_, Base::z_;
 
  public:
-  SelectRow(const SelectTask& task, void* workspace)
-      : Base(task, workspace), share_((double*)workspace + Base::kDoublesPerChunk * chunks_) {}
+  SelectRow(const SelectTask& task, void* workspace) : Base(task, workspace) {}
 
   Selection run() {
     if (!Base::sweep()) return {0, __builtin_nan("")};
@@ -72,10 +71,7 @@ class SelectRow : ChunkedRow<T, From> {
       walk(points);
     } else {
       GridPoints points = {task_.tau * z_, task_.points[0], task_.tau};
-      if (task_.order)
-        walk_ordered(points);
-      else
-        walk(points);
+      walk(points);
     }
     return {count_, Base::lse()};
   }
@@ -94,44 +90,6 @@ class SelectRow : ChunkedRow<T, From> {
     }
     const double remaining = points.remaining(count_);
     if (remaining > 0) add_to_last(remaining);
-  }
-
-  // The same along the task's order, column by column: a chunk's columns lie anywhere in it. Entries come out unsorted.
-  void walk_ordered(GridPoints& points) {
-    for (int64_t k = 0; k < chunks_; ++k) spread(k, points.limit());
-    double at = 0;
-    for (int64_t j = 0; j < columns_; j += kGroup) {
-      const int32_t* id = task_.order + j;
-      const int count = int(columns_ - j < kGroup ? columns_ - j : kGroup);
-      // Four sums, that additions need not wait for each other.
-      double masses[4] = {0, 0, 0, 0};
-      for (int i = 0; i < count; ++i) masses[i % 4] += share_[id[i]];
-      const double mass = (masses[0] + masses[1]) + (masses[2] + masses[3]);
-      if (at + mass <= points.next) {
-        at += mass;
-        continue;
-      }
-      for (int i = 0; i < count; ++i) {
-        at += share_[id[i]];
-        if (points.next < at && share_[id[i]] > 0) emit(id[i], points.pass(at));
-      }
-    }
-    const double remaining = points.remaining(count_);
-    if (remaining > 0) add_to_last(remaining);
-  }
-
-  // Chunk k's masses by column; those above the limit become entries, and 0 for the walk.
-  void spread(int64_t k, double limit) {
-    exponentiate(k);
-    const double scale = sum_ > 0 ? mass_[k] / sum_ : 0;
-    double* share = share_ + k * kSelectChunk;
-    for (int i = 0; i < kSelectChunk; ++i) share[i] = double(e_[i]) * scale;
-    if (mass_[k] <= limit) return;
-    for (int i = 0; i < kSelectChunk; ++i) {
-      if (share[i] <= limit) continue;
-      emit(k * kSelectChunk + i, share[i] / z_);
-      share[i] = 0;
-    }
   }
 
   // Chunk k column by column; returns the mass behind it. `before` counts what is not above the points' limit.
@@ -180,7 +138,6 @@ class SelectRow : ChunkedRow<T, From> {
   }
 
   int64_t count_ = 0;
-  double* share_;  // (chunks, kSelectChunk), only with an order
 };
 
 }  // namespace KDFAST_TARGET
