@@ -162,6 +162,26 @@ KD_INLINE Element<V> alpha_beta(const Column<V>& c, double a, double b, const Li
   return {value, select(has_p, select(has_q, both.h, V(0)), select(has_q, lone_q.h, V(0)))};
 }
 
+// A divergence's numbers, and the logarithms of a weight `a` and its rest, 1 - a.
+template <typename V>
+struct Parameters {
+  double a, b;
+  V minus_log_a, minus_log_rest;
+};
+
+// What a column adds to the divergence `kKind`, of the family Element.
+template <Kind kKind, typename V>
+KD_INLINE Element<V> element(const Column<V>& c, const Parameters<V>& by, const Limits<V>& limits) {
+  static_assert(is_element(kKind));
+  if constexpr (kKind == Kind::kReverseKl) return reverse_kl(c, limits);
+  if constexpr (kKind == Kind::kSymmetricKl) return symmetric_kl(c, limits);
+  if constexpr (kKind == Kind::kJsd) return jsd(c, by.a, by.minus_log_a, by.minus_log_rest);
+  if constexpr (kKind == Kind::kSkewForwardKl) return skew_forward_kl(c, by.a, by.minus_log_a, by.minus_log_rest);
+  if constexpr (kKind == Kind::kSkewReverseKl) return skew_reverse_kl(c, by.a, by.minus_log_a, by.minus_log_rest);
+  if constexpr (kKind == Kind::kTvd) return tvd(c);
+  if constexpr (kKind == Kind::kAlphaBeta) return alpha_beta(c, by.a, by.b, limits);
+}
+
 }  // namespace rowmath
 
 }  // namespace KDFAST_TARGET

@@ -64,9 +64,7 @@ class DenseRow : RowSweep<T> {
   }
 
   // Forward KL's gradient is q - p: it needs no second look at the logits, and its value comes with the first.
-  bool is_forward() const {
-    return divergence_.kind == Kind::kForwardKl || divergence_.kind == Kind::kSoftCe || divergence_.kind == Kind::kDkd;
-  }
+  bool is_forward() const { return kdfast::is_forward(divergence_.kind) || divergence_.kind == Kind::kDkd; }
 
   bool is_bad() const {
     const bool good_tau = task_.tau_s > 0 && task_.tau_t > 0 && 1 / task_.tau_s > 0 && 1 / task_.tau_t > 0;
@@ -286,28 +284,20 @@ class DenseRow : RowSweep<T> {
   // ---- divergences that need probabilities before their statistics ----------------------------------------------
 
   double elements() {
-    switch (divergence_.kind) {
-      case Kind::kReverseKl:
-        return elements_of<Kind::kReverseKl>();
-      case Kind::kSymmetricKl:
-        return elements_of<Kind::kSymmetricKl>();
-      case Kind::kJsd:
-        return elements_of<Kind::kJsd>();
-      case Kind::kSkewForwardKl:
-        return elements_of<Kind::kSkewForwardKl>();
-      case Kind::kSkewReverseKl:
-        return elements_of<Kind::kSkewReverseKl>();
-      case Kind::kTvd:
-        return elements_of<Kind::kTvd>();
-      default:
-        return elements_of<Kind::kAlphaBeta>();
-    }
+    return with_kind(divergence_.kind, [this](auto kind) {
+      if constexpr (is_element(kind.value))
+        return elements_of<kind.value>();
+      else
+        return 0.0;
+    });
   }
 
   // Leaves h in the teacher's exponentials' place.
   template <Kind kKind>
   double elements_of() {
-    const V minus_log_a(T(-::log(divergence_.a))), minus_log_rest(T(-::log1p(-divergence_.a)));
+    const rowmath::Parameters<V> parameters = {divergence_.a, divergence_.b, V(T(-::log(divergence_.a))),
+                                               V(T(-::log1p(-divergence_.a)))};
+    const rowmath::Limits<V> limits = {V(-Real<T>::kMax), V(Real<T>::kInf)};
     double total = 0;
     for (int64_t k = 0; k < shared_tiles(); ++k) {
       const int count = Base::padded(Base::clamp_tile(task_.shared - k * kTile));
@@ -321,7 +311,7 @@ class DenseRow : RowSweep<T> {
         const V u = s(V::load(x + i)), v = t(V::load(y + i));
         const rowmath::Column<V> column = {rounded(V::load(e_t + i) * factor_t), rounded(V::load(e_s + i) * factor_s),
                                            (v - u) * ln2 + gap, v * ln2 + base_t, u * ln2 + base_s};
-        const rowmath::Element<V> element = element_of<kKind>(column, minus_log_a, minus_log_rest);
+        const rowmath::Element<V> element = rowmath::element<kKind>(column, parameters, limits);
         values = values + element.value;
         slopes = slopes + element.h;
         element.h.store(e_t + i);
@@ -330,20 +320,6 @@ class DenseRow : RowSweep<T> {
       slope_sum_ += reduce_add(slopes);
     }
     return total;
-  }
-
-  template <Kind kKind>
-  KD_INLINE rowmath::Element<V> element_of(const rowmath::Column<V>& column, V minus_log_a, V minus_log_rest) const {
-    const rowmath::Limits<V> limits = {V(-Real<T>::kMax), V(Real<T>::kInf)};
-    if constexpr (kKind == Kind::kReverseKl) return rowmath::reverse_kl(column, limits);
-    if constexpr (kKind == Kind::kSymmetricKl) return rowmath::symmetric_kl(column, limits);
-    if constexpr (kKind == Kind::kJsd) return rowmath::jsd(column, divergence_.a, minus_log_a, minus_log_rest);
-    if constexpr (kKind == Kind::kSkewForwardKl)
-      return rowmath::skew_forward_kl(column, divergence_.a, minus_log_a, minus_log_rest);
-    if constexpr (kKind == Kind::kSkewReverseKl)
-      return rowmath::skew_reverse_kl(column, divergence_.a, minus_log_a, minus_log_rest);
-    if constexpr (kKind == Kind::kTvd) return rowmath::tvd(column);
-    if constexpr (kKind == Kind::kAlphaBeta) return rowmath::alpha_beta(column, divergence_.a, divergence_.b, limits);
   }
 
   // ---- gradient ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ struct SparseArguments {
   const std::optional<Tensor>& shapes;  // (S, vocab)
   Divergence divergence;                // without shapes: forward KL or soft cross-entropy
 
-  bool is_forward() const { return divergence.kind == Kind::kForwardKl || divergence.kind == Kind::kSoftCe; }
+  bool is_forward() const { return kdfast::is_forward(divergence.kind); }
 };
 
 // The tails' shapes, where they have any.

@@ -20,28 +20,13 @@ void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
 
 template <typename T>
 void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
-  switch (task.divergence.kind) {
-    case Kind::kForwardKl:
-      return launch<Kind::kForwardKl, T>(task, cluster, stream);
-    case Kind::kSoftCe:
-      return launch<Kind::kSoftCe, T>(task, cluster, stream);
-    case Kind::kReverseKl:
-      return launch<Kind::kReverseKl, T>(task, cluster, stream);
-    case Kind::kSymmetricKl:
-      return launch<Kind::kSymmetricKl, T>(task, cluster, stream);
-    case Kind::kJsd:
-      return launch<Kind::kJsd, T>(task, cluster, stream);
-    case Kind::kSkewForwardKl:
-      return launch<Kind::kSkewForwardKl, T>(task, cluster, stream);
-    case Kind::kSkewReverseKl:
-      return launch<Kind::kSkewReverseKl, T>(task, cluster, stream);
-    case Kind::kTvd:
-      return launch<Kind::kTvd, T>(task, cluster, stream);
-    case Kind::kAlphaBeta:
-      return launch<Kind::kAlphaBeta, T>(task, cluster, stream);
-    default:
+  with_kind(task.divergence.kind, [&](auto kind) {
+    if constexpr (family_of(kind.value) != Family::kSpecial) {
+      launch<kind.value, T>(task, cluster, stream);
+    } else {
       STD_TORCH_CHECK(false, "the one-read kernel has no such divergence");
-  }
+    }
+  });
 }
 
 }  // namespace

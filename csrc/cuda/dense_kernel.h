@@ -48,7 +48,7 @@ __device__ void dense_row(const DenseTask& task) {
   }
   const Smoothing smoothing = smoothing_of_row(slice, coef, all_smoothing);
   const RowOutcome out =
-      outcome_of(coef, task.divergence, slice.columns, sums, normaliser, values, smoothing, label_logit);
+      outcome_of<kKind>(coef, task.divergence, slice.columns, sums, normaliser, values, smoothing, label_logit);
   if (!finish_loss<T>(task.row, row, slice, out)) return;
   write_gradient<kKind>(slice, threadIdx.x, kThreads, out.gradient, normaliser, task.divergence, teacher, label, mode,
                         gradient_row<T>(task.row, row));

@@ -21,18 +21,10 @@ KD_INLINE rowmath::Column<float> column_of(float x, float y, const Normaliser& n
 
 template <Kind kKind>
 KD_INLINE rowmath::Element<float> element_of(const rowmath::Column<float>& column, const Divergence& divergence) {
-  const rowmath::Limits<float> limits = {kLowest, kInf};
-  const float log_a = -::logf(float(divergence.a)), log_rest = -::log1pf(-float(divergence.a));
-  if constexpr (kKind == Kind::kReverseKl) return rowmath::reverse_kl(column, limits);
-  if constexpr (kKind == Kind::kSymmetricKl) return rowmath::symmetric_kl(column, limits);
-  if constexpr (kKind == Kind::kJsd) return rowmath::jsd(column, divergence.a, log_a, log_rest);
-  if constexpr (kKind == Kind::kSkewForwardKl) return rowmath::skew_forward_kl(column, divergence.a, log_a, log_rest);
-  if constexpr (kKind == Kind::kSkewReverseKl) return rowmath::skew_reverse_kl(column, divergence.a, log_a, log_rest);
-  if constexpr (kKind == Kind::kTvd) return rowmath::tvd(column);
-  return rowmath::alpha_beta(column, divergence.a, divergence.b, limits);
+  const rowmath::Parameters<float> parameters = {divergence.a, divergence.b, -::logf(float(divergence.a)),
+                                                 -::log1pf(-float(divergence.a))};
+  return rowmath::element<kKind>(column, parameters, {kLowest, kInf});
 }
-
-constexpr bool is_forward(Kind kind) { return kind == Kind::kForwardKl || kind == Kind::kSoftCe; }
 
 using Values = rowmath::Element<float>;  // sums of them
 
@@ -54,21 +46,23 @@ KD_INLINE Values values_of(const Slice<T>& slice, int thread, int threads, const
   return sum;
 }
 
-KD_INLINE float forward_value(const Sums& sums, Kind kind) {
-  const float keep = kind == Kind::kSoftCe ? 0.0f : ::logf(sums.t);
+template <Kind kKind>
+KD_INLINE float forward_value(const Sums& sums) {
+  const float keep = kKind == Kind::kSoftCe ? 0.0f : ::logf(sums.t);
   return sums.cross == kInf ? kInf : kLn2 * (sums.cross / sums.t) + (::logf(sums.s) - keep);
 }
 
 // Loss and gradient from everything that was summed. `values` are those of divergences that are not forward.
+template <Kind kKind>
 KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int columns, const Sums& sums,
                                 const Normaliser& n, const Values& values, const Smoothing& smoothing,
                                 float label_logit) {
   RowOutcome out;
   Gradient& g = out.gradient;
   if (row.kd != 0 && n.factor_s != 0 && n.factor_t != 0) {
-    const bool forward = is_forward(divergence.kind);
+    constexpr bool forward = is_forward(kKind);
     const float slope = row.kd * float(divergence.scale) / row.tau_s;
-    out.loss = row.kd * float(divergence.scale) * (forward ? forward_value(sums, divergence.kind) : values.value);
+    out.loss = row.kd * float(divergence.scale) * (forward ? forward_value<kKind>(sums) : values.value);
     g.a = (forward ? slope : -slope * values.h) * n.factor_s;
     g.b = forward ? -slope * n.factor_t : slope;
   }

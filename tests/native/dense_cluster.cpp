@@ -41,8 +41,8 @@ void run_row(const Task& task, int64_t row) {
     if (teacher) values = blocks.reduce(values, values_part, add);
   }
   const int label = coef.label_column(columns);
-  const RowOutcome out = outcome_of(coef, divergence, columns, sums, normaliser, values, blocks.smoothing(),
-                                    label >= 0 ? to_float(x[label]) : 0);
+  const RowOutcome out = outcome_of<kKind>(coef, divergence, columns, sums, normaliser, values, blocks.smoothing(),
+                                           label >= 0 ? to_float(x[label]) : 0);
   task.row.loss[row] = out.loss;
   if (out.gradient.failed) return blocks.fill(out.loss, to);
   blocks.each_thread([&](const Slice<T>& slice, int thread) {
@@ -52,11 +52,10 @@ void run_row(const Task& task, int64_t row) {
 
 template <typename T>
 void run(const Task& task) {
-  static constexpr void (*kRow[])(const Task&, int64_t) = {
-      run_row<Kind::kForwardKl, T>,     run_row<Kind::kSoftCe, T>, run_row<Kind::kReverseKl, T>,
-      run_row<Kind::kSymmetricKl, T>,   run_row<Kind::kJsd, T>,    run_row<Kind::kSkewForwardKl, T>,
-      run_row<Kind::kSkewReverseKl, T>, run_row<Kind::kTvd, T>,    run_row<Kind::kAlphaBeta, T>};
-  for (int64_t row = 0; row < task.row.rows; ++row) kRow[task.kind](task, row);
+  for (int64_t row = 0; row < task.row.rows; ++row)
+    with_kind(static_cast<Kind>(task.kind), [&](auto kind) {
+      if constexpr (family_of(kind.value) != Family::kSpecial) run_row<kind.value, T>(task, row);
+    });
 }
 
 }  // namespace
