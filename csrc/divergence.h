@@ -30,6 +30,7 @@ constexpr const char* kKindNames[] = {
     KDFAST_DIVERGENCES(KDFAST_NAME)
 #undef KDFAST_NAME
 };
+constexpr int kKinds = sizeof(kKindNames) / sizeof(*kKindNames);
 
 // How a divergence is computed.
 enum class Family {

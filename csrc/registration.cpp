@@ -7,23 +7,20 @@
 #include "cuda/plan.h"
 #include "divergence.h"
 #include "io/bindings.h"
+#include "row_arguments.h"
 
-#define KDFAST_TRUTH "Tensor coef, Tensor? label, Tensor? label_probs, float smoothing"
-#define KDFAST_DIVERGENCE "int kind, float a, float b, float scale"
-#define KDFAST_DENSE "Tensor teacher, " KDFAST_TRUTH ", " KDFAST_DIVERGENCE ", bool standardize, bool want_parts"
-#define KDFAST_SPARSE                                                                            \
-  "Tensor ids, Tensor weights, Tensor offsets, Tensor? tail, int vocab, Tensor? shape, Tensor? " \
-  "shapes, " KDFAST_DIVERGENCE ", " KDFAST_TRUTH ", bool want_parts"
+#define KDFAST_DENSE KDFAST_SCHEMA(KDFAST_DENSE_ROWS)
+#define KDFAST_SPARSE KDFAST_SCHEMA(KDFAST_SPARSE_ROWS)
 #define KDFAST_SELECT "Tensor logits, float temperature"
 #define KDFAST_STREAM "int seed, int first_row"
 
 STABLE_TORCH_LIBRARY(kdfast, m) {
-  m.def("dense_rows(Tensor student, " KDFAST_DENSE ") -> (Tensor loss, Tensor parts)");
-  m.def("dense_rows_grad(Tensor student, " KDFAST_DENSE ") -> (Tensor loss, Tensor grad, Tensor parts)");
-  m.def("dense_rows_inplace(Tensor(a!) student, " KDFAST_DENSE ") -> (Tensor loss, Tensor parts)");
-  m.def("sparse_rows(Tensor student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
-  m.def("sparse_rows_grad(Tensor student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor grad, Tensor parts)");
-  m.def("sparse_rows_inplace(Tensor(a!) student, " KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
+  m.def("dense_rows(Tensor student" KDFAST_DENSE ") -> (Tensor loss, Tensor parts)");
+  m.def("dense_rows_grad(Tensor student" KDFAST_DENSE ") -> (Tensor loss, Tensor grad, Tensor parts)");
+  m.def("dense_rows_inplace(Tensor(a!) student" KDFAST_DENSE ") -> (Tensor loss, Tensor parts)");
+  m.def("sparse_rows(Tensor student" KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
+  m.def("sparse_rows_grad(Tensor student" KDFAST_SPARSE ") -> (Tensor loss, Tensor grad, Tensor parts)");
+  m.def("sparse_rows_inplace(Tensor(a!) student" KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
   m.def("select_threshold(" KDFAST_SELECT ", float tau, " KDFAST_STREAM
         ") -> (Tensor ids, Tensor probs, Tensor counts, Tensor lse)");
   m.def("select_sample(" KDFAST_SELECT ", int draws, " KDFAST_STREAM

@@ -86,16 +86,6 @@ class Numbers {
   bool is_double_;
 };
 
-// What every row op takes beside its teacher.
-struct RowArguments {
-  const Tensor& student;                     // (outer, inner, V_s)
-  const Tensor& coef;                        // (5, rows): tau_s, tau_t and the coefficients of KD, CE and z-loss
-  const std::optional<Tensor>& label;        // (rows,) int64
-  const std::optional<Tensor>& label_probs;  // (outer, inner, V_s)
-  double smoothing;
-  bool want_parts;
-};
-
 struct RowOutputs {
   Tensor loss;   // (rows,)
   Tensor parts;  // (4, rows): KD, CE, entropy, top-1 agreement; or (4, 0)
@@ -156,9 +146,10 @@ void for_each_piece(int64_t rows, int64_t columns, F run) {
   });
 }
 
-// Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads.
-template <typename F>
-RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row) {
+// Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads. `arguments` are those
+// of a row op.
+template <typename Arguments, typename F>
+RowOutputs for_each_row(const Arguments& arguments, const Tensor* grad, F row) {
   const Tensor& student = arguments.student;
   const int64_t count = student.size(0) * student.size(1), columns = student.size(2);
   const int64_t element_size = int64_t(student.element_size());

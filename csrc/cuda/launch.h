@@ -12,6 +12,7 @@
 
 #include <optional>
 
+#include "../row_arguments.h"
 #include "../vector_data.h"
 #include "plan.h"
 #include "row_kernel.h"
@@ -35,18 +36,21 @@ inline int slice_bytes(const Tensor& student, int cluster, int rows_held) {
 }
 
 // The common part of an op's task. Clusters hold `rows_held` rows for each of the student's.
-inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::optional<Tensor>& label, double smoothing,
-                        const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int cluster) {
+template <typename Arguments>
+RowTask row_task(const Arguments& arguments, const Tensor& loss, int rows_held) {
+  const Tensor& student = arguments.student;
   const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
+  const int64_t element_size = int64_t(student.element_size());
+  const int cluster = int(arguments.cluster);
   STD_TORCH_CHECK(cluster > 0 && cluster <= kMaxCluster &&
                       slice_bytes(student, cluster, rows_held) <= kLargestSliceBytes + rows_held * int(sizeof(uint4)),
                   "a cluster of this many blocks does not hold rows of this width");
-  RowTask task = {rows_of(student), grad ? rows_of(*grad) : RowsView(), rows, int(columns)};
-  task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
-  task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
-  task.smoothing = float(smoothing);
+  RowTask task = {rows_of(student), arguments.grad ? rows_of(*arguments.grad) : RowsView(), rows, int(columns)};
+  task.coef = vector_data<float>(arguments.coef, ScalarType::Float, 5 * rows);
+  task.label = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, rows) : nullptr;
+  task.smoothing = float(arguments.smoothing);
   task.loss = static_cast<float*>(loss.data_ptr());
-  task.packs = packs_of_block(columns, int64_t(student.element_size()), cluster);
+  task.packs = packs_of_block(columns, element_size, cluster);
   return task;
 }
 
