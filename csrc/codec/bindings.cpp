@@ -32,16 +32,16 @@ void require_below(const int32_t* numbers, int64_t count, uint32_t limit, const 
 }
 
 // Checks what coding counts on: shapes, sizes, and entries that add up.
-RowsView view(const Ints& columns, const Ints& ranks, const Ints& values, uint32_t expected, uint32_t total) {
-  if (columns.ndim() != 2 || columns.shape(1) != py::ssize_t(expected) || ranks.size() != values.size())
+EntriesView view(const Ints& fields, const Ints& ranks, const Ints& values, uint32_t expected, uint32_t total) {
+  if (fields.ndim() != 2 || fields.shape(1) != py::ssize_t(expected) || ranks.size() != values.size())
     throw std::invalid_argument("columns must be (rows, columns), ranks and values (entries,)");
-  const RowsView rows{columns.data(), ranks.data(), values.data(), columns.shape(0)};
-  require_below(rows.columns, columns.size(), kMaxNumber, "columns");
+  const EntriesView rows{fields.data(), ranks.data(), values.data(), fields.shape(0)};
+  require_below(rows.fields, fields.size(), kMaxNumber, "columns");
   require_below(rows.ranks, ranks.size(), kMaxRank, "ranks");
   require_below(rows.values, values.size(), kMaxNumber, "values");
   int64_t entries = 0;
   for (int64_t row = 0; row < rows.rows; ++row) {
-    const int64_t end = entries + rows.columns[row * expected];
+    const int64_t end = entries + rows.fields[row * expected];
     if (end > ranks.size()) throw std::invalid_argument("column 0 must add up to the number of entries");
     int64_t sum = 0;
     for (int64_t before = -1; entries < end; before = rows.ranks[entries++]) {
@@ -86,7 +86,7 @@ Units check_units(const Bytes& data, const Longs& units) {
 // What a codec knows about its rows beyond their bytes.
 struct Bounds {
   int32_t max_entries;
-  std::vector<int32_t> column_limits;
+  std::vector<int32_t> field_limits;
   int32_t value_limit;
   Ints order;     // (orders, vocab): ids by rank; column 1 tells a row's order where there are several
   Floats levels;  // (value_limit,): what values stand for; empty: themselves
@@ -94,40 +94,40 @@ struct Bounds {
   int32_t vocab() const { return int32_t(order.shape(1)); }
 };
 
-Bounds make_bounds(int32_t max_entries, std::vector<int32_t> column_limits, int32_t value_limit, Ints order,
+Bounds make_bounds(int32_t max_entries, std::vector<int32_t> field_limits, int32_t value_limit, Ints order,
                    std::optional<Floats> levels) {
-  if (order.ndim() != 2 || column_limits.empty() || (order.shape(0) > 1 && column_limits.size() < 2))
+  if (order.ndim() != 2 || field_limits.empty() || (order.shape(0) > 1 && field_limits.size() < 2))
     throw std::invalid_argument("order must be (orders, vocab), and a column tells which where there are several");
   if (levels && (levels->ndim() != 1 || levels->size() != value_limit))
     throw std::invalid_argument("levels must be (value_limit,)");
-  return {max_entries, std::move(column_limits), value_limit, std::move(order), levels.value_or(Floats(0))};
+  return {max_entries, std::move(field_limits), value_limit, std::move(order), levels.value_or(Floats(0))};
 }
 
-void check_limits(const Rows& rows, const Bounds& bounds) {
-  const size_t columns = bounds.column_limits.size();
-  for (size_t base = 0; base < rows.columns.size(); base += columns)
-    for (size_t c = 0; c < columns; ++c)
-      if (rows.columns[base + c] >= bounds.column_limits[c]) throw std::invalid_argument("a column exceeds its limit");
+void check_limits(const DecodedEntries& rows, const Bounds& bounds) {
+  const size_t fields = bounds.field_limits.size();
+  for (size_t base = 0; base < rows.fields.size(); base += fields)
+    for (size_t c = 0; c < fields; ++c)
+      if (rows.fields[base + c] >= bounds.field_limits[c]) throw std::invalid_argument("a column exceeds its limit");
   int32_t largest = 0;
   for (const int32_t value : rows.values) largest = std::max(largest, value);
   if (largest >= bounds.value_limit) throw std::invalid_argument("an entry's value exceeds its limit");
 }
 
-void ranks_to_ids(Rows& rows, const Bounds& bounds) {
-  const size_t columns = bounds.column_limits.size();
+void ranks_to_ids(DecodedEntries& rows, const Bounds& bounds) {
+  const size_t fields = bounds.field_limits.size();
   const int64_t vocab = bounds.order.shape(1), orders = bounds.order.shape(0);
   size_t entry = 0;
-  for (size_t base = 0; base < rows.columns.size(); base += columns) {
-    const int64_t which = orders > 1 ? rows.columns[base + 1] : 0;
+  for (size_t base = 0; base < rows.fields.size(); base += fields) {
+    const int64_t which = orders > 1 ? rows.fields[base + 1] : 0;
     if (which >= orders) throw std::invalid_argument("a row names an order that does not exist");
     const int32_t* ids = bounds.order.data() + which * vocab;
-    for (const size_t end = entry + size_t(rows.columns[base]); entry < end; ++entry)
+    for (const size_t end = entry + size_t(rows.fields[base]); entry < end; ++entry)
       rows.ranks[entry] = ids[rows.ranks[entry]];
   }
 }
 
 // In place: the levels' bits.
-void values_to_levels(Rows& rows, const Floats& levels) {
+void values_to_levels(DecodedEntries& rows, const Floats& levels) {
   static_assert(sizeof(float) == sizeof(int32_t));
   const float* const table = levels.data();
   for (int32_t& value : rows.values) std::memcpy(&value, table + value, sizeof value);
@@ -140,12 +140,12 @@ size_t likely_entries(const Units& units) {
   return size_t(std::min(bytes, units.size));
 }
 
-// Runs decode(bytes, length, readable, rows, out) over units; (columns, ids, values or levels).
+// Runs decode(bytes, length, readable, rows, out) over units; (fields, ids, values or levels).
 template <typename Decode>
 py::tuple decode_units(const Bytes& data, const Longs& table, const Bounds& bounds, Decode&& decode) {
   const Units units = check_units(data, table);
-  const size_t columns = bounds.column_limits.size();
-  Rows out;
+  const size_t fields = bounds.field_limits.size();
+  DecodedEntries out;
   {
     py::gil_scoped_release release;
     const size_t likely = likely_entries(units);
@@ -159,30 +159,30 @@ py::tuple decode_units(const Bytes& data, const Longs& table, const Bounds& boun
     ranks_to_ids(out, bounds);
     if (bounds.levels.size()) values_to_levels(out, bounds.levels);
   }
-  const auto rows = py::ssize_t(out.columns.size() / columns), entries = py::ssize_t(out.ranks.size());
+  const auto rows = py::ssize_t(out.fields.size() / fields), entries = py::ssize_t(out.ranks.size());
   return py::make_tuple(
-      take(std::move(out.columns), {rows, py::ssize_t(columns)}), take(std::move(out.ranks), {entries}),
+      take(std::move(out.fields), {rows, py::ssize_t(fields)}), take(std::move(out.ranks), {entries}),
       take(std::move(out.values), {entries}, bounds.levels.size() ? py::dtype::of<float>() : py::dtype::of<int32_t>()));
 }
 
-Model make_model(uint32_t columns, uint32_t total, const Frequencies& frequencies) {
-  if (columns < 1 || columns > kMaxColumns || frequencies.ndim() != 2 || frequencies.shape(1) != 256 ||
-      frequencies.shape(0) != py::ssize_t(contexts(columns)))
+Model make_model(uint32_t fields, uint32_t total, const Frequencies& frequencies) {
+  if (fields < 1 || fields > kMaxFields || frequencies.ndim() != 2 || frequencies.shape(1) != 256 ||
+      frequencies.shape(0) != py::ssize_t(contexts(fields)))
     throw std::invalid_argument("frequencies must be (contexts, 256)");
-  return Model(columns, total, frequencies.data());
+  return Model(fields, total, frequencies.data());
 }
 
-py::array_t<uint32_t> count(const Ints& columns, const Ints& ranks, const Ints& values, uint32_t total) {
-  const auto width = uint32_t(columns.ndim() == 2 ? columns.shape(1) : 0);
-  const RowsView rows = view(columns, ranks, values, width, total);
+py::array_t<uint32_t> count(const Ints& fields, const Ints& ranks, const Ints& values, uint32_t total) {
+  const auto width = uint32_t(fields.ndim() == 2 ? fields.shape(1) : 0);
+  const EntriesView rows = view(fields, ranks, values, width, total);
   py::array_t<uint32_t> counts({py::ssize_t(contexts(width)), py::ssize_t(256)});
   std::fill(counts.mutable_data(), counts.mutable_data() + counts.size(), 0u);
   count_symbols(rows, width, total, counts.mutable_data());
   return counts;
 }
 
-py::bytes encode_entries(const Model& model, const Ints& columns, const Ints& ranks, const Ints& values) {
-  const RowsView rows = view(columns, ranks, values, model.columns(), model.total());
+py::bytes encode_entries(const Model& model, const Ints& fields, const Ints& ranks, const Ints& values) {
+  const EntriesView rows = view(fields, ranks, values, model.fields(), model.total());
   std::vector<uint8_t> block;
   {
     py::gil_scoped_release release;
@@ -192,14 +192,15 @@ py::bytes encode_entries(const Model& model, const Ints& columns, const Ints& ra
 }
 
 py::tuple decode_entries(const Model& model, const Bytes& data, const Longs& units, const Bounds& bounds) {
-  if (bounds.column_limits.size() != model.columns()) throw std::invalid_argument("bounds and model differ in columns");
-  return decode_units(data, units, bounds, [&](const uint8_t* at, size_t length, size_t, int64_t rows, Rows& out) {
-    decode_block(at, length, rows, model, bounds.max_entries, bounds.vocab(), out);
-  });
+  if (bounds.field_limits.size() != model.fields()) throw std::invalid_argument("bounds and model differ in columns");
+  return decode_units(data, units, bounds,
+                      [&](const uint8_t* at, size_t length, size_t, int64_t rows, DecodedEntries& out) {
+                        decode_block(at, length, rows, model, bounds.max_entries, bounds.vocab(), out);
+                      });
 }
 
-py::bytes encode_rows(const RowLayout& layout, const Ints& columns, const Ints& ranks, const Ints& values) {
-  const RowsView rows = view(columns, ranks, values, uint32_t(layout.column_bits.size()), 0);
+py::bytes encode_rows(const RowLayout& layout, const Ints& fields, const Ints& ranks, const Ints& values) {
+  const EntriesView rows = view(fields, ranks, values, uint32_t(layout.field_bits.size()), 0);
   std::vector<uint8_t> block;
   {
     py::gil_scoped_release release;
@@ -209,10 +210,10 @@ py::bytes encode_rows(const RowLayout& layout, const Ints& columns, const Ints& 
 }
 
 py::tuple decode_rows(const RowLayout& layout, const Bytes& data, const Longs& units, const Bounds& bounds) {
-  if (bounds.column_limits.size() != layout.column_bits.size())
+  if (bounds.field_limits.size() != layout.field_bits.size())
     throw std::invalid_argument("bounds and layout differ in columns");
   return decode_units(data, units, bounds,
-                      [&](const uint8_t* at, size_t length, size_t readable, int64_t rows, Rows& out) {
+                      [&](const uint8_t* at, size_t length, size_t readable, int64_t rows, DecodedEntries& out) {
                         if (rows != 1) throw std::invalid_argument("a unit of a row block is one row");
                         decode_row(at, length, readable, layout, bounds.max_entries, bounds.vocab(), out);
                       });
@@ -232,12 +233,12 @@ Longs locate_rows(const Bytes& payload, const Longs& blocks, const Longs& rows) 
   return out;
 }
 
-RowLayout make_layout(std::vector<uint32_t> column_bits, uint32_t value_bits, uint32_t rank_bits, bool classes) {
-  if (column_bits.empty() || column_bits.size() > kMaxColumns || value_bits > 18 || rank_bits > 24)
+RowLayout make_layout(std::vector<uint32_t> field_bits, uint32_t value_bits, uint32_t rank_bits, bool classes) {
+  if (field_bits.empty() || field_bits.size() > kMaxFields || value_bits > 18 || rank_bits > 24)
     throw std::invalid_argument("a row layout has 1 to 8 columns, values of up to 18 bits, ranks of up to 24");
-  for (uint32_t bits : column_bits)
+  for (uint32_t bits : field_bits)
     if (bits > 18) throw std::invalid_argument("a column has up to 18 bits");
-  return {std::move(column_bits), value_bits, rank_bits, classes};
+  return {std::move(field_bits), value_bits, rank_bits, classes};
 }
 
 }  // namespace

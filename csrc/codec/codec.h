@@ -1,6 +1,6 @@
 // The bit layout of entry blocks: FORMAT.md's "Entry blocks" in code. Host and device share it.
 //
-// A row is some columns (small integers; the first is the number of entries) and its entries, in ascending order of
+// A row is some fields (small integers; the first is the number of entries) and its entries, in ascending order of
 // rank, each a rank and a value. An integer is coded as a symbol, entropy-coded in its context, and raw low bits.
 // Where the values of a row, each plus 1, have a known total, that ends the row, and its first column is not coded.
 #pragma once
@@ -20,9 +20,9 @@ constexpr uint32_t kProbBits = 12;  // frequencies of a context sum to 2^12
 constexpr uint32_t kProbs = 1u << kProbBits;
 constexpr uint32_t kLowest = 1u << 16;  // a coder's state lies in [2^16, 2^32) between symbols
 constexpr uint32_t kEscape = 255;       // this symbol is followed by 8 raw bits: a symbol the model has not seen
-constexpr uint32_t kColumnMantissa = 4, kRankMantissa = 1;  // high bits that are part of the symbol
-constexpr uint32_t kMaxColumns = 8;
-constexpr uint32_t kMaxNumber = 1u << 18, kMaxRank = 1u << 24;  // columns and values, and ranks, are below
+constexpr uint32_t kNumberMantissa = 4, kRankMantissa = 1;  // high bits that are part of the symbol
+constexpr uint32_t kMaxFields = 8;
+constexpr uint32_t kMaxNumber = 1u << 18, kMaxRank = 1u << 24;  // fields and values, and ranks, are below
 constexpr uint32_t kRankClasses = 24, kRestClasses = 12;
 constexpr uint32_t kRankContexts = kRankClasses * kRestClasses, kValueContexts = kRankContexts;
 
@@ -58,7 +58,7 @@ KDFAST_BOTH uint32_t join(uint32_t symbol, uint32_t bits, uint32_t low, uint32_t
 KDFAST_BOTH uint32_t floor_log2(uint32_t range) { return bit_length(range) - 1; }
 KDFAST_BOTH uint32_t short_codes(uint32_t range) { return (2u << floor_log2(range)) - range; }
 
-// Contexts, numbered through: columns, then ranks, then values.
+// Contexts, numbered through: fields, then ranks, then values.
 
 // The octave of a rank, and what stands for it where there is no rank before.
 constexpr uint32_t kFirstEntry = kRankClasses - 1;
@@ -77,15 +77,15 @@ KDFAST_BOTH uint32_t rest_class(uint32_t left) {
 
 // Of a rank: the octave of the rank before it, and how much is left. That is the law of order statistics: the smallest
 // of n draws lies the lower, the larger n is.
-KDFAST_BOTH uint32_t rank_context(uint32_t columns, uint32_t octave_before, uint32_t left) {
-  return columns + octave_before * kRestClasses + rest_class(left);
+KDFAST_BOTH uint32_t rank_context(uint32_t fields, uint32_t octave_before, uint32_t left) {
+  return fields + octave_before * kRestClasses + rest_class(left);
 }
 
 // Of a value: its own rank's octave, and how much is left.
-KDFAST_BOTH uint32_t value_context(uint32_t columns, uint32_t rank_octave, uint32_t left) {
-  return columns + kRankContexts + rank_octave * kRestClasses + rest_class(left);
+KDFAST_BOTH uint32_t value_context(uint32_t fields, uint32_t rank_octave, uint32_t left) {
+  return fields + kRankContexts + rank_octave * kRestClasses + rest_class(left);
 }
 
-KDFAST_BOTH uint32_t contexts(uint32_t columns) { return columns + kRankContexts + kValueContexts; }
+KDFAST_BOTH uint32_t contexts(uint32_t fields) { return fields + kRankContexts + kValueContexts; }
 
 }  // namespace kdfast::codec

@@ -134,8 +134,8 @@ class RawBits {
   // The number that begins with this symbol.
   uint32_t number(uint32_t symbol) {
     if (symbol == kEscape) symbol = take(8);
-    const uint32_t n = low_bits(symbol, kColumnMantissa);
-    return n ? join(symbol, n, take(n), kColumnMantissa) : symbol;
+    const uint32_t n = low_bits(symbol, kNumberMantissa);
+    return n ? join(symbol, n, take(n), kNumberMantissa) : symbol;
   }
 
   bool overrun() const { return at_ > end_; }
@@ -160,18 +160,18 @@ class Group {
   Group(Coders& coders, RawBits& raw, const Model& model, uint32_t max_entries, uint32_t max_rank)
       : coders_(coders),
         raw_(raw),
-        ranks_(&model[model.columns()]),
+        ranks_(&model[model.fields()]),
         values_(ranks_ + kRankContexts),
-        columns_(model.columns()),
+        fields_(model.fields()),
         total_(model.total()),
         max_entries_(max_entries),
         max_rank_(max_rank) {}
 
-  void decode(int32_t* row_columns, uint32_t lanes, Rows& out) {
+  void decode(int32_t* row_fields, uint32_t lanes, DecodedEntries& out) {
     uint32_t active[kLanes], n = 0;
     for (uint32_t lane = 0; lane < lanes; ++lane) {
       rows_[lane] = {};
-      expect(rows_[lane], kFirstEntry, total_ ? total_ : uint32_t(row_columns[lane * columns_]));
+      expect(rows_[lane], kFirstEntry, total_ ? total_ : uint32_t(row_fields[lane * fields_]));
       if (rows_[lane].left) active[n++] = lane;
     }
     for (size_t t = 0; n; ++t) {
@@ -180,7 +180,7 @@ class Group {
       advance_ranks(active, n);
       n = step(entries_.data() + t * kLanes, active, n);
     }
-    append(row_columns, lanes, out);
+    append(row_fields, lanes, out);
   }
 
  private:
@@ -240,13 +240,13 @@ class Group {
     return still;
   }
 
-  void append(int32_t* row_columns, uint32_t lanes, Rows& out) {
+  void append(int32_t* row_fields, uint32_t lanes, DecodedEntries& out) {
     size_t at = out.ranks.size(), total = at;
     for (uint32_t lane = 0; lane < lanes; ++lane) total += rows_[lane].count;
     out.ranks.resize(total);
     out.values.resize(total);
     for (uint32_t lane = 0; lane < lanes; ++lane) {
-      row_columns[lane * columns_] = int32_t(rows_[lane].count);
+      row_fields[lane * fields_] = int32_t(rows_[lane].count);
       const Entry* entry = entries_.data() + lane;
       for (uint32_t t = rows_[lane].count; t > 0; --t, entry += kLanes, ++at) {
         out.ranks[at] = entry->rank;
@@ -258,7 +258,7 @@ class Group {
   Coders& coders_;
   RawBits& raw_;
   const Model::Context *ranks_, *values_;
-  uint32_t columns_, total_, max_entries_, max_rank_;
+  uint32_t fields_, total_, max_entries_, max_rank_;
   Row rows_[kLanes];
   std::vector<Entry> entries_;
 };
@@ -266,21 +266,21 @@ class Group {
 }  // namespace
 
 void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
-                  int32_t max_rank, Rows& out) {
-  const uint32_t columns = model.columns();
+                  int32_t max_rank, DecodedEntries& out) {
+  const uint32_t fields = model.fields();
   Coders coders(data, length, uint32_t(std::min<int64_t>(kLanes, rows)));
   RawBits raw(data + coders.bytes(), length - coders.bytes());
   Group group(coders, raw, model, uint32_t(max_entries), uint32_t(max_rank));
   for (int64_t first = 0; first < rows; first += kLanes) {
     const uint32_t lanes = uint32_t(std::min<int64_t>(kLanes, rows - first));
-    const size_t base = out.columns.size();
-    out.columns.resize(base + lanes * columns);
-    for (uint32_t c = model.total() ? 1 : 0; c < columns; ++c) {
+    const size_t base = out.fields.size();
+    out.fields.resize(base + lanes * fields);
+    for (uint32_t c = model.total() ? 1 : 0; c < fields; ++c) {
       for (uint32_t lane = 0; lane < lanes; ++lane)
-        out.columns[base + lane * columns + c] = int32_t(raw.number(coders.symbol(lane, model[c])));
+        out.fields[base + lane * fields + c] = int32_t(raw.number(coders.symbol(lane, model[c])));
       if (coders.overrun() || raw.overrun()) corrupt("is cut short");
     }
-    group.decode(out.columns.data() + base, lanes, out);
+    group.decode(out.fields.data() + base, lanes, out);
   }
   if (!coders.finished() || !raw.finished()) corrupt("does not end where it should");
 }

@@ -41,49 +41,49 @@ struct Lane {
 
 // Visits every number of some rows in coding order: visit(lane, context, symbol, low, range), where low < range.
 template <typename Visit>
-void visit_group(const RowsView& rows, const int64_t* starts, int64_t first, uint32_t lanes, uint32_t columns,
+void visit_group(const EntriesView& rows, const int64_t* starts, int64_t first, uint32_t lanes, uint32_t fields,
                  uint32_t total, Visit&& visit) {
-  for (uint32_t c = total ? 1 : 0; c < columns; ++c)
+  for (uint32_t c = total ? 1 : 0; c < fields; ++c)
     for (uint32_t lane = 0; lane < lanes; ++lane) {
-      const Split part = split(uint32_t(rows.columns[(first + lane) * columns + c]), kColumnMantissa);
+      const Split part = split(uint32_t(rows.fields[(first + lane) * fields + c]), kNumberMantissa);
       visit(lane, c, part.symbol, part.low, 1u << part.bits);
     }
   Lane state[kLanes];
   uint32_t longest = 0;
   for (uint32_t lane = 0; lane < lanes; ++lane) {
-    const uint32_t entries = uint32_t(rows.columns[(first + lane) * columns]);
+    const uint32_t entries = uint32_t(rows.fields[(first + lane) * fields]);
     state[lane].left = total ? total : entries;
     longest = std::max(longest, entries);
   }
   for (uint32_t t = 0; t < longest; ++t)
     for (uint32_t lane = 0; lane < lanes; ++lane) {
-      if (t >= uint32_t(rows.columns[(first + lane) * columns])) continue;
+      if (t >= uint32_t(rows.fields[(first + lane) * fields])) continue;
       Lane& row = state[lane];
       const uint32_t value = uint32_t(rows.values[starts[lane] + t]);
       const Split rank = split(uint32_t(rows.ranks[starts[lane] + t]), kRankMantissa);
       const uint32_t passed = rank.symbol == row.symbol ? row.next : 0;
-      visit(lane, rank_context(columns, row.before, row.left), rank.symbol, rank.low - passed,
+      visit(lane, rank_context(fields, row.before, row.left), rank.symbol, rank.low - passed,
             (1u << rank.bits) - passed);
       row.before = octave(rank.symbol);
       row.symbol = rank.symbol;
       row.next = rank.low + 1;
-      const Split part = split(value, kColumnMantissa);
-      visit(lane, value_context(columns, row.before, row.left), part.symbol, part.low, 1u << part.bits);
+      const Split part = split(value, kNumberMantissa);
+      visit(lane, value_context(fields, row.before, row.left), part.symbol, part.low, 1u << part.bits);
       row.left -= total ? value + 1 : 1;
     }
 }
 
 template <typename Visit>
-void visit_rows(const RowsView& rows, uint32_t columns, uint32_t total, Visit&& visit) {
+void visit_rows(const EntriesView& rows, uint32_t fields, uint32_t total, Visit&& visit) {
   int64_t entries = 0;
   for (int64_t first = 0; first < rows.rows; first += kLanes) {
     const uint32_t lanes = uint32_t(std::min<int64_t>(kLanes, rows.rows - first));
     int64_t starts[kLanes];
     for (uint32_t lane = 0; lane < lanes; ++lane) {
       starts[lane] = entries;
-      entries += rows.columns[(first + lane) * columns];
+      entries += rows.fields[(first + lane) * fields];
     }
-    visit_group(rows, starts, first, lanes, columns, total, visit);
+    visit_group(rows, starts, first, lanes, fields, total, visit);
   }
 }
 
@@ -113,8 +113,8 @@ std::vector<uint8_t> code_events(const std::vector<Event>& events, uint32_t lane
 
 }  // namespace
 
-Model::Model(uint32_t columns, uint32_t total, const uint16_t* frequencies)
-    : columns_(columns), total_(total), contexts_(contexts(columns)) {
+Model::Model(uint32_t fields, uint32_t total, const uint16_t* frequencies)
+    : fields_(fields), total_(total), contexts_(contexts(fields)) {
   for (Context& context : contexts_) {
     uint32_t start = 0;
     for (uint32_t s = 0; s < 256; ++s, ++frequencies) {
@@ -129,13 +129,13 @@ Model::Model(uint32_t columns, uint32_t total, const uint16_t* frequencies)
   }
 }
 
-void count_symbols(const RowsView& rows, uint32_t columns, uint32_t total, uint32_t* counts) {
-  visit_rows(rows, columns, total, [&](uint32_t, uint32_t context, uint32_t symbol, uint32_t, uint32_t) {
+void count_symbols(const EntriesView& rows, uint32_t fields, uint32_t total, uint32_t* counts) {
+  visit_rows(rows, fields, total, [&](uint32_t, uint32_t context, uint32_t symbol, uint32_t, uint32_t) {
     ++counts[context * 256 + symbol];
   });
 }
 
-std::vector<uint8_t> encode_block(const RowsView& rows, const Model& model) {
+std::vector<uint8_t> encode_block(const EntriesView& rows, const Model& model) {
   std::vector<Event> events;
   BitWriter raw;
   const auto visit = [&](uint32_t lane, uint32_t context, uint32_t symbol, uint32_t low, uint32_t range) {
@@ -149,7 +149,7 @@ std::vector<uint8_t> encode_block(const RowsView& rows, const Model& model) {
     raw.put(over < first_half ? shorts + over : shorts + over - first_half, n);
     raw.put(over >= first_half, 1);
   };
-  visit_rows(rows, model.columns(), model.total(), visit);
+  visit_rows(rows, model.fields(), model.total(), visit);
   std::vector<uint8_t> out = code_events(events, uint32_t(std::min<int64_t>(kLanes, rows.rows)), model);
   const std::vector<uint8_t> bits = raw.finish();
   out.insert(out.end(), bits.begin(), bits.end());

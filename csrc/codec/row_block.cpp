@@ -74,11 +74,11 @@ void put_rank(RowWriter& out, uint32_t rank, const RowLayout& layout) {
   out.put(rank - kClassStart[kind], kind < 3 ? kClassBits[kind] : layout.rank_bits);
 }
 
-struct Field {
+struct BitField {
   uint32_t number, bits;
 };
 
-Field rank_field(uint64_t window, const RowLayout& layout) {
+BitField read_rank(uint64_t window, const RowLayout& layout) {
   if (!layout.classes) return {low(window, layout.rank_bits), layout.rank_bits};
   const uint32_t kind = low(window, 2), bits = kind < 3 ? kClassBits[kind] : layout.rank_bits;
   return {kClassStart[kind] + low(window >> 2, bits), 2 + bits};
@@ -94,16 +94,16 @@ uint32_t load(const uint8_t* in, size_t bytes) {
 
 }  // namespace
 
-std::vector<uint8_t> encode_row_block(const RowsView& rows, const RowLayout& layout) {
-  const size_t columns = layout.column_bits.size();
+std::vector<uint8_t> encode_row_block(const EntriesView& rows, const RowLayout& layout) {
+  const size_t fields = layout.field_bits.size();
   std::vector<uint8_t> bytes;
   std::vector<uint32_t> ends;
   RowWriter out(bytes);
   int64_t entry = 0;
   for (int64_t row = 0; row < rows.rows; ++row) {
-    const int32_t* column = rows.columns + row * int64_t(columns);
-    for (size_t c = 0; c < columns; ++c) out.put(uint32_t(column[c]), layout.column_bits[c]);
-    for (int32_t left = column[0]; left > 0; --left, ++entry) {
+    const int32_t* field = rows.fields + row * int64_t(fields);
+    for (size_t c = 0; c < fields; ++c) out.put(uint32_t(field[c]), layout.field_bits[c]);
+    for (int32_t left = field[0]; left > 0; --left, ++entry) {
       put_rank(out, uint32_t(rows.ranks[entry]), layout);
       out.put(uint32_t(rows.values[entry]), layout.value_bits);
     }
@@ -130,14 +130,14 @@ Span locate_row(const uint8_t* data, int64_t length, int64_t rows, int64_t row) 
 }
 
 void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLayout& layout, int32_t max_entries,
-                int32_t max_rank, Rows& out) {
+                int32_t max_rank, DecodedEntries& out) {
   RowReader in(data, length, readable);
-  const size_t base = out.columns.size();
-  for (uint32_t bits : layout.column_bits) {
-    out.columns.push_back(int32_t(low(in.peek(), bits)));
+  const size_t base = out.fields.size();
+  for (uint32_t bits : layout.field_bits) {
+    out.fields.push_back(int32_t(low(in.peek(), bits)));
     in.skip(bits);
   }
-  const int32_t count = out.columns[base];
+  const int32_t count = out.fields[base];
   if (count > max_entries) bad("has a row with too many entries");
   const size_t at = out.ranks.size();
   out.ranks.resize(at + size_t(count));
@@ -147,7 +147,7 @@ void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLa
   uint32_t lowest = 0;
   for (int32_t i = 0; i < count; ++i) {
     const uint64_t window = in.peek();  // holds both fields: they take at most 2 + 24 + 18 bits
-    const Field rank = rank_field(window, layout);
+    const BitField rank = read_rank(window, layout);
     ranks[i] = int32_t(rank.number);
     values[i] = int32_t(low(window >> rank.bits, layout.value_bits));
     in.skip(rank.bits + layout.value_bits);

@@ -10,7 +10,7 @@ RowResult describe(const Divergence& divergence, const RowTask& row, void* works
                    RowResult (*dense)(const Divergence&, const RowTask&, void*)) {
   RowTask task = unweighted(row);
   RowResult result = dense(divergence, task, workspace);
-  task.ce = task.z = 0;
+  task.ce = task.z_weight = 0;
   const RowResult plain = dense(Divergence(), task, workspace);
   result.entropy = plain.entropy;
   result.top1 = plain.top1;
@@ -20,7 +20,7 @@ RowResult describe(const Divergence& divergence, const RowTask& row, void* works
 RowOutputs run(const DenseArguments& arguments, const Tensor* grad) {
   const Divergence divergence = divergence_of(arguments, arguments.standardize);
   const auto dense = is_double(arguments.student) ? kernels().dense_double : kernels().dense_float;
-  const Rows teachers(arguments.teacher);
+  const StridedRows teachers(arguments.teacher);
   const int64_t shared = std::min(arguments.student.size(2), arguments.teacher.size(2));
   return for_each_row(arguments, grad, [&](int64_t i, RowTask& task, void* workspace) {
     task.teacher = teachers[i];

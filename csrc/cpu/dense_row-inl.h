@@ -32,13 +32,13 @@ class DenseRow : RowSweep<T> {
         divergence_(divergence),
         active_(task.kd != 0),
         tempered_(is_tempered(divergence, task)),
-        background_(task, this->entry_tiles_) {
+        prototype_(task, this->entry_tiles_) {
     t_.columns = task.shared;
     t_.set_tau(task.tau_t);
   }
 
   RowResult run() {
-    if (is_bad() || (active_ && !prepare_background())) return this->fail();
+    if (is_bad() || (active_ && !prepare_prototype())) return this->fail();
     if (active_ && divergence_.standardize) {
       moments_s_ = moments(task_.student);
       moments_t_ = moments(task_.teacher);
@@ -75,10 +75,10 @@ class DenseRow : RowSweep<T> {
   int64_t shared_tiles() const { return tile_count(task_.shared); }
 
   // False where the row's entries or its shape are out of range.
-  bool prepare_background() {
-    if (!background_.exists()) return true;
-    if (background_.is_bad() || !this->entry_tiles_.sort(task_.entries, this->columns(), task_.shared)) return false;
-    background_scale_ = background_.scale_of_row(tile_t_);
+  bool prepare_prototype() {
+    if (!prototype_.exists()) return true;
+    if (prototype_.is_bad() || !this->entry_tiles_.sort(task_.entries, this->columns(), task_.shared)) return false;
+    prototype_scale_ = prototype_.scale_of_row(tile_t_);
     return true;
   }
 
@@ -126,8 +126,8 @@ class DenseRow : RowSweep<T> {
   const T* teacher_for_kd(int64_t k) {
     if (k == staged_t_) return tile_t_;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
-    if (background_.exists())
-      background_.log_tile(k, background_scale_, tile_t_);
+    if (prototype_.exists())
+      prototype_.log_tile(k, prototype_scale_, tile_t_);
     else
       load(task_.teacher, k * kTile, count, tile_t_);
     staged_t_ = k;
@@ -151,11 +151,11 @@ class DenseRow : RowSweep<T> {
     for (int64_t k = 0; k < tile_count(this->columns()); ++k) {
       this->sweep_truth(k);
       if (tempered_ && k * kTile < task_.shared) {
-        if (background_.exists() && !is_forward())
-          sweep_with_background(k);
+        if (prototype_.exists() && !is_forward())
+          sweep_with_prototype(k);
         else
           sweep_both(k);
-      } else if (!tempered_ && this->at_one_ == AtOne::kShared) {
+      } else if (!tempered_ && this->unit_tau_ == UnitTau::kShared) {
         const int count = this->tile_size(k);
         this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, SweepMode(), count, x, x); });
       } else {
@@ -166,9 +166,9 @@ class DenseRow : RowSweep<T> {
   }
 
   // The teacher's probabilities are there already: they stand for exponentials whose origin is 0.
-  void sweep_with_background(int64_t k) {
+  void sweep_with_prototype(int64_t k) {
     SweepMode mode;
-    mode.square = this->at_one_ == AtOne::kSquared;
+    mode.square = this->unit_tau_ == UnitTau::kSquared;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
     if (count == this->tile_size(k)) {
       this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, x); });
@@ -176,7 +176,7 @@ class DenseRow : RowSweep<T> {
       const T* x = student_for_kd(k);
       this->sweep_tile(k, s_, mode, count, x, x);
     }
-    t_.sum[k] = background_.probability_tile(k, background_scale_, t_.e + k * kTile);
+    t_.sum[k] = prototype_.probability_tile(k, prototype_scale_, t_.e + k * kTile);
     t_.offset[k] = 0;
     zero_beyond(k, count);
   }
@@ -184,10 +184,10 @@ class DenseRow : RowSweep<T> {
   void sweep_both(int64_t k) {
     SweepMode mode;
     mode.teacher = true;
-    mode.square = this->at_one_ == AtOne::kSquared;
+    mode.square = this->unit_tau_ == UnitTau::kSquared;
     if (is_forward()) mode.cross = divergence_.kind == Kind::kSoftCe ? Cross::kCe : Cross::kKl;
     const int count = Base::clamp_tile(task_.shared - k * kTile);
-    const bool direct = !changes_logits() && !background_.exists() && task_.student.dtype == task_.teacher.dtype &&
+    const bool direct = !changes_logits() && !prototype_.exists() && task_.student.dtype == task_.teacher.dtype &&
                         Base::is_readable(task_.student.dtype);
     if (!direct) {
       const T *x = student_for_kd(k), *y = teacher_for_kd(k);
@@ -206,9 +206,9 @@ class DenseRow : RowSweep<T> {
 
   double value() {
     if (divergence_.kind == Kind::kLogitMse) return logit_mse();
-    if (s_.z != s_.z || t_.z != t_.z) return __builtin_nan("");
+    if (s_.sum_exp != s_.sum_exp || t_.sum_exp != t_.sum_exp) return __builtin_nan("");
     if (divergence_.kind == Kind::kDkd) return dkd();
-    dead_ = s_.z == 0 || t_.z == 0;
+    dead_ = s_.sum_exp == 0 || t_.sum_exp == 0;
     if (dead_) return 0;
     return is_forward() ? forward_value() : elements();
   }
@@ -250,13 +250,14 @@ class DenseRow : RowSweep<T> {
   }
 
   double dkd() {
-    rest_is_dead_ = s_.z == 0 || t_.z == 0;
-    const double target_s = target_logit(load_one(task_.student, task_.label), moments_s_) * s_.scale();
-    const double target_t = target_logit(teacher_target(), moments_t_) * t_.scale();
-    dead_ = (s_.z == 0 && target_s == -Real<double>::kInf) || (t_.z == 0 && target_t == -Real<double>::kInf);
+    rest_is_dead_ = s_.sum_exp == 0 || t_.sum_exp == 0;
+    const double target_s = target_logit(load_one(task_.student, task_.label), moments_s_) * s_.inverse_tau();
+    const double target_t = target_logit(teacher_target(), moments_t_) * t_.inverse_tau();
+    dead_ =
+        (s_.sum_exp == 0 && target_s == -Real<double>::kInf) || (t_.sum_exp == 0 && target_t == -Real<double>::kInf);
     if (dead_) return 0;
-    const double odds_s = s_.z == 0 ? Real<double>::kInf : target_s - s_.lse();
-    const double odds_t = t_.z == 0 ? Real<double>::kInf : target_t - t_.lse();
+    const double odds_s = s_.sum_exp == 0 ? Real<double>::kInf : target_s - s_.lse();
+    const double odds_t = t_.sum_exp == 0 ? Real<double>::kInf : target_t - t_.lse();
     target_gap_ = sigmoid(odds_s) - sigmoid(odds_t);
     const double tckd = binary_kl_term(odds_t, odds_s) + binary_kl_term(-odds_t, -odds_s);
     return divergence_.a * tckd + (rest_is_dead_ ? 0 : divergence_.b * forward_value());
@@ -264,9 +265,9 @@ class DenseRow : RowSweep<T> {
 
   // As the teacher has it, before the target is taken out.
   double teacher_target() {
-    if (!background_.exists()) return load_one(task_.teacher, task_.label);
+    if (!prototype_.exists()) return load_one(task_.teacher, task_.label);
     staged_t_ = -1;
-    background_.log_tile(task_.label / kTile, background_scale_, tile_t_);
+    prototype_.log_tile(task_.label / kTile, prototype_scale_, tile_t_);
     return tile_t_[task_.label % kTile];
   }
 
@@ -331,7 +332,7 @@ class DenseRow : RowSweep<T> {
     if (!active_ || dead_ || k >= shared_tiles()) return {};
     const T* h = t_.e + k * kTile;
     if (divergence_.kind == Kind::kLogitMse) return {0, task_.kd * mse_slope_, h};
-    const double kd = task_.kd * divergence_.scale * s_.scale();
+    const double kd = task_.kd * divergence_.scale * s_.inverse_tau();
     if (divergence_.kind == Kind::kDkd) {
       const double rest = rest_is_dead_ ? 0 : kd * divergence_.b;
       return {(rest - kd * divergence_.a * target_gap_) * s_.factor[k], -rest * t_.factor[k], h};
@@ -359,25 +360,28 @@ class DenseRow : RowSweep<T> {
       for (int i = 0; i < Base::padded(Base::clamp_tile(task_.shared - k * kTile)); i += V::kLanes)
         (V::load(e_s + i) * a + V::load(g + i) * b).store(g + i);
     }
-    if (divergence_.kind == Kind::kDkd) t_.e[task_.label] += T(task_.kd * s_.scale() * divergence_.a * target_gap_);
+    if (divergence_.kind == Kind::kDkd)
+      t_.e[task_.label] += T(task_.kd * s_.inverse_tau() * divergence_.a * target_gap_);
   }
 
-  // Through z = (x - mean) / std: dx = (g - mean(g) - z mean(g z)) / std. Leaves it in the teacher's place.
+  // Through zscore = (x - mean) / std: dx = (g - mean(g) - zscore mean(g zscore)) / std. Leaves it in the teacher's
+  // place.
   void unstandardize() {
     double sum = 0, dot = 0;
     for (int64_t k = 0; k < shared_tiles(); ++k)
-      each_z(k, t_.e + k * kTile, [&](double z, T& value) {
+      each_zscore(k, t_.e + k * kTile, [&](double zscore, T& value) {
         sum += value;
-        dot += z * value;
+        dot += zscore * value;
       });
     const Moments& m = moments_s_;
     for (int64_t k = 0; k < shared_tiles(); ++k)
-      each_z(k, t_.e + k * kTile,
-             [&](double z, T& value) { value = T((value - sum / m.count - z * dot / m.count) * m.inverse_std); });
+      each_zscore(k, t_.e + k * kTile, [&](double zscore, T& value) {
+        value = T((value - sum / m.count - zscore * dot / m.count) * m.inverse_std);
+      });
   }
 
   template <typename F>
-  void each_z(int64_t k, T* g, F visit) {
+  void each_zscore(int64_t k, T* g, F visit) {
     const T* x = this->student_tile(k);
     const Moments& m = moments_s_;
     for (int i = 0; i < Base::clamp_tile(task_.shared - k * kTile); ++i) {
@@ -391,14 +395,14 @@ class DenseRow : RowSweep<T> {
   // ---- parts ------------------------------------------------------------------------------------------------------
 
   void describe(RowResult& result) {
-    if (tempered_ && s_.z != 0) result.entropy = this->entropy();
+    if (tempered_ && s_.sum_exp != 0) result.entropy = this->entropy();
     result.top1 = this->argmax(task_.student) == this->argmax(task_.teacher);
   }
 
   const Divergence& divergence_;
   const bool active_, tempered_;
-  const Background<T> background_;
-  double background_scale_ = 0;
+  const TailPrototype<T> prototype_;
+  double prototype_scale_ = 0;
   Moments moments_s_, moments_t_;
   int64_t staged_t_ = -1;
   bool dead_ = false, rest_is_dead_ = false;

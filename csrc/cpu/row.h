@@ -25,9 +25,9 @@ struct Entries {
   int64_t count = 0;
   double tail = 0;                // log-mass; -inf: none
   bool subtract_entropy = false;  // forward KL rather than soft cross-entropy
-  bool background = false;        // the rest is spread like `shape`, not one more class
-  Source shape;                   // over the teacher's columns; data == nullptr: an index out of the table
-  double shape_entropy = 0;       // sum r log r of the shape's shared columns; read for forward KL
+  bool has_prototype = false;     // the rest is spread like `shape`, not one more class
+  Source prototype;               // over the teacher's columns; data == nullptr: an index out of the table
+  double prototype_entropy = 0;   // sum r log r of the shape's shared columns; read for forward KL
 };
 
 struct RowTask {
@@ -39,7 +39,7 @@ struct RowTask {
   int64_t shared = 0;    // columns both sides have: min(V_s, V_t)
   void* grad = nullptr;  // student's dtype; may be the student's own memory; nullptr: not wanted
   double tau_s = 1, tau_t = 1;
-  double kd = 0, ce = 0, z = 0;  // coefficients; 0 takes the term out
+  double kd = 0, ce = 0, z_weight = 0;  // coefficients; 0 takes the term out
   double smoothing = 0;
   bool stream = false;      // write the gradient past the caches
   bool want_parts = false;  // entropy and top-1 agreement too
@@ -85,8 +85,8 @@ struct Kernels {
   RowResult (*sparse_double)(const RowTask&, void* workspace);
   // Its workspace holds two doubles for each chunk.
   Selection (*select)(const SelectTask&, void* workspace);
-  double (*shape_entropy_float)(const Source& shape, int64_t shared);
-  double (*shape_entropy_double)(const Source& shape, int64_t shared);
+  double (*prototype_entropy_float)(const Source& prototype, int64_t shared);
+  double (*prototype_entropy_double)(const Source& prototype, int64_t shared);
   void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
   int64_t (*workspace_bytes)(int64_t columns);
   void (*fence)();  // after a thread's streaming writes

@@ -20,7 +20,7 @@ namespace kdfast {
 namespace KDFAST_TARGET {
 
 // Where the student's softmax at temperature 1 comes from.
-enum class AtOne {
+enum class UnitTau {
   kUnused,    // neither CE nor z-loss
   kShared,    // the tempered exponentials are it: tau = 1
   kSquared,   // their squares are: tau = 2
@@ -37,13 +37,13 @@ class RowSweep {
     // Without a tempered softmax the student's exponentials are those at temperature 1.
     s_.columns = tempered ? task.shared : columns();
     s_.set_tau(tempered ? task.tau_s : 1);
-    one_.columns = columns();
-    const bool truth = task.ce != 0 || task.z != 0;
+    unit_.columns = columns();
+    const bool truth = task.ce != 0 || task.z_weight != 0;
     const bool share = may_share && s_.columns == columns();
-    at_one_ = !truth                              ? AtOne::kUnused
-              : share && s_.bits == T(kLog2E)     ? AtOne::kShared
-              : share && s_.bits == T(kLog2E) / 2 ? AtOne::kSquared
-                                                  : AtOne::kSeparate;
+    unit_tau_ = !truth                                    ? UnitTau::kUnused
+                : share && s_.scale_log2 == T(kLog2E)     ? UnitTau::kShared
+                : share && s_.scale_log2 == T(kLog2E) / 2 ? UnitTau::kSquared
+                                                          : UnitTau::kSeparate;
   }
 
   int64_t columns() const { return task_.student.size; }
@@ -89,19 +89,19 @@ class RowSweep {
   void sweep_tile(int64_t k, Exponentials<T>& side, SweepMode mode, int count, const From* x, const From* y) {
     const int probe = count < V::kLanes ? count : V::kLanes;
     T *e_s = side.e + k * kTile, *e_t = t_.e + k * kTile;
-    Base2<T> s = base2<T>(side.bits, x, probe), t;
-    if (mode.teacher) t = base2<T>(t_.bits, y, probe);
+    Base2<T> s = base2<T>(side.scale_log2, x, probe), t;
+    if (mode.teacher) t = base2<T>(t_.scale_log2, y, probe);
     TileSums<T> sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
     if (!is_finite(sums.logits + sums.cross) || !(sums.student + sums.teacher + sums.square < kLargestSum)) {
       // -inf somewhere, or an origin far below: the same again from the true maxima, with selections.
       mode.careful = true;
-      s = base2<T>(side.bits, x, count);
-      if (mode.teacher) t = base2<T>(t_.bits, y, count);
+      s = base2<T>(side.scale_log2, x, count);
+      if (mode.teacher) t = base2<T>(t_.scale_log2, y, count);
       sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
       masked_[k] = true;
     }
     record(side, k, sums.student, s.offset());
-    if (mode.square) record(one_, k, sums.square, 2 * s.offset());
+    if (mode.square) record(unit_, k, sums.square, 2 * s.offset());
     if (mode.teacher) record(t_, k, sums.teacher, t.offset());
     cross_[k] = sums.cross;
   }
@@ -117,7 +117,8 @@ class RowSweep {
   // What the ground truth needs of tile k, from logits that nothing has been taken out of.
   void sweep_truth(int64_t k) {
     const int count = tile_size(k);
-    if (at_one_ == AtOne::kSeparate) with_student(k, [&](auto* x) { sweep_tile(k, one_, SweepMode(), count, x, x); });
+    if (unit_tau_ == UnitTau::kSeparate)
+      with_student(k, [&](auto* x) { sweep_tile(k, unit_, SweepMode(), count, x, x); });
     if (task_.ce == 0) return;
     if (task_.smoothing != 0) sum_finite(student_tile(k), count);
     if (task_.label_probs.data) sum_label_probs(k, student_tile(k), count);
@@ -137,11 +138,11 @@ class RowSweep {
   static bool is_readable(Dtype dtype) { return (dtype == Dtype::kDouble) == (sizeof(T) == 8); }
 
   // The student's softmax at temperature 1.
-  const Exponentials<T>& at_one() const { return at_one_ == AtOne::kShared ? s_ : one_; }
+  const Exponentials<T>& unit_softmax() const { return unit_tau_ == UnitTau::kShared ? s_ : unit_; }
 
   void finish_softmax() {
     s_.finish();
-    if (at_one_ == AtOne::kSquared || at_one_ == AtOne::kSeparate) one_.finish();
+    if (unit_tau_ == UnitTau::kSquared || unit_tau_ == UnitTau::kSeparate) unit_.finish();
   }
 
   // ---- ground truth -----------------------------------------------------------------------------------------------
@@ -169,17 +170,17 @@ class RowSweep {
 
   // The temperature-1 softmax is complete: its log-sum-exp, and cross-entropy with smoothing.
   double finish_truth() {
-    if (at_one_ == AtOne::kUnused) return 0;
-    lse_ = at_one().lse();
-    alive_ = at_one().z != 0;
+    if (unit_tau_ == UnitTau::kUnused) return 0;
+    lse_ = unit_softmax().lse();
+    alive_ = unit_softmax().sum_exp != 0;
     if (!alive_ || task_.ce == 0) return 0;
     // 1, as the exponentials rounded it.
-    const double unit = at_one().scale();
+    const double unit = unit_softmax().inverse_tau();
     double hard = 0;
     if (task_.label_probs.data) {
       hard = label_mass_ * lse_ - label_dot_ * unit;
     } else {
-      hard = -at_one().log_probability(load_one(task_.student, task_.label));
+      hard = -unit_softmax().log_probability(load_one(task_.student, task_.label));
       label_mass_ = 1;
     }
     if (task_.smoothing == 0) return hard;
@@ -188,7 +189,7 @@ class RowSweep {
            task_.smoothing * (lse_ - finite_sum_ * unit / finite_count_);
   }
 
-  double z_loss() const { return at_one_ != AtOne::kUnused && alive_ ? task_.z * lse_ * lse_ : 0; }
+  double z_loss() const { return unit_tau_ != UnitTau::kUnused && alive_ ? task_.z_weight * lse_ * lse_ : 0; }
 
   bool bad_label() const {
     return task_.ce != 0 && !task_.label_probs.data && !(task_.label >= 0 && task_.label < columns());
@@ -196,9 +197,9 @@ class RowSweep {
 
   // d(loss) / d(logit) = ce_slope * q1 - smoothing share - labels.
   double truth_slope() const {
-    if (at_one_ == AtOne::kUnused || !alive_) return 0;
+    if (unit_tau_ == UnitTau::kUnused || !alive_) return 0;
     const double mass = (1 - task_.smoothing) * label_mass_ + task_.smoothing;
-    return (task_.ce != 0 ? task_.ce * mass : 0) + 2 * task_.z * lse_;
+    return (task_.ce != 0 ? task_.ce * mass : 0) + 2 * task_.z_weight * lse_;
   }
 
   double smoothing_share() const {
@@ -257,32 +258,32 @@ class RowSweep {
   // Columns [begin, end) of tile k, whole vectors.
   template <typename To>
   void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out, bool stream = false) {
-    if (at_one_ == AtOne::kSquared) return combine<AtOne::kSquared>(k, slopes, begin, end, out, stream);
-    if (at_one_ == AtOne::kSeparate) return combine<AtOne::kSeparate>(k, slopes, begin, end, out, stream);
-    combine<AtOne::kUnused>(k, slopes, begin, end, out, stream);
+    if (unit_tau_ == UnitTau::kSquared) return combine<UnitTau::kSquared>(k, slopes, begin, end, out, stream);
+    if (unit_tau_ == UnitTau::kSeparate) return combine<UnitTau::kSeparate>(k, slopes, begin, end, out, stream);
+    combine<UnitTau::kUnused>(k, slopes, begin, end, out, stream);
   }
 
-  template <AtOne kAtOne, typename To>
+  template <UnitTau kUnitTau, typename To>
   void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out, bool stream) {
     if (stream)
-      combine<kAtOne, true>(k, slopes, begin, end, out);
+      combine<kUnitTau, true>(k, slopes, begin, end, out);
     else
-      combine<kAtOne, false>(k, slopes, begin, end, out);
+      combine<kUnitTau, false>(k, slopes, begin, end, out);
   }
 
-  template <AtOne kAtOne, bool kStream, typename To>
+  template <UnitTau kUnitTau, bool kStream, typename To>
   void combine(int64_t k, const Slopes& slopes, int begin, int end, To* out) {
     const double truth = truth_slope();
-    const double student = slopes.student + (at_one_ == AtOne::kShared ? truth * s_.factor[k] : 0);
-    const double one = kAtOne == AtOne::kUnused ? 0 : truth * one_.factor[k];
-    const V a((T(student))), b((T(slopes.h))), c((T(one))), d((T(-smoothing_share())));
-    const T *e = s_.e + k * kTile, *e_one = one_.e + k * kTile, *h = slopes.h_tile;
+    const double student = slopes.student + (unit_tau_ == UnitTau::kShared ? truth * s_.factor[k] : 0);
+    const double unit = kUnitTau == UnitTau::kUnused ? 0 : truth * unit_.factor[k];
+    const V a((T(student))), b((T(slopes.h))), c((T(unit))), d((T(-smoothing_share())));
+    const T *e = s_.e + k * kTile, *e_unit = unit_.e + k * kTile, *h = slopes.h_tile;
     for (int i = begin; i < end; i += V::kLanes) {
       const V e_s = V::load(e + i);
       V y = e_s * a + d;
       if (h) y = V::load(h + i) * b + y;
-      if (kAtOne == AtOne::kSquared) y = e_s * e_s * c + y;
-      if (kAtOne == AtOne::kSeparate) y = V::load(e_one + i) * c + y;
+      if (kUnitTau == UnitTau::kSquared) y = e_s * e_s * c + y;
+      if (kUnitTau == UnitTau::kSeparate) y = V::load(e_unit + i) * c + y;
       if constexpr (kStream)
         stream_vector(y, out + (i - begin));
       else
@@ -357,13 +358,13 @@ class RowSweep {
   // The first largest of a row's shared columns.
   int64_t argmax(const Source& row) {
     int64_t best = 0;
-    T top = -Real<T>::kInf;
+    T largest = -Real<T>::kInf;
     for (int64_t k = 0; k < tile_count(task_.shared); ++k) {
       const int count = clamp_tile(task_.shared - k * kTile);
       load(row, k * kTile, count, tile_g_);
       for (int i = 0; i < count; ++i)
-        if (tile_g_[i] > top) {
-          top = tile_g_[i];
+        if (tile_g_[i] > largest) {
+          largest = tile_g_[i];
           best = k * kTile + i;
         }
     }
@@ -371,9 +372,9 @@ class RowSweep {
   }
 
   const RowTask& task_;
-  Exponentials<T> s_, t_, one_;
+  Exponentials<T> s_, t_, unit_;
   EntryTiles entry_tiles_;
-  AtOne at_one_ = AtOne::kUnused;
+  UnitTau unit_tau_ = UnitTau::kUnused;
   double* cross_ = nullptr;  // (tiles,) see Cross
   bool* masked_ = nullptr;   // (tiles,) the student's tile may hold a -inf
   T *tile_s_ = nullptr, *tile_t_ = nullptr, *tile_g_ = nullptr, *tile_y_ = nullptr;
@@ -385,7 +386,7 @@ class RowSweep {
   void carve(void* workspace) {
     const int64_t tiles = tile_count(columns());
     T* row = (T*)workspace;
-    Exponentials<T>* const sides[] = {&s_, &t_, &one_};
+    Exponentials<T>* const sides[] = {&s_, &t_, &unit_};
     for (Exponentials<T>* side : sides) {
       side->e = row;
       row += tiles * kTile;

@@ -45,9 +45,9 @@ inline Dtype dtype_of(const Tensor& x) {
 }
 
 // A (outer, inner, columns) tensor as outer * inner rows of unit stride.
-class Rows {
+class StridedRows {
  public:
-  explicit Rows(const Tensor& x)
+  explicit StridedRows(const Tensor& x)
       : data_(static_cast<char*>(x.data_ptr())),
         dtype_(dtype_of(x)),
         bytes_(int64_t(x.element_size())),
@@ -93,8 +93,8 @@ struct RowOutputs {
 
 inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
 
-// Rows of gradients above it would push each other out of the caches before anybody reads them, and their fresh pages
-// cost more than their arithmetic.
+// StridedRows of gradients above it would push each other out of the caches before anybody reads them, and their fresh
+// pages cost more than their arithmetic.
 constexpr int64_t kLargeBytes = 8 << 20;
 
 inline Tensor new_gradient(const Tensor& student) {
@@ -155,9 +155,10 @@ RowOutputs for_each_row(const Arguments& arguments, const Tensor* grad, F row) {
   const int64_t element_size = int64_t(student.element_size());
   const Tensor& coef = arguments.coef;
   STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == 5 && coef.size(1) == count, "coef must be (5, rows)");
-  const Rows students(student);
-  const std::optional<Rows> probs = arguments.label_probs ? std::optional<Rows>(*arguments.label_probs) : std::nullopt;
-  const std::optional<Rows> grads = grad ? std::optional<Rows>(*grad) : std::nullopt;
+  const StridedRows students(student);
+  const std::optional<StridedRows> probs =
+      arguments.label_probs ? std::optional<StridedRows>(*arguments.label_probs) : std::nullopt;
+  const std::optional<StridedRows> grads = grad ? std::optional<StridedRows>(*grad) : std::nullopt;
   const Numbers numbers(coef);
   const int64_t* labels = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, count) : nullptr;
   RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
@@ -178,9 +179,9 @@ RowOutputs for_each_row(const Arguments& arguments, const Tensor* grad, F row) {
       task.tau_t = numbers[count + i];
       task.kd = numbers[2 * count + i];
       task.ce = numbers[3 * count + i];
-      task.z = numbers[4 * count + i];
+      task.z_weight = numbers[4 * count + i];
       task.want_parts = arguments.want_parts;
-      const bool counts = task.kd != 0 || task.ce != 0 || task.z != 0;
+      const bool counts = task.kd != 0 || task.ce != 0 || task.z_weight != 0;
       const RowResult result = counts ? row(i, task, workspace) : RowResult();
       if (!counts) clear_row(task, element_size);
       loss.set(i, result.loss);

@@ -35,61 +35,61 @@ struct Exponentials {
   double* sum = nullptr;     // (tiles,)
   double* factor = nullptr;  // (tiles,)
   int64_t columns = 0;
-  T bits = T(kLog2E);                       // log2(e) / tau
-  double top = -Real<double>::kInf, z = 0;  // over the row; z is 0 exactly where every column is -inf
-  double log_z = 0;
+  T scale_log2 = T(kLog2E);                           // log2(e) / tau
+  double row_max = -Real<double>::kInf, sum_exp = 0;  // over the row; sum_exp is 0 exactly where every column is -inf
+  double log_sum = 0;
 
-  void set_tau(double tau) { bits = T(kLog2E / tau); }
+  void set_tau(double tau) { scale_log2 = T(kLog2E / tau); }
   // 1 / tau, with the rounding that the exponentials saw.
-  double scale() const { return double(bits) * kLn2; }
+  double inverse_tau() const { return double(scale_log2) * kLn2; }
 
-  // Sums of tiles to a sum of the row. A NaN or +inf anywhere makes z NaN.
+  // Sums of tiles to a sum of the row. A NaN or +inf anywhere makes sum_exp NaN.
   void finish() {
     const int64_t tiles = tile_count(columns);
-    for (int64_t k = 0; k < tiles; ++k) top = offset[k] > top ? offset[k] : top;
-    for (int64_t k = 0; k < tiles; ++k) z += sum[k] * relative(k);
-    if (!is_finite(z)) z = __builtin_nan("");
+    for (int64_t k = 0; k < tiles; ++k) row_max = offset[k] > row_max ? offset[k] : row_max;
+    for (int64_t k = 0; k < tiles; ++k) sum_exp += sum[k] * relative(k);
+    if (!is_finite(sum_exp)) sum_exp = __builtin_nan("");
     normalize();
   }
   // Adds a column that no tile holds; normalize() when all are in.
   void include(double x) {
     if (x == -Real<double>::kInf) return;
-    const double u = x * bits, raised = u > top ? u : top;
-    if (z != 0) z *= ::exp2(top - raised);
-    z += ::exp2(u - raised);
-    top = raised;
+    const double u = x * scale_log2, raised = u > row_max ? u : row_max;
+    if (sum_exp != 0) sum_exp *= ::exp2(row_max - raised);
+    sum_exp += ::exp2(u - raised);
+    row_max = raised;
   }
   void normalize() {
-    log_z = ::log(z);
-    for (int64_t k = 0; k < tile_count(columns); ++k) factor[k] = z == 0 ? 0 : relative(k) / z;
+    log_sum = ::log(sum_exp);
+    for (int64_t k = 0; k < tile_count(columns); ++k) factor[k] = sum_exp == 0 ? 0 : relative(k) / sum_exp;
   }
   // A tile without a finite column has sum 0, or NaN, and no offset to be relative to.
   double relative(int64_t k) const {
-    return offset[k] == top || offset[k] == -Real<double>::kInf ? 1 : ::exp2(offset[k] - top);
+    return offset[k] == row_max || offset[k] == -Real<double>::kInf ? 1 : ::exp2(offset[k] - row_max);
   }
 
   // In nats.
-  double lse() const { return top * kLn2 + log_z; }
+  double lse() const { return row_max * kLn2 + log_sum; }
   // Of a logit. The products are exact for float, so that nothing cancels however large the logits are.
-  double log_probability(double x) const { return (x * double(bits) - top) * kLn2 - log_z; }
+  double log_probability(double x) const { return (x * double(scale_log2) - row_max) * kLn2 - log_sum; }
   // log of a tile's probability per unit of its exponential.
-  double log_factor(int64_t k) const { return (offset[k] - top) * kLn2 - log_z; }
+  double log_factor(int64_t k) const { return (offset[k] - row_max) * kLn2 - log_sum; }
   T probability(int64_t column) const { return e[column] * T(factor[column / kTile]); }
 };
 
 // (x - origin) log2(e) / tau. Subtracting first loses nothing that matters, however large the logits are.
 template <typename T>
 struct Base2 {
-  T bits = 0, origin = 0;
-  KD_INLINE Vec<T> operator()(Vec<T> x) const { return (x - Vec<T>(origin)) * Vec<T>(bits); }
-  double offset() const { return double(origin) * double(bits); }
+  T scale_log2 = 0, origin = 0;
+  KD_INLINE Vec<T> operator()(Vec<T> x) const { return (x - Vec<T>(origin)) * Vec<T>(scale_log2); }
+  double offset() const { return double(origin) * double(scale_log2); }
 };
 
 // Any origin does, as long as log_factor() is taken from the same one.
 template <typename T>
 Base2<T> origin_of(const Exponentials<T>& side, int64_t k) {
   const double offset = side.offset[k];
-  return {side.bits, is_finite(offset) ? T(offset / double(side.bits)) : T(0)};
+  return {side.scale_log2, is_finite(offset) ? T(offset / double(side.scale_log2)) : T(0)};
 }
 
 template <typename T>
@@ -233,25 +233,25 @@ TileSums<T> exponentiate(SweepMode mode, int count, const From* x, const From* y
 template <typename T, typename From>
 T maximum(const From* x, int count) {
   using V = Vec<T>;
-  T top = -Real<T>::kInf;
+  T largest = -Real<T>::kInf;
   int i = 0;
   if (count >= V::kLanes) {
-    V tops(top);
-    for (; i + V::kLanes <= count; i += V::kLanes) tops = max(load_vector<T>(x + i), tops);
-    top = reduce_max(tops);
+    V lanes(largest);
+    for (; i + V::kLanes <= count; i += V::kLanes) lanes = max(load_vector<T>(x + i), lanes);
+    largest = reduce_max(lanes);
   }
   for (; i < count; ++i) {
     const T value = T(to_real(x[i]));
-    top = value > top ? value : top;
+    largest = value > largest ? value : largest;
   }
-  return top;
+  return largest;
 }
 
 // With the origin at the largest of the first `count` logits; 0 where there is none to be near to.
 template <typename T, typename From>
-Base2<T> base2(T bits, const From* x, int count) {
-  const T top = maximum<T>(x, count);
-  return {bits, is_finite(top) ? top : T(0)};
+Base2<T> base2(T scale_log2, const From* x, int count) {
+  const T largest = maximum<T>(x, count);
+  return {scale_log2, is_finite(largest) ? largest : T(0)};
 }
 
 }  // namespace KDFAST_TARGET

@@ -7,10 +7,10 @@
 namespace kdfast {
 namespace {
 
-// The tails' shapes, where they have any.
-class Shapes {
+// The tails' prototypes, where they have any.
+class Prototypes {
  public:
-  Shapes(const SparseArguments& arguments, const Divergence& divergence, int64_t rows) {
+  Prototypes(const SparseArguments& arguments, const Divergence& divergence, int64_t rows) {
     STD_TORCH_CHECK(arguments.prototype_ids.has_value() == arguments.prototypes.has_value(),
                     "prototype_ids and prototypes belong together");
     STD_TORCH_CHECK(arguments.prototypes || is_forward(divergence.kind),
@@ -40,7 +40,7 @@ class Shapes {
 
   // Once for each shape that some row names: a row's own would cost it a logarithm per column.
   void find_entropies(int64_t rows, int64_t shared, bool wide) {
-    const auto entropy = wide ? kernels().shape_entropy_double : kernels().shape_entropy_float;
+    const auto entropy = wide ? kernels().prototype_entropy_double : kernels().prototype_entropy_float;
     entropies_.resize(size_t(count_));
     std::vector<bool> is_named(static_cast<size_t>(count_));
     std::vector<int64_t> named;
@@ -95,15 +95,15 @@ RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
   for (int64_t i = 0; i < rows; ++i)
     STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] <= offsets[i + 1] && offsets[i + 1] <= entries,
                     "offsets must not decrease or leave the entries");
-  const Shapes shapes(arguments, divergence, rows);
+  const Prototypes prototypes(arguments, divergence, rows);
   const std::optional<Numbers> tails = arguments.tail ? std::optional<Numbers>(*arguments.tail) : std::nullopt;
   const int64_t shared = std::min(student.size(2), arguments.vocab);
   const bool subtract_entropy = divergence.kind == Kind::kForwardKl;
   return for_each_row(arguments, grad, [&](int64_t i, RowTask& task, void* workspace) {
     const int64_t begin = offsets[i], end = offsets[i + 1];
     const double tail = tails ? (*tails)[i] : -std::numeric_limits<double>::infinity();
-    task.entries = {ids + begin,      weights + begin, end - begin,  tail,
-                    subtract_entropy, shapes.exist(),  shapes.of(i), shapes.entropy(i)};
+    task.entries = {ids + begin,      weights + begin,    end - begin,      tail,
+                    subtract_entropy, prototypes.exist(), prototypes.of(i), prototypes.entropy(i)};
     task.shared = shared;
     task.tau_t = 1;  // the labels hold at the teacher's temperature as they are
     return run_row(divergence, task, workspace, forward, other);

@@ -26,7 +26,7 @@ template <typename T>
 class SparseRow : RowSweep<T> {
   using Base = RowSweep<T>;
   using V = Vec<T>;
-  using Base::s_, Base::t_, Base::one_, Base::task_, Base::tile_t_;
+  using Base::s_, Base::t_, Base::unit_, Base::task_, Base::tile_t_;
 
  public:
   SparseRow(const RowTask& task, void* workspace)
@@ -34,10 +34,10 @@ class SparseRow : RowSweep<T> {
         active_(task.kd != 0),
         entries_(task.entries),
         tiles_(this->entry_tiles_),
-        background_(task, tiles_) {
+        prototype_(task, tiles_) {
     // The teacher's side of the workspace is free.
     tail_factor_ = t_.factor;
-    background_mass_ = t_.sum;
+    prototype_mass_ = t_.sum;
   }
 
   RowResult run() {
@@ -57,7 +57,7 @@ class SparseRow : RowSweep<T> {
   bool is_bad() const { return this->bad_label() || (active_ && !(task_.tau_s > 0 && 1 / task_.tau_s > 0)); }
 
   // False where the entries or the shape of the rest are out of range.
-  bool sort_entries() { return !background_.is_bad() && tiles_.sort(entries_, this->columns(), task_.shared); }
+  bool sort_entries() { return !prototype_.is_bad() && tiles_.sort(entries_, this->columns(), task_.shared); }
 
   double logit(int64_t entry) const { return load_one(task_.student, entries_.id[entry]); }
 
@@ -65,10 +65,10 @@ class SparseRow : RowSweep<T> {
 
   void sweep(int64_t k) {
     this->sweep_truth(k);
-    if (this->at_one_ == AtOne::kUnused && !active_) return;
+    if (this->unit_tau_ == UnitTau::kUnused && !active_) return;
     const int count = this->tile_size(k), kept = Base::clamp_tile(s_.columns - k * kTile);
     SweepMode mode;
-    mode.square = this->at_one_ == AtOne::kSquared;
+    mode.square = this->unit_tau_ == UnitTau::kSquared;
     if (kept == count && !(active_ && tiles_.any_in(k))) {
       this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, x); });
     } else if (kept > 0) {
@@ -79,7 +79,7 @@ class SparseRow : RowSweep<T> {
       this->masked_[k] = masked;
     }
     for (int i = kept; i < Base::padded(count); ++i) s_.e[k * kTile + i] = T(0);
-    if (active_ && background_.exists() && kept > 0) sweep_background(k, kept);
+    if (active_ && prototype_.exists() && kept > 0) sweep_prototype(k, kept);
   }
 
   const T* without_entries(int64_t k, int kept) {
@@ -92,15 +92,15 @@ class SparseRow : RowSweep<T> {
   }
 
   // Tile k's sums over the background: its mass, and what its divergence needs of the logits.
-  void sweep_background(int64_t k, int kept) {
+  void sweep_prototype(int64_t k, int kept) {
     T* r = tile_t_;
-    background_.load_tile(k, r);
-    if (kept < kTile) return sum_background(k, Base::padded(kept), this->student_tile(k), r);
-    this->with_student(k, [&](auto* x) { sum_background(k, kept, x, r); });
+    prototype_.load_tile(k, r);
+    if (kept < kTile) return sum_prototype(k, Base::padded(kept), this->student_tile(k), r);
+    this->with_student(k, [&](auto* x) { sum_prototype(k, kept, x, r); });
   }
 
   template <typename From>
-  void sum_background(int64_t k, int count, const From* x, const T* r) {
+  void sum_prototype(int64_t k, int count, const From* x, const T* r) {
     const Base2<T> student = origin_of(s_, k);
     const V zero(T(0));
     V mass = zero, cross = zero;
@@ -110,31 +110,31 @@ class SparseRow : RowSweep<T> {
       // A column that one side masks has an infinite logarithm there, and 0 of the other's mass or an infinite loss.
       cross = cross + select(p > zero, p * u, zero);
     }
-    background_mass_[k] = reduce_add(mass);
+    prototype_mass_[k] = reduce_add(mass);
     this->cross_[k] = reduce_add(cross);
   }
 
   void include_entries() {
-    tail_z_ = s_.z;
-    tail_lse_ = s_.z == 0 ? -Real<double>::kInf : s_.lse();
+    tail_sum_exp_ = s_.sum_exp;
+    tail_lse_ = s_.sum_exp == 0 ? -Real<double>::kInf : s_.lse();
     for (int64_t k = 0; k < tile_count(s_.columns); ++k) tail_factor_[k] = s_.factor[k];
-    const bool squared = this->at_one_ == AtOne::kSquared;
+    const bool squared = this->unit_tau_ == UnitTau::kSquared;
     for (int64_t i = 0; i < entries_.count; ++i) {
       s_.include(logit(i));
-      if (squared) one_.include(logit(i));
+      if (squared) unit_.include(logit(i));
     }
     s_.normalize();
-    if (squared) one_.normalize();
+    if (squared) unit_.normalize();
     lse_s_ = s_.lse();
   }
 
   double value() {
-    dead_ = s_.z == 0;
+    dead_ = s_.sum_exp == 0;
     if (dead_) return 0;
     const double heads = heads_value();
-    if (background_.exists()) return background_value(heads);
+    if (prototype_.exists()) return prototype_value(heads);
     if (entries_.tail == -Real<double>::kInf) return heads;
-    if (tail_z_ == 0) return Real<double>::kInf;
+    if (tail_sum_exp_ == 0) return Real<double>::kInf;
     tail_mass_ = ::exp(entries_.tail);
     mass_ += tail_mass_;
     return heads + tail_mass_ * ((entries_.subtract_entropy ? entries_.tail : 0) - (tail_lse_ - lse_s_));
@@ -152,25 +152,25 @@ class SparseRow : RowSweep<T> {
   }
 
   // Entries and background are a distribution up to a factor: the teacher may have columns that the student lacks.
-  double background_value(double heads) {
+  double prototype_value(double heads) {
     double mass = 0, cross = 0;
     for (int64_t k = 0; k < tile_count(s_.columns); ++k) {
-      if (background_mass_[k] == 0) continue;
-      mass += background_mass_[k];
-      cross += this->cross_[k] * kLn2 + background_mass_[k] * s_.log_factor(k);
+      if (prototype_mass_[k] == 0) continue;
+      mass += prototype_mass_[k];
+      cross += this->cross_[k] * kLn2 + prototype_mass_[k] * s_.log_factor(k);
     }
-    const double whole = mass + background_.mass_beyond(tile_t_), scale = background_.scale(whole);
-    if (!is_finite(whole) || s_.z != s_.z) return __builtin_nan("");
+    const double whole = mass + prototype_.mass_beyond(tile_t_), scale = prototype_.scale(whole);
+    if (!is_finite(whole) || s_.sum_exp != s_.sum_exp) return __builtin_nan("");
     const bool keep = entries_.subtract_entropy;
     if (scale != 0 && mass != 0) {
       mass_ += scale * mass;
-      heads += scale * ((keep ? background_.entropy(mass, tile_t_) + ::log(scale) * mass : 0) - cross);
+      heads += scale * ((keep ? prototype_.entropy(mass, tile_t_) + ::log(scale) * mass : 0) - cross);
     }
     dead_ = mass_ == 0;
     if (dead_) return 0;
     const double total = heads / mass_ - (keep ? ::log(mass_) : 0);
     entry_scale_ = 1 / mass_;
-    background_scale_ = scale / mass_;
+    prototype_scale_ = scale / mass_;
     mass_ = 1;
     return total;
   }
@@ -179,18 +179,19 @@ class SparseRow : RowSweep<T> {
 
   void gradient() {
     const bool kd = active_ && !dead_;
-    const double slope = task_.kd * s_.scale();
+    const double slope = task_.kd * s_.inverse_tau();
     for (int64_t k = 0; k < tile_count(this->columns()); ++k) {
       typename Base::Slopes slopes;
       const bool shared = kd && k < tile_count(s_.columns);
-      if (shared) slopes.student = slope * (mass_ * s_.factor[k] - (tail_z_ != 0 ? tail_mass_ * tail_factor_[k] : 0));
+      if (shared)
+        slopes.student = slope * (mass_ * s_.factor[k] - (tail_sum_exp_ != 0 ? tail_mass_ * tail_factor_[k] : 0));
       if (shared && tiles_.any_in(k)) {
         slopes.h_tile = entry_tile(k, slope);
         slopes.h = 1;
-      } else if (shared && background_.exists()) {
-        background_.load_tile(k, tile_t_);
+      } else if (shared && prototype_.exists()) {
+        prototype_.load_tile(k, tile_t_);
         slopes.h_tile = tile_t_;
-        slopes.h = -slope * background_scale_;
+        slopes.h = -slope * prototype_scale_;
       }
       this->write_gradient(k, slopes);
     }
@@ -199,23 +200,23 @@ class SparseRow : RowSweep<T> {
   // A tile with nothing but the entries' gradient, whose exponentials were taken out, and the background's.
   const T* entry_tile(int64_t k, double slope) {
     T* g = tile_t_;
-    if (background_.exists()) background_.load_tile(k, g);
-    const T background = T(-slope * background_scale_);
-    for (int i = 0; i < kTile; ++i) g[i] = background_.exists() ? g[i] * background : T(0);
+    if (prototype_.exists()) prototype_.load_tile(k, g);
+    const T weight = T(-slope * prototype_scale_);
+    for (int i = 0; i < kTile; ++i) g[i] = prototype_.exists() ? g[i] * weight : T(0);
     // Where the exponentials also serve temperature 1, the entries are missing there too.
-    const bool truth = this->at_one_ == AtOne::kShared || this->at_one_ == AtOne::kSquared;
+    const bool truth = this->unit_tau_ == UnitTau::kShared || this->unit_tau_ == UnitTau::kSquared;
     for (const int32_t* i = tiles_.begin(k); i != tiles_.end(k); ++i) {
       const int32_t entry = *i;
       const double x = logit(entry);
       double value = slope * (mass_ * ::exp(s_.log_probability(x)) - entry_scale_ * entries_.weight[entry]);
-      if (truth) value += this->truth_slope() * ::exp(this->at_one().log_probability(x));
+      if (truth) value += this->truth_slope() * ::exp(this->unit_softmax().log_probability(x));
       g[entries_.id[entry] - k * kTile] += T(value);
     }
     return g;
   }
 
   void describe(RowResult& result) {
-    if (!active_ || s_.z == 0) return;
+    if (!active_ || s_.sum_exp == 0) return;
     result.entropy = this->entropy();
     double best = -1;
     int64_t id = -1;
@@ -227,11 +228,11 @@ class SparseRow : RowSweep<T> {
         id = entries_.id[i];
       }
     }
-    for (int64_t k = 0; background_.exists() && k < tile_count(s_.columns); ++k) {
-      background_.load_tile(k, tile_t_);
+    for (int64_t k = 0; prototype_.exists() && k < tile_count(s_.columns); ++k) {
+      prototype_.load_tile(k, tile_t_);
       for (int i = 0; i < Base::clamp_tile(s_.columns - k * kTile); ++i)
-        if (background_scale_ * tile_t_[i] > best) {
-          best = background_scale_ * tile_t_[i];
+        if (prototype_scale_ * tile_t_[i] > best) {
+          best = prototype_scale_ * tile_t_[i];
           id = k * kTile + i;
         }
     }
@@ -241,11 +242,11 @@ class SparseRow : RowSweep<T> {
   const bool active_;
   const Entries& entries_;
   EntryTiles& tiles_;
-  const Background<T> background_;
-  double *tail_factor_, *background_mass_;
-  double background_scale_ = 0, entry_scale_ = 1;
+  const TailPrototype<T> prototype_;
+  double *tail_factor_, *prototype_mass_;
+  double prototype_scale_ = 0, entry_scale_ = 1;
   bool dead_ = false;
-  double tail_z_ = 0, tail_lse_ = 0, lse_s_ = 0, mass_ = 0, tail_mass_ = 0;
+  double tail_sum_exp_ = 0, tail_lse_ = 0, lse_s_ = 0, mass_ = 0, tail_mass_ = 0;
 };
 
 }  // namespace KDFAST_TARGET

@@ -44,12 +44,12 @@ double tile_entropy(const T* r) {
 
 // The same of a shape's first columns, as many as both sides have.
 template <typename T>
-double shape_entropy(const Source& shape, int64_t shared) {
+double prototype_entropy(const Source& prototype, int64_t shared) {
   T tile[kTile];
   double total = 0;
   for (int64_t begin = 0; begin < shared; begin += kTile) {
     const int count = int(shared - begin < kTile ? shared - begin : kTile);
-    load(shape, begin, count, tile);
+    load(prototype, begin, count, tile);
     for (int i = count; i < kTile; ++i) tile[i] = T(0);
     total += tile_entropy(tile);
   }
@@ -57,23 +57,23 @@ double shape_entropy(const Source& shape, int64_t shared) {
 }
 
 template <typename T>
-class Background {
+class TailPrototype {
   using V = Vec<T>;
 
  public:
-  Background(const RowTask& task, const EntryTiles& tiles)
+  TailPrototype(const RowTask& task, const EntryTiles& tiles)
       : entries_(task.entries), shared_(task.shared), tiles_(tiles) {}
 
-  bool exists() const { return entries_.background; }
+  bool exists() const { return entries_.has_prototype; }
   // An index out of the table.
-  bool is_bad() const { return exists() && !entries_.shape.data; }
+  bool is_bad() const { return exists() && !entries_.prototype.data; }
   double tail_mass() const { return ::exp(entries_.tail); }
 
   // The shape in tile k's columns; 0 at the entries and where only one side has columns.
   void load_tile(int64_t k, T* to) const {
     const int64_t left = shared_ - k * kTile;
     const int count = int(left < 0 ? 0 : left > kTile ? kTile : left);
-    load(entries_.shape, k * kTile, count, to);
+    load(entries_.prototype, k * kTile, count, to);
     for (int i = count; i < kTile; ++i) to[i] = T(0);
     for (const int32_t* entry = tiles_.begin(k); entry != tiles_.end(k); ++entry)
       to[entries_.id[*entry] - k * kTile] = T(0);
@@ -82,10 +82,10 @@ class Background {
   // The sum of the shape in the teacher's own columns, beyond the shared ones.
   double mass_beyond(T* buffer) const {
     double total = 0;
-    for (int64_t begin = shared_; begin < entries_.shape.size; begin += kTile) {
-      const int64_t left = entries_.shape.size - begin;
+    for (int64_t begin = shared_; begin < entries_.prototype.size; begin += kTile) {
+      const int64_t left = entries_.prototype.size - begin;
       const int count = int(left > kTile ? kTile : left);
-      load(entries_.shape, begin, count, buffer);
+      load(entries_.prototype, begin, count, buffer);
       for (int i = count; i < kTile; ++i) buffer[i] = T(0);
       total += sum_of(buffer);
     }
@@ -100,11 +100,11 @@ class Background {
   double entropy(double mass, T* buffer) const {
     double taken = 0, entropy_taken = 0;
     for (int64_t i = 0; i < entries_.count; ++i) {
-      const T r = T(load_one(entries_.shape, entries_.id[i]));
+      const T r = T(load_one(entries_.prototype, entries_.id[i]));
       taken += r;
       if (r > 0) entropy_taken += double(r) * log_or_lowest(V(r)).v[0];
     }
-    if (taken < mass) return entries_.shape_entropy - entropy_taken;
+    if (taken < mass) return entries_.prototype_entropy - entropy_taken;
     double total = 0;
     for (int64_t k = 0; k < tile_count(shared_); ++k) {
       load_tile(k, buffer);

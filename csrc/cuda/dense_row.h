@@ -13,7 +13,7 @@
 
 namespace kdfast::cuda {
 
-KD_INLINE rowmath::Column<float> column_of(float x, float y, const Normaliser& n) {
+KD_INLINE rowmath::Column<float> column_of(float x, float y, const SoftmaxStats& n) {
   const float u = ::fmaf(x, n.c.s, -n.origin_s), v = ::fmaf(y, n.c.t, -n.origin_t);
   return {exp2(v) * n.factor_t, exp2(u) * n.factor_s, (v - u) * kLn2 + (n.log_s - n.log_t), v * kLn2 - n.log_t,
           u * kLn2 - n.log_s};
@@ -29,7 +29,7 @@ KD_INLINE rowmath::Element<float> element_of(const rowmath::Column<float>& colum
 using Values = rowmath::Element<float>;  // sums of them
 
 template <Kind kKind, typename T>
-KD_INLINE Values values_of(const Slice<T>& slice, int thread, int threads, const Normaliser& n,
+KD_INLINE Values values_of(const Slice<T>& slice, int thread, int threads, const SoftmaxStats& n,
                            const Divergence& divergence) {
   Values sum = {0, 0};
   for (int pack = thread; pack < slice.packs; pack += threads) {
@@ -55,7 +55,7 @@ KD_INLINE float forward_value(const Sums& sums) {
 // Loss and gradient from everything that was summed. `values` are those of divergences that are not forward.
 template <Kind kKind>
 KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int columns, const Sums& sums,
-                                const Normaliser& n, const Values& values, const Smoothing& smoothing,
+                                const SoftmaxStats& n, const Values& values, const Smoothing& smoothing,
                                 float label_logit) {
   RowOutcome out;
   Gradient& g = out.gradient;
@@ -67,9 +67,9 @@ KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& di
     g.b = forward ? -slope * n.factor_t : slope;
   }
   if (row.wants_lse() && n.factor_s != 0) {
-    const bool shared = at_one(row) == AtOne::kShared;
-    const float lse = sums.top_s + ::logf(shared ? sums.s : sums.one);
-    (shared ? g.a : g.c) += add_truth(row, lse, smoothing, label_logit, out) * n.factor_one;
+    const bool shared = unit_tau_of(row) == UnitTau::kShared;
+    const float lse = sums.max_s + ::logf(shared ? sums.s : sums.unit);
+    (shared ? g.a : g.c) += add_truth(row, lse, smoothing, label_logit, out) * n.factor_unit;
   }
   // What a divergence selects away, a masked column or a vanishing probability, may have hidden a NaN.
   const bool lost = sums.s != sums.s || sums.t != sums.t;
@@ -78,36 +78,36 @@ KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& di
   return out;
 }
 
-template <Kind kKind, AtOne kAtOne>
-KD_INLINE float gradient_of(float x, float y, const Gradient& g, const Normaliser& n, const Divergence& divergence) {
-  const float value = student_gradient<kAtOne>(x, g, n);
+template <Kind kKind, UnitTau kUnitTau>
+KD_INLINE float gradient_of(float x, float y, const Gradient& g, const SoftmaxStats& n, const Divergence& divergence) {
+  const float value = student_gradient<kUnitTau>(x, g, n);
   if constexpr (is_forward(kKind))
     return ::fmaf(g.b, exp2(::fmaf(y, n.c.t, -n.origin_t)), value);
   else
     return g.b != 0 ? ::fmaf(g.b, element_of<kKind>(column_of(x, y, n), divergence).h, value) : value;
 }
 
-template <Kind kKind, AtOne kAtOne, typename T>
+template <Kind kKind, UnitTau kUnitTau, typename T>
 KD_INLINE void write_with_teacher(const Slice<T>& slice, int thread, int threads, const Gradient& g,
-                                  const Normaliser& n, const Divergence& divergence, int label,
+                                  const SoftmaxStats& n, const Divergence& divergence, int label,
                                   const GradientRow<T>& to) {
   write_columns<true>(slice, thread, threads, label, g.label, to,
-                      [&](float x, float y) { return gradient_of<kKind, kAtOne>(x, y, g, n, divergence); });
+                      [&](float x, float y) { return gradient_of<kKind, kUnitTau>(x, y, g, n, divergence); });
 }
 
 template <Kind kKind, typename T>
-KD_INLINE void write_gradient(const Slice<T>& slice, int thread, int threads, const Gradient& g, const Normaliser& n,
-                              const Divergence& divergence, bool teacher, int label, AtOne mode,
+KD_INLINE void write_gradient(const Slice<T>& slice, int thread, int threads, const Gradient& g, const SoftmaxStats& n,
+                              const Divergence& divergence, bool teacher, int label, UnitTau mode,
                               const GradientRow<T>& to) {
   if (!teacher)
     write_columns<false>(slice, thread, threads, label, g.label, to,
-                         [&](float x, float) { return student_gradient<AtOne::kShared>(x, g, n); });
-  else if (mode == AtOne::kSquared)
-    write_with_teacher<kKind, AtOne::kSquared>(slice, thread, threads, g, n, divergence, label, to);
-  else if (mode == AtOne::kSeparate)
-    write_with_teacher<kKind, AtOne::kSeparate>(slice, thread, threads, g, n, divergence, label, to);
+                         [&](float x, float) { return student_gradient<UnitTau::kShared>(x, g, n); });
+  else if (mode == UnitTau::kSquared)
+    write_with_teacher<kKind, UnitTau::kSquared>(slice, thread, threads, g, n, divergence, label, to);
+  else if (mode == UnitTau::kSeparate)
+    write_with_teacher<kKind, UnitTau::kSeparate>(slice, thread, threads, g, n, divergence, label, to);
   else
-    write_with_teacher<kKind, AtOne::kShared>(slice, thread, threads, g, n, divergence, label, to);
+    write_with_teacher<kKind, UnitTau::kShared>(slice, thread, threads, g, n, divergence, label, to);
 }
 
 }  // namespace kdfast::cuda

@@ -6,23 +6,23 @@
 namespace kdfast::cuda {
 
 // What turns logits into probabilities, factor * 2^(x c - origin), and their logarithms.
-struct Normaliser {
+struct SoftmaxStats {
   Scales c;
-  float origin_s, origin_t, origin_one;
-  float factor_s, factor_t, factor_one;  // 0 where a side is masked throughout
-  float log_s, log_t;                    // of the sums
+  float origin_s, origin_t, origin_unit;
+  float factor_s, factor_t, factor_unit;  // 0 where a side is masked throughout
+  float log_s, log_t;                     // of the sums
 };
 
-KD_INLINE Normaliser normaliser_of(const Sums& sums, Scales c, AtOne mode) {
-  Normaliser n = {c, 0, 0, 0, 0, 0, 0, ::logf(sums.s), ::logf(sums.t)};
-  if (sums.top_s > -kInf) {
-    n.origin_s = origin_of(sums.top_s, c.s);
-    n.origin_one = origin_of(sums.top_s, kLog2e);
+KD_INLINE SoftmaxStats softmax_stats(const Sums& sums, Scales c, UnitTau mode) {
+  SoftmaxStats n = {c, 0, 0, 0, 0, 0, 0, ::logf(sums.s), ::logf(sums.t)};
+  if (sums.max_s > -kInf) {
+    n.origin_s = origin_of(sums.max_s, c.s);
+    n.origin_unit = origin_of(sums.max_s, kLog2e);
     n.factor_s = 1 / sums.s;
-    n.factor_one = mode == AtOne::kShared ? n.factor_s : 1 / sums.one;
+    n.factor_unit = mode == UnitTau::kShared ? n.factor_s : 1 / sums.unit;
   }
-  if (sums.top_t > -kInf) {
-    n.origin_t = origin_of(sums.top_t, c.t);
+  if (sums.max_t > -kInf) {
+    n.origin_t = origin_of(sums.max_t, c.t);
     n.factor_t = 1 / sums.t;
   }
   return n;
@@ -58,20 +58,20 @@ KD_INLINE float add_truth(const RowCoefficients& row, float lse, const Smoothing
     out.gradient.share = row.smoothing != 0 ? row.ce * row.smoothing / smoothing.count : 0.0f;
     out.gradient.label = row.ce * (1 - row.smoothing);
   }
-  if (row.z != 0) {
-    out.loss += row.z * lse * lse;
-    slope += 2 * row.z * lse;
+  if (row.z_weight != 0) {
+    out.loss += row.z_weight * lse * lse;
+    slope += 2 * row.z_weight * lse;
   }
   return slope;
 }
 
 // The gradient in a column, of its logit: what both softmaxes of the student make of it.
-template <AtOne kAtOne>
-KD_INLINE float student_gradient(float x, const Gradient& g, const Normaliser& n) {
+template <UnitTau kUnitTau>
+KD_INLINE float student_gradient(float x, const Gradient& g, const SoftmaxStats& n) {
   const float e = exp2(::fmaf(x, n.c.s, -n.origin_s));
-  const float value = ::fmaf(kAtOne == AtOne::kSquared ? ::fmaf(g.c, e, g.a) : g.a, e, -g.share);
-  if constexpr (kAtOne != AtOne::kSeparate) return value;
-  return ::fmaf(g.c, exp2(::fmaf(x, kLog2e, -n.origin_one)), value);
+  const float value = ::fmaf(kUnitTau == UnitTau::kSquared ? ::fmaf(g.c, e, g.a) : g.a, e, -g.share);
+  if constexpr (kUnitTau != UnitTau::kSeparate) return value;
+  return ::fmaf(g.c, exp2(::fmaf(x, kLog2e, -n.origin_unit)), value);
 }
 
 // Where a row's gradient goes: in whole packs where it is aligned as the student's row is.

@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // An (outer, inner, columns) tensor as rows.
-inline RowsView rows_of(const Tensor& x) {
+inline StridedRows rows_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
   return {static_cast<char*>(x.data_ptr()), x.size(1), x.stride(0), x.stride(1)};
 }
@@ -45,7 +45,7 @@ RowTask row_task(const Arguments& arguments, const Tensor& loss, int rows_held) 
   STD_TORCH_CHECK(cluster > 0 && cluster <= kMaxCluster &&
                       slice_bytes(student, cluster, rows_held) <= kLargestSliceBytes + rows_held * int(sizeof(uint4)),
                   "a cluster of this many blocks does not hold rows of this width");
-  RowTask task = {rows_of(student), arguments.grad ? rows_of(*arguments.grad) : RowsView(), rows, int(columns)};
+  RowTask task = {rows_of(student), arguments.grad ? rows_of(*arguments.grad) : StridedRows(), rows, int(columns)};
   task.coef = vector_data<float>(arguments.coef, ScalarType::Float, 5 * rows);
   task.label = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, rows) : nullptr;
   task.smoothing = float(arguments.smoothing);

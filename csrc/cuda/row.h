@@ -8,16 +8,16 @@ namespace kdfast::cuda {
 // What a row asks for; kdfast/reference.py says what it means.
 struct RowCoefficients {
   float tau_s = 1, tau_t = 1;
-  float kd = 0, ce = 0, z = 0;  // 0 takes the term out
+  float kd = 0, ce = 0, z_weight = 0;  // 0 takes the term out
   float smoothing = 0;
   int64_t label = -1;
   bool has_label = false;
 
   // The label's column, or one that no row has.
   KD_INLINE int label_column(int columns) const { return label >= 0 && label < columns ? int(label) : -1; }
-  KD_INLINE bool counts() const { return kd != 0 || ce != 0 || z != 0; }
+  KD_INLINE bool counts() const { return kd != 0 || ce != 0 || z_weight != 0; }
   KD_INLINE bool wants_ce() const { return ce != 0 && (has_label || smoothing == 1); }
-  KD_INLINE bool wants_lse() const { return wants_ce() || z != 0; }
+  KD_INLINE bool wants_lse() const { return wants_ce() || z_weight != 0; }
 };
 
 // Of one of `rows`; `coef` is (5, rows), `label` null where there is none.
@@ -31,12 +31,12 @@ KD_INLINE RowCoefficients coefficients_of(const float* coef, const int64_t* labe
 }
 
 // How the student's exponentials at temperature 1, which cross-entropy and z-loss want, come from the tempered ones.
-enum class AtOne { kNone, kShared, kSquared, kSeparate };
+enum class UnitTau { kNone, kShared, kSquared, kSeparate };
 
-KD_INLINE AtOne at_one(const RowCoefficients& row) {
-  if (row.kd == 0 || row.tau_s == 1) return AtOne::kShared;
-  if (!row.wants_lse()) return AtOne::kNone;
-  return row.tau_s == 2 ? AtOne::kSquared : AtOne::kSeparate;
+KD_INLINE UnitTau unit_tau_of(const RowCoefficients& row) {
+  if (row.kd == 0 || row.tau_s == 1) return UnitTau::kShared;
+  if (!row.wants_lse()) return UnitTau::kNone;
+  return row.tau_s == 2 ? UnitTau::kSquared : UnitTau::kSeparate;
 }
 
 // A thread block's part of the rows, in packs that are aligned as the student's row is in memory: columns before 0 and

@@ -9,7 +9,7 @@ namespace kdfast::cuda {
 
 // What every one-read op takes beside its teacher.
 struct RowTask {
-  RowsView student, grad;  // grad.data == nullptr: not wanted
+  StridedRows student, grad;  // grad.data == nullptr: not wanted
   int64_t rows;
   int columns;
   const float* coef;     // (5, rows)

@@ -23,21 +23,21 @@ __device__ inline EntriesView entries_of(const SparseTask& task, int64_t row) {
   return {task.ids + begin, task.weights + begin, task.logits + begin, count, task.tail ? task.tail[row] : -kInf};
 }
 
-template <AtOne kAtOne, typename T>
+template <UnitTau kUnitTau, typename T>
 __device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales) {
   SparseSums sums;
-  take_entries<kAtOne>(sums, slice, student, entries, threadIdx.x, kThreads, scales);
+  take_entries<kUnitTau>(sums, slice, student, entries, threadIdx.x, kThreads, scales);
   __syncthreads();
-  sweep_outside<kAtOne>(sums, slice, threadIdx.x, kThreads, scales);
+  sweep_outside<kUnitTau>(sums, slice, threadIdx.x, kThreads, scales);
   return sums;
 }
 
 template <typename T>
 __device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales,
-                              AtOne mode) {
-  if (mode == AtOne::kSquared) return sums_of<AtOne::kSquared>(slice, student, entries, scales);
-  if (mode == AtOne::kSeparate) return sums_of<AtOne::kSeparate>(slice, student, entries, scales);
-  return sums_of<AtOne::kShared>(slice, student, entries, scales);
+                              UnitTau mode) {
+  if (mode == UnitTau::kSquared) return sums_of<UnitTau::kSquared>(slice, student, entries, scales);
+  if (mode == UnitTau::kSeparate) return sums_of<UnitTau::kSeparate>(slice, student, entries, scales);
+  return sums_of<UnitTau::kShared>(slice, student, entries, scales);
 }
 
 template <typename T>
@@ -60,7 +60,7 @@ __device__ void sparse_row(const SparseTask& task) {
   const int label = coef.label_column(slice.columns);
   const float label_logit = logit_of<T>(task.row, row, label);
   const Scales scales = scales_of(coef, Kind::kSoftCe);
-  const AtOne mode = at_one(coef);
+  const UnitTau mode = unit_tau_of(coef);
   loader.wait();
   cluster.barrier_wait();
   const Smoothing smoothing = smoothing_of_row(slice, coef, all_smoothing);  // of all columns, entries too

@@ -5,7 +5,7 @@
 
 namespace kdfast::cuda {
 
-struct RowsView {
+struct StridedRows {
   char* data = nullptr;
   int64_t inner = 1, stride_outer = 0, stride_inner = 0;  // in elements
 

@@ -31,9 +31,9 @@ class ChunkedRow {
     mass_ = (double*)workspace;
     origin_of_ = mass_ + chunks_;
     // Within what a product with it can bear; temperatures beyond are as good as 0 and infinite.
-    const double bits = kLog2E / task.temperature;
-    bits_ = T(bits < 1e-35 ? 1e-35 : bits > 1e35 ? 1e35 : bits);
-    lowest_ = T(-2 * Real<T>::kBias) / bits_;
+    const double scale_log2 = kLog2E / task.temperature;
+    scale_log2_ = T(scale_log2 < 1e-35 ? 1e-35 : scale_log2 > 1e35 ? 1e35 : scale_log2);
+    lowest_ = T(-2 * Real<T>::kBias) / scale_log2_;
   }
 
  protected:
@@ -42,8 +42,8 @@ class ChunkedRow {
   // False where the row holds a NaN or +inf, or nothing but -inf.
   bool sweep() { return sum_chunks() && scale_chunks(); }
 
-  double lse() const { return top_ / task_.temperature + ::log(z_); }
-  double mass_of(double logit) const { return ::exp2((logit - top_) * double(bits_)); }  // of z_
+  double lse() const { return row_max_ / task_.temperature + ::log(sum_exp_); }
+  double mass_of(double logit) const { return ::exp2((logit - row_max_) * double(scale_log2_)); }  // of sum_exp_
 
   // Chunk k; the last one padded with -inf.
   const From* chunk(int64_t k) {
@@ -75,8 +75,8 @@ class ChunkedRow {
   const From* row_;
   const int64_t columns_;
   int64_t chunks_;
-  double *mass_, *origin_of_;  // (chunks,) each
-  double z_ = 0, sum_ = 0;     // of the row; of the chunk that was looked at
+  double *mass_, *origin_of_;     // (chunks,) each
+  double sum_exp_ = 0, sum_ = 0;  // of the row; of the chunk that was looked at
   double groups_[kSelectChunk / kGroup];
   T e_[kSelectChunk];
 
@@ -95,22 +95,22 @@ class ChunkedRow {
       mass_[k] = double(sum);
       origin_of_[k] = double(origin_);
     }
-    top_ = double(origin_);
+    row_max_ = double(origin_);
     return true;
   }
 
   // All sums above the last origin, which is the highest; false where no column is finite.
   bool scale_chunks() {
-    double origin = top_, scale = 1;
+    double origin = row_max_, scale = 1;
     for (int64_t k = 0; k < chunks_; ++k) {
       if (origin_of_[k] != origin) {
         origin = origin_of_[k];
-        scale = ::exp2((origin - top_) * double(bits_));
+        scale = ::exp2((origin - row_max_) * double(scale_log2_));
       }
       mass_[k] *= scale;
-      z_ += mass_[k];
+      sum_exp_ += mass_[k];
     }
-    return z_ > 0;
+    return sum_exp_ > 0;
   }
 
   T sum_of(const From* x) const {
@@ -121,17 +121,17 @@ class ChunkedRow {
 
   // 0 at -inf, NaN at NaN.
   KD_INLINE V power(V x) const {
-    const V bits(bits_);
+    const V scale_log2(scale_log2_);
 #if KDFAST_VEC_BYTES == 64
     if constexpr (sizeof(T) == 4) {
       // Short of the lowest exponent there is: -inf would make a NaN.
       const V d = max(V(lowest_), x - V(origin_)), round(Real<T>::kRound);
-      const V n = (d * bits + round) - round;
-      const V y = horner(Real<T>::kExp2Short, d * bits - n);
+      const V n = (d * scale_log2 + round) - round;
+      const V y = horner(Real<T>::kExp2Short, d * scale_log2 - n);
       return V((typename V::Value)_mm512_scalef_ps((__m512)y.v, (__m512)n.v));
     }
 #endif
-    return exp2((x - V(origin_)) * bits);
+    return exp2((x - V(origin_)) * scale_log2);
   }
 
   static KD_INLINE Vec<double> widened(const double* from) { return Vec<double>::load(from); }
@@ -146,8 +146,8 @@ class ChunkedRow {
   // an infinity of either sign or as NaN.
   static bool is_sound(T sum) { return sum >= T(0) && sum < T(0x1p16); }
 
-  double top_ = 0;
-  T bits_, lowest_, origin_ = -Real<T>::kMax;
+  double row_max_ = 0;
+  T scale_log2_, lowest_, origin_ = -Real<T>::kMax;
   From padded_[kSelectChunk];
 };
 

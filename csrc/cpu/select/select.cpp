@@ -101,7 +101,7 @@ class PieceRunner {
 
 SelectOutputs run(const SelectArguments& arguments) {
   const Tensor& logits = arguments.logits;
-  const Rows rows(logits);
+  const StridedRows rows(logits);
   const int64_t count = logits.size(0) * logits.size(1), columns = logits.size(2);
   check_selection(columns, arguments.temperature);
   SelectOutputs out = {torch::stable::new_empty(logits, {count}, ScalarType::Int),

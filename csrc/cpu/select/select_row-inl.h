@@ -59,7 +59,7 @@ template <typename T, typename From>
 class SelectRow : ChunkedRow<T, From> {
   using Base = ChunkedRow<T, From>;
   using Base::chunks_, Base::e_, Base::exponentiate, Base::groups_, Base::kGroup, Base::mass_;
-  using Base::sum_, Base::task_, Base::z_;
+  using Base::sum_, Base::task_, Base::sum_exp_;
 
  public:
   SelectRow(const SelectTask& task, void* workspace) : Base(task, workspace) {}
@@ -67,10 +67,10 @@ class SelectRow : ChunkedRow<T, From> {
   Selection run() {
     if (!Base::sweep()) return {0, __builtin_nan("")};
     if (task_.draws > 0) {
-      DrawnPoints points = {task_.points, task_.draws, z_};
+      DrawnPoints points = {task_.points, task_.draws, sum_exp_};
       walk(points);
     } else {
-      GridPoints points = {task_.tau * z_, task_.points[0], task_.tau};
+      GridPoints points = {task_.tau * sum_exp_, task_.points[0], task_.tau};
       walk(points);
     }
     return {count_, Base::lse()};
@@ -109,7 +109,7 @@ class SelectRow : ChunkedRow<T, From> {
         const double m = double(e_[i]) * scale;
         if (m > limit) {
           above += m;
-          emit(k * kSelectChunk + i, m / z_);
+          emit(k * kSelectChunk + i, m / sum_exp_);
         } else {
           at += m;
           if (points.next < at && m > 0) emit(k * kSelectChunk + i, points.pass(at));

@@ -27,7 +27,7 @@ struct TopOutputs {
 };
 
 void run(const Tensor& logits, double temperature, const TopOutputs& out) {
-  const Rows rows(logits);
+  const StridedRows rows(logits);
   const int64_t count = logits.size(0) * logits.size(1), columns = logits.size(2);
   for_each_piece(count, columns, [&](int64_t begin, int64_t end) {
     std::vector<Entry> entries(out.k);

@@ -32,7 +32,7 @@ class TopRow : ChunkedRow<T, From> {
       if (mass_[k] > lowest_) look(k);
     const double rest = others();
     sort();
-    for (int64_t i = 0; i < count_; ++i) kept_[i].value = Base::mass_of(kept_[i].value) / Base::z_;
+    for (int64_t i = 0; i < count_; ++i) kept_[i].value = Base::mass_of(kept_[i].value) / Base::sum_exp_;
     return {count_, Base::lse(), rest};
   }
 
@@ -92,7 +92,7 @@ class TopRow : ChunkedRow<T, From> {
     }
     double sum = 0;
     for (int64_t k = 0; k < chunks_; ++k) sum += ::fabs(mass_[k]);
-    return sum / Base::z_;
+    return sum / Base::sum_exp_;
   }
 
   double mass_of_others(int64_t k) {

@@ -1,4 +1,4 @@
-// Rows of any dtype to and from vectors and tiles of the working type.
+// StridedRows of any dtype to and from vectors and tiles of the working type.
 
 #if defined(KDFAST_CPU_SIMD_LOAD_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SIMD_LOAD_INL_H_
