@@ -105,7 +105,8 @@ SelectOutputs run(const SelectArguments& arguments) {
   const int64_t count = logits.size(0) * logits.size(1), columns = logits.size(2);
   check_selection(columns, arguments.temperature);
   SelectOutputs out = {torch::stable::new_empty(logits, {count}, ScalarType::Int),
-                       torch::stable::new_empty(logits, {count}, ScalarType::Float)};
+                       torch::stable::new_empty(logits, {count}, ScalarType::Float),
+                       {}};
   auto* counts = static_cast<int32_t*>(out.counts.data_ptr());
   auto* lse = static_cast<float*>(out.lse.data_ptr());
   std::mutex mutex;

@@ -11,8 +11,17 @@
 #include <cmath>
 #include <cstdint>
 
+// GCC 12 takes the vectors that AVX-512's intrinsics leave undefined on purpose for mistakes, wherever it inlines them.
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #include "../../target.h"
