@@ -1,9 +1,10 @@
-#include "entry_block.h"
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "bit_writer.h"
+#include "entry_block.h"
 
 namespace kdfast::codec {
 
@@ -12,24 +13,6 @@ namespace {
 struct Event {
   uint16_t context;
   uint8_t symbol, lane;
-};
-
-// Low-order bits first.
-class BitWriter {
- public:
-  void put(uint32_t value, uint32_t bits) {
-    pending_ |= uint64_t(value) << filled_;
-    for (filled_ += bits; filled_ >= 8; filled_ -= 8, pending_ >>= 8) bytes_.push_back(uint8_t(pending_));
-  }
-  std::vector<uint8_t> finish() {
-    if (filled_) bytes_.push_back(uint8_t(pending_));
-    return std::move(bytes_);
-  }
-
- private:
-  std::vector<uint8_t> bytes_;
-  uint64_t pending_ = 0;
-  uint32_t filled_ = 0;
 };
 
 // What coding remembers of a row from one entry to the next.
@@ -137,7 +120,8 @@ void count_symbols(const EntriesView& rows, uint32_t fields, uint32_t total, uin
 
 std::vector<uint8_t> encode_block(const EntriesView& rows, const Model& model) {
   std::vector<Event> events;
-  BitWriter raw;
+  std::vector<uint8_t> bits;
+  BitWriter raw(bits);
   const auto visit = [&](uint32_t lane, uint32_t context, uint32_t symbol, uint32_t low, uint32_t range) {
     const bool known = symbol < kEscape && model[context].range[symbol] >> 16;
     events.push_back({uint16_t(context), uint8_t(known ? symbol : kEscape), uint8_t(lane)});
@@ -151,7 +135,7 @@ std::vector<uint8_t> encode_block(const EntriesView& rows, const Model& model) {
   };
   visit_rows(rows, model.fields(), model.total(), visit);
   std::vector<uint8_t> out = code_events(events, uint32_t(std::min<int64_t>(kLanes, rows.rows)), model);
-  const std::vector<uint8_t> bits = raw.finish();
+  raw.align();
   out.insert(out.end(), bits.begin(), bits.end());
   return out;
 }

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bit_writer.h"
+
 namespace kdfast::codec {
 
 namespace {
@@ -15,24 +17,10 @@ constexpr int64_t kNarrow = 1 << 16;  // rows that take fewer bytes have an inde
 
 [[noreturn]] void bad(const char* what) { throw std::invalid_argument(std::string("a row block ") + what); }
 
-class RowWriter {
- public:
-  explicit RowWriter(std::vector<uint8_t>& bytes) : bytes_(bytes) {}
-  void put(uint32_t value, uint32_t bits) {
-    if (bits < 32 && value >> bits) bad("cannot hold a number this large");
-    pending_ |= uint64_t(value) << filled_;
-    for (filled_ += bits; filled_ >= 8; filled_ -= 8, pending_ >>= 8) bytes_.push_back(uint8_t(pending_));
-  }
-  void align() {
-    if (filled_) bytes_.push_back(uint8_t(pending_));
-    pending_ = filled_ = 0;
-  }
-
- private:
-  std::vector<uint8_t>& bytes_;
-  uint64_t pending_ = 0;
-  uint32_t filled_ = 0;
-};
+void put(BitWriter& out, uint32_t value, uint32_t bits) {
+  if (bits < 32 && value >> bits) bad("cannot hold a number this large");
+  out.put(value, bits);
+}
 
 // Reads past the row's end are of bytes that may be looked at, or of zeros; `finish` tells.
 class RowReader {
@@ -66,12 +54,12 @@ class RowReader {
 
 uint32_t low(uint64_t window, uint32_t bits) { return uint32_t(window) & ((1u << bits) - 1); }
 
-void put_rank(RowWriter& out, uint32_t rank, const RowLayout& layout) {
-  if (!layout.classes) return out.put(rank, layout.rank_bits);
+void put_rank(BitWriter& out, uint32_t rank, const RowLayout& layout) {
+  if (!layout.classes) return put(out, rank, layout.rank_bits);
   uint32_t kind = 0;
   while (kind < 3 && rank >= kClassStart[kind + 1]) ++kind;
-  out.put(kind, 2);
-  out.put(rank - kClassStart[kind], kind < 3 ? kClassBits[kind] : layout.rank_bits);
+  put(out, kind, 2);
+  put(out, rank - kClassStart[kind], kind < 3 ? kClassBits[kind] : layout.rank_bits);
 }
 
 struct BitField {
@@ -98,14 +86,14 @@ std::vector<uint8_t> encode_row_block(const EntriesView& rows, const RowLayout& 
   const size_t fields = layout.field_bits.size();
   std::vector<uint8_t> bytes;
   std::vector<uint32_t> ends;
-  RowWriter out(bytes);
+  BitWriter out(bytes);
   int64_t entry = 0;
   for (int64_t row = 0; row < rows.rows; ++row) {
     const int32_t* field = rows.fields + row * int64_t(fields);
-    for (size_t c = 0; c < fields; ++c) out.put(uint32_t(field[c]), layout.field_bits[c]);
+    for (size_t c = 0; c < fields; ++c) put(out, uint32_t(field[c]), layout.field_bits[c]);
     for (int32_t left = field[0]; left > 0; --left, ++entry) {
       put_rank(out, uint32_t(rows.ranks[entry]), layout);
-      out.put(uint32_t(rows.values[entry]), layout.value_bits);
+      put(out, uint32_t(rows.values[entry]), layout.value_bits);
     }
     out.align();
     ends.push_back(uint32_t(bytes.size()));
