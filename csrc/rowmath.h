@@ -42,8 +42,8 @@ struct Limits {
   V lowest, inf;
 };
 
-// probability * gap: 0 where the probability is masked or underflowed, unless an infinite gap meets one that merely
-// underflowed.
+// probability * gap; 0 where the probability is 0. Infinite where the gap is and the probability underflowed to 0 while
+// its logarithm is finite.
 template <typename V>
 KD_INLINE V weighted(V probability, V log_probability, V gap, const Limits<V>& limits) {
   const V lost = select((log_probability > limits.lowest) & (gap == limits.inf), limits.inf, V(0));
@@ -63,28 +63,27 @@ KD_INLINE Element<V> symmetric_kl(const Column<V>& c, const Limits<V>& limits) {
   return {half * (forward + reverse.value), half * (reverse.h + (c.q - c.p))};
 }
 
-// log(p / m) and log(q / m) for the mixture m = beta p + (1 - beta) q; the one is right where p > 0, the other where
-// q > 0.
+// log(p / m), valid where p > 0, and log(q / m), valid where q > 0, for the mixture m = beta p + (1 - beta) q.
 template <typename V>
 struct MixtureLogs {
   V p, q;
 };
 
-// log(x / m) where m is nearer to x, weighing y with w <= 1/2; harmless where x is negligible.
+// log(x / m) for m = (1 - w) x + w y with w <= 1/2, which is nearer to x. Finite where x is negligible.
 template <typename V>
 KD_INLINE V log_near(V x, V y, V w) {
   return -log1p(w * min(V(1e30), (y - x) / x));
 }
 
-// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y, and their sum would only bring out
+// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y: use that, as the sum would amplify
 // the gap's rounding.
 template <typename V>
 KD_INLINE V log_far(V x, V y, V w, V log_x, V gap, V minus_log_w) {
   return select((V(1) - w) * x > V(1e-8) * w * y, gap + log_x, minus_log_w);
 }
 
-// One logarithm serves both, taken on the side that m is near to: what divides by beta or 1 - beta would bring out the
-// other side's rounding.
+// Takes one log1p, on the side closer to m, and derives the other logarithm from the gap: dividing by beta or 1 - beta
+// would amplify rounding.
 template <typename V>
 KD_INLINE MixtureLogs<V> mixture_logs(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
   const V beta_v((beta)), rest((1 - beta));
@@ -106,7 +105,7 @@ KD_INLINE Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V mi
   return {p_term + q_term, q_term};
 }
 
-// The skew divergences' h is only defined up to a multiple of q; this multiple makes it 0 where p = q.
+// h is only defined up to a multiple of q. The skew divergences choose the one that makes it 0 where p = q.
 
 // KL(p || lam p + (1 - lam) q).
 template <typename V>
@@ -139,7 +138,8 @@ template <typename V>
 KD_INLINE Element<V> alpha_beta(const Column<V>& c, double a, double b, const Limits<V>& limits) {
   const double sum = a + b;
   const V va((a)), vb((b)), vs((sum));
-  // Not the column's d: the value is flat in d around 0 only together with the logarithms it is the difference of.
+  // Not the column's d, whose rounding differs: near d = 0 the terms cancel only for the difference of these
+  // logarithms.
   const V d = c.log_p - c.log_q;
   const V p_s = exp(vs * c.log_p), q_s = exp(vs * c.log_q), cross = exp(va * c.log_p + vb * c.log_q);
   Element<V> both, lone_p = {limits.inf, V(0)}, lone_q = {limits.inf, V(0)};
@@ -162,7 +162,7 @@ KD_INLINE Element<V> alpha_beta(const Column<V>& c, double a, double b, const Li
   return {value, select(has_p, select(has_q, both.h, V(0)), select(has_q, lone_q.h, V(0)))};
 }
 
-// A divergence's numbers, and the logarithms of a weight `a` and its rest, 1 - a.
+// A divergence's parameters, and -log a and -log(1 - a) for those whose `a` is a mixture's weight.
 template <typename V>
 struct Parameters {
   double a, b;

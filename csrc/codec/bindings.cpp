@@ -31,7 +31,7 @@ void require_below(const int32_t* numbers, int64_t count, uint32_t limit, const 
                                   std::to_string(numbers[i]));
 }
 
-// Checks what coding counts on: shapes, sizes, and entries that add up.
+// Checks what the encoders rely on: shapes, ranges, ascending ranks, and fields and values that match the entries.
 EntriesView view(const Ints& fields, const Ints& ranks, const Ints& values, uint32_t expected, uint32_t total) {
   if (fields.ndim() != 2 || fields.shape(1) != py::ssize_t(expected) || ranks.size() != values.size())
     throw std::invalid_argument("columns must be (rows, columns), ranks and values (entries,)");
@@ -58,7 +58,7 @@ py::bytes as_bytes(const std::vector<uint8_t>& data) {
   return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
 }
 
-// As an array of int32, or of another type of 4 bytes.
+// Moves the numbers into an array of int32, or of another type of 4 bytes.
 py::array take(Numbers&& data, std::vector<py::ssize_t> shape, const py::dtype& type = py::dtype::of<int32_t>()) {
   auto* owner = new Numbers(std::move(data));
   return py::array(type, std::move(shape), owner->data(),
@@ -83,12 +83,12 @@ Units check_units(const Bytes& data, const Longs& units) {
   return out;
 }
 
-// What a codec knows about its rows beyond their bytes.
+// What a codec knows about its rows besides their bytes.
 struct Bounds {
   int32_t max_entries;
   std::vector<int32_t> field_limits;
   int32_t value_limit;
-  Ints order;     // (orders, vocab): ids by rank; column 1 tells a row's order where there are several
+  Ints order;     // (orders, vocab): ids by rank; with several orders, field 1 is a row's order
   Floats levels;  // (value_limit,): what values stand for; empty: themselves
 
   int32_t vocab() const { return int32_t(order.shape(1)); }
@@ -126,21 +126,21 @@ void ranks_to_ids(DecodedEntries& rows, const Bounds& bounds) {
   }
 }
 
-// In place: the levels' bits.
+// Replaces values by the bits of their levels, in place.
 void values_to_levels(DecodedEntries& rows, const Floats& levels) {
   static_assert(sizeof(float) == sizeof(int32_t));
   const float* const table = levels.data();
   for (int32_t& value : rows.values) std::memcpy(&value, table + value, sizeof value);
 }
 
-// Few entries take less than a byte. Memory that is reserved but never written costs nothing.
+// An upper estimate of the number of entries: few take less than a byte. Reserved memory that is never written is free.
 size_t likely_entries(const Units& units) {
   int64_t bytes = 0;
   for (py::ssize_t i = 0; i < units.count; ++i) bytes += units.table[3 * i + 1];
   return size_t(std::min(bytes, units.size));
 }
 
-// Runs decode(bytes, length, readable, rows, out) over units; (fields, ids, values or levels).
+// Runs decode(bytes, length, readable, rows, out) over units. Returns (fields, ids, values or levels).
 template <typename Decode>
 py::tuple decode_units(const Bytes& data, const Longs& table, const Bounds& bounds, Decode&& decode) {
   const Units units = check_units(data, table);

@@ -6,7 +6,7 @@
 
 namespace kdfast::codec {
 
-// Appends to `bytes`, which whole bytes alone may be read from until `align` is called.
+// Appends to `bytes`. The last bits are there after `align`.
 class BitWriter {
  public:
   explicit BitWriter(std::vector<uint8_t>& bytes) : bytes_(bytes) {}

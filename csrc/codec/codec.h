@@ -1,8 +1,9 @@
 // The bit layout of entry blocks: FORMAT.md's "Entry blocks" in code. Host and device share it.
 //
-// A row is some fields (small integers; the first is the number of entries) and its entries, in ascending order of
-// rank, each a rank and a value. An integer is coded as a symbol, entropy-coded in its context, and raw low bits.
-// Where the values of a row, each plus 1, have a known total, that ends the row, and its first column is not coded.
+// A row is a few header fields (small integers, FORMAT.md's columns; the first is the number of entries) and its
+// entries, each a rank and a value, in ascending order of rank. An integer is coded as a symbol, entropy-coded in its
+// context, and raw low bits. If the model knows the total of a row's values, each plus 1, the entries end when they
+// reach it, and the number of entries is not coded.
 #pragma once
 
 #include <cstdint>
@@ -18,15 +19,16 @@ namespace kdfast::codec {
 constexpr uint32_t kLanes = 32;     // rows whose symbols interleave, each in its own coder
 constexpr uint32_t kProbBits = 12;  // frequencies of a context sum to 2^12
 constexpr uint32_t kProbs = 1u << kProbBits;
-constexpr uint32_t kLowest = 1u << 16;  // a coder's state lies in [2^16, 2^32) between symbols
-constexpr uint32_t kEscape = 255;       // this symbol is followed by 8 raw bits: a symbol the model has not seen
-constexpr uint32_t kNumberMantissa = 4, kRankMantissa = 1;  // high bits that are part of the symbol
+constexpr uint32_t kLowest = 1u << 16;                      // a coder's state lies in [2^16, 2^32) between symbols
+constexpr uint32_t kEscape = 255;                           // 8 raw bits follow: a symbol that the model has not seen
+constexpr uint32_t kNumberMantissa = 4, kRankMantissa = 1;  // bits below the leading one that are part of the symbol
 constexpr uint32_t kMaxFields = 8;
-constexpr uint32_t kMaxNumber = 1u << 18, kMaxRank = 1u << 24;  // fields and values, and ranks, are below
+constexpr uint32_t kMaxNumber = 1u << 18, kMaxRank = 1u << 24;  // exclusive limits: of fields and values; of ranks
 constexpr uint32_t kRankClasses = 24, kRestClasses = 12;
 constexpr uint32_t kRankContexts = kRankClasses * kRestClasses, kValueContexts = kRankContexts;
 
-// x as a symbol and `bits` low bits: small numbers are symbols, larger ones share 2^mantissa symbols per octave.
+// A number as a symbol and `bits` low bits: small numbers are their own symbols, larger ones share 2^mantissa symbols
+// per octave.
 struct Split {
   uint32_t symbol, bits, low;
 };
@@ -54,13 +56,14 @@ KDFAST_BOTH uint32_t join(uint32_t symbol, uint32_t bits, uint32_t low, uint32_t
   return bits ? (((symbol & ((1u << mantissa) - 1)) | (1u << mantissa)) << bits) + low : symbol;
 }
 
-// How many bits a number below `range` takes in truncated binary: this many, or one more if they are all above.
+// Truncated binary for a number below `range`: the first short_codes(range) numbers take floor_log2(range) bits, the
+// others one more.
 KDFAST_BOTH uint32_t floor_log2(uint32_t range) { return bit_length(range) - 1; }
 KDFAST_BOTH uint32_t short_codes(uint32_t range) { return (2u << floor_log2(range)) - range; }
 
-// Contexts, numbered through: fields, then ranks, then values.
+// Contexts are numbered consecutively: fields, then ranks, then values.
 
-// The octave of a rank, and what stands for it where there is no rank before.
+// A rank's octave; kFirstEntry stands for the rank before the first.
 constexpr uint32_t kFirstEntry = kRankClasses - 1;
 
 KDFAST_BOTH uint32_t octave(uint32_t rank_symbol) {
@@ -68,20 +71,21 @@ KDFAST_BOTH uint32_t octave(uint32_t rank_symbol) {
   return o < kFirstEntry ? o : kFirstEntry - 1;
 }
 
-// How much of a row is left, at least 1: 1, 2, 3, 4, then up to 6, 10, 18, 34, 66, 130, 258, and more.
+// The class of how much of a row is left, which is at least 1. Upper ends: 1, 2, 3, 4, 6, 10, 18, 34, 66, 130, 258,
+// none.
 KDFAST_BOTH uint32_t rest_class(uint32_t left) {
   if (left <= 4) return left - 1;
   const uint32_t c = bit_length(left - 3) + 2;
   return c < kRestClasses ? c : kRestClasses - 1;
 }
 
-// Of a rank: the octave of the rank before it, and how much is left. That is the law of order statistics: the smallest
-// of n draws lies the lower, the larger n is.
+// A rank's context: the octave of the rank before it, and how much is left. Order statistics say why: the more entries
+// are left, the lower the next rank tends to be.
 KDFAST_BOTH uint32_t rank_context(uint32_t fields, uint32_t octave_before, uint32_t left) {
   return fields + octave_before * kRestClasses + rest_class(left);
 }
 
-// Of a value: its own rank's octave, and how much is left.
+// A value's context: the octave of its rank, and how much is left.
 KDFAST_BOTH uint32_t value_context(uint32_t fields, uint32_t rank_octave, uint32_t left) {
   return fields + kRankContexts + rank_octave * kRestClasses + rest_class(left);
 }

@@ -1,4 +1,4 @@
-// Entry blocks: rows of fields and entries as bytes and back, with the frequencies of a model.
+// Entry blocks: rows of header fields and entries, to bytes and back, with a model's symbol frequencies.
 #pragma once
 
 #include <cstddef>
@@ -12,16 +12,16 @@
 
 namespace kdfast::codec {
 
-// The frequencies of every context, with the tables that coding wants.
+// The symbol frequencies of every context, with the tables for coding and decoding.
 class Model {
  public:
   // frequencies: (contexts(fields), 256); each context's sum to 2^12 and its escape has one. Throws invalid_argument.
-  // total: what a row's values, each plus 1, add up to; 0: that varies.
+  // total: the sum of a row's values, each plus 1; 0: it varies.
   Model(uint32_t fields, uint32_t total, const uint16_t* frequencies);
 
   struct Context {
-    uint32_t range[256];     // first slot in the low half, number of slots in the high half
-    uint8_t symbol[kProbs];  // that owns a slot
+    uint32_t range[256];     // of a symbol: first slot in the low 16 bits, number of slots in the high 16
+    uint8_t symbol[kProbs];  // of a slot
   };
   uint32_t fields() const { return fields_; }
   uint32_t total() const { return total_; }
@@ -32,7 +32,7 @@ class Model {
   std::vector<Context> contexts_;
 };
 
-// Leaves the numbers that a vector grows by as they are, for what is then written anyway.
+// An allocator that leaves the elements uninitialised by which a vector grows, as they are overwritten anyway.
 template <typename T>
 struct Unset : std::allocator<T> {
   template <typename U>
@@ -51,14 +51,15 @@ struct Unset : std::allocator<T> {
 
 using Numbers = std::vector<int32_t, Unset<int32_t>>;
 
-// DecodedEntries in memory: fields row by row, column 0 being the number of entries; entries row by row, ranks
-// ascending.
+// Rows in memory. fields: every row's header fields, of which the first is its number of entries. ranks and values:
+// every row's entries, ranks ascending within a row.
 struct DecodedEntries {
   Numbers fields;
   Numbers ranks;
   Numbers values;
 };
 
+// The same for encoding, in memory of others.
 struct EntriesView {
   const int32_t* fields;
   const int32_t* ranks;
@@ -66,13 +67,13 @@ struct EntriesView {
   int64_t rows;
 };
 
-// How often each symbol occurs in each context: adds to counts, (contexts(fields), 256).
+// Adds to `counts`, (contexts(fields), 256), how often each symbol occurs in each context.
 void count_symbols(const EntriesView& rows, uint32_t fields, uint32_t total, uint32_t* counts);
 
 std::vector<uint8_t> encode_block(const EntriesView& rows, const Model& model);
 
-// Appends a block's rows. Any bytes may come: throws invalid_argument unless they are what encode_block writes, with at
-// most max_entries entries per row and ranks below max_rank.
+// Appends a block's rows to `out`. Safe for any bytes: throws invalid_argument unless encode_block could have written
+// them, with at most max_entries entries per row and ranks below max_rank.
 void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
                   int32_t max_rank, DecodedEntries& out);
 

@@ -1,7 +1,7 @@
 // Entry blocks to rows.
 //
-// One chain bounds the speed: which word a coder may take depends on how many the coders before it have taken, and so
-// on every symbol before. That is why nothing in it branches on what the bytes say, and why tables are fetched early.
+// A single dependency chain bounds the speed: which word a lane reads depends on how many words the lanes before it
+// have read, and so on every symbol before. So nothing in that chain branches on the data, and tables are prefetched.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -21,7 +21,7 @@ uint32_t load32(const uint8_t* in) {
   return x;
 }
 
-// The ranks that a symbol stands for, first up to end; none if it is impossible.
+// The ranks that a symbol stands for: from first up to, not including, end. None for a symbol that no rank has.
 struct RankSymbol {
   uint32_t first, end, octave;
 };
@@ -41,7 +41,7 @@ struct RankSymbols {
 };
 
 struct RestClasses {
-  static constexpr uint32_t kLast = 259;  // it and all above are of one class
+  static constexpr uint32_t kLast = 259;  // this number and all above are in the last class
   uint8_t of[kLast + 1] = {};
 
   constexpr RestClasses() {
@@ -53,7 +53,8 @@ constexpr RankSymbols kRankSymbols;
 constexpr RestClasses kRests;
 static_assert(rest_class(RestClasses::kLast) == kRestClasses - 1, "the table ends where classes do");
 
-// A block's coders and their words. Words are padded, so that a step of all lanes may overrun before `overrun` is seen.
+// The rANS states of a block's lanes, and the words that they read. The words are padded: `overrun` is checked after a
+// step of all lanes, which may have read beyond the end.
 class Coders {
  public:
   Coders(const uint8_t* data, size_t length, uint32_t lanes) : lanes_(lanes) {
@@ -71,7 +72,7 @@ class Coders {
 
   size_t bytes() const { return bytes_; }
 
-  // A lane's next symbol. `refill` must follow, in the order of lanes.
+  // A lane's next symbol. Must be followed by `refill`, in the order of lanes.
   uint32_t advance(uint32_t lane, const Model::Context& context) {
     const uint32_t x = state_[lane], slot = x & (kProbs - 1);
     const uint32_t symbol = context.symbol[slot], range = context.range[symbol];
@@ -81,7 +82,7 @@ class Coders {
 
   void refill(uint32_t lane) {
     const uint32_t x = state_[lane], low = x < kLowest;
-    state_[lane] = x << (16 * low) | (*word_ & (0u - low));  // in arithmetic: of `low ? :` compilers make a branch
+    state_[lane] = x << (16 * low) | (*word_ & (0u - low));  // arithmetic, as compilers turn `low ? :` into a branch
     word_ += low;
   }
 
@@ -91,7 +92,7 @@ class Coders {
     return found;
   }
 
-  // Before the lane's next symbol, if it is likely to be of this context.
+  // Prefetches the table of the lane's next symbol, if that is likely to be in this context.
   void prefetch(uint32_t lane, const Model::Context& context) const {
     __builtin_prefetch(context.symbol + (state_[lane] & (kProbs - 1)));
   }
@@ -110,7 +111,7 @@ class Coders {
   size_t bytes_;
 };
 
-// A block's raw bits, padded likewise.
+// A block's raw bits, padded for the same reason.
 class RawBits {
  public:
   RawBits(const uint8_t* data, size_t length) : bytes_(length + kPadding), end_(8 * uint64_t(length)) {
@@ -127,11 +128,11 @@ class RawBits {
   uint32_t below(uint32_t range) {
     const uint32_t n = floor_log2(range), shorts = short_codes(range), window = peek();
     const uint32_t low = window & ((1u << n) - 1), one_more = low >= shorts;
-    at_ += n + one_more;  // no branch here either: whether a code is short is hard to predict
+    at_ += n + one_more;  // no branch: whether a code is short is hard to predict
     return low + ((0u - (one_more & window >> n)) & ((1u << n) - shorts));
   }
 
-  // The number that begins with this symbol.
+  // The number that a symbol stands for, with its low bits read.
   uint32_t number(uint32_t symbol) {
     if (symbol == kEscape) symbol = take(8);
     const uint32_t n = low_bits(symbol, kNumberMantissa);
@@ -154,7 +155,7 @@ class RawBits {
   uint64_t at_ = 0, end_;
 };
 
-// A group of rows, whose entries come in turns: gathered here, then put row after row.
+// A group of up to kLanes rows. Their entries are interleaved in the block: collected here, then appended row by row.
 class Group {
  public:
   Group(Coders& coders, RawBits& raw, const Model& model, uint32_t max_entries, uint32_t max_rank)
@@ -185,10 +186,10 @@ class Group {
 
  private:
   struct Row {
-    const Model::Context* context;  // of the next rank
-    uint32_t rest, left;            // the class of what is left, and that: entries to come, or of the total
+    const Model::Context* context;  // the next rank's context
+    uint32_t rest, left;            // what is left of the row (entries, or of the total), and its class
     uint32_t lowest;                // the lowest rank that may follow
-    uint32_t symbol;                // of the rank that follows, between advance_ranks and step
+    uint32_t symbol;                // the next rank's symbol, from advance_ranks to step
     uint32_t count;
   };
   struct Entry {
@@ -201,8 +202,8 @@ class Group {
     row.context = ranks_ + octave_before * kRestClasses + row.rest;
   }
 
-  // The symbols of all ranks first, as they depend on no word: those tables' latencies overlap. Where a coder then
-  // needs no word, and no symbol is an escape, the value's table is fetched in time, too.
+  // Reads the rank symbols of all lanes first: they depend on no word, so the latencies of their table lookups overlap.
+  // Prefetches each value's table too, which is the right one unless the lane needs a word or the symbol is an escape.
   void advance_ranks(const uint32_t* active, uint32_t n) {
     for (uint32_t i = 0; i < n; ++i) {
       const uint32_t lane = active[i];
@@ -212,7 +213,8 @@ class Group {
     }
   }
 
-  // One entry of each active row, whose rank's symbol is known; those that have more stay active.
+  // Decodes one entry of each active row, whose rank symbol is known. Returns how many rows have more; they stay
+  // active.
   uint32_t step(Entry* entries, uint32_t* active, uint32_t n) {
     uint32_t still = 0;
     bool good = true;

@@ -15,14 +15,14 @@ struct Event {
   uint8_t symbol, lane;
 };
 
-// What coding remembers of a row from one entry to the next.
+// A row's state between one entry and the next.
 struct Lane {
-  uint32_t left;                  // entries to come, or of the total
+  uint32_t left;                  // what is left of the row: entries, or of the total
   uint32_t before = kFirstEntry;  // the octave of the last rank
   uint32_t symbol = 0, next = 0;  // the last rank's symbol, and the lowest low bits that may follow in it
 };
 
-// Visits every number of some rows in coding order: visit(lane, context, symbol, low, range), where low < range.
+// Visits every number of a group of rows in coding order: visit(lane, context, symbol, low, range), where low < range.
 template <typename Visit>
 void visit_group(const EntriesView& rows, const int64_t* starts, int64_t first, uint32_t lanes, uint32_t fields,
                  uint32_t total, Visit&& visit) {
@@ -70,7 +70,7 @@ void visit_rows(const EntriesView& rows, uint32_t fields, uint32_t total, Visit&
   }
 }
 
-// The coders' states and their words, in the order in which a decoder wants them.
+// The lanes' rANS states and words, in the order in which a decoder reads them.
 std::vector<uint8_t> code_events(const std::vector<Event>& events, uint32_t lanes, const Model& model) {
   uint32_t state[kLanes];
   std::fill(state, state + lanes, kLowest);

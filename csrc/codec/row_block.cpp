@@ -13,7 +13,7 @@ namespace {
 
 constexpr uint32_t kClassBits[3] = {5, 9, 13};
 constexpr uint32_t kClassStart[4] = {0, 32, 32 + 512, 32 + 512 + 8192};
-constexpr int64_t kNarrow = 1 << 16;  // rows that take fewer bytes have an index of 2 bytes each, others of 4
+constexpr int64_t kNarrow = 1 << 16;  // blocks with fewer bytes of rows have an index of 2 bytes a row, others of 4
 
 [[noreturn]] void bad(const char* what) { throw std::invalid_argument(std::string("a row block ") + what); }
 
@@ -22,7 +22,7 @@ void put(BitWriter& out, uint32_t value, uint32_t bits) {
   out.put(value, bits);
 }
 
-// Reads past the row's end are of bytes that may be looked at, or of zeros; `finish` tells.
+// Reads a row's bits. Reading beyond its end yields other readable bytes or zeros, and makes `finish` throw.
 class RowReader {
  public:
   RowReader(const uint8_t* data, size_t length, size_t readable)
@@ -134,7 +134,7 @@ void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLa
   bool good = true;
   uint32_t lowest = 0;
   for (int32_t i = 0; i < count; ++i) {
-    const uint64_t window = in.peek();  // holds both fields: they take at most 2 + 24 + 18 bits
+    const uint64_t window = in.peek();  // holds rank and value: they take at most 2 + 24 + 18 bits
     const BitField rank = read_rank(window, layout);
     ranks[i] = int32_t(rank.number);
     values[i] = int32_t(low(window >> rank.bits, layout.value_bits));

@@ -5,7 +5,8 @@
 namespace kdfast {
 namespace {
 
-// Entropy and top-1 agreement are those of the plain tempered softmax, whatever the divergence makes of the logits.
+// A row's parts. Entropy and top-1 agreement are those of the tempered softmax of the logits as given, even where the
+// divergence standardises them or masks the label.
 RowResult describe(const Divergence& divergence, const RowTask& row, void* workspace,
                    RowResult (*dense)(const Divergence&, const RowTask&, void*)) {
   RowTask task = unweighted(row);

@@ -1,5 +1,5 @@
 // A student row against a row of teacher logits: every divergence, CE and z-loss in one sweep.
-// A sparse row with a background has the logarithm of its distribution for logits.
+// A sparse row whose tail has a prototype comes here too: its logits are the logarithms of its probabilities.
 
 #if defined(KDFAST_CPU_DENSE_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_DENSE_ROW_INL_H_
@@ -63,7 +63,7 @@ class DenseRow : RowSweep<T> {
     return task.kd != 0 && divergence.kind != Kind::kLogitMse;
   }
 
-  // Forward KL's gradient is q - p: it needs no second look at the logits, and its value comes with the first.
+  // Forward KL's gradient is q - p, and its value is a sum that the first sweep makes: the logits are read once.
   bool is_forward() const { return kdfast::is_forward(divergence_.kind) || divergence_.kind == Kind::kDkd; }
 
   bool is_bad() const {
@@ -74,7 +74,7 @@ class DenseRow : RowSweep<T> {
 
   int64_t shared_tiles() const { return tile_count(task_.shared); }
 
-  // False where the row's entries or its shape are out of range.
+  // False where an entry's id or the prototype's index is out of range.
   bool prepare_prototype() {
     if (!prototype_.exists()) return true;
     if (prototype_.is_bad() || !this->entry_tiles_.sort(task_.entries, this->columns(), task_.shared)) return false;
@@ -134,7 +134,7 @@ class DenseRow : RowSweep<T> {
     return change(k, count, moments_t_, tile_t_);
   }
 
-  // z-scores, the target taken out (dkd), and -inf up to whole vectors.
+  // Changes logits in place: to z-scores; to -inf at the label (dkd); and pads whole vectors with -inf.
   const T* change(int64_t k, int count, const Moments& m, T* x) {
     if (divergence_.standardize)
       for (int i = 0; i < count; ++i)
@@ -165,7 +165,7 @@ class DenseRow : RowSweep<T> {
     }
   }
 
-  // The teacher's probabilities are there already: they stand for exponentials whose origin is 0.
+  // The prototype holds probabilities, not logits: store them as exponentials with origin 0.
   void sweep_with_prototype(int64_t k) {
     SweepMode mode;
     mode.square = this->unit_tau_ == UnitTau::kSquared;
@@ -199,7 +199,7 @@ class DenseRow : RowSweep<T> {
     zero_beyond(k, count);
   }
 
-  // Columns that only the student has take no part in the divergence.
+  // Zeros for the columns that only the student has: the divergence leaves them out.
   void zero_beyond(int64_t k, int count) {
     for (int i = count; i < Base::padded(this->tile_size(k)); ++i) s_.e[k * kTile + i] = t_.e[k * kTile + i] = T(0);
   }
@@ -213,14 +213,14 @@ class DenseRow : RowSweep<T> {
     return is_forward() ? forward_value() : elements();
   }
 
-  // sum p (keep log p - log q), from each tile's cross sum.
+  // sum p (keep log p - log q), from each tile's cross sum; keep is 1 for KL and 0 for cross-entropy.
   double forward_value() const {
     const double keep = divergence_.kind == Kind::kSoftCe ? 0 : 1;
     double total = 0;
     for (int64_t k = 0; k < shared_tiles(); ++k) {
       if (t_.sum[k] == 0) continue;
       const double gap = keep * t_.log_factor(k) - s_.log_factor(k);
-      // A tile's mass that underflowed still meets an infinite gap.
+      // A factor that underflowed to 0 must still turn an infinite gap into an infinite value.
       const double factor = t_.factor[k] > Real<double>::kTiny ? t_.factor[k] : Real<double>::kTiny;
       total += factor * (this->cross_[k] * kLn2 + t_.sum[k] * gap);
     }
@@ -263,7 +263,7 @@ class DenseRow : RowSweep<T> {
     return divergence_.a * tckd + (rest_is_dead_ ? 0 : divergence_.b * forward_value());
   }
 
-  // As the teacher has it, before the target is taken out.
+  // The teacher's logit at the label, which change() overwrites in the tiles.
   double teacher_target() {
     if (!prototype_.exists()) return load_one(task_.teacher, task_.label);
     staged_t_ = -1;
@@ -293,7 +293,7 @@ class DenseRow : RowSweep<T> {
     });
   }
 
-  // Leaves h in the teacher's exponentials' place.
+  // The divergence's value. Overwrites the teacher's exponentials with h.
   template <Kind kKind>
   double elements_of() {
     const rowmath::Parameters<V> parameters = {divergence_.a, divergence_.b, V(T(-::log(divergence_.a))),
@@ -341,8 +341,8 @@ class DenseRow : RowSweep<T> {
     return {-kd * slope_sum_ * s_.factor[k], kd, h};
   }
 
-  // Where one column, or the way back through the z-scores, needs more than slopes: the divergence's gradient itself
-  // takes the teacher's place.
+  // dkd changes one column and standardised logits add a backward step, which slopes cannot express: there the
+  // divergence's whole gradient is written over the teacher's exponentials first.
   void gradient() {
     const bool kd = active_ && !dead_;
     const bool settled = kd && (divergence_.standardize || divergence_.kind == Kind::kDkd);
@@ -364,8 +364,7 @@ class DenseRow : RowSweep<T> {
       t_.e[task_.label] += T(task_.kd * s_.inverse_tau() * divergence_.a * target_gap_);
   }
 
-  // Through zscore = (x - mean) / std: dx = (g - mean(g) - zscore mean(g zscore)) / std. Leaves it in the teacher's
-  // place.
+  // Backward through zscore = (x - mean) / std, in place: dx = (g - mean(g) - zscore mean(g zscore)) / std.
   void unstandardize() {
     double sum = 0, dot = 0;
     for (int64_t k = 0; k < shared_tiles(); ++k)

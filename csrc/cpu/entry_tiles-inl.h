@@ -1,4 +1,4 @@
-// The entries of a sparse row in the order of their tiles.
+// The entries of a sparse row, sorted by the tile that their column lies in.
 
 #if defined(KDFAST_CPU_ENTRY_TILES_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_ENTRY_TILES_INL_H_
@@ -25,7 +25,7 @@ class EntryTiles {
     starts_ = order_ + tiles * kTile;
   }
 
-  // False where an id is out of the shared vocabulary.
+  // A counting sort. False where an id is out of the shared vocabulary.
   bool sort(const Entries& entries, int64_t columns, int64_t shared) {
     const int64_t tiles = tile_count(columns);
     if (entries.count > columns) return false;
@@ -40,7 +40,7 @@ class EntryTiles {
       before += count;
     }
     for (int64_t i = 0; i < entries.count; ++i) order_[starts_[entries.id[i] / kTile]++] = int32_t(i);
-    // Filling moved every start to its tile's end, which is the next tile's start.
+    // The loop above moved each start to the end of its tile, the next tile's start: shift them back.
     for (int64_t k = tiles; k > 0; --k) starts_[k] = starts_[k - 1];
     starts_[0] = 0;
     return true;

@@ -1,4 +1,5 @@
-// What dense and sparse rows share: the student's exponentials, the ground-truth terms and the gradient sweep.
+// What dense and sparse rows share: the student's softmax, the ground-truth terms (cross-entropy and z-loss) and the
+// sweep that writes the gradient.
 
 #if defined(KDFAST_CPU_ROW_SWEEP_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_ROW_SWEEP_INL_H_
@@ -22,9 +23,9 @@ namespace KDFAST_TARGET {
 // Where the student's softmax at temperature 1 comes from.
 enum class UnitTau {
   kUnused,    // neither CE nor z-loss
-  kShared,    // the tempered exponentials are it: tau = 1
-  kSquared,   // their squares are: tau = 2
-  kSeparate,  // exponentials of its own
+  kShared,    // tau = 1: the tempered exponentials
+  kSquared,   // tau = 2: their squares
+  kSeparate,  // exponentials computed for it
 };
 
 template <typename T>
@@ -34,7 +35,7 @@ class RowSweep {
 
   RowSweep(const RowTask& task, bool tempered, bool may_share, void* workspace) : task_(task) {
     carve(workspace);
-    // Without a tempered softmax the student's exponentials are those at temperature 1.
+    // Without a tempered softmax, s_ holds the exponentials at temperature 1.
     s_.columns = tempered ? task.shared : columns();
     s_.set_tau(tempered ? task.tau_s : 1);
     unit_.columns = columns();
@@ -60,7 +61,7 @@ class RowSweep {
     return tile_s_;
   }
 
-  // The same, for a caller that will change it.
+  // student_tile() for a caller that changes it; the next call loads the tile again.
   T* student_tile_to_change(int64_t k) {
     student_tile(k);
     staged_ = -1;
@@ -84,7 +85,8 @@ class RowSweep {
 
   // ---- exponentials ---------------------------------------------------------------------------------------------
 
-  // Tile k of `side` and, with the mode's teacher, of t_, from `count` logits x and y of one dtype.
+  // Exponentials and sums of tile k: of `side` from `count` logits x, and with mode.teacher of t_ from logits y of the
+  // same dtype.
   template <typename From>
   void sweep_tile(int64_t k, Exponentials<T>& side, SweepMode mode, int count, const From* x, const From* y) {
     const int probe = count < V::kLanes ? count : V::kLanes;
@@ -93,7 +95,7 @@ class RowSweep {
     if (mode.teacher) t = base2<T>(t_.scale_log2, y, probe);
     TileSums<T> sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
     if (!is_finite(sums.logits + sums.cross) || !(sums.student + sums.teacher + sums.square < kLargestSum)) {
-      // -inf somewhere, or an origin far below: the same again from the true maxima, with selections.
+      // A logit of -inf, or an origin too far below the maximum: repeat with the true maxima and with masks.
       mode.careful = true;
       s = base2<T>(side.scale_log2, x, count);
       if (mode.teacher) t = base2<T>(t_.scale_log2, y, count);
@@ -106,7 +108,7 @@ class RowSweep {
     cross_[k] = sums.cross;
   }
 
-  // Larger ones would take the factors that normalise them out of float's range.
+  // The factors that normalise larger sums would leave float's range.
   static constexpr T kLargestSum = T(0x1p40);
 
   static void record(Exponentials<T>& side, int64_t k, double sum, double offset) {
@@ -114,7 +116,7 @@ class RowSweep {
     side.offset[k] = sum == 0 ? -Real<double>::kInf : offset;
   }
 
-  // What the ground truth needs of tile k, from logits that nothing has been taken out of.
+  // The ground-truth terms' sums over tile k. Reads the row's own logits, before entries or labels are masked out.
   void sweep_truth(int64_t k) {
     const int count = tile_size(k);
     if (unit_tau_ == UnitTau::kSeparate)
@@ -124,7 +126,8 @@ class RowSweep {
     if (task_.label_probs.data) sum_label_probs(k, student_tile(k), count);
   }
 
-  // visit(the student's tile, typed): its own memory where the working type reads that dtype, else staged.
+  // Calls visit with a typed pointer to the student's tile: into the row itself where the working type reads its dtype,
+  // else to a converted copy.
   template <typename F>
   void with_student(int64_t k, F visit) {
     if (!is_readable(task_.student.dtype)) return visit(student_tile(k));
@@ -168,13 +171,13 @@ class RowSweep {
     }
   }
 
-  // The temperature-1 softmax is complete: its log-sum-exp, and cross-entropy with smoothing.
+  // Cross-entropy with smoothing, and the log-sum-exp, once the softmax at temperature 1 is complete.
   double finish_truth() {
     if (unit_tau_ == UnitTau::kUnused) return 0;
     lse_ = unit_softmax().lse();
     alive_ = unit_softmax().sum_exp != 0;
     if (!alive_ || task_.ce == 0) return 0;
-    // 1, as the exponentials rounded it.
+    // 1 / tau for tau = 1, with the exponentials' rounding.
     const double unit = unit_softmax().inverse_tau();
     double hard = 0;
     if (task_.label_probs.data) {
@@ -184,7 +187,7 @@ class RowSweep {
       label_mass_ = 1;
     }
     if (task_.smoothing == 0) return hard;
-    // Smoothed away altogether, a masked label's infinity must not come back as 0 * inf.
+    // With smoothing 1 the hard term is left out: a masked label would make it 0 * inf.
     return (task_.smoothing == 1 ? 0 : (1 - task_.smoothing) * hard) +
            task_.smoothing * (lse_ - finite_sum_ * unit / finite_count_);
   }
@@ -195,7 +198,8 @@ class RowSweep {
     return task_.ce != 0 && !task_.label_probs.data && !(task_.label >= 0 && task_.label < columns());
   }
 
-  // d(loss) / d(logit) = ce_slope * q1 - smoothing share - labels.
+  // What the softmax at temperature 1, q, weighs in the gradient of the ground-truth terms:
+  // d(loss) / d(logit) = truth_slope * q - smoothing_share - label.
   double truth_slope() const {
     if (unit_tau_ == UnitTau::kUnused || !alive_) return 0;
     const double mass = (1 - task_.smoothing) * label_mass_ + task_.smoothing;
@@ -208,7 +212,7 @@ class RowSweep {
 
   // ---- gradient ---------------------------------------------------------------------------------------------------
 
-  // What a gradient tile superposes: student * e_s + h * (the array h) + one * (softmax at temperature 1) - share.
+  // A tile's gradient is student * e_s + h * h_tile + truth_slope * (softmax at temperature 1) - smoothing_share.
   struct Slopes {
     double student = 0, h = 0;
     const T* h_tile = nullptr;
@@ -227,7 +231,7 @@ class RowSweep {
     if (masked_[k]) zero_masked(k);
   }
 
-  // Whole vectors straight to where the gradient lies; the columns before and after them through a copy.
+  // Whole vectors go straight to the gradient's memory; the columns before and after them through a buffer.
   template <typename To>
   void write_vectors(int64_t k, const Slopes& slopes, To* out) {
     const int count = tile_size(k), lead = task_.stream ? columns_to_line(out, count) : 0;
@@ -250,7 +254,8 @@ class RowSweep {
     return columns < count ? columns : count;
   }
 
-  // Class probabilities are a whole tile to subtract; masks are read from logits that an in-place gradient overwrites.
+  // Class probabilities need a second pass over the tile. An in-place gradient overwrites the logits that masks are
+  // read from.
   bool needs_staging(int64_t k) const {
     return (task_.ce != 0 && task_.label_probs.data) || (masked_[k] && task_.grad == task_.student.data);
   }
@@ -323,7 +328,7 @@ class RowSweep {
 
   // ---- the row's result -----------------------------------------------------------------------------------------
 
-  // A row whose loss is NaN has a NaN gradient, the quiet one in every dtype.
+  // The loss and the whole gradient are NaN (quiet in every dtype).
   RowResult fail() {
     const double nan = __builtin_nan("");
     for (int i = 0; i < kTile; ++i) tile_g_[i] = T(nan);
@@ -332,7 +337,7 @@ class RowSweep {
     return {nan, nan, nan, nan, nan};
   }
 
-  // Terms whose coefficient is 0 are 0 here: their infinities are nobody's.
+  // A term with coefficient 0 contributes 0 even if its value is infinite.
   RowResult total(double kd, double ce) const {
     RowResult result;
     result.kd = kd;
@@ -355,7 +360,7 @@ class RowSweep {
     return total;
   }
 
-  // The first largest of a row's shared columns.
+  // The largest of a row's shared columns; the first of equal ones.
   int64_t argmax(const Source& row) {
     int64_t best = 0;
     T largest = -Real<T>::kInf;

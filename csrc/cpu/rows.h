@@ -17,7 +17,7 @@
 #include "memory.h"
 #include "row.h"
 
-// From torch 2.11 on: a tensor over memory of one's own. Null before.
+// Makes a tensor over the caller's memory. From torch 2.11 on; null before.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
@@ -93,8 +93,8 @@ struct RowOutputs {
 
 inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
 
-// StridedRows of gradients above it would push each other out of the caches before anybody reads them, and their fresh
-// pages cost more than their arithmetic.
+// A gradient larger than this leaves the caches before it is read, and the page faults of fresh memory cost more than
+// its arithmetic.
 constexpr int64_t kLargeBytes = 8 << 20;
 
 inline Tensor new_gradient(const Tensor& student) {
@@ -116,15 +116,15 @@ inline Tensor new_gradient(const Tensor& student) {
   return Tensor(grad);
 }
 
-// Shorter rows lose more to their unaligned ends than the fetches cost.
+// Streaming pays from this row size on: shorter rows lose more to their unaligned ends than the fetches cost.
 constexpr int64_t kStreamRowBytes = 3 << 10;
 
-// A row that does not count: loss 0, gradient exactly 0, whatever the logits hold.
+// A row whose coefficients are all 0: loss 0 and gradient exactly 0, even if its logits are infinite or NaN.
 inline void clear_row(const RowTask& task, int64_t element_size) {
   if (task.grad) std::memset(task.grad, 0, size_t(task.student.size * element_size));
 }
 
-// The row without its coefficients, which may leave KD or CE out: what the parts are measured on.
+// The row with KD and CE both weighted 1 and no gradient: the parts report both, even where the loss leaves one out.
 inline RowTask unweighted(RowTask task) {
   task.grad = nullptr;
   task.kd = 1;
@@ -132,8 +132,8 @@ inline RowTask unweighted(RowTask task) {
   return task;
 }
 
-// Calls run(begin, end) on pieces of the rows, each on one of torch's threads. Threads take a few rows at a time, about
-// as many as pay for asking: none waits long for another.
+// Calls run(begin, end) on pieces of the rows, on torch's threads. Each thread takes the next piece when it is done
+// with one; a piece is just large enough to pay for that, so that no thread waits long for another at the end.
 template <typename F>
 void for_each_piece(int64_t rows, int64_t columns, F run) {
   constexpr int64_t kGrain = 1 << 15;

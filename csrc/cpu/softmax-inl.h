@@ -1,7 +1,8 @@
-// One side's exponentials, tile by tile, straight from the logits: 2^((x - origin) log2(e) / tau), with an origin per
-// tile. The origin only has to come near the tile's maximum, so a few logits decide it and nobody looks for the maximum
-// first; a tile whose sums grow too large all the same is done again.
-// The factors that normalize() leaves turn a tile's exponentials into probabilities.
+// One side's softmax, tile by tile, straight from the logits: exponentials 2^((x - origin) log2(e) / tau) with an
+// origin per tile, and a factor per tile that turns them into probabilities.
+//
+// The origin need not be the tile's maximum, only near it: the maximum of the tile's first few logits serves, which
+// saves a sweep. A tile whose sums come out too large is computed again with its true maximum.
 
 #if defined(KDFAST_CPU_SOFTMAX_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SOFTMAX_INL_H_
@@ -21,7 +22,7 @@ KDFAST_BEFORE_NAMESPACE();
 namespace kdfast {
 namespace KDFAST_TARGET {
 
-// 64 additions per lane of a float sum, whatever the vector's width, before double takes over.
+// Columns of a tile: 64 additions per lane in float, whatever the vector's width, before sums continue in double.
 constexpr int kTile = 16 * KDFAST_VEC_BYTES;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -35,15 +36,16 @@ struct Exponentials {
   double* sum = nullptr;     // (tiles,)
   double* factor = nullptr;  // (tiles,)
   int64_t columns = 0;
-  T scale_log2 = T(kLog2E);                           // log2(e) / tau
-  double row_max = -Real<double>::kInf, sum_exp = 0;  // over the row; sum_exp is 0 exactly where every column is -inf
+  T scale_log2 = T(kLog2E);  // log2(e) / tau
+  double row_max = -Real<double>::kInf,
+         sum_exp = 0;  // of the row: the largest offset; 0 exactly where every column is -inf
   double log_sum = 0;
 
   void set_tau(double tau) { scale_log2 = T(kLog2E / tau); }
-  // 1 / tau, with the rounding that the exponentials saw.
+  // 1 / tau, rounded as the exponentials' scale is.
   double inverse_tau() const { return double(scale_log2) * kLn2; }
 
-  // Sums of tiles to a sum of the row. A NaN or +inf anywhere makes sum_exp NaN.
+  // The row's statistics from its tiles'. A logit of NaN or +inf makes sum_exp NaN.
   void finish() {
     const int64_t tiles = tile_count(columns);
     for (int64_t k = 0; k < tiles; ++k) row_max = offset[k] > row_max ? offset[k] : row_max;
@@ -51,7 +53,7 @@ struct Exponentials {
     if (!is_finite(sum_exp)) sum_exp = __builtin_nan("");
     normalize();
   }
-  // Adds a column that no tile holds; normalize() when all are in.
+  // Adds the logit of a column that no tile holds. Call normalize() after the last one.
   void include(double x) {
     if (x == -Real<double>::kInf) return;
     const double u = x * scale_log2, raised = u > row_max ? u : row_max;
@@ -63,21 +65,21 @@ struct Exponentials {
     log_sum = ::log(sum_exp);
     for (int64_t k = 0; k < tile_count(columns); ++k) factor[k] = sum_exp == 0 ? 0 : relative(k) / sum_exp;
   }
-  // A tile without a finite column has sum 0, or NaN, and no offset to be relative to.
+  // A tile's scale relative to row_max. A tile without a finite column has no offset, and its sum is 0 or NaN.
   double relative(int64_t k) const {
     return offset[k] == row_max || offset[k] == -Real<double>::kInf ? 1 : ::exp2(offset[k] - row_max);
   }
 
-  // In nats.
+  // The row's log-sum-exp in nats.
   double lse() const { return row_max * kLn2 + log_sum; }
-  // Of a logit. The products are exact for float, so that nothing cancels however large the logits are.
+  // log q of a column with logit x. A product of two floats is exact in double, so large logits cancel exactly.
   double log_probability(double x) const { return (x * double(scale_log2) - row_max) * kLn2 - log_sum; }
-  // log of a tile's probability per unit of its exponential.
+  // log of tile k's factor.
   double log_factor(int64_t k) const { return (offset[k] - row_max) * kLn2 - log_sum; }
   T probability(int64_t column) const { return e[column] * T(factor[column / kTile]); }
 };
 
-// (x - origin) log2(e) / tau. Subtracting first loses nothing that matters, however large the logits are.
+// Logits as exponents of 2, relative to an origin. Subtracting before scaling keeps large logits accurate.
 template <typename T>
 struct Base2 {
   T scale_log2 = 0, origin = 0;
@@ -85,7 +87,7 @@ struct Base2 {
   double offset() const { return double(origin) * double(scale_log2); }
 };
 
-// Any origin does, as long as log_factor() is taken from the same one.
+// The map that tile k's exponentials were made with.
 template <typename T>
 Base2<T> origin_of(const Exponentials<T>& side, int64_t k) {
   const double offset = side.offset[k];
@@ -95,18 +97,19 @@ Base2<T> origin_of(const Exponentials<T>& side, int64_t k) {
 template <typename T>
 struct TileSums {
   T student, teacher, square, cross;
-  T logits;  // not finite where a logit is masked; 0 where cross tells as much
+  T logits;  // sum of the logits, not finite where one is masked; 0 where `cross` shows that
 };
 
-// The sum, in bits, that the value of a forward divergence needs: e_t (v - u) for KL, -e_t u for cross-entropy.
+// The sum that a forward divergence's value needs, with exponents u of the student and v of the teacher, in log2 units:
+// e_t (v - u) for KL, -e_t u for cross-entropy.
 enum class Cross { kNone, kKl, kCe };
 
-// What one sweep over a tile computes beside the student's exponentials.
+// What one sweep over a tile computes besides the student's exponentials.
 struct SweepMode {
   bool teacher = false;  // the teacher's exponentials
-  bool square = false;   // sum of e_s^2: the student at temperature 1, when tau is 2
+  bool square = false;   // sum of e_s^2: the student's at temperature 1 where tau is 2
   Cross cross = Cross::kNone;
-  bool careful = false;  // right where a logit is -inf; without it such a tile's sums are not finite
+  bool careful = false;  // handles logits of -inf, which otherwise make a sum infinite or NaN
 };
 
 template <bool kTeacher, bool kSquare, Cross kCross, typename T, typename From>
@@ -116,8 +119,7 @@ class Sweep {
  public:
   Sweep(Base2<T> s, Base2<T> t) : s_(s), t_(t) {}
 
-  // `kVectors` vectors stage by stage, so that the processor has one's arithmetic to do while it waits for another's.
-  // kCareful: right for -inf too. Otherwise a mask on either side makes a sum infinite or NaN.
+  // Adds `kVectors` vectors, stage by stage, so that their latencies overlap. kCareful: see SweepMode::careful.
   template <bool kCareful, int kVectors, typename Logit>
   KD_INLINE void add(const Logit* x, const Logit* y, T* e_s, T* e_t) {
     V u[kVectors], v[kVectors], a[kVectors], b[kVectors];
@@ -145,7 +147,7 @@ class Sweep {
     }
   }
 
-  // The same for one vector of which only the lanes in `counts` are new.
+  // Adds one vector of which only the lanes in `counts` are new.
   template <bool kCareful>
   KD_INLINE void add_partly(const From* x, const From* y, T* e_s, T* e_t, Mask<T> counts) {
     Sweep part(s_, t_);
@@ -190,11 +192,11 @@ TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Ba
   for (int i = 0; i < paired; i += 2 * kLanes) sweep.template add<kCareful, 2>(x + i, y + i, e_s + i, e_t + i);
   if (paired < whole) sweep.template add<kCareful, 1>(x + paired, y + paired, e_s + paired, e_t + paired);
   if (whole == count) return sweep.sums();
-  // Zeros up to the whole vector, which the columns below overwrite in part.
+  // Zeros to the end of the last vector; the code below overwrites those that stand for columns.
   Vec<T>(T(0)).store(e_s + whole);
   if (kTeacher) Vec<T>(T(0)).store(e_t + whole);
   if (whole > 0) {
-    // The last whole vector that fits, of which the first lanes have been added before.
+    // Load the last `kLanes` columns again, and count only those that no vector before held.
     const int last = count - kLanes;
     const Mask<T> counts = lane_numbers<T>() > Vec<T>(T(whole - last) - T(0.5));
     sweep.template add_partly<kCareful>(x + last, y + last, e_s + last, e_t + last, counts);
@@ -207,7 +209,7 @@ TileSums<T> exponentiate(int count, const From* x, const From* y, Base2<T> s, Ba
     if (kTeacher) rest_y[i] = T(to_real(y[i]));
     logits += rest_x[i];
   }
-  // The padding is masked columns, and must not pass for the row's own.
+  // The padding is -inf, so the sweep is careful, and the check for masks must use the row's own logits alone.
   sweep.template add<true, 1>(rest_x, rest_y, e_s, e_t);
   TileSums<T> sums = sweep.sums();
   sums.logits += logits;
@@ -247,7 +249,7 @@ T maximum(const From* x, int count) {
   return largest;
 }
 
-// With the origin at the largest of the first `count` logits; 0 where there is none to be near to.
+// Exponents relative to the largest of the first `count` logits; relative to 0 where none is finite.
 template <typename T, typename From>
 Base2<T> base2(T scale_log2, const From* x, int count) {
   const T largest = maximum<T>(x, count);

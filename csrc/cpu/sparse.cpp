@@ -7,7 +7,7 @@
 namespace kdfast {
 namespace {
 
-// The tails' prototypes, where they have any.
+// The prototypes of the rows' tails, if the op has any, and their entropies.
 class Prototypes {
  public:
   Prototypes(const SparseArguments& arguments, const Divergence& divergence, int64_t rows) {
@@ -38,7 +38,7 @@ class Prototypes {
   bool has(int64_t row) const { return exist() && index_[row] >= 0 && index_[row] < count_; }
   Source at(int64_t index) const { return {table_ + index * row_bytes_, dtype_, columns_}; }
 
-  // Once for each shape that some row names: a row's own would cost it a logarithm per column.
+  // Once for each prototype that some row names, not once a row: it takes a logarithm per column.
   void find_entropies(int64_t rows, int64_t shared, bool wide) {
     const auto entropy = wide ? kernels().prototype_entropy_double : kernels().prototype_entropy_float;
     entropies_.resize(size_t(count_));
@@ -62,8 +62,8 @@ class Prototypes {
   std::vector<double> entropies_;
 };
 
-// A row's loss by the kernel that its divergence needs, and its parts: entropy and top-1 agreement are those of the
-// tempered softmax, which forward KL's has.
+// A row's loss, by the kernel that its divergence needs, and its parts. Entropy and top-1 agreement are properties of
+// the tempered softmax, not of the divergence: the kernel of forward KL reports them.
 template <typename Forward, typename Other>
 RowResult run_row(const Divergence& divergence, RowTask& task, void* workspace, Forward forward, Other other) {
   const bool forward_kind = is_forward(divergence.kind);
@@ -105,7 +105,7 @@ RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
     task.entries = {ids + begin,      weights + begin,    end - begin,      tail,
                     subtract_entropy, prototypes.exist(), prototypes.of(i), prototypes.entropy(i)};
     task.shared = shared;
-    task.tau_t = 1;  // the labels hold at the teacher's temperature as they are
+    task.tau_t = 1;  // the entries are probabilities at the teacher's temperature already
     return run_row(divergence, task, workspace, forward, other);
   });
 }

@@ -1,9 +1,9 @@
 // A student row against K (id, weight) entries and a tail: the student's softmax over the whole row, and a gather.
-// A tail with a shape (forward KL and soft cross-entropy) is a second row, read along with the student's, of which the
-// gradient needs no logarithm and no exponential.
 //
-// The entries' columns are taken out before the exponentials, so that the tail's log-sum-exp is exact however small its
-// mass is; their own gradient is written from the row's statistics at the end.
+// The entries' columns are masked before the exponentials are summed, so that the tail's log-sum-exp is accurate
+// however small its mass is; their gradient is added from the row's statistics at the end. Where the tail has a
+// prototype, the prototype's row is read along with the student's; forward KL and soft cross-entropy, which come here,
+// need neither its logarithm nor an exponential of it.
 
 #if defined(KDFAST_CPU_SPARSE_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SPARSE_ROW_INL_H_
@@ -35,7 +35,7 @@ class SparseRow : RowSweep<T> {
         entries_(task.entries),
         tiles_(this->entry_tiles_),
         prototype_(task, tiles_) {
-    // The teacher's side of the workspace is free.
+    // No teacher's softmax: use its part of the workspace.
     tail_factor_ = t_.factor;
     prototype_mass_ = t_.sum;
   }
@@ -56,7 +56,7 @@ class SparseRow : RowSweep<T> {
  private:
   bool is_bad() const { return this->bad_label() || (active_ && !(task_.tau_s > 0 && 1 / task_.tau_s > 0)); }
 
-  // False where the entries or the shape of the rest are out of range.
+  // False where an entry's id or the prototype's index is out of range.
   bool sort_entries() { return !prototype_.is_bad() && tiles_.sort(entries_, this->columns(), task_.shared); }
 
   double logit(int64_t entry) const { return load_one(task_.student, entries_.id[entry]); }
@@ -72,7 +72,7 @@ class SparseRow : RowSweep<T> {
     if (kept == count && !(active_ && tiles_.any_in(k))) {
       this->with_student(k, [&](auto* x) { this->sweep_tile(k, s_, mode, count, x, x); });
     } else if (kept > 0) {
-      // What sweep_tile() takes for a mask may only be entries.
+      // sweep_tile() would report the masked entries as masks of the student's.
       const bool masked = Base::holds_mask(this->student_tile(k), count);
       const T* x = without_entries(k, kept);
       this->sweep_tile(k, s_, mode, kept, x, x);
@@ -91,7 +91,7 @@ class SparseRow : RowSweep<T> {
     return x;
   }
 
-  // Tile k's sums over the background: its mass, and what its divergence needs of the logits.
+  // Tile k's sums over the prototype: its mass, and its mass times the student's exponents.
   void sweep_prototype(int64_t k, int kept) {
     T* r = tile_t_;
     prototype_.load_tile(k, r);
@@ -107,7 +107,7 @@ class SparseRow : RowSweep<T> {
     for (int i = 0; i < count; i += V::kLanes) {
       const V p = V::load(r + i), u = student(load_vector<T>(x + i));
       mass = mass + p;
-      // A column that one side masks has an infinite logarithm there, and 0 of the other's mass or an infinite loss.
+      // A mass of 0 on a masked column adds 0, not 0 * inf; a positive mass there makes the loss infinite.
       cross = cross + select(p > zero, p * u, zero);
     }
     prototype_mass_[k] = reduce_add(mass);
@@ -151,7 +151,7 @@ class SparseRow : RowSweep<T> {
     return total;
   }
 
-  // Entries and background are a distribution up to a factor: the teacher may have columns that the student lacks.
+  // Entries and prototype, renormalised: part of the teacher's mass may lie on columns that the student lacks.
   double prototype_value(double heads) {
     double mass = 0, cross = 0;
     for (int64_t k = 0; k < tile_count(s_.columns); ++k) {
@@ -197,13 +197,14 @@ class SparseRow : RowSweep<T> {
     }
   }
 
-  // A tile with nothing but the entries' gradient, whose exponentials were taken out, and the background's.
+  // The part of a tile's gradient that its exponentials do not hold: the entries', which were masked, and the
+  // prototype's.
   const T* entry_tile(int64_t k, double slope) {
     T* g = tile_t_;
     if (prototype_.exists()) prototype_.load_tile(k, g);
     const T weight = T(-slope * prototype_scale_);
     for (int i = 0; i < kTile; ++i) g[i] = prototype_.exists() ? g[i] * weight : T(0);
-    // Where the exponentials also serve temperature 1, the entries are missing there too.
+    // Where the softmax at temperature 1 is made of the same exponentials, it lacks the entries too.
     const bool truth = this->unit_tau_ == UnitTau::kShared || this->unit_tau_ == UnitTau::kSquared;
     for (const int32_t* i = tiles_.begin(k); i != tiles_.end(k); ++i) {
       const int32_t entry = *i;

@@ -1,4 +1,5 @@
-// The columns of a sparse row outside its entries, where the tail's mass has the shape of a row of a table.
+// A sparse row's tail spread over the columns outside its entries in proportion to a prototype: one row r of a table,
+// not normalised.
 
 #if defined(KDFAST_CPU_TAIL_PROTOTYPE_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_TAIL_PROTOTYPE_INL_H_
@@ -20,7 +21,7 @@ KDFAST_BEFORE_NAMESPACE();
 namespace kdfast {
 namespace KDFAST_TARGET {
 
-// Natural logarithm of what is not negative: -inf at 0, right where log() is not, below the normal range.
+// Natural logarithm of a number >= 0: -inf at 0, and accurate for subnormal numbers too, unlike log().
 template <typename T>
 KD_INLINE Vec<T> log_or_lowest(Vec<T> x) {
   const Vec<T> tiny(Real<T>::kTiny), inf(Real<T>::kInf);
@@ -29,7 +30,7 @@ KD_INLINE Vec<T> log_or_lowest(Vec<T> x) {
   return select(x == Vec<T>(T(0)), -inf, y);
 }
 
-// sum r log r of a tile.
+// sum r log r over a tile.
 template <typename T>
 double tile_entropy(const T* r) {
   using V = Vec<T>;
@@ -42,7 +43,7 @@ double tile_entropy(const T* r) {
   return reduce_add(total);
 }
 
-// The same of a shape's first columns, as many as both sides have.
+// sum r log r over a prototype's first `shared` columns.
 template <typename T>
 double prototype_entropy(const Source& prototype, int64_t shared) {
   T tile[kTile];
@@ -65,11 +66,11 @@ class TailPrototype {
       : entries_(task.entries), shared_(task.shared), tiles_(tiles) {}
 
   bool exists() const { return entries_.has_prototype; }
-  // An index out of the table.
+  // Whether the row's index is out of the table's range.
   bool is_bad() const { return exists() && !entries_.prototype.data; }
   double tail_mass() const { return ::exp(entries_.tail); }
 
-  // The shape in tile k's columns; 0 at the entries and where only one side has columns.
+  // r in tile k's columns; 0 at the entries and beyond the shared columns.
   void load_tile(int64_t k, T* to) const {
     const int64_t left = shared_ - k * kTile;
     const int count = int(left < 0 ? 0 : left > kTile ? kTile : left);
@@ -79,7 +80,7 @@ class TailPrototype {
       to[entries_.id[*entry] - k * kTile] = T(0);
   }
 
-  // The sum of the shape in the teacher's own columns, beyond the shared ones.
+  // The sum of r over the teacher's columns beyond the shared ones.
   double mass_beyond(T* buffer) const {
     double total = 0;
     for (int64_t begin = shared_; begin < entries_.prototype.size; begin += kTile) {
@@ -92,11 +93,11 @@ class TailPrototype {
     return total;
   }
 
-  // What the shape is multiplied by, given its sum outside the entries; 0 where there is nothing to multiply.
+  // The factor that gives r the tail's mass; `mass` is the sum of r outside the entries. 0 where that is 0.
   double scale(double mass) const { return mass == 0 ? 0 : tail_mass() / mass; }
 
-  // sum r log r outside the entries. The whole shape's is known; less what the entries take of it, unless that is most
-  // of it: their difference would be the sums' rounding.
+  // sum r log r outside the entries. Subtract the entries' share from the precomputed total, unless that cancels; then
+  // sum directly.
   double entropy(double mass, T* buffer) const {
     double taken = 0, entropy_taken = 0;
     for (int64_t i = 0; i < entries_.count; ++i) {
@@ -113,7 +114,7 @@ class TailPrototype {
     return total;
   }
 
-  // What scale() is over the whole row, for a sweep that needs it beforehand.
+  // scale() of the whole row, where a sweep needs it beforehand; NaN where r is not finite.
   double scale_of_row(T* buffer) const {
     double mass = mass_beyond(buffer);
     for (int64_t k = 0; k < tile_count(shared_); ++k) {
@@ -123,7 +124,7 @@ class TailPrototype {
     return is_finite(mass) ? scale(mass) : __builtin_nan("");
   }
 
-  // The whole row's distribution in tile k, entries included, and its sum.
+  // Writes the row's probabilities in tile k, entries included. Returns their sum.
   double probability_tile(int64_t k, double scale, T* to) const {
     load_tile(k, to);
     const V factor((T(scale)));
@@ -133,7 +134,7 @@ class TailPrototype {
     return sum_of(to);
   }
 
-  // Its logarithm.
+  // Writes the logarithms of the row's probabilities in tile k.
   void log_tile(int64_t k, double scale, T* to) const {
     load_tile(k, to);
     const V offset(T(::log(scale)));
@@ -143,7 +144,7 @@ class TailPrototype {
   }
 
  private:
-  // Four sums per lane, so that none is long.
+  // Four sums per lane: shorter sums round less.
   static double sum_of(const T* x) {
     V sums[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
     for (int i = 0; i < kTile; i += 4 * V::kLanes)

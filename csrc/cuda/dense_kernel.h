@@ -1,4 +1,4 @@
-// A thread-block cluster's way through a row: its logits into shared memory, sums, and the gradient out.
+// The dense kernel of one thread-block cluster: loads a row into shared memory, reduces its sums, writes the gradient.
 #pragma once
 
 #include "dense_row.h"
@@ -29,7 +29,7 @@ __device__ void dense_row(const DenseTask& task) {
   if (!coef.counts()) return finish_uncounted(task.row, row, slice);
   const bool teacher = coef.kd != 0;
   loader.start(teacher ? task.teacher.row<T>(row) : nullptr);
-  cluster.barrier_arrive();  // before a block's memory is written to, it must have started
+  cluster.barrier_arrive();  // a block must have started before another one writes to its memory
   const int label = coef.label_column(slice.columns);
   const float label_logit = logit_of<T>(task.row, row, label);
   const Scales scales = scales_of(coef, kKind);

@@ -1,8 +1,8 @@
 // One row of student logits against one of teacher logits, as the threads of a thread-block cluster share it.
 //
-// A row is read once. Sums come first; then the same threads look at the same packs again, which lie on the chip, and
-// write the gradient. The functions here are one thread's part of each step, host and device: tests run them without a
-// GPU.
+// A row is read from memory once. The threads first sum over it; then each looks again at its packs, which lie in
+// shared memory, and writes their gradient. The functions here are one thread's part of each step, for host and device:
+// tests run them without a GPU.
 #pragma once
 
 #include "scalar.h"  // the target, before rowmath.h
@@ -52,7 +52,7 @@ KD_INLINE float forward_value(const Sums& sums) {
   return sums.cross == kInf ? kInf : kLn2 * (sums.cross / sums.t) + (::logf(sums.s) - keep);
 }
 
-// Loss and gradient from everything that was summed. `values` are those of divergences that are not forward.
+// Loss and gradient from the row's sums. `values` is used for the family Element alone.
 template <Kind kKind>
 KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& divergence, int columns, const Sums& sums,
                                 const SoftmaxStats& n, const Values& values, const Smoothing& smoothing,
@@ -71,7 +71,7 @@ KD_INLINE RowOutcome outcome_of(const RowCoefficients& row, const Divergence& di
     const float lse = sums.max_s + ::logf(shared ? sums.s : sums.unit);
     (shared ? g.a : g.c) += add_truth(row, lse, smoothing, label_logit, out) * n.factor_unit;
   }
-  // What a divergence selects away, a masked column or a vanishing probability, may have hidden a NaN.
+  // A NaN may hide in columns that the divergence selects away (masked, or of a probability of 0): the sums show it.
   const bool lost = sums.s != sums.s || sums.t != sums.t;
   if (lost || is_bad(row, columns)) out.loss = __builtin_nanf("");
   g.failed = out.loss != out.loss;

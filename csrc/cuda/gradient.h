@@ -1,16 +1,16 @@
-// A row's loss from its sums, and the way its gradient is written. Host and device.
+// The softmax's statistics, the ground-truth terms, and how a gradient is written. Host and device.
 #pragma once
 
 #include "sums.h"
 
 namespace kdfast::cuda {
 
-// What turns logits into probabilities, factor * 2^(x c - origin), and their logarithms.
+// Both sides' softmax: a logit's probability is factor * 2^(x c - origin), its logarithm follows from log_s and log_t.
 struct SoftmaxStats {
   Scales c;
   float origin_s, origin_t, origin_unit;
-  float factor_s, factor_t, factor_unit;  // 0 where a side is masked throughout
-  float log_s, log_t;                     // of the sums
+  float factor_s, factor_t, factor_unit;  // 0 where all of a side's columns are masked
+  float log_s, log_t;                     // logarithms of the sums
 };
 
 KD_INLINE SoftmaxStats softmax_stats(const Sums& sums, Scales c, UnitTau mode) {
@@ -28,8 +28,8 @@ KD_INLINE SoftmaxStats softmax_stats(const Sums& sums, Scales c, UnitTau mode) {
   return n;
 }
 
-// grad = a e_s + b e_t (or b h) + c e_s^2 (or c e_1) - share, with e exponentials relative to their origins; less
-// `label` in the label's column, and 0 in masked ones.
+// A column's gradient, with exponentials e relative to their origins: a e_s + b e_t (or b h) + c e_s^2 (or c e_unit) -
+// share; minus `label` in the label's column; 0 in masked columns.
 struct Gradient {
   float a = 0, b = 0, c = 0, share = 0, label = 0;
   bool failed = false;  // NaN throughout
@@ -48,7 +48,7 @@ KD_INLINE float cross_entropy(const RowCoefficients& row, float lse, float label
   return row.smoothing == 1 ? smooth : (1 - row.smoothing) * hard + row.smoothing * smooth;
 }
 
-// Adds cross-entropy and z-loss to the outcome. Returns what an exponential at temperature 1 weighs in the gradient.
+// Adds cross-entropy and z-loss to the outcome. Returns the weight of the softmax at temperature 1 in the gradient.
 KD_INLINE float add_truth(const RowCoefficients& row, float lse, const Smoothing& smoothing, float label_logit,
                           RowOutcome& out) {
   float slope = 0;
@@ -65,7 +65,7 @@ KD_INLINE float add_truth(const RowCoefficients& row, float lse, const Smoothing
   return slope;
 }
 
-// The gradient in a column, of its logit: what both softmaxes of the student make of it.
+// The part of a column's gradient that depends on the student's logit alone: tempered softmax and temperature 1.
 template <UnitTau kUnitTau>
 KD_INLINE float student_gradient(float x, const Gradient& g, const SoftmaxStats& n) {
   const float e = exp2(::fmaf(x, n.c.s, -n.origin_s));
@@ -74,7 +74,7 @@ KD_INLINE float student_gradient(float x, const Gradient& g, const SoftmaxStats&
   return ::fmaf(g.c, exp2(::fmaf(x, kLog2e, -n.origin_unit)), value);
 }
 
-// Where a row's gradient goes: in whole packs where it is aligned as the student's row is.
+// A row's gradient in memory. Whole packs are stored where it is aligned as the student's row is.
 template <typename T>
 struct GradientRow {
   T* row;
@@ -88,13 +88,13 @@ KD_INLINE void store(const GradientRow<T>& to, const Slice<T>& slice, int pack, 
     *reinterpret_cast<Pack<T>*>(to.row + column) = value;
     return;
   }
-#pragma unroll  // a lane that is chosen at run time would put the pack into local memory
+#pragma unroll  // indexing lanes at run time would move the pack to local memory
   for (int i = 0; i < Pack<T>::kLanes; ++i)
     if (slice.has(column + i)) to.row[column + i] = value.lane[i];
 }
 
-// Writes of(x, y), of both sides' logits, in a thread's packs; `less` is taken off in the label's column, and masked
-// columns get 0.
+// Writes of(x, y), a function of both sides' logits, to a thread's packs; minus `less` in the label's column, and 0 in
+// masked columns.
 template <bool kTeacher, typename T, typename Of>
 KD_INLINE void write_columns(const Slice<T>& slice, int thread, int threads, int label, float less,
                              const GradientRow<T>& to, Of of) {
@@ -115,7 +115,7 @@ KD_INLINE void write_columns(const Slice<T>& slice, int thread, int threads, int
   }
 }
 
-// The same number throughout: rows that do not count, and failed ones.
+// Fills the gradient with one number: 0 where all coefficients are 0, NaN where the loss is NaN.
 template <typename T>
 KD_INLINE void fill_gradient(const Slice<T>& slice, int thread, int threads, float value, const GradientRow<T>& to) {
   Pack<T> out;

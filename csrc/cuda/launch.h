@@ -1,4 +1,4 @@
-// Between torch's tensors and kernels: rows, the current stream, and launches as clusters.
+// From torch's tensors to kernels: rows, the current stream, and launches of clusters.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,12 +30,12 @@ inline StridedRows rows_of(const Tensor& x) {
 
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
-// Bytes of shared memory for a block's part of `rows_held` rows.
+// Bytes of shared memory that a block needs for its part of `rows_held` rows.
 inline int slice_bytes(const Tensor& student, int cluster, int rows_held) {
   return rows_held * packs_of_block(student.size(2), int64_t(student.element_size()), cluster) * int(sizeof(uint4));
 }
 
-// The common part of an op's task. Clusters hold `rows_held` rows for each of the student's.
+// The part of a task that all ops share. A cluster holds `rows_held` rows: the student's, and a dense teacher's.
 template <typename Arguments>
 RowTask row_task(const Arguments& arguments, const Tensor& loss, int rows_held) {
   const Tensor& student = arguments.student;
@@ -54,7 +54,7 @@ RowTask row_task(const Arguments& arguments, const Tensor& loss, int rows_held) 
   return task;
 }
 
-// Calls run(zero of the tensor's type, stream) with the tensor's device as the current one, unless it has no rows.
+// Calls run(a zero of the tensor's type, stream) on the tensor's device, unless the tensor has no rows.
 template <typename Run>
 void on_device(const Tensor& x, Run run) {
   if (x.size(0) * x.size(1) == 0) return;
@@ -74,7 +74,7 @@ void on_device(const Tensor& x, Run run) {
   }
 }
 
-// How one cluster of `size` blocks is launched for each row, each with so many bytes of shared memory beside its own.
+// A launch of one cluster of `size` blocks per row, each block with `shared_bytes` of dynamic shared memory.
 class Launch {
  public:
   template <typename Task>
@@ -105,7 +105,7 @@ void launch_clusters(void (*kernel)(Task), const Task& task, int64_t rows, int s
   check(cudaLaunchKernelEx(&launch.config, kernel, task));
 }
 
-// How many blocks the device holds at a time of clusters of `size`; 0: none fits there.
+// How many blocks, in clusters of `size`, the device runs at a time; 0: such a cluster does not fit.
 template <typename Task>
 int64_t resident_blocks(void (*kernel)(Task), int size, int shared_bytes) {
   const Launch launch(kernel, 1, size, shared_bytes, nullptr);

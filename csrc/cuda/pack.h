@@ -1,4 +1,4 @@
-// 16 bytes of a row: what a thread loads, works on and stores at a time. Host and device.
+// A pack: 16 bytes of a row, which a thread loads, computes and stores at a time. Host and device.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -61,7 +61,7 @@ KD_INLINE void unpack(const Pack<__nv_bfloat16>& pack, float (&x)[8]) {
   }
 }
 
-// The numbers as T, and 0 in the lanes where `logits` is -inf.
+// Converts the numbers to the logits' type; 0 in the lanes where `logits` is -inf.
 KD_INLINE Pack<float> pack_unmasked(const float (&x)[4], const Pack<float>& logits) {
   Pack<float> out;
 #pragma unroll

@@ -1,4 +1,4 @@
-// One column at a time, in float: what rowmath.h and the row kernels take for granted. Host and device.
+// The functions that rowmath.h and the row kernels need, for one float. Host and device.
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,7 @@ KD_INLINE float exp2(float x) {
 #endif
 }
 
-// Rounded by itself, whatever it is added to: compilers fuse what they can.
+// A product that is rounded before it is added to anything: keeps the compiler from fusing it.
 KD_INLINE float product(float x, float y) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(x, y);

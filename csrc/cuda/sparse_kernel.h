@@ -1,4 +1,5 @@
-// A thread-block cluster's way through a sparse row: its logits into shared memory, entries out, sums, gradient out.
+// The sparse kernel of one thread-block cluster: loads a row into shared memory, masks the entries' columns there,
+// reduces the sums, writes the gradient.
 #pragma once
 
 #include "row_kernel.h"
@@ -12,7 +13,7 @@ struct SparseTask {
   const float* weights;    // (nnz,)
   const int64_t* offsets;  // (rows + 1,)
   const float* tail;       // (rows,); nullptr: none
-  float* logits;           // (nnz,), room for the student's
+  float* logits;           // (nnz,), a buffer for the student's logits at the entries
   bool subtract_entropy;
 };
 
@@ -54,7 +55,7 @@ __device__ void sparse_row(const SparseTask& task) {
   const Slice<T>& slice = loader.slice;
   if (!coef.counts()) return finish_uncounted(task.row, row, slice);
   loader.start(nullptr);
-  cluster.barrier_arrive();  // before a block's memory is written to, it must have started
+  cluster.barrier_arrive();  // a block must have started before another one writes to its memory
   EntriesView entries = entries_of(task, row);
   if (coef.kd == 0) entries.count = 0;
   const int label = coef.label_column(slice.columns);
@@ -72,7 +73,7 @@ __device__ void sparse_row(const SparseTask& task) {
   if (!finish_loss<T>(task.row, row, slice, out.row)) return;
   const GradientRow<T> to = gradient_row<T>(task.row, row);
   write_outside(slice, threadIdx.x, kThreads, out, label, mode, to);
-  __syncthreads();  // entries go over what their columns have got
+  __syncthreads();  // the entries' gradient overwrites what their columns got
   write_entries(slice, entries, threadIdx.x, kThreads, out, label, mode, to);
 }
 

@@ -1,14 +1,14 @@
 // One row of student logits against K (id, weight) entries and a tail, as the threads of a cluster share it.
 //
-// The entries' columns are taken out of the row before the exponentials, so that the tail's log-sum-exp is exact
-// however small its mass is; their own gradient is written when all others are. Host and device.
+// The entries' columns are masked before the exponentials are summed, so that the tail's log-sum-exp is accurate
+// however small its mass is; their gradient is written last. Host and device.
 #pragma once
 
 #include "gradient.h"
 
 namespace kdfast::cuda {
 
-// A row's entries. `logit` is where the student's are kept, in place of which the row is masked.
+// A row's entries. The student's logits move from the row, which is masked there, to `logit`.
 struct EntriesView {
   const int32_t* id;
   const float* weight;
@@ -18,15 +18,15 @@ struct EntriesView {
 };
 
 struct SparseSums {
-  Sums outside;       // the entries
-  Sums entries;       // with their weights for the teacher's exponentials
+  Sums outside;       // of the columns outside the entries
+  Sums entries;       // of the entries, with their weights as the teacher's exponentials
   float entropy = 0;  // sum of w log w
 };
 
 template <UnitTau kUnitTau>
 KD_INLINE void include_entry(SparseSums& sums, float x, float weight, Scales c) {
   Sums& at = sums.entries;
-  at.max_t = 0;  // weights are relative to nothing
+  at.max_t = 0;  // weights are not relative to a maximum
   if (x > at.max_s) raise_student<kUnitTau>(at, x, c);
   const float u = ::fmaf(x, c.s, -origin_of(at.max_s, c.s));
   if (x != -kInf) {
@@ -41,7 +41,7 @@ KD_INLINE void include_entry(SparseSums& sums, float x, float weight, Scales c) 
   sums.entropy += weight * ::logf(weight);
 }
 
-// Takes a thread's entries out of the block's columns. One that no column has makes the row NaN.
+// Masks a thread's entries in the block's columns and sums them. An id that is no column's makes the row NaN.
 template <UnitTau kUnitTau, typename T>
 KD_INLINE void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* student, const EntriesView& entries,
                             int thread, int threads, Scales c) {
@@ -67,13 +67,13 @@ KD_INLINE SparseSums merge(const SparseSums& a, const SparseSums& b, Scales c, U
   return {merge(a.outside, b.outside, c, mode), merge(a.entries, b.entries, c, mode), a.entropy + b.entropy};
 }
 
-// The row's softmax, and what the gradient in and outside the entries is made of.
+// The row's loss and softmax, and the coefficients of the gradient at and outside the entries.
 struct SparseOutcome {
   RowOutcome row;
-  SoftmaxStats outside, all;  // their exponentials' origins: the largest logit outside, and of all
-  float slope = 0;            // of the divergence, per unit of a weight
-  float mass = 0;             // of all weights and the tail, times slope
-  float unit = 0;             // of an exponential at temperature 1, relative to `all`
+  SoftmaxStats outside, all;  // relative to the largest logit outside the entries, and of all
+  float slope = 0;            // of the divergence's gradient, per unit of a weight
+  float mass = 0;             // slope times the mass of all weights and the tail
+  float unit = 0;             // weight of the softmax at temperature 1, for exponentials relative to `all`
 };
 
 KD_INLINE float sparse_value(const SparseSums& sums, const Sums& all, const EntriesView& entries, Scales c,
@@ -83,7 +83,7 @@ KD_INLINE float sparse_value(const SparseSums& sums, const Sums& all, const Entr
   if (subtract_entropy) value += sums.entropy;
   if (entries.tail == -kInf) return value;
   if (!(sums.outside.max_s > -kInf) && sums.outside.s == 0) return kInf;
-  // Relative to its own origin: next to the entries the outside may vanish.
+  // Computed relative to the outside's own origin: relative to the entries' it might underflow.
   const float lower = origin_of(sums.outside.max_s, c.s) - origin_of(all.max_s, c.s);
   const float log_tail = lower * kLn2 + ::logf(sums.outside.s) - log_all;
   return value + ::expf(entries.tail) * ((subtract_entropy ? entries.tail : 0.0f) - log_tail);
@@ -134,7 +134,7 @@ KD_INLINE void write_outside(const Slice<T>& slice, int thread, int threads, con
     write([&](float x, float) { return student_gradient<UnitTau::kShared>(x, g, out.outside); });
 }
 
-// After all of the block's threads have written the columns outside.
+// Must run after all threads of the block have written the columns outside.
 template <typename T>
 KD_INLINE void write_entries(const Slice<T>& slice, const EntriesView& entries, int thread, int threads,
                              const SparseOutcome& out, int label, UnitTau mode, const GradientRow<T>& to) {

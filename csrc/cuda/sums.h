@@ -1,7 +1,7 @@
 // Sums of exponentials over a row, as the threads of a thread-block cluster share it. Host and device.
 //
-// Every thread sweeps its packs of columns once, relative to the largest logit that it has met; sums are then merged up
-// the cluster.
+// Online softmax: every thread sweeps its packs of columns once, with sums relative to the largest logit that it has
+// met; the threads' sums are then merged across the cluster.
 #pragma once
 
 #include "../divergence.h"
@@ -9,8 +9,8 @@
 
 namespace kdfast::cuda {
 
-// log2(e) / temperature: logits become exponents of 2. And how often the cross sum holds the teacher's own exponents:
-// once in forward KL, not at all in soft cross-entropy.
+// s, t: log2(e) / temperature of each side, which makes logits exponents of 2. entropy: the weight of the teacher's own
+// exponents in the cross sum, 1 for forward KL and 0 for soft cross-entropy.
 struct Scales {
   float s, t;
   float entropy;
@@ -21,8 +21,8 @@ KD_INLINE Scales scales_of(const RowCoefficients& row, Kind kind) {
   return {kLog2e / row.tau_s, kLog2e / row.tau_t, kind == Kind::kSoftCe ? 0.0f : 1.0f};
 }
 
-// Sums over some columns, relative to their largest logits: of 2^(x c - top c), and of the teacher's exponentials times
-// the difference of both sides' exponents.
+// Sums over some columns, relative to their largest logits: s and t of each side's 2^(x c - max c), cross of the
+// teacher's exponentials times the difference of both sides' exponents.
 struct Sums {
   float max_s = -kInf, max_t = -kInf;
   float s = 0, t = 0, cross = 0;
@@ -31,9 +31,9 @@ struct Sums {
   KD_INLINE bool are_finite() const { return ::fabsf(s + t + cross + unit) < kInf; }
 };
 
-// What exponents are relative to. It is rounded, which does no harm as long as every exponent of a side, and every rise
-// from one origin to another, is relative to the same number.
-// Logits may be masked with the lowest finite number: neither an origin nor the product of a sum and a rise overflows.
+// What a side's exponents are relative to: the maximum's, rounded. The rounding is harmless as long as every exponent,
+// and every rise from one origin to the next, uses the same rounded number. Users may mask logits with the lowest
+// finite number: clamping keeps an origin, and the product of a sum and a rise, finite.
 KD_INLINE float origin_of(float row_max, float scale) { return ::fmaxf(product(row_max, scale), kLowest); }
 
 KD_INLINE float rise_of(float from, float to, float scale) {
@@ -61,7 +61,8 @@ KD_INLINE void raise_teacher(Sums& sums, float row_max, Scales c) {
   sums.max_t = row_max;
 }
 
-// What a sweep adds up: both sides rather than the student alone; for forward KL and soft cross-entropy the cross sum.
+// What a sweep sums: where the student's sum at temperature 1 comes from; the teacher's side too; the cross sum, which
+// the family Forward needs.
 template <UnitTau kUnit, bool kHasTeacher, bool kHasCross>
 struct Sweep {
   static constexpr UnitTau kUnitTau = kUnit;
@@ -100,8 +101,8 @@ KD_INLINE void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& tea
   }
 }
 
-// One column of any kind. Masked on one side it takes no part in that side's sums; a masked student's gap is infinite
-// however small the teacher's probability there.
+// One column, masked or not. A side that masks it leaves it out of its sums. Where the student masks a column that the
+// teacher does not, the cross sum is infinite, however small the teacher's probability.
 template <typename S>
 KD_INLINE void sweep_column(Sums& sums, float x, float y, Scales c) {
   if (x > sums.max_s) raise_student<S::kUnitTau>(sums, x, c);
@@ -130,7 +131,8 @@ KD_INLINE void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scal
   }
 }
 
-// A thread's packs. Masked columns, NaN and overflow show in the sums: then everything is done again with care.
+// Sums a thread's packs. Masked columns, NaN and overflow make a sum infinite or NaN: then the packs are swept again,
+// column by column.
 template <typename S, typename T>
 KD_INLINE Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
   Sums sums;
@@ -155,7 +157,7 @@ KD_INLINE Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, b
   return sweep<Sweep<UnitTau::kShared, true, kCross>>(slice, thread, threads, c);
 }
 
-// The sums over both sets of columns.
+// The sums over the columns of both.
 KD_INLINE Sums merge(Sums a, Sums b, Scales c, UnitTau mode) {
   const float max_s = ::fmaxf(a.max_s, b.max_s), max_t = ::fmaxf(a.max_t, b.max_t);
   Sums* const both[] = {&a, &b};
@@ -173,7 +175,7 @@ KD_INLINE Sums merge(Sums a, Sums b, Scales c, UnitTau mode) {
   return {max_s, max_t, a.s + b.s, a.t + b.t, a.cross + b.cross, a.unit + b.unit};
 }
 
-// Label smoothing's share: over the columns that are not masked.
+// What label smoothing needs: the sum and the number of the logits that are not masked.
 struct Smoothing {
   float logits = 0, count = 0;
 };

@@ -36,7 +36,7 @@ Bytes copy_ranges(const std::vector<Bytes>& buffers, const Integers& owners, con
   int64_t size = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t length = ranges.data()[2 * i + 1];
-    // No sum of lengths that are in range overflows before memory runs out.
+    // Checked before adding, so that `size` cannot overflow.
     if (length < 0 || length > INT64_MAX - size) throw py::value_error("a range has an impossible length");
     size += length;
   }

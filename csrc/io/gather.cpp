@@ -5,7 +5,7 @@
 namespace kdfast {
 namespace {
 
-constexpr int64_t kAhead = 16;  // ranges between a prefetch and its copy: memory answers in about that time
+constexpr int64_t kAhead = 16;  // ranges between a prefetch and its copy: about the latency of memory
 
 int64_t load(const unsigned char* p) {
   int64_t value;

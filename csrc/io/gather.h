@@ -1,4 +1,4 @@
-// What the cache's reader does many times per batch: small reads all over large mapped files.
+// Many small reads all over large mapped files, which the cache's reader needs for every batch.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// A row in chunks of columns: one full sweep leaves every chunk's sum of exponentials, so that those who look for few
-// columns look again only at chunks that may hold one.
+// A row of logits in chunks of columns. One full sweep computes every chunk's sum of exponentials; a search for few
+// columns then looks again only at chunks that may hold one.
 
 #if defined(KDFAST_CPU_SELECT_CHUNKED_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SELECT_CHUNKED_ROW_INL_H_
@@ -30,7 +30,7 @@ class ChunkedRow {
     chunks_ = (columns_ + kSelectChunk - 1) / kSelectChunk;
     mass_ = (double*)workspace;
     origin_of_ = mass_ + chunks_;
-    // Within what a product with it can bear; temperatures beyond are as good as 0 and infinite.
+    // Clamped so that products with it stay finite; temperatures beyond act like 0 and infinity.
     const double scale_log2 = kLog2E / task.temperature;
     scale_log2_ = T(scale_log2 < 1e-35 ? 1e-35 : scale_log2 > 1e35 ? 1e35 : scale_log2);
     lowest_ = T(-2 * Real<T>::kBias) / scale_log2_;
@@ -57,7 +57,7 @@ class ChunkedRow {
     return padded_;
   }
 
-  // The chunk's exponentials, their sums by group and in all, in double: no column's share may drown in another's.
+  // The chunk's exponentials, and their sums by group and in all; in double, so that small columns keep their share.
   void exponentiate(int64_t k) {
     origin_ = T(origin_of_[k]);
     const From* x = chunk(k);
@@ -81,8 +81,8 @@ class ChunkedRow {
   T e_[kSelectChunk];
 
  private:
-  // Sums of exponentials above an origin, which is some logit not far below the largest one so far. False where a NaN
-  // or +inf is. The first origin lies below every logit, so that a chunk of -inf has sum 0 like any other.
+  // Each chunk's sum of exponentials, relative to an origin not far below the largest logit so far. False where a logit
+  // is NaN or +inf. The first origin lies below every logit, so that a chunk of -inf has sum 0.
   bool sum_chunks() {
     for (int64_t k = 0; k < chunks_; ++k) {
       const From* x = chunk(k);
@@ -99,7 +99,7 @@ class ChunkedRow {
     return true;
   }
 
-  // All sums above the last origin, which is the highest; false where no column is finite.
+  // Rescales all sums to the last origin, the highest one. False where no column is finite.
   bool scale_chunks() {
     double origin = row_max_, scale = 1;
     for (int64_t k = 0; k < chunks_; ++k) {
@@ -124,7 +124,7 @@ class ChunkedRow {
     const V scale_log2(scale_log2_);
 #if KDFAST_VEC_BYTES == 64
     if constexpr (sizeof(T) == 4) {
-      // Short of the lowest exponent there is: -inf would make a NaN.
+      // Clamped to the lowest exponent: -inf would give NaN.
       const V d = max(V(lowest_), x - V(origin_)), round(Real<T>::kRound);
       const V n = (d * scale_log2 + round) - round;
       const V y = horner(Real<T>::kExp2Short, d * scale_log2 - n);
@@ -142,8 +142,8 @@ class ChunkedRow {
     return __builtin_convertvector(floats, Vec<double>::Value);
   }
 
-  // Logits far above the origin lose digits in their difference from it; farther still, their powers may come out as
-  // an infinity of either sign or as NaN.
+  // Whether a chunk's sum is usable. Exponentials of logits far above the origin lose digits; farther still they become
+  // an infinity of either sign, or NaN.
   static bool is_sound(T sum) { return sum >= T(0) && sum < T(0x1p16); }
 
   double row_max_ = 0;

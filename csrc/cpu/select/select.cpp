@@ -1,4 +1,4 @@
-// The ops of the unbiased samplers: what to keep of a teacher's row, straight from its logits.
+// The unbiased samplers' ops, straight from a teacher's logits.
 #include <cmath>
 #include <mutex>
 #include <tuple>
@@ -30,7 +30,7 @@ class Uniforms {
   uint64_t stream_;
 };
 
-// The order statistics of `count` uniform numbers, by exponential spacings: no sorting.
+// `count` sorted uniform numbers, made of exponential spacings instead of by sorting.
 void sorted_uniforms(const Uniforms& uniforms, int64_t count, double* to) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) to[i] = sum -= std::log(uniforms[i]);
@@ -46,7 +46,7 @@ struct SelectArguments {
   int64_t draws = 0;
 };
 
-// The entries of some rows one after another.
+// The entries of consecutive rows, one after another.
 struct Piece {
   int64_t begin = 0;
   std::vector<Entry> entries;

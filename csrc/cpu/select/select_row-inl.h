@@ -1,6 +1,6 @@
-// The unbiased samplers' row: which columns the points of a cumulative probability fall on, without sorting and with
-// one full sweep. Only chunks that a point falls in, or that weigh enough to hold an entry above tau, are looked at
-// again.
+// The unbiased samplers on one row: finds the columns that given points of the cumulative probability fall in, without
+// sorting and with one full sweep. Only chunks that a point falls in, or that are heavy enough to hold an entry above
+// tau, are looked at again.
 
 #if defined(KDFAST_CPU_SELECT_SELECT_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SELECT_SELECT_ROW_INL_H_
@@ -24,15 +24,15 @@ struct GridPoints {
   double next = offset * step;
 
   double limit() const { return step; }
-  // Moves to the first point that is not below `mass`. Counting up to it would take forever on a grid that is finer
-  // than the rounding of `mass`.
+  // Moves to the first point that is not below `mass`. Computed, not counted up to: the grid may be finer than the
+  // rounding of `mass`.
   double pass(double mass) {
     const double passed = ::ceil(mass / step - offset);
     next = (passed + offset) * step;
     if (next < mass) next = (passed + 1 + offset) * step;
     return value;
   }
-  // What rounding has left behind the row's last column: a row without an entry above tau always has one on the grid.
+  // What rounding has left over after the last column. A row without an entry above tau always has one on the grid.
   double remaining(int64_t entries) const { return entries == 0 ? value : 0; }
 };
 
@@ -92,11 +92,12 @@ class SelectRow : ChunkedRow<T, From> {
     if (remaining > 0) add_to_last(remaining);
   }
 
-  // Chunk k column by column; returns the mass behind it. `before` counts what is not above the points' limit.
+  // Scans chunk k column by column. `before` is the mass of all columns before it that do not exceed the points' limit;
+  // returns the same for the columns up to its end.
   template <typename Points>
   double scan(int64_t k, double before, Points& points) {
     exponentiate(k);
-    // The sweep's sum is what places the chunks behind this one: the columns share it as their exponentials say.
+    // Columns share out the sweep's sum of this chunk, which also places the chunks after it.
     const double scale = mass_[k] / sum_, limit = points.limit();
     double at = before, above = 0;
     for (int g = 0; g < kSelectChunk / kGroup; ++g) {
@@ -123,7 +124,7 @@ class SelectRow : ChunkedRow<T, From> {
     if (count_ < task_.capacity) task_.entries[count_++] = {int32_t(column), value};
   }
 
-  // Gives the last column with a probability what rounding has carried beyond it.
+  // Gives what rounding has left over to the last column whose probability is not 0.
   void add_to_last(double value) {
     int64_t k = chunks_ - 1;
     while (!(mass_[k] > 0)) --k;

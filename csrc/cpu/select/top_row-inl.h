@@ -1,4 +1,4 @@
-// A row's likeliest columns, and what all others hold.
+// A row's likeliest columns, and the probability of all others.
 
 #if defined(KDFAST_CPU_SELECT_TOP_ROW_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SELECT_TOP_ROW_INL_H_
@@ -37,7 +37,7 @@ class TopRow : ChunkedRow<T, From> {
   }
 
  private:
-  // Exponentials may be off by less: what they rule out lies below by more.
+  // More than the exponentials' relative error: a column that they rule out is not among the likeliest.
   static constexpr double kSlack = 1 - 1e-3;
 
   void look(int64_t k) {
@@ -50,7 +50,7 @@ class TopRow : ChunkedRow<T, From> {
 
   static bool is_worse(const Entry& a, const Entry& b) { return a.value != b.value ? a.value < b.value : a.id > b.id; }
 
-  // Into a heap of logits, the worst one first.
+  // Keeps the entry if it is among the best `capacity` so far: a heap of logits with the worst one first.
   void offer(Entry entry) {
     if (count_ < task_.capacity) {
       int64_t at = count_++;
@@ -64,7 +64,7 @@ class TopRow : ChunkedRow<T, From> {
     if (count_ == task_.capacity) lowest_ = Base::mass_of(kept_[0].value) * kSlack;
   }
 
-  // Replaces the first of `size` entries.
+  // Replaces the heap's first entry and restores its order.
   void sink(Entry entry, int64_t size) {
     int64_t at = 0;
     for (int64_t below = 1; below < size; below = 2 * at + 1) {
@@ -84,7 +84,7 @@ class TopRow : ChunkedRow<T, From> {
     }
   }
 
-  // The share of all columns that are not kept, added up as such: 1 less the others' would lose its digits.
+  // The probability of all columns that are not kept, as a sum of its own: 1 minus the kept ones' would cancel.
   double others() {
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t k = kept_[i].id / kSelectChunk;

@@ -1,4 +1,4 @@
-// float16 for the processors without instructions for it, in a file of its own so that no ISA's flags reach it.
+// float16 conversions for processors that have no instructions for them. Their file is compiled for no particular ISA.
 #pragma once
 
 #include <cstdint>

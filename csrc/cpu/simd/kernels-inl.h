@@ -61,7 +61,7 @@ void scale_tiles(void* data, Dtype dtype, int64_t size, double factor) {
   }
 }
 
-// What RowSweep::carve() lays out, for the wider working type.
+// The size of what RowSweep::carve() lays out, for the wider working type.
 int64_t workspace_bytes(int64_t columns) {
   const int64_t tiles = tile_count(columns);
   return int64_t(sizeof(double)) * (3 * tiles * kTile + 4 * kTile + 10 * tiles) + EntryTiles::bytes(tiles) + tiles + 64;

@@ -1,4 +1,4 @@
-// Which ISA's kernels run, decided once, when the first row needs them.
+// Chooses the ISA whose kernels run: once, when the first row needs them.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

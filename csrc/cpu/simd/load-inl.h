@@ -1,4 +1,4 @@
-// StridedRows of any dtype to and from vectors and tiles of the working type.
+// Loads and stores: rows of any dtype from and to vectors and tiles of the working type.
 
 #if defined(KDFAST_CPU_SIMD_LOAD_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_SIMD_LOAD_INL_H_
@@ -37,8 +37,8 @@ KD_INLINE float to_real(BFloat16 x) {
 KD_INLINE void from_real(double x, float* to) { *to = float(x); }
 KD_INLINE void from_real(double x, double* to) { *to = x; }
 KD_INLINE void from_real(double x, Half* to) { to->bits = half_from_float(float(x)); }
-// To nearest even. NaN payloads that the rounding could carry into the sign never get here: rows with a NaN are filled
-// with the quiet one.
+// Rounds to nearest even. A NaN whose payload the rounding would carry into the sign does not occur: rows with a NaN
+// are filled with the quiet one.
 KD_INLINE void from_real(double x, BFloat16* to) {
   const float value = float(x);
   uint32_t bits;
@@ -94,8 +94,8 @@ KD_INLINE void store_vector(Vec<float> x, Half* to) {
 #endif
 }
 
-// Past the caches, for memory that nobody reads soon: a plain store would first fetch the line that it overwrites.
-// `to` is aligned to the vector.
+// A non-temporal store, for memory that is not read soon: a plain store would first fetch the cache line that it
+// overwrites. `to` is aligned to the vector.
 template <typename T, typename To>
 KD_INLINE void stream_vector(Vec<T> x, To* to) {
 #if KDFAST_VEC_BYTES >= 32

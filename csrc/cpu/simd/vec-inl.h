@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
-// GCC 12 takes the vectors that AVX-512's intrinsics leave undefined on purpose for mistakes, wherever it inlines them.
+// AVX-512's intrinsics leave some vectors undefined on purpose. GCC 12 warns of them wherever it inlines one.
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -124,8 +124,8 @@ KD_INLINE Vec<T> abs(Vec<T> a) {
   return max(-a, a);
 }
 
-// x itself, rounded: the compiler may not fuse the product that made it into what follows. Equal products then have
-// equal values, and their difference is 0.
+// x, rounded: keeps the compiler from fusing the product that made x into a later addition. Equal products then have
+// equal values, and their difference is exactly 0.
 template <typename T>
 KD_INLINE Vec<T> rounded(Vec<T> x) {
 #if defined(__x86_64__)
@@ -140,7 +140,7 @@ KD_INLINE Vec<T> rounded(Vec<T> x) {
   return x;
 }
 
-// Halves folded onto each other: in order, each step would wait for the one before.
+// Folds the vector's halves onto each other: lane after lane, every addition would wait for the one before.
 template <typename T>
 KD_INLINE T reduce_add(Vec<T> x) {
 #if KDFAST_VEC_BYTES == 64
@@ -173,7 +173,7 @@ struct Real<float> {
   static constexpr float kInf = __builtin_inff();
   static constexpr float kTiny = 0x1p-126f, kMax = 0x1.fffffep127f;
   static constexpr int kMantissa = 23, kBias = 127;
-  // Adding it rounds to an integer, which then sits, biased for an exponent, in the low mantissa bits.
+  // Adding this rounds to an integer and leaves it in the low mantissa bits, biased as an exponent is.
   static constexpr float kRound = 0x1.8p23f + 127;
   // ln 2 in two parts, the first short enough for exact products with exponents.
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -221,11 +221,11 @@ KD_INLINE Vec<T> exp2(Vec<T> x) {
   x = min(Vec<T>(T(R::kBias + 1)), max(Vec<T>(T(-R::kBias)), x));
   const Vec<T> r = x + round;
   const Vec<T> y = horner(R::kExp2, x - (r - round));
-  // The exponent field alone: 2^-kBias comes out as the bits of 0, 2^(kBias + 1) as those of +inf.
+  // Build 2^n from its exponent field: n = -kBias gives the bits of 0, n = kBias + 1 those of +inf.
   return y * Vec<T>((typename Vec<T>::Value)((typename Vec<T>::Int)(r.v) << R::kMantissa));
 }
 
-// The same for any x but -inf, which may come out as NaN. `kShort`: to 2e-7, for numbers that have 16 bits to show.
+// 2^x for any x but -inf, which may give NaN. `kShort`: a relative error of 2e-7, for results with at most 16 bits.
 template <bool kShort, typename T>
 KD_INLINE Vec<T> exp2_finite(Vec<T> x) {
 #if KDFAST_VEC_BYTES == 64
