@@ -2,8 +2,7 @@
 
 python benchmarks/gpu.py --out output/gpu [--skip build tests sanitizer] [--case kl-tau2 ...]
 
-Results are written after every case, and the table is printed last, so that a run that is cut short has told what it
-knows.
+Results are written after every case, so that a run that is cut short leaves them. The table is printed last.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-# What runs on the GPU where there is one.
+# Tests that use the GPU where there is one.
 TESTS = (
     "cuda_dense",
     "cuda_sparse",
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def _run(command: list[str | Path], log: Path, limit: int, **environment: str) -> tuple[int, str]:
-    """Exit status, and the last line said; the whole of it is in ``log``."""
+    """Exit status and last line of the output, all of which is written to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         try:
@@ -73,7 +72,7 @@ def _run(command: list[str | Path], log: Path, limit: int, **environment: str) -
 
 def _build(out: Path) -> str:
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."]
-    toolkit = Path("/usr/local/cuda")  # where torch would look last, after the folder of an nvcc that may be a wrapper
+    toolkit = Path("/usr/local/cuda")  # torch would look here last, after the folder of an nvcc that may be a wrapper
     home = {"CUDA_HOME": str(toolkit)} if toolkit.is_dir() and "CUDA_HOME" not in os.environ else {}
     status, last = _run(command, out / "build.log", 240, KDFAST_CUDA="1", **home)
     if status:
@@ -94,18 +93,18 @@ def _sanitizer(out: Path) -> str:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "compute-sanitizer is missing"
-    said = []
+    found = []
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, sys.executable, "-c", SANITIZED]
         status, last = _run(command, out / f"{check}.log", 60)
-        said.append(f"{check} exit {status}: {last}")
-    return "; ".join(said)
+        found.append(f"{check} exit {status}: {last}")
+    return "; ".join(found)
 
 
 def _times(options: argparse.Namespace, checks: dict[str, str]) -> None:
     sys.path.insert(0, str(ROOT))
-    from kdfast.bench.gpu_cases import CASES, measure
-    from kdfast.bench.gpu_report import ceilings, save_gpu
+    from kdfast.bench.gpu import ceilings, measure, save_gpu
+    from kdfast.bench.gpu_cases import CASES
 
     machine, results = ceilings(), []
     path = None

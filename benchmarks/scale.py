@@ -21,12 +21,13 @@ import kdfast.cache
 from kdfast import Head, SoftLabels, kd_loss
 
 RESULTS = Path(__file__).parent / "results"
-CODEC = "prototype-3, 256 shapes"  # of the cache benchmark: the default
+# The default codec, by its names in the cache benchmark's results.
+CODEC = "prototype-3, 256 prototypes", "prototype-3, 256 shapes"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is larger than anything measured here. Rates are the vendor's, times a share that training reaches."""
+    """A training run larger than any measured here. Rates are the vendor's, times the share that training reaches."""
 
     tokens: float = 100e9
     vocab: int = 128_256
@@ -46,14 +47,14 @@ def main() -> None:
 
 
 def measured() -> dict[str, float]:
-    """Bytes per token and tokens/s decoded by a core, of the newest benchmark of the cache."""
+    """Bytes per token, and tokens/s that one core decodes, from the newest results of the cache benchmark."""
     newest = max(RESULTS.glob("cache-cpu-*.json"))
-    row = next(row for row in json.loads(newest.read_text())["results"] if row["name"] == CODEC)
+    row = next(row for row in json.loads(newest.read_text())["results"] if row["name"] in CODEC)
     return {"bytes": row["file_bytes"], "fixed": row["fixed_bytes"], "decode": row["speed"]["decode"]}
 
 
 def arithmetic(plan: Plan, cache: dict[str, float]) -> Iterator[str]:
-    """What a plan stores, reads and sends, and how long each of these keeps its machine busy."""
+    """Lines with what a plan stores, reads and sends, and how long each of these takes."""
     rank_tokens = plan.step_tokens // plan.ranks
     records = plan.tokens / plan.window
     per_gpu = plan.flop_s / (2 * plan.teacher)
@@ -63,7 +64,7 @@ def arithmetic(plan: Plan, cache: dict[str, float]) -> Iterator[str]:
     rows = {
         "stored: labels": f"{plan.tokens * cache['bytes'] / 1e9:,.0f} GB ({cache['bytes']:.1f} B a token)",
         "stored: index": f"{records * INDEX_BYTES / 1e9:.2f} GB ({records / 1e6:.1f} M windows)",
-        "stored: shapes": f"{cache['fixed'] * plan.vocab / 49_152 / 1e6:.0f} MB",
+        "stored: prototypes": f"{cache['fixed'] * plan.vocab / 49_152 / 1e6:.0f} MB",
         "the same in bfloat16 logits": f"{plan.tokens * plan.vocab * 2 / 1e15:,.1f} PB",
         "the same at Megatron's 320 B": f"{plan.tokens * 320 / 1e12:,.0f} TB",
         "capture: a GPU": f"{per_gpu:,.0f} tokens/s; {plan.tokens / per_gpu / 3600:,.0f} GPU hours",
@@ -88,7 +89,7 @@ RANKS, STEP = 4, 16_384  # and rows that all of them see in a step
 
 
 def counted() -> Iterator[str]:
-    """What the arithmetic takes for granted: bytes grow with the tokens alone, and each rank reads its own."""
+    """Lines that check the assumptions: bytes grow with the tokens alone, and each rank reads only its own."""
     with tempfile.TemporaryDirectory() as folder:
         for rows in ROWS:
             info = _cache(Path(folder) / f"of-{rows}", rows, 1024).info
@@ -103,7 +104,7 @@ def counted() -> Iterator[str]:
 
 
 def _cache(path: Path, rows: int, window: int) -> kdfast.cache.CacheReader:
-    """Of made-up logits that fall as words' do."""
+    """A cache of random logits that are distributed as words' are."""
     generator = torch.Generator().manual_seed(0)
     common = -1.2 * torch.arange(1, VOCAB + 1).log()
     typical = (torch.randn(8, VOCAB, generator=generator) + common).softmax(-1)
@@ -117,7 +118,7 @@ def _cache(path: Path, rows: int, window: int) -> kdfast.cache.CacheReader:
 
 
 def _read(cache: kdfast.cache.CacheReader, window: int) -> str:
-    """An epoch in shuffled order: the compressed bytes that ranks ask for, against those that are stored."""
+    """The compressed bytes that ranks read in a shuffled epoch, as shares of those that are stored."""
     data = kdfast.cache.CacheDataset(cache, [f"window {start}" for start in range(0, ROWS[1], window)])
     asked = []
     for rank in range(RANKS):
@@ -129,7 +130,7 @@ def _read(cache: kdfast.cache.CacheReader, window: int) -> str:
 
 
 def _sent(name: str, columns: int, rows: int = 8) -> str:
-    """What a process puts into collectives for a loss and the weight's gradient; the hidden states' is one more."""
+    """The bytes that a process sends for a loss and the weight's gradient, without the hidden states' gradient."""
     hidden, weight = torch.randn(rows, 8), torch.randn(columns, 8, requires_grad=True)
     teacher = torch.randn(rows, columns)
     top, ids = teacher.log_softmax(-1).topk(16)

@@ -5,14 +5,25 @@
 // makes its probability 0 and d infinite or NaN, so every product with d is selected, never multiplied, to 0.
 //
 // V is a scalar or SIMD type with arithmetic, comparisons, select, max, abs, exp, log1p found by its namespace.
-#pragma once  // included inside a namespace: the includer brings every header
 
-#ifdef __CUDACC__
-#define KD_HD __host__ __device__ __forceinline__
+#if defined(KDFAST_ROWMATH_H_) == defined(KDFAST_TARGET_TOGGLE)
+#ifdef KDFAST_ROWMATH_H_
+#undef KDFAST_ROWMATH_H_
 #else
-#define KD_HD inline __attribute__((always_inline))
+#define KDFAST_ROWMATH_H_
 #endif
 
+#include "divergence.h"
+#include "target.h"
+#if KDFAST_VEC_BYTES == 4
+#include "cuda/scalar.h"
+#else
+#include "cpu/simd/vec-inl.h"
+#endif
+
+KDFAST_BEFORE_NAMESPACE();
+namespace kdfast {
+namespace KDFAST_TARGET {
 namespace rowmath {
 
 template <typename V>
@@ -31,51 +42,50 @@ struct Limits {
   V lowest, inf;
 };
 
-// probability * gap: 0 where the probability is masked or underflowed, unless an infinite gap meets one that merely
-// underflowed.
+// probability * gap; 0 where the probability is 0. Infinite where the gap is and the probability underflowed to 0 while
+// its logarithm is finite.
 template <typename V>
-KD_HD V weighted(V probability, V log_probability, V gap, const Limits<V>& limits) {
+KD_INLINE V weighted(V probability, V log_probability, V gap, const Limits<V>& limits) {
   const V lost = select((log_probability > limits.lowest) & (gap == limits.inf), limits.inf, V(0));
   return select(probability > V(0), probability * gap, lost);
 }
 
 template <typename V>
-KD_HD Element<V> reverse_kl(const Column<V>& c, const Limits<V>& limits) {
+KD_INLINE Element<V> reverse_kl(const Column<V>& c, const Limits<V>& limits) {
   const V h = select((c.log_q > limits.lowest) & (c.log_p > limits.lowest), -c.q * c.d, V(0));
   return {weighted(c.q, c.log_q, -c.d, limits), h};
 }
 
 template <typename V>
-KD_HD Element<V> symmetric_kl(const Column<V>& c, const Limits<V>& limits) {
+KD_INLINE Element<V> symmetric_kl(const Column<V>& c, const Limits<V>& limits) {
   const Element<V> reverse = reverse_kl(c, limits);
   const V forward = weighted(c.p, c.log_p, c.d, limits), half(0.5);
   return {half * (forward + reverse.value), half * (reverse.h + (c.q - c.p))};
 }
 
-// log(p / m) and log(q / m) for the mixture m = beta p + (1 - beta) q; the one is right where p > 0, the other where
-// q > 0.
+// log(p / m), valid where p > 0, and log(q / m), valid where q > 0, for the mixture m = beta p + (1 - beta) q.
 template <typename V>
 struct MixtureLogs {
   V p, q;
 };
 
-// log(x / m) where m is nearer to x, weighing y with w <= 1/2; harmless where x is negligible.
+// log(x / m) for m = (1 - w) x + w y with w <= 1/2, which is nearer to x. Finite where x is negligible.
 template <typename V>
-KD_HD V log_near(V x, V y, V w) {
+KD_INLINE V log_near(V x, V y, V w) {
   return -log1p(w * min(V(1e30), (y - x) / x));
 }
 
-// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y, and their sum would only bring out
+// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y: use that, as the sum would amplify
 // the gap's rounding.
 template <typename V>
-KD_HD V log_far(V x, V y, V w, V log_x, V gap, V minus_log_w) {
+KD_INLINE V log_far(V x, V y, V w, V log_x, V gap, V minus_log_w) {
   return select((V(1) - w) * x > V(1e-8) * w * y, gap + log_x, minus_log_w);
 }
 
-// One logarithm serves both, taken on the side that m is near to: what divides by beta or 1 - beta would bring out the
-// other side's rounding.
+// Takes one log1p, on the side closer to m, and derives the other logarithm from the gap: dividing by beta or 1 - beta
+// would amplify rounding.
 template <typename V>
-KD_HD MixtureLogs<V> mixture_logs(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
+KD_INLINE MixtureLogs<V> mixture_logs(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
   const V beta_v((beta)), rest((1 - beta));
   if (beta <= 0.5) {
     const V q = log_near(c.q, c.p, beta_v);
@@ -87,7 +97,7 @@ KD_HD MixtureLogs<V> mixture_logs(const Column<V>& c, double beta, V minus_log_b
 
 // beta KL(p || m) + (1 - beta) KL(q || m).
 template <typename V>
-KD_HD Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
+KD_INLINE Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V minus_log_rest) {
   const V zero(0);
   const MixtureLogs<V> log = mixture_logs(c, beta, minus_log_beta, minus_log_rest);
   const V p_term = select(c.p > zero, V(beta) * c.p * log.p, zero);
@@ -95,11 +105,11 @@ KD_HD Element<V> jsd(const Column<V>& c, double beta, V minus_log_beta, V minus_
   return {p_term + q_term, q_term};
 }
 
-// The skew divergences' h is only defined up to a multiple of q; this multiple makes it 0 where p = q.
+// h is only defined up to a multiple of q. The skew divergences choose the one that makes it 0 where p = q.
 
 // KL(p || lam p + (1 - lam) q).
 template <typename V>
-KD_HD Element<V> skew_forward_kl(const Column<V>& c, double lam, V minus_log_lam, V minus_log_rest) {
+KD_INLINE Element<V> skew_forward_kl(const Column<V>& c, double lam, V minus_log_lam, V minus_log_rest) {
   const V zero(0), rest((1 - lam)), mixture = V(lam) * c.p + rest * c.q;
   const MixtureLogs<V> log = mixture_logs(c, lam, minus_log_lam, minus_log_rest);
   return {select(c.p > zero, c.p * log.p, zero),
@@ -108,7 +118,7 @@ KD_HD Element<V> skew_forward_kl(const Column<V>& c, double lam, V minus_log_lam
 
 // KL(q || lam q + (1 - lam) p).
 template <typename V>
-KD_HD Element<V> skew_reverse_kl(const Column<V>& c, double lam, V minus_log_lam, V minus_log_rest) {
+KD_INLINE Element<V> skew_reverse_kl(const Column<V>& c, double lam, V minus_log_lam, V minus_log_rest) {
   const V zero(0), rest((1 - lam)), mixture = V(lam) * c.q + rest * c.p;
   const MixtureLogs<V> log = mixture_logs(c, 1 - lam, minus_log_rest, minus_log_lam);
   const V value = select(c.q > zero, c.q * log.q, zero);
@@ -116,7 +126,7 @@ KD_HD Element<V> skew_reverse_kl(const Column<V>& c, double lam, V minus_log_lam
 }
 
 template <typename V>
-KD_HD Element<V> tvd(const Column<V>& c) {
+KD_INLINE Element<V> tvd(const Column<V>& c) {
   const V half(0.5), gap = c.q - c.p;
   const V sign = select(gap > V(0), half, select(V(0) > gap, -half, V(0)));
   return {abs(half * gap), c.q * sign};
@@ -125,10 +135,11 @@ KD_HD Element<V> tvd(const Column<V>& c) {
 // The alpha-beta summand with its limits at a = 0, b = 0 and a + b = 0 (Cichocki, Cruces & Amari 2011), and its lone
 // columns: only p alive gives p^(a+b) / (b (a+b)), only q alive q^(a+b) / (a (a+b)), or +inf where that diverges.
 template <typename V>
-KD_HD Element<V> alpha_beta(const Column<V>& c, double a, double b, const Limits<V>& limits) {
+KD_INLINE Element<V> alpha_beta(const Column<V>& c, double a, double b, const Limits<V>& limits) {
   const double sum = a + b;
   const V va((a)), vb((b)), vs((sum));
-  // Not the column's d: the value is flat in d around 0 only together with the logarithms it is the difference of.
+  // Not the column's d, whose rounding differs: near d = 0 the terms cancel only for the difference of these
+  // logarithms.
   const V d = c.log_p - c.log_q;
   const V p_s = exp(vs * c.log_p), q_s = exp(vs * c.log_q), cross = exp(va * c.log_p + vb * c.log_q);
   Element<V> both, lone_p = {limits.inf, V(0)}, lone_q = {limits.inf, V(0)};
@@ -151,4 +162,30 @@ KD_HD Element<V> alpha_beta(const Column<V>& c, double a, double b, const Limits
   return {value, select(has_p, select(has_q, both.h, V(0)), select(has_q, lone_q.h, V(0)))};
 }
 
+// A divergence's parameters, and -log a and -log(1 - a) for those whose `a` is a mixture's weight.
+template <typename V>
+struct Parameters {
+  double a, b;
+  V minus_log_a, minus_log_rest;
+};
+
+// What a column adds to the divergence `kKind`, of the family Element.
+template <Kind kKind, typename V>
+KD_INLINE Element<V> element(const Column<V>& c, const Parameters<V>& by, const Limits<V>& limits) {
+  static_assert(is_element(kKind));
+  if constexpr (kKind == Kind::kReverseKl) return reverse_kl(c, limits);
+  if constexpr (kKind == Kind::kSymmetricKl) return symmetric_kl(c, limits);
+  if constexpr (kKind == Kind::kJsd) return jsd(c, by.a, by.minus_log_a, by.minus_log_rest);
+  if constexpr (kKind == Kind::kSkewForwardKl) return skew_forward_kl(c, by.a, by.minus_log_a, by.minus_log_rest);
+  if constexpr (kKind == Kind::kSkewReverseKl) return skew_reverse_kl(c, by.a, by.minus_log_a, by.minus_log_rest);
+  if constexpr (kKind == Kind::kTvd) return tvd(c);
+  if constexpr (kKind == Kind::kAlphaBeta) return alpha_beta(c, by.a, by.b, limits);
+}
+
 }  // namespace rowmath
+
+}  // namespace KDFAST_TARGET
+}  // namespace kdfast
+KDFAST_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

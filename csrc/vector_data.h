@@ -1,4 +1,4 @@
-// What a kernel may index as it likes, whatever device it lies on.
+// The data pointers of vectors that kernels index, on any device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Labels documents with a language model on several processes, each on a GPU of its own if there are any:
 #   examples/capture_torchrun.sh MODEL OUT FILE...
-# Stopped or killed, it goes on where it was; PROCESSES may be another number then.
+# Stopped or killed, it resumes where it was, also with another number of PROCESSES.
 set -eu
 model=$1 out=$2
 shift 2

@@ -9,15 +9,25 @@ from typing import Any
 __all__ = ["import_optional", "lazy_attributes"]
 
 
-def import_optional(module: str, purpose: str) -> Any:
-    """Import ``module``. Raises ``ImportError`` naming the package to install if it is not there."""
+def import_optional(module: str, purpose: str, *, extra: str | None = None) -> Any:
+    """Import a module of an optional package. Returns the module.
+
+    Args:
+        module: its full name.
+        purpose: what needs it, as the subject of the error's sentence.
+        extra: the extra of kdfast that brings the package, if there is one.
+
+    Raises:
+        ImportError: the package is not installed; the message says how to install it.
+    """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise ImportError(f"{purpose} needs the package {package}: pip install {package}") from error
+        install = package if extra is None else f'"kdfast[{extra}]"'
+        raise ImportError(f"{purpose} needs the package {package}: pip install {install}") from error
 
 
 def lazy_attributes(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arms import ARMS, Arm
+from arms import ARMS, LabelSource
 from residual import Residual, residual_of
 from teacher import LENGTH, TRAIN_WINDOWS, Corpus
 from torch import Tensor
@@ -24,7 +24,7 @@ BLOCK_WINDOWS = 8  # 2048 rows to a block
 
 
 class Labels:
-    """One arm's labels of every training window, and what they take."""
+    """The labels of every training window for one arm, and their size."""
 
     def __init__(self, windows: list[SoftLabels], payload: float, model: int, residual: list[Residual]) -> None:
         self.windows, self.residual = windows, residual
@@ -39,7 +39,7 @@ class Labels:
 
 
 def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
-    """One arm's labels; ``draw`` seeds them where they are drawn."""
+    """The labels of the arm ``name``, from ``folder`` or made and written there; ``draw`` seeds random ones."""
     arm = ARMS[name]
     assert arm.codec is not None
     drawn = codecs.find(arm.codec).drawn or arm.residual
@@ -53,13 +53,13 @@ def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
     return made
 
 
-def _labels(corpus: Corpus, folder: Path, arm: Arm, draw: int) -> Labels:
+def _labels(corpus: Corpus, folder: Path, arm: LabelSource, draw: int) -> Labels:
     assert arm.codec is not None
     options = dict(arm.options)
     if codecs.find(arm.codec).drawn:
         options["seed"] = draw
-    if arm.shapes:
-        options["prototypes"] = load_prototypes(corpus, folder, arm.shapes, options["k"])
+    if arm.prototypes:
+        options["prototypes"] = load_prototypes(corpus, folder, arm.prototypes, options["k"])
     stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits)
     windows, payload, model, residual = stored.windows, float(stored.payload), stored.model, []
     if arm.residual:
@@ -107,7 +107,7 @@ def _residual(corpus: Corpus, codec: Codec, windows: list[SoftLabels]) -> tuple[
 
 
 def _without_tail(labels: SoftLabels) -> SoftLabels:
-    """Top-k as most rivals use it: the entries scaled up to a mass of 1."""
+    """Top-k labels as most other systems use them: entries scaled up to a mass of 1, without a tail."""
     assert labels.ids is not None
     probs = labels.values.exp().view(len(labels), -1)
     ids = labels.ids.view(len(labels), -1)

@@ -21,7 +21,7 @@ HEADING = """# Bytes per token against the student they train
 
 Teacher: SmolLM2-135M (49,152 columns) on the standard library's help topics. Student: a Llama of 6.9 M parameters on
 40,960 of these tokens, for as many epochs as the headings say; held-out KL(teacher, student) on 16,896 others, in nats.
-Bytes are those of the labels; a table of 256 shapes takes 12.6 MB more (64: 3.2 MB, 1024: 50.6 MB), whatever the
+Bytes are those of the labels; a table of 256 prototypes takes 12.6 MB more (64: 3.2 MB, 1024: 50.6 MB), whatever the
 cache's size, and the files' headers and keys 0.3 B per token. `dense`: the teacher's whole distributions. `topk` is
 not entropy-coded. `fresh`: drawn anew for every epoch. Differences from dense KD are paired by seed, with 95 %
 intervals. As good as dense KD: the interval ends below 5 % of the gap between no KD and dense KD, a margin that was
@@ -32,12 +32,12 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm at one number of epochs."""
+    """The students of one arm after the same number of epochs."""
 
     arm: str
-    kl: float
-    difference: float | None  # from dense KD, paired
-    interval: float | None  # half of the 95 % interval of that
+    kl: float  # held-out KL(teacher, student), mean over seeds, nats
+    difference: float | None  # from dense KD, paired by seed
+    interval: float | None  # half of the 95 % interval of ``difference``
     seeds: int
     bytes_per_token: float | None
     entries_per_token: float | None
@@ -67,7 +67,7 @@ def epochs_of(rows: list[dict]) -> list[int]:
 
 
 def summarise(rows: list[dict]) -> list[Result]:
-    """By held-out KL, the best first."""
+    """The arms' results, in the order of their held-out KL, the best first."""
     kl: dict[str, dict[int, float]] = defaultdict(dict)
     last: dict[str, dict] = {}
     for row in rows:
@@ -128,7 +128,7 @@ def plot(by_epochs: dict[int, list[Result]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(by_epochs), figsize=(6.5 * len(by_epochs), 5), squeeze=False)
     for axis, (epochs, results) in zip(axes[0], by_epochs.items(), strict=True):
         _panel(axis, results)
-        axis.set(title=named(epochs), xlabel="bytes per token, table of shapes apart")
+        axis.set(title=named(epochs), xlabel="bytes per token, table of prototypes apart")
     axes[0, 0].set_ylabel("held-out KL(teacher, student) above dense KD's, nats")
     axes[0, 0].legend(fontsize=8, loc="upper left")
     figure.tight_layout()

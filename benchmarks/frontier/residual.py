@@ -1,4 +1,4 @@
-"""Prototypes with a sampled residual: what a label misses of the teacher, drawn without bias, with signs."""
+"""Prototype labels with a sampled residual: unbiased signed draws of the difference between teacher and label."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ SCALE_BYTES = 2  # float16
 
 @dataclass(frozen=True)
 class Residual:
-    """``E[scale * sum(sign * weight)] = teacher - label``: no label is a distribution, but their mean is."""
+    """Draws of the teacher's probabilities minus the label's: ``E[scale * sum(sign * weight)] = teacher - label``.
 
-    draws: SoftLabels  # of the residual's sizes, by the codec ``sample``
+    A label plus its draws is no distribution, but the mean over draws is one.
+    """
+
+    draws: SoftLabels  # of the residual's absolute values, by the codec ``sample``
     signs: Tensor  # (entries,) float32: 1 or -1
     scale: Tensor  # (rows,) float32
 
@@ -30,7 +33,7 @@ class Residual:
 
     @property
     def extra_bytes(self) -> float:
-        """Besides those of the draws."""
+        """The bytes of signs and scales."""
         return len(self.signs) / 8 + len(self.scale) * SCALE_BYTES
 
     def add_to(self, probs: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class Residual:
 
 
 def residual_of(probs: Tensor, labels: SoftLabels) -> Tensor:
-    """(rows, vocab) float32: the teacher's probabilities less those of the labels."""
+    """(rows, vocab) float32: the teacher's probabilities minus those of the labels."""
     return probs - densify(labels)
 
 
@@ -59,5 +62,5 @@ def densify(labels: SoftLabels) -> Tensor:
 
 
 def signed_cross_entropy(logits: Tensor, labels: SoftLabels, residual: Residual) -> Tensor:
-    """Its mean over draws is the cross-entropy to the teacher, up to the residual's quantised scale."""
+    """Cross-entropy to labels plus residual; its mean over draws is that to the teacher, if the scale were exact."""
     return F.cross_entropy(logits.float(), residual.add_to(densify(labels)))

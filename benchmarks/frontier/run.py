@@ -1,9 +1,9 @@
 """Bytes per token against the student they train: python benchmarks/frontier/run.py --out output/frontier
 
 Trains one small Llama per arm, seed and number of epochs, and appends each one's held-out KL to ``students.jsonl``.
-Interrupt it at will: it goes on with what is missing; two of them may share a folder. The teacher takes two minutes,
-a student 15 seconds per epoch and core. MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 in the
-environment saves a fifth of that.
+Interrupt it at will: the next call resumes with what is missing. Two runs may share a folder. The teacher takes two
+minutes, a student 15 seconds per epoch and core. MALLOC_MMAP_THRESHOLD_=8000000000 and
+MALLOC_TRIM_THRESHOLD_=16000000000 in the environment save a fifth of that.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ __all__ = ["Teacher", "evaluate", "train"]
 BATCH = 2  # windows
 WARM_UP = 60  # steps
 LEARNING_RATE = 2e-3
-# What a batch of windows is compared with: labels, or with a residual, or logits, or None for the next tokens alone.
+# The target of a batch of windows: labels, labels with a residual, logits, or None for the next tokens alone.
 Target = kdfast.SoftLabels | tuple[kdfast.SoftLabels, Residual] | Tensor | None
-Teacher = Callable[[list[int], int], Target]  # of the windows and the epoch
+Teacher = Callable[[list[int], int], Target]  # from windows and epoch
 
 
 def make_student(vocab_size: int) -> nn.Module:
@@ -46,7 +46,7 @@ def logits_of(student: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train(corpus: Corpus, teacher: Teacher, epochs: int, seed: int) -> nn.Module:
-    """One student. Its initial weights and its batches depend on the seed alone, so that arms are paired."""
+    """Train a student. Initial weights and batches depend on the seed alone, so that arms can be compared in pairs."""
     torch.manual_seed(1000 + seed)
     student = make_student(corpus.vocab_size)
     steps = epochs * (TRAIN_WINDOWS // BATCH)

@@ -1,4 +1,4 @@
-"""The benchmark's teacher, and all of its logits in one file: without it they take a student longer than its own."""
+"""The benchmark's teacher, and all of its logits in one file: computing them takes longer than training a student."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch import Tensor
 
 from kdfast.bench.teacher import LEARN_WINDOWS, LENGTH, Corpus, load_teacher
 
-__all__ = ["HELD_OUT_WINDOWS", "LENGTH", "TRAIN_WINDOWS", "Remembered", "load"]
+__all__ = ["HELD_OUT_WINDOWS", "LENGTH", "TRAIN_WINDOWS", "CorpusWithLogits", "load"]
 
 TRAIN_WINDOWS = LEARN_WINDOWS
 HELD_OUT_WINDOWS = 66  # the last ones
 
 
 @dataclass(frozen=True)
-class Remembered(Corpus):
-    """``table``: (windows, length, vocab) float32, mapped; only the windows that are used are filled."""
+class CorpusWithLogits(Corpus):
+    """A corpus whose logits lie in a file.
+
+    Attributes:
+        table: (windows, length, vocab) float32, mapped; only the windows that are used are filled.
+    """
 
     table: Tensor
 
@@ -27,8 +31,8 @@ class Remembered(Corpus):
         return self.table[windows].reshape(-1, self.vocab_size)
 
 
-def load(folder: Path) -> Remembered:
-    """From ``folder``, or from the teacher, and into ``folder``: 11 GB."""
+def load(folder: Path) -> CorpusWithLogits:
+    """Read the corpus and its logits from ``folder``; where they are missing, compute and write them, 11 GB."""
     corpus = load_teacher(folder / "teacher.safetensors")
     path = folder / "logits.f32"
     if not path.exists():
@@ -37,7 +41,7 @@ def load(folder: Path) -> Remembered:
         for window in (*range(TRAIN_WINDOWS), *range(len(corpus) - HELD_OUT_WINDOWS, len(corpus))):
             table[window] = corpus.logits(slice(window, window + 1))
         part.rename(path)
-    return Remembered(**{f.name: getattr(corpus, f.name) for f in fields(corpus)}, table=_map(path, corpus))
+    return CorpusWithLogits(**{f.name: getattr(corpus, f.name) for f in fields(corpus)}, table=_map(path, corpus))
 
 
 def _map(path: Path, corpus: Corpus) -> Tensor:

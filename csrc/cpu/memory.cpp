@@ -72,7 +72,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  // Advice: a refusal changes speed, not results.
+  // A refusal costs speed alone.
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;

@@ -1,4 +1,4 @@
-// What one row asks of a kernel: plain structs between the op files and the per-ISA kernels.
+// The interface between the op files and the kernels of each ISA: plain structs that describe one row's work.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,9 @@ struct Entries {
   int64_t count = 0;
   double tail = 0;                // log-mass; -inf: none
   bool subtract_entropy = false;  // forward KL rather than soft cross-entropy
-  bool background = false;        // the rest is spread like `shape`, not one more class
-  Source shape;                   // over the teacher's columns; data == nullptr: an index out of the table
-  double shape_entropy = 0;       // sum r log r of the shape's shared columns; read for forward KL
+  bool has_prototype = false;     // the tail is spread like `prototype`; false: it is one class
+  Source prototype;               // over the teacher's columns; data == nullptr: an index out of range
+  double prototype_entropy = 0;   // sum r log r over the shared columns; forward KL alone reads it
 };
 
 struct RowTask {
@@ -39,7 +39,7 @@ struct RowTask {
   int64_t shared = 0;    // columns both sides have: min(V_s, V_t)
   void* grad = nullptr;  // student's dtype; may be the student's own memory; nullptr: not wanted
   double tau_s = 1, tau_t = 1;
-  double kd = 0, ce = 0, z = 0;  // coefficients; 0 takes the term out
+  double kd = 0, ce = 0, z_weight = 0;  // coefficients; 0 leaves the term out
   double smoothing = 0;
   bool stream = false;      // write the gradient past the caches
   bool want_parts = false;  // entropy and top-1 agreement too
@@ -54,15 +54,14 @@ struct Entry {
   double value;  // a probability, or a number of draws
 };
 
-// Which columns of a row of logits to keep. The unbiased samplers ask by positions in [0, 1): where they fall along the
-// row's cumulative probability decides.
+// Which columns of a row of logits to keep. The unbiased samplers place points in [0, 1) along the row's cumulative
+// probability and keep the columns that they fall in.
 struct SelectTask {
   Source logits;
   double temperature = 1;
   double tau = 0;                  // threshold: entries above it are kept, the others on a grid of this spacing
   const double* points = nullptr;  // threshold: the grid's offset; sample: `draws` positions, ascending
-  int64_t draws = 0;               // 0: threshold
-  const int32_t* order = nullptr;  // threshold: the columns in the order that the grid walks them; null: ascending
+  int64_t draws = 0;               // sample: how many points; 0: threshold
   bool likeliest = false;          // the `capacity` likeliest columns instead
   Entry* entries = nullptr;        // room for `capacity` of them
   int64_t capacity = 0;
@@ -74,7 +73,7 @@ struct Selection {
   double rest = 0;  // likeliest: the probability of all other columns
 };
 
-// Columns whose exponentials are summed together, and scanned again only where a point falls among them.
+// Columns per chunk. A chunk's exponentials are summed together, and looked at again only where a point falls in it.
 constexpr int kSelectChunk = 128;
 
 // One ISA's kernels. `workspace` holds workspace_bytes(student columns) bytes, aligned, used by one thread at a time.
@@ -84,10 +83,10 @@ struct Kernels {
   RowResult (*dense_double)(const Divergence&, const RowTask&, void* workspace);
   RowResult (*sparse_float)(const RowTask&, void* workspace);
   RowResult (*sparse_double)(const RowTask&, void* workspace);
-  // Its workspace holds two doubles for each chunk, and with an order one for each of its columns.
+  // Its workspace holds two doubles for each chunk.
   Selection (*select)(const SelectTask&, void* workspace);
-  double (*shape_entropy_float)(const Source& shape, int64_t shared);
-  double (*shape_entropy_double)(const Source& shape, int64_t shared);
+  double (*prototype_entropy_float)(const Source& prototype, int64_t shared);
+  double (*prototype_entropy_double)(const Source& prototype, int64_t shared);
   void (*scale)(void* data, Dtype dtype, int64_t size, double factor);
   int64_t (*workspace_bytes)(int64_t columns);
   void (*fence)();  // after a thread's streaming writes
@@ -96,10 +95,17 @@ struct Kernels {
 // The best kernels this processor runs, or the ones KDFAST_CPU_ISA names (baseline, avx2, avx512).
 const Kernels& kernels();
 
-extern const Kernels kBaseline;
+// Each target's, in its namespace.
+namespace baseline {
+extern const Kernels kKernels;
+}
 #if defined(__x86_64__)
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
 #endif
 
 }  // namespace kdfast

@@ -17,7 +17,7 @@
 #include "memory.h"
 #include "row.h"
 
-// From torch 2.11 on: a tensor over memory of one's own. Null before.
+// Makes a tensor over the caller's memory. From torch 2.11 on; null before.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
@@ -45,9 +45,9 @@ inline Dtype dtype_of(const Tensor& x) {
 }
 
 // A (outer, inner, columns) tensor as outer * inner rows of unit stride.
-class Rows {
+class StridedRows {
  public:
-  explicit Rows(const Tensor& x)
+  explicit StridedRows(const Tensor& x)
       : data_(static_cast<char*>(x.data_ptr())),
         dtype_(dtype_of(x)),
         bytes_(int64_t(x.element_size())),
@@ -86,16 +86,6 @@ class Numbers {
   bool is_double_;
 };
 
-// What every row op takes beside its teacher.
-struct RowArguments {
-  const Tensor& student;                     // (outer, inner, V_s)
-  const Tensor& coef;                        // (5, rows): tau_s, tau_t and the coefficients of KD, CE and z-loss
-  const std::optional<Tensor>& label;        // (rows,) int64
-  const std::optional<Tensor>& label_probs;  // (outer, inner, V_s)
-  double smoothing;
-  bool want_parts;
-};
-
 struct RowOutputs {
   Tensor loss;   // (rows,)
   Tensor parts;  // (4, rows): KD, CE, entropy, top-1 agreement; or (4, 0)
@@ -103,8 +93,8 @@ struct RowOutputs {
 
 inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
 
-// Rows of gradients above it would push each other out of the caches before anybody reads them, and their fresh pages
-// cost more than their arithmetic.
+// A gradient larger than this leaves the caches before it is read, and the page faults of fresh memory cost more than
+// its arithmetic.
 constexpr int64_t kLargeBytes = 8 << 20;
 
 inline Tensor new_gradient(const Tensor& student) {
@@ -126,15 +116,15 @@ inline Tensor new_gradient(const Tensor& student) {
   return Tensor(grad);
 }
 
-// Shorter rows lose more to their unaligned ends than the fetches cost.
+// Streaming pays from this row size on: shorter rows lose more to their unaligned ends than the fetches cost.
 constexpr int64_t kStreamRowBytes = 3 << 10;
 
-// A row that does not count: loss 0, gradient exactly 0, whatever the logits hold.
+// A row whose coefficients are all 0: loss 0 and gradient exactly 0, even if its logits are infinite or NaN.
 inline void clear_row(const RowTask& task, int64_t element_size) {
   if (task.grad) std::memset(task.grad, 0, size_t(task.student.size * element_size));
 }
 
-// The row without its coefficients, which may leave KD or CE out: what the parts are measured on.
+// The row with KD and CE both weighted 1 and no gradient: the parts report both, even where the loss leaves one out.
 inline RowTask unweighted(RowTask task) {
   task.grad = nullptr;
   task.kd = 1;
@@ -142,8 +132,8 @@ inline RowTask unweighted(RowTask task) {
   return task;
 }
 
-// Calls run(begin, end) on pieces of the rows, each on one of torch's threads. Threads take a few rows at a time, about
-// as many as pay for asking: none waits long for another.
+// Calls run(begin, end) on pieces of the rows, on torch's threads. Each thread takes the next piece when it is done
+// with one; a piece is just large enough to pay for that, so that no thread waits long for another at the end.
 template <typename F>
 void for_each_piece(int64_t rows, int64_t columns, F run) {
   constexpr int64_t kGrain = 1 << 15;
@@ -156,17 +146,19 @@ void for_each_piece(int64_t rows, int64_t columns, F run) {
   });
 }
 
-// Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads.
-template <typename F>
-RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row) {
+// Calls row(i, task, workspace) -> RowResult for every row that counts, across torch's threads. `arguments` are those
+// of a row op.
+template <typename Arguments, typename F>
+RowOutputs for_each_row(const Arguments& arguments, const Tensor* grad, F row) {
   const Tensor& student = arguments.student;
   const int64_t count = student.size(0) * student.size(1), columns = student.size(2);
   const int64_t element_size = int64_t(student.element_size());
   const Tensor& coef = arguments.coef;
   STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == 5 && coef.size(1) == count, "coef must be (5, rows)");
-  const Rows students(student);
-  const std::optional<Rows> probs = arguments.label_probs ? std::optional<Rows>(*arguments.label_probs) : std::nullopt;
-  const std::optional<Rows> grads = grad ? std::optional<Rows>(*grad) : std::nullopt;
+  const StridedRows students(student);
+  const std::optional<StridedRows> probs =
+      arguments.label_probs ? std::optional<StridedRows>(*arguments.label_probs) : std::nullopt;
+  const std::optional<StridedRows> grads = grad ? std::optional<StridedRows>(*grad) : std::nullopt;
   const Numbers numbers(coef);
   const int64_t* labels = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, count) : nullptr;
   RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
@@ -187,9 +179,9 @@ RowOutputs for_each_row(const RowArguments& arguments, const Tensor* grad, F row
       task.tau_t = numbers[count + i];
       task.kd = numbers[2 * count + i];
       task.ce = numbers[3 * count + i];
-      task.z = numbers[4 * count + i];
+      task.z_weight = numbers[4 * count + i];
       task.want_parts = arguments.want_parts;
-      const bool counts = task.kd != 0 || task.ce != 0 || task.z != 0;
+      const bool counts = task.kd != 0 || task.ce != 0 || task.z_weight != 0;
       const RowResult result = counts ? row(i, task, workspace) : RowResult();
       if (!counts) clear_row(task, element_size);
       loss.set(i, result.loss);

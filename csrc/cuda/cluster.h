@@ -1,4 +1,4 @@
-// What the threads of a thread-block cluster need of sm_90: bulk copies to shared memory, and each other's memory.
+// sm_90's thread-block clusters: bulk copies into shared memory, and reductions across the blocks of a cluster.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -14,7 +14,7 @@ namespace kdfast::cuda {
 
 namespace cg = cooperative_groups;
 
-// Completes when as many bytes as it was told to expect have arrived. Used once.
+// An mbarrier for one use: completes when the expected number of bytes has arrived.
 struct Arrivals {
   uint64_t state;
 
@@ -22,7 +22,7 @@ struct Arrivals {
 
   __device__ void init(uint32_t threads) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(threads) : "memory");
-    // The copy engine must see it initialised.
+    // Makes the initialised barrier visible to the copy engine.
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 
@@ -44,7 +44,7 @@ struct Arrivals {
   }
 };
 
-// Starts a copy of whole 16-byte pieces between addresses divisible by 16.
+// Starts an asynchronous copy. Size and addresses are multiples of 16 bytes.
 __device__ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, const Arrivals& arrivals) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    uint32_t(__cvta_generic_to_shared(shared))),
@@ -52,7 +52,7 @@ __device__ inline void copy_bulk(void* shared, const void* global, uint32_t byte
                : "memory");
 }
 
-// What the blocks of a cluster tell each other, one place for each of them, and a block's warps among themselves.
+// Shared memory for a reduction: a slot for each warp of this block, and one for each block of the cluster.
 template <typename T>
 struct Exchange {
   T of_warp[kThreads / 32];
@@ -72,7 +72,7 @@ __device__ T reduce_warp(T value, int lanes, Merge merge) {
   return value;
 }
 
-// Every thread's value merged, the same in all threads of the cluster.
+// Merges the values of all threads of the cluster; every thread gets the same result.
 template <typename T, typename Merge>
 __device__ T reduce_cluster(T value, Exchange<T>& exchange, T none, Merge merge) {
   cg::cluster_group cluster = cg::this_cluster();

@@ -20,44 +20,27 @@ void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
 
 template <typename T>
 void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
-  switch (task.divergence.kind) {
-    case Kind::kForwardKl:
-      return launch<Kind::kForwardKl, T>(task, cluster, stream);
-    case Kind::kSoftCe:
-      return launch<Kind::kSoftCe, T>(task, cluster, stream);
-    case Kind::kReverseKl:
-      return launch<Kind::kReverseKl, T>(task, cluster, stream);
-    case Kind::kSymmetricKl:
-      return launch<Kind::kSymmetricKl, T>(task, cluster, stream);
-    case Kind::kJsd:
-      return launch<Kind::kJsd, T>(task, cluster, stream);
-    case Kind::kSkewForwardKl:
-      return launch<Kind::kSkewForwardKl, T>(task, cluster, stream);
-    case Kind::kSkewReverseKl:
-      return launch<Kind::kSkewReverseKl, T>(task, cluster, stream);
-    case Kind::kTvd:
-      return launch<Kind::kTvd, T>(task, cluster, stream);
-    case Kind::kAlphaBeta:
-      return launch<Kind::kAlphaBeta, T>(task, cluster, stream);
-    default:
+  with_kind(task.divergence.kind, [&](auto kind) {
+    if constexpr (family_of(kind.value) != Family::kSpecial) {
+      launch<kind.value, T>(task, cluster, stream);
+    } else {
       STD_TORCH_CHECK(false, "the one-read kernel has no such divergence");
-  }
+    }
+  });
 }
 
-}  // namespace
-
-// Without gradient where `grad` is empty.
-Tensor dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, std::optional<Tensor> label, double smoothing,
-                          int64_t kind, double a, double b, double scale, std::optional<Tensor> grad, int64_t cluster) {
+Tensor dense_rows_cluster(const DenseClusterArguments& arguments) {
+  const Tensor &student = arguments.student, &teacher = arguments.teacher, &coef = arguments.coef;
   STD_TORCH_CHECK(teacher.size(2) >= student.size(2), "a teacher of fewer columns is for another kernel");
   STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), "student and teacher must have one dtype");
   const Tensor loss = torch::stable::new_empty(coef, {coef.size(1)}, coef.scalar_type());
-  const DenseTask task = {row_task(student, coef, label, smoothing, grad, loss, 2, int(cluster)),
-                          rows_of(teacher),
-                          {static_cast<Kind>(kind), a, b, scale, false}};
-  on_device(student, [&](auto zero, cudaStream_t stream) { launch<decltype(zero)>(task, int(cluster), stream); });
+  const DenseTask task = {row_task(arguments, loss, 2), rows_of(teacher), divergence_of(arguments)};
+  on_device(student,
+            [&](auto zero, cudaStream_t stream) { launch<decltype(zero)>(task, int(arguments.cluster), stream); });
   return loss;
 }
+
+}  // namespace
 
 int64_t dense_rows_resident(Tensor student, int64_t cluster) {
   int64_t blocks = 0;
@@ -69,14 +52,12 @@ int64_t dense_rows_resident(Tensor student, int64_t cluster) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdfast, m) {
-  m.def(
-      "dense_rows_cluster(Tensor student, Tensor teacher, Tensor coef, Tensor? label, float smoothing, int kind, "
-      "float a, float b, float scale, Tensor(a!)? grad, int cluster) -> Tensor");
+  m.def("dense_rows_cluster(Tensor student" KDFAST_SCHEMA(KDFAST_DENSE_ROWS_CLUSTER) ") -> Tensor");
   m.def("dense_rows_resident(Tensor student, int cluster) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
-  m.impl("dense_rows_cluster", TORCH_BOX(&dense_rows_cluster));
+  m.impl("dense_rows_cluster", TORCH_BOX(&Op<dense_rows_cluster>::call));
   m.impl("dense_rows_resident", TORCH_BOX(&dense_rows_resident));
 }
 

@@ -1,4 +1,4 @@
-// A thread-block cluster's way through a row: its logits into shared memory, sums, and the gradient out.
+// The dense kernel of one thread-block cluster: loads a row into shared memory, reduces its sums, writes the gradient.
 #pragma once
 
 #include "dense_row.h"
@@ -8,7 +8,7 @@ namespace kdfast::cuda {
 
 struct DenseTask {
   RowTask row;
-  RowsView teacher;
+  StridedRows teacher;
   Divergence divergence;
 };
 
@@ -29,28 +29,28 @@ __device__ void dense_row(const DenseTask& task) {
   if (!coef.counts()) return finish_uncounted(task.row, row, slice);
   const bool teacher = coef.kd != 0;
   loader.start(teacher ? task.teacher.row<T>(row) : nullptr);
-  cluster.barrier_arrive();  // before a block's memory is written to, it must have started
+  cluster.barrier_arrive();  // a block must have started before another one writes to its memory
   const int label = coef.label_column(slice.columns);
   const float label_logit = logit_of<T>(task.row, row, label);
   const Scales scales = scales_of(coef, kKind);
-  const AtOne mode = at_one(coef);
+  const UnitTau mode = unit_tau_of(coef);
   loader.wait();
   Sums sums = sweep<is_forward(kKind)>(slice, threadIdx.x, kThreads, scales, teacher, mode);
   cluster.barrier_wait();
   const auto merge_sums = [&](const Sums& a, const Sums& b) { return merge(a, b, scales, mode); };
   sums = reduce_cluster(sums, all_sums, Sums(), merge_sums);
-  const Normaliser normaliser = normaliser_of(sums, scales, mode);
+  const SoftmaxStats stats = softmax_stats(sums, scales, mode);
   Values values = {0, 0};
   if constexpr (!is_forward(kKind)) {
-    if (teacher) values = values_of<kKind>(slice, threadIdx.x, kThreads, normaliser, task.divergence);
+    if (teacher) values = values_of<kKind>(slice, threadIdx.x, kThreads, stats, task.divergence);
     const auto add = [](const Values& a, const Values& b) { return Values{a.value + b.value, a.h + b.h}; };
     values = reduce_cluster(values, all_values, Values{0, 0}, add);
   }
   const Smoothing smoothing = smoothing_of_row(slice, coef, all_smoothing);
   const RowOutcome out =
-      outcome_of(coef, task.divergence, slice.columns, sums, normaliser, values, smoothing, label_logit);
+      outcome_of<kKind>(coef, task.divergence, slice.columns, sums, stats, values, smoothing, label_logit);
   if (!finish_loss<T>(task.row, row, slice, out)) return;
-  write_gradient<kKind>(slice, threadIdx.x, kThreads, out.gradient, normaliser, task.divergence, teacher, label, mode,
+  write_gradient<kKind>(slice, threadIdx.x, kThreads, out.gradient, stats, task.divergence, teacher, label, mode,
                         gradient_row<T>(task.row, row));
 }
 

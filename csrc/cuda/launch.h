@@ -1,4 +1,4 @@
-// Between torch's tensors and kernels: rows, the current stream, and launches as clusters.
+// From torch's tensors to kernels: rows, the current stream, and launches of clusters.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,7 @@
 
 #include <optional>
 
+#include "../row_arguments.h"
 #include "../vector_data.h"
 #include "plan.h"
 #include "row_kernel.h"
@@ -22,35 +23,38 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // An (outer, inner, columns) tensor as rows.
-inline RowsView rows_of(const Tensor& x) {
+inline StridedRows rows_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
   return {static_cast<char*>(x.data_ptr()), x.size(1), x.stride(0), x.stride(1)};
 }
 
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
-// Bytes of shared memory for a block's part of `rows_held` rows.
+// Bytes of shared memory that a block needs for its part of `rows_held` rows.
 inline int slice_bytes(const Tensor& student, int cluster, int rows_held) {
   return rows_held * packs_of_block(student.size(2), int64_t(student.element_size()), cluster) * int(sizeof(uint4));
 }
 
-// The common part of an op's task. Clusters hold `rows_held` rows for each of the student's.
-inline RowTask row_task(const Tensor& student, const Tensor& coef, const std::optional<Tensor>& label, double smoothing,
-                        const std::optional<Tensor>& grad, const Tensor& loss, int rows_held, int cluster) {
+// The part of a task that all ops share. A cluster holds `rows_held` rows: the student's, and a dense teacher's.
+template <typename Arguments>
+RowTask row_task(const Arguments& arguments, const Tensor& loss, int rows_held) {
+  const Tensor& student = arguments.student;
   const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
+  const int64_t element_size = int64_t(student.element_size());
+  const int cluster = int(arguments.cluster);
   STD_TORCH_CHECK(cluster > 0 && cluster <= kMaxCluster &&
                       slice_bytes(student, cluster, rows_held) <= kLargestSliceBytes + rows_held * int(sizeof(uint4)),
                   "a cluster of this many blocks does not hold rows of this width");
-  RowTask task = {rows_of(student), grad ? rows_of(*grad) : RowsView(), rows, int(columns)};
-  task.coef = vector_data<float>(coef, ScalarType::Float, 5 * rows);
-  task.label = label ? vector_data<int64_t>(*label, ScalarType::Long, rows) : nullptr;
-  task.smoothing = float(smoothing);
+  RowTask task = {rows_of(student), arguments.grad ? rows_of(*arguments.grad) : StridedRows(), rows, int(columns)};
+  task.coef = vector_data<float>(arguments.coef, ScalarType::Float, 5 * rows);
+  task.label = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, rows) : nullptr;
+  task.smoothing = float(arguments.smoothing);
   task.loss = static_cast<float*>(loss.data_ptr());
-  task.packs = packs_of_block(columns, int64_t(student.element_size()), cluster);
+  task.packs = packs_of_block(columns, element_size, cluster);
   return task;
 }
 
-// Calls run(zero of the tensor's type, stream) with the tensor's device as the current one, unless it has no rows.
+// Calls run(a zero of the tensor's type, stream) on the tensor's device, unless the tensor has no rows.
 template <typename Run>
 void on_device(const Tensor& x, Run run) {
   if (x.size(0) * x.size(1) == 0) return;
@@ -70,7 +74,7 @@ void on_device(const Tensor& x, Run run) {
   }
 }
 
-// How one cluster of `size` blocks is launched for each row, each with so many bytes of shared memory beside its own.
+// A launch of one cluster of `size` blocks per row, each block with `shared_bytes` of dynamic shared memory.
 class Launch {
  public:
   template <typename Task>
@@ -101,7 +105,7 @@ void launch_clusters(void (*kernel)(Task), const Task& task, int64_t rows, int s
   check(cudaLaunchKernelEx(&launch.config, kernel, task));
 }
 
-// How many blocks the device holds at a time of clusters of `size`; 0: none fits there.
+// How many blocks, in clusters of `size`, the device runs at a time; 0: such a cluster does not fit.
 template <typename Task>
 int64_t resident_blocks(void (*kernel)(Task), int size, int shared_bytes) {
   const Launch launch(kernel, 1, size, shared_bytes, nullptr);

@@ -1,4 +1,4 @@
-// 16 bytes of a row: what a thread loads, works on and stores at a time. Host and device.
+// A pack: 16 bytes of a row, which a thread loads, computes and stores at a time. Host and device.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,27 +17,27 @@ struct alignas(16) Pack {
   T lane[kLanes];
 };
 
-KD_BOTH float to_float(float x) { return x; }
-KD_BOTH float to_float(__half x) { return __half2float(x); }
-KD_BOTH float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+KD_INLINE float to_float(float x) { return x; }
+KD_INLINE float to_float(__half x) { return __half2float(x); }
+KD_INLINE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
-KD_BOTH T from_float(float x);
+KD_INLINE T from_float(float x);
 template <>
-KD_BOTH float from_float(float x) {
+KD_INLINE float from_float(float x) {
   return x;
 }
 template <>
-KD_BOTH __half from_float(float x) {
+KD_INLINE __half from_float(float x) {
   return __float2half_rn(x);
 }
 template <>
-KD_BOTH __nv_bfloat16 from_float(float x) {
+KD_INLINE __nv_bfloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
 template <typename To, typename From>
-KD_BOTH To bit_cast(const From& from) {
+KD_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof(to));
@@ -45,13 +45,13 @@ KD_BOTH To bit_cast(const From& from) {
 }
 
 template <typename T>
-KD_BOTH void unpack(const Pack<T>& pack, float (&x)[Pack<T>::kLanes]) {
+KD_INLINE void unpack(const Pack<T>& pack, float (&x)[Pack<T>::kLanes]) {
 #pragma unroll
   for (int i = 0; i < Pack<T>::kLanes; ++i) x[i] = to_float(pack.lane[i]);
 }
 
 // A bfloat16 is the upper half of a float.
-KD_BOTH void unpack(const Pack<__nv_bfloat16>& pack, float (&x)[8]) {
+KD_INLINE void unpack(const Pack<__nv_bfloat16>& pack, float (&x)[8]) {
   const uint4 words = bit_cast<uint4>(pack);
   const uint32_t word[] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -61,8 +61,8 @@ KD_BOTH void unpack(const Pack<__nv_bfloat16>& pack, float (&x)[8]) {
   }
 }
 
-// The numbers as T, and 0 in the lanes where `logits` is -inf.
-KD_BOTH Pack<float> pack_unmasked(const float (&x)[4], const Pack<float>& logits) {
+// Converts the numbers to the logits' type; 0 in the lanes where `logits` is -inf.
+KD_INLINE Pack<float> pack_unmasked(const float (&x)[4], const Pack<float>& logits) {
   Pack<float> out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) out.lane[i] = logits.lane[i] == -kInf ? 0.0f : x[i];
@@ -71,7 +71,7 @@ KD_BOTH Pack<float> pack_unmasked(const float (&x)[4], const Pack<float>& logits
 
 // Two lanes at a time.
 template <typename Pair, typename T, typename Round>
-KD_BOTH Pack<T> pack_pairs(const float (&x)[8], const Pack<T>& logits, Pair masked, Round round) {
+KD_INLINE Pack<T> pack_pairs(const float (&x)[8], const Pack<T>& logits, Pair masked, Round round) {
   Pack<T> out;
   const uint4 words = bit_cast<uint4>(logits);
   const uint32_t word[] = {words.x, words.y, words.z, words.w};
@@ -84,12 +84,12 @@ KD_BOTH Pack<T> pack_pairs(const float (&x)[8], const Pack<T>& logits, Pair mask
   return bit_cast<Pack<T>>(uint4{rounded[0], rounded[1], rounded[2], rounded[3]});
 }
 
-KD_BOTH Pack<__nv_bfloat16> pack_unmasked(const float (&x)[8], const Pack<__nv_bfloat16>& logits) {
+KD_INLINE Pack<__nv_bfloat16> pack_unmasked(const float (&x)[8], const Pack<__nv_bfloat16>& logits) {
   return pack_pairs(x, logits, __float2bfloat162_rn(-kInf),
                     [](float a, float b) { return __floats2bfloat162_rn(a, b); });
 }
 
-KD_BOTH Pack<__half> pack_unmasked(const float (&x)[8], const Pack<__half>& logits) {
+KD_INLINE Pack<__half> pack_unmasked(const float (&x)[8], const Pack<__half>& logits) {
   return pack_pairs(x, logits, __float2half2_rn(-kInf), [](float a, float b) { return __floats2half2_rn(a, b); });
 }
 

@@ -1,15 +1,16 @@
-// What the one-read kernels share: a row's numbers, its way into shared memory, and the ways it ends.
+// What the one-read kernels share: a row's coefficients, its loading into shared memory, and its ends (nothing to do,
+// or a NaN).
 #pragma once
 
 #include "cluster.h"
 #include "gradient.h"
-#include "rows_view.h"
+#include "strided_rows.h"
 
 namespace kdfast::cuda {
 
-// What every one-read op takes beside its teacher.
+// What every one-read op takes besides its teacher.
 struct RowTask {
-  RowsView student, grad;  // grad.data == nullptr: not wanted
+  StridedRows student, grad;  // grad.data == nullptr: not wanted
   int64_t rows;
   int columns;
   const float* coef;     // (5, rows)
@@ -25,7 +26,7 @@ __device__ inline RowCoefficients coefficients_of(const RowTask& task, int64_t r
   return coefficients_of(task.coef, task.label, task.smoothing, row, task.rows);
 }
 
-// A column's logit, read before any block of the cluster may write over it; 0 for a column that no row has.
+// A column's logit, read before an in-place gradient may overwrite it; 0 for column -1.
 template <typename T>
 __device__ float logit_of(const RowTask& task, int64_t row, int column) {
   return column >= 0 ? to_float(task.student.row<T>(row)[column]) : 0.0f;
@@ -55,7 +56,7 @@ __device__ void finish_uncounted(const RowTask& task, int64_t row, const Slice<T
   if (task.grad.data) fill_gradient(slice, threadIdx.x, kThreads, 0.0f, gradient_row<T>(task, row));
 }
 
-// Whether a gradient remains to be written.
+// Writes the loss, and a failed row's NaN gradient. Returns whether a gradient remains to be written.
 template <typename T>
 __device__ bool finish_loss(const RowTask& task, int64_t row, const Slice<T>& slice, const RowOutcome& out) {
   if (is_first_thread()) task.loss[row] = out.loss;
@@ -64,7 +65,7 @@ __device__ bool finish_loss(const RowTask& task, int64_t row, const Slice<T>& sl
   return task.grad.data && !out.gradient.failed;
 }
 
-// A row's part in shared memory, on its way there.
+// Loads a block's part of a row into shared memory.
 template <typename T>
 class Loader {
  public:
@@ -82,14 +83,14 @@ class Loader {
     last_ = slice.packs > first_ && !slice.is_whole(slice.packs - 1) ? slice.packs - 1 : slice.packs;
   }
 
-  // Without a teacher's row nothing is put in its place.
+  // Starts the copies. Without a teacher's row its memory stays as it is.
   __device__ void start(const T* teacher) {
     load(student_packs_, student_);
     if (teacher) load(teacher_packs_, teacher);
     if (threadIdx.x == 0) arrivals_->expect(bytes_);
   }
 
-  // All of the block's threads call it, before they read.
+  // Must be called by all threads of the block before they read.
   __device__ void wait() const {
     arrivals_->wait();
     __syncthreads();
@@ -98,7 +99,7 @@ class Loader {
   Slice<T> slice;
 
  private:
-  // Whole packs by the copy engine where the row is aligned as the student's; everything else column by column.
+  // The copy engine takes whole packs, if the row is aligned as the student's row is; threads copy the other columns.
   __device__ void load(Pack<T>* memory, const T* row) {
     const T* whole = row + slice.column(first_);
     const bool bulk = last_ > first_ && phase_of(whole) == 0;

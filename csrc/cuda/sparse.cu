@@ -12,28 +12,27 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_rows(const __grid_constant
 #endif
 }
 
-}  // namespace
-
-// Without gradient where `grad` is empty.
-Tensor sparse_rows_cluster(Tensor student, Tensor ids, Tensor weights, Tensor offsets, std::optional<Tensor> tail,
-                           Tensor coef, std::optional<Tensor> label, double smoothing, bool subtract_entropy,
-                           std::optional<Tensor> grad, int64_t cluster) {
-  const int64_t rows = coef.size(1), entries = ids.numel();
+Tensor sparse_rows_cluster(const SparseClusterArguments& arguments) {
+  const Tensor &student = arguments.student, &coef = arguments.coef;
+  const int64_t rows = coef.size(1), entries = arguments.ids.numel();
   const Tensor loss = torch::stable::new_empty(coef, {rows}, coef.scalar_type());
   const Tensor logits = torch::stable::new_empty(coef, {entries}, coef.scalar_type());
-  const SparseTask task = {row_task(student, coef, label, smoothing, grad, loss, 1, int(cluster)),
-                           vector_data<int32_t>(ids, ScalarType::Int, entries),
-                           vector_data<float>(weights, ScalarType::Float, entries),
-                           vector_data<int64_t>(offsets, ScalarType::Long, rows + 1),
-                           tail ? vector_data<float>(*tail, ScalarType::Float, rows) : nullptr,
+  const SparseTask task = {row_task(arguments, loss, 1),
+                           vector_data<int32_t>(arguments.ids, ScalarType::Int, entries),
+                           vector_data<float>(arguments.weights, ScalarType::Float, entries),
+                           vector_data<int64_t>(arguments.offsets, ScalarType::Long, rows + 1),
+                           arguments.tail ? vector_data<float>(*arguments.tail, ScalarType::Float, rows) : nullptr,
                            static_cast<float*>(logits.data_ptr()),
-                           subtract_entropy};
+                           arguments.subtract_entropy};
   on_device(student, [&](auto zero, cudaStream_t stream) {
     using T = decltype(zero);
-    launch_clusters(sparse_rows<T>, task, rows, int(cluster), task.row.packs * int(sizeof(Pack<T>)), stream);
+    const int shared_bytes = task.row.packs * int(sizeof(Pack<T>));
+    launch_clusters(sparse_rows<T>, task, rows, int(arguments.cluster), shared_bytes, stream);
   });
   return loss;
 }
+
+}  // namespace
 
 int64_t sparse_rows_resident(Tensor student, int64_t cluster) {
   int64_t blocks = 0;
@@ -45,14 +44,12 @@ int64_t sparse_rows_resident(Tensor student, int64_t cluster) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdfast, m) {
-  m.def(
-      "sparse_rows_cluster(Tensor student, Tensor ids, Tensor weights, Tensor offsets, Tensor? tail, Tensor coef, "
-      "Tensor? label, float smoothing, bool subtract_entropy, Tensor(a!)? grad, int cluster) -> Tensor");
+  m.def("sparse_rows_cluster(Tensor student" KDFAST_SCHEMA(KDFAST_SPARSE_ROWS_CLUSTER) ") -> Tensor");
   m.def("sparse_rows_resident(Tensor student, int cluster) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
-  m.impl("sparse_rows_cluster", TORCH_BOX(&sparse_rows_cluster));
+  m.impl("sparse_rows_cluster", TORCH_BOX(&Op<sparse_rows_cluster>::call));
   m.impl("sparse_rows_resident", TORCH_BOX(&sparse_rows_resident));
 }
 

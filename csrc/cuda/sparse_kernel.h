@@ -1,4 +1,5 @@
-// A thread-block cluster's way through a sparse row: its logits into shared memory, entries out, sums, gradient out.
+// The sparse kernel of one thread-block cluster: loads a row into shared memory, masks the entries' columns there,
+// reduces the sums, writes the gradient.
 #pragma once
 
 #include "row_kernel.h"
@@ -12,7 +13,7 @@ struct SparseTask {
   const float* weights;    // (nnz,)
   const int64_t* offsets;  // (rows + 1,)
   const float* tail;       // (rows,); nullptr: none
-  float* logits;           // (nnz,), room for the student's
+  float* logits;           // (nnz,), a buffer for the student's logits at the entries
   bool subtract_entropy;
 };
 
@@ -23,21 +24,21 @@ __device__ inline EntriesView entries_of(const SparseTask& task, int64_t row) {
   return {task.ids + begin, task.weights + begin, task.logits + begin, count, task.tail ? task.tail[row] : -kInf};
 }
 
-template <AtOne kAtOne, typename T>
+template <UnitTau kUnitTau, typename T>
 __device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales) {
   SparseSums sums;
-  take_entries<kAtOne>(sums, slice, student, entries, threadIdx.x, kThreads, scales);
+  take_entries<kUnitTau>(sums, slice, student, entries, threadIdx.x, kThreads, scales);
   __syncthreads();
-  sweep_outside<kAtOne>(sums, slice, threadIdx.x, kThreads, scales);
+  sweep_outside<kUnitTau>(sums, slice, threadIdx.x, kThreads, scales);
   return sums;
 }
 
 template <typename T>
 __device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales,
-                              AtOne mode) {
-  if (mode == AtOne::kSquared) return sums_of<AtOne::kSquared>(slice, student, entries, scales);
-  if (mode == AtOne::kSeparate) return sums_of<AtOne::kSeparate>(slice, student, entries, scales);
-  return sums_of<AtOne::kShared>(slice, student, entries, scales);
+                              UnitTau mode) {
+  if (mode == UnitTau::kSquared) return sums_of<UnitTau::kSquared>(slice, student, entries, scales);
+  if (mode == UnitTau::kSeparate) return sums_of<UnitTau::kSeparate>(slice, student, entries, scales);
+  return sums_of<UnitTau::kShared>(slice, student, entries, scales);
 }
 
 template <typename T>
@@ -54,13 +55,13 @@ __device__ void sparse_row(const SparseTask& task) {
   const Slice<T>& slice = loader.slice;
   if (!coef.counts()) return finish_uncounted(task.row, row, slice);
   loader.start(nullptr);
-  cluster.barrier_arrive();  // before a block's memory is written to, it must have started
+  cluster.barrier_arrive();  // a block must have started before another one writes to its memory
   EntriesView entries = entries_of(task, row);
   if (coef.kd == 0) entries.count = 0;
   const int label = coef.label_column(slice.columns);
   const float label_logit = logit_of<T>(task.row, row, label);
   const Scales scales = scales_of(coef, Kind::kSoftCe);
-  const AtOne mode = at_one(coef);
+  const UnitTau mode = unit_tau_of(coef);
   loader.wait();
   cluster.barrier_wait();
   const Smoothing smoothing = smoothing_of_row(slice, coef, all_smoothing);  // of all columns, entries too
@@ -72,7 +73,7 @@ __device__ void sparse_row(const SparseTask& task) {
   if (!finish_loss<T>(task.row, row, slice, out.row)) return;
   const GradientRow<T> to = gradient_row<T>(task.row, row);
   write_outside(slice, threadIdx.x, kThreads, out, label, mode, to);
-  __syncthreads();  // entries go over what their columns have got
+  __syncthreads();  // the entries' gradient overwrites what their columns got
   write_entries(slice, entries, threadIdx.x, kThreads, out, label, mode, to);
 }
 

@@ -1,14 +1,14 @@
 // One row of student logits against K (id, weight) entries and a tail, as the threads of a cluster share it.
 //
-// The entries' columns are taken out of the row before the exponentials, so that the tail's log-sum-exp is exact
-// however small its mass is; their own gradient is written when all others are. Host and device.
+// The entries' columns are masked before the exponentials are summed, so that the tail's log-sum-exp is accurate
+// however small its mass is; their gradient is written last. Host and device.
 #pragma once
 
 #include "gradient.h"
 
 namespace kdfast::cuda {
 
-// A row's entries. `logit` is where the student's are kept, in place of which the row is masked.
+// A row's entries. The student's logits move from the row, which is masked there, to `logit`.
 struct EntriesView {
   const int32_t* id;
   const float* weight;
@@ -18,22 +18,22 @@ struct EntriesView {
 };
 
 struct SparseSums {
-  Sums outside;       // the entries
-  Sums entries;       // with their weights for the teacher's exponentials
+  Sums outside;       // of the columns outside the entries
+  Sums entries;       // of the entries, with their weights as the teacher's exponentials
   float entropy = 0;  // sum of w log w
 };
 
-template <AtOne kAtOne>
-KD_BOTH void include_entry(SparseSums& sums, float x, float weight, Scales c) {
+template <UnitTau kUnitTau>
+KD_INLINE void include_entry(SparseSums& sums, float x, float weight, Scales c) {
   Sums& at = sums.entries;
-  at.top_t = 0;  // weights are relative to nothing
-  if (x > at.top_s) raise_student<kAtOne>(at, x, c);
-  const float u = ::fmaf(x, c.s, -origin_of(at.top_s, c.s));
+  at.max_t = 0;  // weights are not relative to a maximum
+  if (x > at.max_s) raise_student<kUnitTau>(at, x, c);
+  const float u = ::fmaf(x, c.s, -origin_of(at.max_s, c.s));
   if (x != -kInf) {
     const float e = exp2(u);
     at.s += e;
-    if (kAtOne == AtOne::kSquared) at.one += e * e;
-    if (kAtOne == AtOne::kSeparate) at.one += exp2(::fmaf(x, kLog2e, -origin_of(at.top_s, kLog2e)));
+    if (kUnitTau == UnitTau::kSquared) at.unit += e * e;
+    if (kUnitTau == UnitTau::kSeparate) at.unit += exp2(::fmaf(x, kLog2e, -origin_of(at.max_s, kLog2e)));
   }
   if (!(weight > 0)) return;
   at.t += weight;
@@ -41,10 +41,10 @@ KD_BOTH void include_entry(SparseSums& sums, float x, float weight, Scales c) {
   sums.entropy += weight * ::logf(weight);
 }
 
-// Takes a thread's entries out of the block's columns. One that no column has makes the row NaN.
-template <AtOne kAtOne, typename T>
-KD_BOTH void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* student, const EntriesView& entries,
-                          int thread, int threads, Scales c) {
+// Masks a thread's entries in the block's columns and sums them. An id that is no column's makes the row NaN.
+template <UnitTau kUnitTau, typename T>
+KD_INLINE void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* student, const EntriesView& entries,
+                            int thread, int threads, Scales c) {
   constexpr int kLanes = Pack<T>::kLanes;
   for (int64_t i = thread; i < entries.count; i += threads) {
     const int id = entries.id[i], at = id - slice.first;
@@ -54,49 +54,49 @@ KD_BOTH void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* stud
     const float x = to_float(lane);
     entries.logit[i] = x;
     lane = from_float<T>(-kInf);
-    include_entry<kAtOne>(sums, x, entries.weight[i], c);
+    include_entry<kUnitTau>(sums, x, entries.weight[i], c);
   }
 }
 
-template <AtOne kAtOne, typename T>
-KD_BOTH void sweep_outside(SparseSums& sums, const Slice<T>& slice, int thread, int threads, Scales c) {
-  sums.outside = sweep<Sweep<kAtOne, false, false>>(slice, thread, threads, c);
+template <UnitTau kUnitTau, typename T>
+KD_INLINE void sweep_outside(SparseSums& sums, const Slice<T>& slice, int thread, int threads, Scales c) {
+  sums.outside = sweep<Sweep<kUnitTau, false, false>>(slice, thread, threads, c);
 }
 
-KD_BOTH SparseSums merge(const SparseSums& a, const SparseSums& b, Scales c, AtOne mode) {
+KD_INLINE SparseSums merge(const SparseSums& a, const SparseSums& b, Scales c, UnitTau mode) {
   return {merge(a.outside, b.outside, c, mode), merge(a.entries, b.entries, c, mode), a.entropy + b.entropy};
 }
 
-// The row's softmax, and what the gradient in and outside the entries is made of.
+// The row's loss and softmax, and the coefficients of the gradient at and outside the entries.
 struct SparseOutcome {
   RowOutcome row;
-  Normaliser outside, all;  // their exponentials' origins: the largest logit outside, and of all
-  float slope = 0;          // of the divergence, per unit of a weight
-  float mass = 0;           // of all weights and the tail, times slope
-  float one = 0;            // of an exponential at temperature 1, relative to `all`
+  SoftmaxStats outside, all;  // relative to the largest logit outside the entries, and of all
+  float slope = 0;            // of the divergence's gradient, per unit of a weight
+  float mass = 0;             // slope times the mass of all weights and the tail
+  float unit = 0;             // weight of the softmax at temperature 1, for exponentials relative to `all`
 };
 
-KD_BOTH float sparse_value(const SparseSums& sums, const Sums& all, const EntriesView& entries, Scales c,
-                           bool subtract_entropy) {
+KD_INLINE float sparse_value(const SparseSums& sums, const Sums& all, const EntriesView& entries, Scales c,
+                             bool subtract_entropy) {
   const float log_all = ::logf(all.s);
   float value = all.cross == kInf ? kInf : kLn2 * all.cross + all.t * log_all;
   if (subtract_entropy) value += sums.entropy;
   if (entries.tail == -kInf) return value;
-  if (!(sums.outside.top_s > -kInf) && sums.outside.s == 0) return kInf;
-  // Relative to its own origin: next to the entries the outside may vanish.
-  const float lower = origin_of(sums.outside.top_s, c.s) - origin_of(all.top_s, c.s);
+  if (!(sums.outside.max_s > -kInf) && sums.outside.s == 0) return kInf;
+  // Computed relative to the outside's own origin: relative to the entries' it might underflow.
+  const float lower = origin_of(sums.outside.max_s, c.s) - origin_of(all.max_s, c.s);
   const float log_tail = lower * kLn2 + ::logf(sums.outside.s) - log_all;
   return value + ::expf(entries.tail) * ((subtract_entropy ? entries.tail : 0.0f) - log_tail);
 }
 
-KD_BOTH SparseOutcome outcome_of(const RowCoefficients& row, int columns, const SparseSums& sums,
-                                 const EntriesView& entries, Scales c, bool subtract_entropy,
-                                 const Smoothing& smoothing, float label_logit) {
-  const AtOne mode = at_one(row);
+KD_INLINE SparseOutcome outcome_of(const RowCoefficients& row, int columns, const SparseSums& sums,
+                                   const EntriesView& entries, Scales c, bool subtract_entropy,
+                                   const Smoothing& smoothing, float label_logit) {
+  const UnitTau mode = unit_tau_of(row);
   Sums all = merge(sums.outside, sums.entries, c, mode);
   SparseOutcome out;
-  out.outside = normaliser_of(sums.outside, c, mode);
-  out.all = normaliser_of(all, c, mode);
+  out.outside = softmax_stats(sums.outside, c, mode);
+  out.all = softmax_stats(all, c, mode);
   Gradient& g = out.row.gradient;
   const bool alive = out.all.factor_s != 0;
   if (row.kd != 0 && alive) {
@@ -108,12 +108,12 @@ KD_BOTH SparseOutcome outcome_of(const RowCoefficients& row, int columns, const 
     g.a = out.mass * lower * out.all.factor_s - out.slope * tail * out.outside.factor_s;
   }
   if (row.wants_lse() && alive) {
-    const bool shared = mode == AtOne::kShared;
-    const float lse = all.top_s + ::logf(shared ? all.s : all.one);
-    out.one = add_truth(row, lse, smoothing, label_logit, out.row) * out.all.factor_one;
-    const float lower = mode == AtOne::kSeparate ? out.outside.origin_one - out.all.origin_one
-                                                 : out.outside.origin_s - out.all.origin_s;
-    (shared ? g.a : g.c) += out.one * exp2(mode == AtOne::kSquared ? 2 * lower : lower);
+    const bool shared = mode == UnitTau::kShared;
+    const float lse = all.max_s + ::logf(shared ? all.s : all.unit);
+    out.unit = add_truth(row, lse, smoothing, label_logit, out.row) * out.all.factor_unit;
+    const float lower = mode == UnitTau::kSeparate ? out.outside.origin_unit - out.all.origin_unit
+                                                   : out.outside.origin_s - out.all.origin_s;
+    (shared ? g.a : g.c) += out.unit * exp2(mode == UnitTau::kSquared ? 2 * lower : lower);
   }
   const bool lost = all.s != all.s;
   if (lost || is_bad(row, columns)) out.row.loss = __builtin_nanf("");
@@ -122,31 +122,31 @@ KD_BOTH SparseOutcome outcome_of(const RowCoefficients& row, int columns, const 
 }
 
 template <typename T>
-KD_BOTH void write_outside(const Slice<T>& slice, int thread, int threads, const SparseOutcome& out, int label,
-                           AtOne mode, const GradientRow<T>& to) {
+KD_INLINE void write_outside(const Slice<T>& slice, int thread, int threads, const SparseOutcome& out, int label,
+                             UnitTau mode, const GradientRow<T>& to) {
   const Gradient& g = out.row.gradient;
   const auto write = [&](auto of) { write_columns<false>(slice, thread, threads, label, g.label, to, of); };
-  if (mode == AtOne::kSquared)
-    write([&](float x, float) { return student_gradient<AtOne::kSquared>(x, g, out.outside); });
-  else if (mode == AtOne::kSeparate)
-    write([&](float x, float) { return student_gradient<AtOne::kSeparate>(x, g, out.outside); });
+  if (mode == UnitTau::kSquared)
+    write([&](float x, float) { return student_gradient<UnitTau::kSquared>(x, g, out.outside); });
+  else if (mode == UnitTau::kSeparate)
+    write([&](float x, float) { return student_gradient<UnitTau::kSeparate>(x, g, out.outside); });
   else
-    write([&](float x, float) { return student_gradient<AtOne::kShared>(x, g, out.outside); });
+    write([&](float x, float) { return student_gradient<UnitTau::kShared>(x, g, out.outside); });
 }
 
-// After all of the block's threads have written the columns outside.
+// Must run after all threads of the block have written the columns outside.
 template <typename T>
-KD_BOTH void write_entries(const Slice<T>& slice, const EntriesView& entries, int thread, int threads,
-                           const SparseOutcome& out, int label, AtOne mode, const GradientRow<T>& to) {
+KD_INLINE void write_entries(const Slice<T>& slice, const EntriesView& entries, int thread, int threads,
+                             const SparseOutcome& out, int label, UnitTau mode, const GradientRow<T>& to) {
   const Gradient& g = out.row.gradient;
   for (int64_t i = thread; i < entries.count; i += threads) {
     const int id = entries.id[i], at = id - slice.first;
     if (at < 0 || at >= slice.packs * Pack<T>::kLanes) continue;
     const float x = entries.logit[i], e = exp2(::fmaf(x, out.all.c.s, -out.all.origin_s));
     float value = ::fmaf(out.mass * out.all.factor_s, e, -out.slope * entries.weight[i]) - g.share;
-    const float one =
-        mode == AtOne::kSeparate ? exp2(::fmaf(x, kLog2e, -out.all.origin_one)) : (mode == AtOne::kSquared ? e * e : e);
-    value = ::fmaf(out.one, one, value) - (id == label ? g.label : 0.0f);
+    const float unit = mode == UnitTau::kSeparate ? exp2(::fmaf(x, kLog2e, -out.all.origin_unit))
+                                                  : (mode == UnitTau::kSquared ? e * e : e);
+    value = ::fmaf(out.unit, unit, value) - (id == label ? g.label : 0.0f);
     to.row[id] = from_float<T>(x == -kInf ? 0.0f : value);
   }
 }

@@ -1,7 +1,7 @@
 // Sums of exponentials over a row, as the threads of a thread-block cluster share it. Host and device.
 //
-// Every thread sweeps its packs of columns once, relative to the largest logit that it has met; sums are then merged up
-// the cluster.
+// Online softmax: every thread sweeps its packs of columns once, with sums relative to the largest logit that it has
+// met; the threads' sums are then merged across the cluster.
 #pragma once
 
 #include "../divergence.h"
@@ -9,89 +9,90 @@
 
 namespace kdfast::cuda {
 
-// log2(e) / temperature: logits become exponents of 2. And how often the cross sum holds the teacher's own exponents:
-// once in forward KL, not at all in soft cross-entropy.
+// s, t: log2(e) / temperature of each side, which makes logits exponents of 2. entropy: the weight of the teacher's own
+// exponents in the cross sum, 1 for forward KL and 0 for soft cross-entropy.
 struct Scales {
   float s, t;
   float entropy;
 };
 
-KD_BOTH Scales scales_of(const RowCoefficients& row, Kind kind) {
+KD_INLINE Scales scales_of(const RowCoefficients& row, Kind kind) {
   if (row.kd == 0) return {kLog2e, kLog2e, 0};
   return {kLog2e / row.tau_s, kLog2e / row.tau_t, kind == Kind::kSoftCe ? 0.0f : 1.0f};
 }
 
-// Sums over some columns, relative to their largest logits: of 2^(x c - top c), and of the teacher's exponentials times
-// the difference of both sides' exponents.
+// Sums over some columns, relative to their largest logits: s and t of each side's 2^(x c - max c), cross of the
+// teacher's exponentials times the difference of both sides' exponents.
 struct Sums {
-  float top_s = -kInf, top_t = -kInf;
+  float max_s = -kInf, max_t = -kInf;
   float s = 0, t = 0, cross = 0;
-  float one = 0;  // the student's at temperature 1, relative to top_s
+  float unit = 0;  // the student's at temperature 1, relative to max_s
 
-  KD_BOTH bool are_finite() const { return ::fabsf(s + t + cross + one) < kInf; }
+  KD_INLINE bool are_finite() const { return ::fabsf(s + t + cross + unit) < kInf; }
 };
 
-// What exponents are relative to. It is rounded, which does no harm as long as every exponent of a side, and every rise
-// from one origin to another, is relative to the same number.
-// Logits may be masked with the lowest finite number: neither an origin nor the product of a sum and a rise overflows.
-KD_BOTH float origin_of(float top, float scale) { return ::fmaxf(product(top, scale), kLowest); }
+// What a side's exponents are relative to: the maximum's, rounded. The rounding is harmless as long as every exponent,
+// and every rise from one origin to the next, uses the same rounded number. Users may mask logits with the lowest
+// finite number: clamping keeps an origin, and the product of a sum and a rise, finite.
+KD_INLINE float origin_of(float row_max, float scale) { return ::fmaxf(product(row_max, scale), kLowest); }
 
-KD_BOTH float rise_of(float from, float to, float scale) {
+KD_INLINE float rise_of(float from, float to, float scale) {
   return ::fminf(origin_of(to, scale) - origin_of(from, scale), 1e34f);
 }
 
-template <AtOne kAtOne>
-KD_BOTH void raise_student(Sums& sums, float top, Scales c) {
-  if (sums.top_s > -kInf) {
-    const float rise = rise_of(sums.top_s, top, c.s), factor = exp2(-rise);
+template <UnitTau kUnitTau>
+KD_INLINE void raise_student(Sums& sums, float row_max, Scales c) {
+  if (sums.max_s > -kInf) {
+    const float rise = rise_of(sums.max_s, row_max, c.s), factor = exp2(-rise);
     sums.s *= factor;
-    if constexpr (kAtOne == AtOne::kSquared) sums.one *= factor * factor;
-    if constexpr (kAtOne == AtOne::kSeparate) sums.one *= exp2(-rise_of(sums.top_s, top, kLog2e));
+    if constexpr (kUnitTau == UnitTau::kSquared) sums.unit *= factor * factor;
+    if constexpr (kUnitTau == UnitTau::kSeparate) sums.unit *= exp2(-rise_of(sums.max_s, row_max, kLog2e));
     sums.cross += sums.t * rise;
   }
-  sums.top_s = top;
+  sums.max_s = row_max;
 }
 
-KD_BOTH void raise_teacher(Sums& sums, float top, Scales c) {
-  if (sums.top_t > -kInf) {
-    const float rise = rise_of(sums.top_t, top, c.t), factor = exp2(-rise);
+KD_INLINE void raise_teacher(Sums& sums, float row_max, Scales c) {
+  if (sums.max_t > -kInf) {
+    const float rise = rise_of(sums.max_t, row_max, c.t), factor = exp2(-rise);
     sums.cross = sums.cross == kInf ? kInf : factor * (sums.cross - c.entropy * sums.t * rise);
     sums.t *= factor;
   }
-  sums.top_t = top;
+  sums.max_t = row_max;
 }
 
-// What a sweep adds up: both sides rather than the student alone; for forward KL and soft cross-entropy the cross sum.
-template <AtOne kAt, bool kHasTeacher, bool kHasCross>
+// What a sweep sums: where the student's sum at temperature 1 comes from; the teacher's side too; the cross sum, which
+// the family Forward needs.
+template <UnitTau kUnit, bool kHasTeacher, bool kHasCross>
 struct Sweep {
-  static constexpr AtOne kAtOne = kAt;
+  static constexpr UnitTau kUnitTau = kUnit;
   static constexpr bool kTeacher = kHasTeacher, kCross = kHasCross;
 };
 
 template <typename S, typename T>
-KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teacher, Scales c) {
+KD_INLINE void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teacher, Scales c) {
   constexpr int kLanes = Pack<T>::kLanes;
   float x[kLanes], y[kLanes];
   unpack(student, x);
-  float top = x[0];
+  float row_max = x[0];
 #pragma unroll
-  for (int i = 1; i < kLanes; ++i) top = ::fmaxf(top, x[i]);
-  if (top > sums.top_s) raise_student<S::kAtOne>(sums, top, c);
+  for (int i = 1; i < kLanes; ++i) row_max = ::fmaxf(row_max, x[i]);
+  if (row_max > sums.max_s) raise_student<S::kUnitTau>(sums, row_max, c);
   if constexpr (S::kTeacher) {
     unpack(teacher, y);
-    top = y[0];
+    row_max = y[0];
 #pragma unroll
-    for (int i = 1; i < kLanes; ++i) top = ::fmaxf(top, y[i]);
-    if (top > sums.top_t) raise_teacher(sums, top, c);
+    for (int i = 1; i < kLanes; ++i) row_max = ::fmaxf(row_max, y[i]);
+    if (row_max > sums.max_t) raise_teacher(sums, row_max, c);
   }
-  const float origin_s = origin_of(sums.top_s, c.s), origin_t = origin_of(sums.top_t, c.t);
-  const float origin_one = origin_of(sums.top_s, kLog2e);
+  const float origin_s = origin_of(sums.max_s, c.s), origin_t = origin_of(sums.max_t, c.t);
+  const float origin_unit = origin_of(sums.max_s, kLog2e);
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
     const float u = ::fmaf(x[i], c.s, -origin_s), e = exp2(u);
     sums.s += e;
-    if constexpr (S::kAtOne == AtOne::kSquared) sums.one = ::fmaf(e, e, sums.one);
-    if constexpr (S::kAtOne == AtOne::kSeparate) sums.one += exp2(::fmaf(x[i], kLog2e, -origin_one));
+    if constexpr (S::kUnitTau == UnitTau::kSquared) sums.unit = ::fmaf(e, e, sums.unit);
+    if constexpr (S::kUnitTau == UnitTau::kSeparate) sums.unit += exp2(::fmaf(x[i], kLog2e, -origin_unit));
     if constexpr (S::kTeacher) {
       const float v = ::fmaf(y[i], c.t, -origin_t), p = exp2(v);
       sums.t += p;
@@ -100,18 +101,18 @@ KD_BOTH void sweep_pack(Sums& sums, const Pack<T>& student, const Pack<T>& teach
   }
 }
 
-// One column of any kind. Masked on one side it takes no part in that side's sums; a masked student's gap is infinite
-// however small the teacher's probability there.
+// One column, masked or not. A side that masks it leaves it out of its sums. Where the student masks a column that the
+// teacher does not, the cross sum is infinite, however small the teacher's probability.
 template <typename S>
-KD_BOTH void sweep_column(Sums& sums, float x, float y, Scales c) {
-  if (x > sums.top_s) raise_student<S::kAtOne>(sums, x, c);
-  if (S::kTeacher && y > sums.top_t) raise_teacher(sums, y, c);
-  const float u = ::fmaf(x, c.s, -origin_of(sums.top_s, c.s)), v = ::fmaf(y, c.t, -origin_of(sums.top_t, c.t));
+KD_INLINE void sweep_column(Sums& sums, float x, float y, Scales c) {
+  if (x > sums.max_s) raise_student<S::kUnitTau>(sums, x, c);
+  if (S::kTeacher && y > sums.max_t) raise_teacher(sums, y, c);
+  const float u = ::fmaf(x, c.s, -origin_of(sums.max_s, c.s)), v = ::fmaf(y, c.t, -origin_of(sums.max_t, c.t));
   if (x != -kInf) {
     const float e = exp2(u);
     sums.s += e;
-    if (S::kAtOne == AtOne::kSquared) sums.one += e * e;
-    if (S::kAtOne == AtOne::kSeparate) sums.one += exp2(::fmaf(x, kLog2e, -origin_of(sums.top_s, kLog2e)));
+    if (S::kUnitTau == UnitTau::kSquared) sums.unit += e * e;
+    if (S::kUnitTau == UnitTau::kSeparate) sums.unit += exp2(::fmaf(x, kLog2e, -origin_of(sums.max_s, kLog2e)));
   }
   if (!S::kTeacher || y == -kInf) return;
   const float p = exp2(v);
@@ -121,7 +122,7 @@ KD_BOTH void sweep_column(Sums& sums, float x, float y, Scales c) {
 }
 
 template <typename S, typename T>
-KD_BOTH void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales c) {
+KD_INLINE void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales c) {
 #pragma unroll 1
   for (int i = 0; i < Pack<T>::kLanes; ++i) {
     if (!slice.has(slice.column(pack) + i)) continue;
@@ -130,9 +131,10 @@ KD_BOTH void sweep_carefully(Sums& sums, const Slice<T>& slice, int pack, Scales
   }
 }
 
-// A thread's packs. Masked columns, NaN and overflow show in the sums: then everything is done again with care.
+// Sums a thread's packs. Masked columns, NaN and overflow make a sum infinite or NaN: then the packs are swept again,
+// column by column.
 template <typename S, typename T>
-KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
+KD_INLINE Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
   Sums sums;
   for (int pack = thread; pack < slice.packs; pack += threads) {
     if (slice.is_whole(pack))
@@ -148,38 +150,38 @@ KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c) {
 }
 
 template <bool kCross, typename T>
-KD_BOTH Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, bool teacher, AtOne mode) {
-  if (!teacher) return sweep<Sweep<AtOne::kShared, false, false>>(slice, thread, threads, c);
-  if (mode == AtOne::kSquared) return sweep<Sweep<AtOne::kSquared, true, kCross>>(slice, thread, threads, c);
-  if (mode == AtOne::kSeparate) return sweep<Sweep<AtOne::kSeparate, true, kCross>>(slice, thread, threads, c);
-  return sweep<Sweep<AtOne::kShared, true, kCross>>(slice, thread, threads, c);
+KD_INLINE Sums sweep(const Slice<T>& slice, int thread, int threads, Scales c, bool teacher, UnitTau mode) {
+  if (!teacher) return sweep<Sweep<UnitTau::kShared, false, false>>(slice, thread, threads, c);
+  if (mode == UnitTau::kSquared) return sweep<Sweep<UnitTau::kSquared, true, kCross>>(slice, thread, threads, c);
+  if (mode == UnitTau::kSeparate) return sweep<Sweep<UnitTau::kSeparate, true, kCross>>(slice, thread, threads, c);
+  return sweep<Sweep<UnitTau::kShared, true, kCross>>(slice, thread, threads, c);
 }
 
-// The sums over both sets of columns.
-KD_BOTH Sums merge(Sums a, Sums b, Scales c, AtOne mode) {
-  const float top_s = ::fmaxf(a.top_s, b.top_s), top_t = ::fmaxf(a.top_t, b.top_t);
+// The sums over the columns of both.
+KD_INLINE Sums merge(Sums a, Sums b, Scales c, UnitTau mode) {
+  const float max_s = ::fmaxf(a.max_s, b.max_s), max_t = ::fmaxf(a.max_t, b.max_t);
   Sums* const both[] = {&a, &b};
   for (Sums* part : both) {
-    if (top_s > part->top_s) {
-      if (mode == AtOne::kSquared)
-        raise_student<AtOne::kSquared>(*part, top_s, c);
-      else if (mode == AtOne::kSeparate)
-        raise_student<AtOne::kSeparate>(*part, top_s, c);
+    if (max_s > part->max_s) {
+      if (mode == UnitTau::kSquared)
+        raise_student<UnitTau::kSquared>(*part, max_s, c);
+      else if (mode == UnitTau::kSeparate)
+        raise_student<UnitTau::kSeparate>(*part, max_s, c);
       else
-        raise_student<AtOne::kShared>(*part, top_s, c);
+        raise_student<UnitTau::kShared>(*part, max_s, c);
     }
-    if (top_t > part->top_t) raise_teacher(*part, top_t, c);
+    if (max_t > part->max_t) raise_teacher(*part, max_t, c);
   }
-  return {top_s, top_t, a.s + b.s, a.t + b.t, a.cross + b.cross, a.one + b.one};
+  return {max_s, max_t, a.s + b.s, a.t + b.t, a.cross + b.cross, a.unit + b.unit};
 }
 
-// Label smoothing's share: over the columns that are not masked.
+// What label smoothing needs: the sum and the number of the logits that are not masked.
 struct Smoothing {
   float logits = 0, count = 0;
 };
 
 template <typename T>
-KD_BOTH Smoothing smoothing_of(const Slice<T>& slice, int thread, int threads) {
+KD_INLINE Smoothing smoothing_of(const Slice<T>& slice, int thread, int threads) {
   Smoothing sum;
   for (int pack = thread; pack < slice.packs; pack += threads)
     for (int i = 0; i < Pack<T>::kLanes; ++i) {

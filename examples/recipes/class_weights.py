@@ -1,4 +1,4 @@
-"""Weights per class: the terms of a rare class weigh more, and a student finds it as often as one wants."""
+"""Weights per class: the terms of a rare class weigh more, so that the student finds it more often."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def points(shares: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def recall(model: nn.Module, inputs: Tensor, labels: Tensor) -> list[float]:
-    """Of each class."""
+    """The recall of each class."""
     with torch.no_grad():
         found = model.eval()(inputs).argmax(1)
     return [float((found[labels == c] == c).float().mean()) for c in range(3)]

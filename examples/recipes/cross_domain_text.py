@@ -24,7 +24,7 @@ MODULES = (
 
 
 class Classifier(nn.Module):
-    """Of the mean vector of a text's hashed words; with ``pairs`` of hashed pairs of words, too."""
+    """A classifier of the mean embedding of hashed words and, with ``pairs``, of hashed pairs of words."""
 
     def __init__(self, buckets: int, width: int, pairs: bool) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def texts(source: str) -> tuple[Tensor, Tensor]:
 
 
 def docstrings(name: str) -> str:
-    """Of a module, and of what it defines."""
+    """The docstrings of a module, and of the classes and functions that it defines."""
     module = import_module(name)
     found = [x for x in vars(module).values() if inspect.isclass(x) or inspect.isfunction(x)]
     found = [x for x in found if x.__module__ == name]

@@ -22,7 +22,7 @@ from kdfast.cache.codecs.base import Codec
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.tools.stats import cache_stats
 
-__all__ = ["ARMS", "Arm", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
+__all__ = ["ARMS", "CodecConfig", "Row", "measure_ours", "measure_rivals", "sampled_rows"]
 
 DRAWS = 8  # that noise is told from bias by
 SYMBOLS = {"draws": "N", "tau": "τ", "k": "k"}
@@ -30,7 +30,7 @@ SPEED_WINDOWS = 32  # decoded at once for the rate
 
 
 @dataclass(frozen=True)
-class Arm:
+class CodecConfig:
     """One way to write a cache.
 
     Args:
@@ -73,19 +73,19 @@ class Arm:
         return codecs.find(self.codec).drawn
 
 
-def _arms() -> list[Arm]:
-    def sample(draws: int, prototypes: int = 0, **options: Any) -> Arm:
-        return Arm("sample", {"draws": draws, **options}, f"1/{draws}", prototypes)
+def _arms() -> list[CodecConfig]:
+    def sample(draws: int, prototypes: int = 0, **options: Any) -> CodecConfig:
+        return CodecConfig("sample", {"draws": draws, **options}, f"1/{draws}", prototypes)
 
-    def prototype(k: int, prototypes: int = 256, **options: Any) -> Arm:
-        return Arm("prototype", {"k": k, **options}, f"{prototypes} prototypes", prototypes)
+    def prototype(k: int, prototypes: int = 256, **options: Any) -> CodecConfig:
+        return CodecConfig("prototype", {"k": k, **options}, f"{prototypes} prototypes", prototypes)
 
     draws = [sample(n) for n in (50, 23, 10)]
-    draws += [Arm("threshold", {"tau": tau}, f"{tau:g}") for tau in (0.1, 0.05, 0.02)]
+    draws += [CodecConfig("threshold", {"tau": tau}, f"{tau:g}") for tau in (0.1, 0.05, 0.02)]
     return [
         *draws,
         sample(23, coding="rows"),
-        Arm("topk", {"k": 16}, "its mass"),
+        CodecConfig("topk", {"k": 16}, "its mass"),
         *(replace(arm, prototypes=256) for arm in draws),
         sample(23, 256, coding="rows"),
         *(prototype(k) for k in (0, 1, 3, 9)),
@@ -125,7 +125,7 @@ class Row:
 def measure_ours(
     corpus: Corpus,
     tables: Mapping[int, PrototypeTable],
-    arms: Iterable[Arm],
+    arms: Iterable[CodecConfig],
     folder: Path,
     *,
     sampled: Tensor,
@@ -157,7 +157,11 @@ def sampled_rows(corpus: Corpus, count: int) -> Tensor:
 
 
 def _write(
-    corpus: Corpus, prototypes: PrototypeTable | None, arms: list[Arm], folder: Path, advance: Callable[[str], None]
+    corpus: Corpus,
+    prototypes: PrototypeTable | None,
+    arms: list[CodecConfig],
+    folder: Path,
+    advance: Callable[[str], None],
 ) -> None:
     """Write the caches of ``arms`` in one pass over the teacher."""
     extra: dict[str, Any] = {} if prototypes is None else {"prototypes": prototypes}
@@ -177,7 +181,7 @@ def _write(
             advance("writing")
 
 
-def _measure(corpus: Corpus, arm: Arm, path: Path, sampled: Tensor, logits: Tensor, repeats: int) -> Row:
+def _measure(corpus: Corpus, arm: CodecConfig, path: Path, sampled: Tensor, logits: Tensor, repeats: int) -> Row:
     cache = kdfast.cache.open(path)
     first = cache.pack(range(min(len(corpus), SPEED_WINDOWS)))
     # Before the caches are counted, so that no reading of all of them has filled the processor's caches with theirs.

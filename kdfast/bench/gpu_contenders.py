@@ -1,11 +1,11 @@
-"""What a GPU case times: ours, and who else can do it. Each is made on its own, since some cannot be."""
+"""The contenders of a GPU case: kdfast, and other implementations. Each is made by itself, since some may fail."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import SoftLabels, kd_loss
+from kdfast.bench.gpu_cases import GpuCase
 from kdfast.bench.head_contenders import HeadCase, head_contenders
 from kdfast.bench.loss import Case, Loss, eager, ours
 from kdfast.bench.steps import Contenders, Run, compiled, step
 from kdfast.cache.codecs.weights import Sample
 
-if TYPE_CHECKING:
-    from kdfast.bench.gpu_cases import GpuCase
-
 __all__ = ["contenders"]
 
 
 def contenders(case: GpuCase, device: str) -> Contenders:
-    """Random logits of standard deviation 3, the same for all of them."""
+    """The contenders of a case by name, on the same random logits, of standard deviation 3.
+
+    On the CPU they are the same computations, by which tests compare contenders without a GPU.
+    """
     options: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shape = case.rows, case.columns
     if case.kind == "decode":
@@ -86,7 +87,7 @@ def _dense(case: GpuCase, student: Tensor, teacher: Tensor, labels: Tensor, tau:
 
 
 def _liger(case: Case) -> Loss:
-    """Liger-Kernel's own kernels, on the log-probabilities that they want."""
+    """Liger-Kernel's own kernels, on the log-probabilities that they take."""
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_jsd, liger_kl_div
 
     def loss(s: Tensor, t: Tensor, y: Tensor, tau: Any) -> Tensor:
@@ -112,7 +113,7 @@ def _sparse(case: GpuCase, student: Tensor, teacher: Tensor, labels: Tensor) -> 
     soft = SoftLabels.topk(ids, log_probs, tails, vocab_size=case.columns, temperatures=(1.0,))
 
     def gathered(s: Tensor) -> Tensor:
-        """Top-k forward KL with a tail bucket, as frameworks write it."""
+        """Top-k forward KL with a tail bucket, as distillation frameworks compute it."""
         log_q = torch.log_softmax(s.float(), -1)
         heads = log_q.gather(1, ids)
         rest = torch.log1p(-heads.exp().sum(-1).clamp(max=1 - 1e-6))
@@ -145,7 +146,7 @@ def _capture(teacher: Tensor) -> Contenders:
 
 
 def _decode(case: GpuCase, device: str) -> Contenders:
-    """One block of rows whose probabilities fall as words' do, decoded as often as makes ``case.rows`` of them."""
+    """Decode one block of rows, with probabilities distributed as words' are, until there are ``case.rows`` rows."""
     block = min(1024, case.rows)
     noise = torch.randn(block, case.columns, generator=torch.Generator().manual_seed(0))
     logits = noise - 1.2 * torch.arange(1, case.columns + 1).log()

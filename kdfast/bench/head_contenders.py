@@ -1,4 +1,4 @@
-"""Who computes a loss from hidden states: ours, eager PyTorch, torch.compile; and the matrix products by themselves."""
+"""The head benchmark's contenders: kdfast, eager PyTorch, torch.compile, and the matrix products by themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ K = 16
 
 @dataclass(frozen=True)
 class HeadCase:
-    """A head, what its rows are compared with (a name in ``TEACHERS``), and in which precision."""
+    """A loss from hidden states.
+
+    Attributes:
+        teacher: what rows are compared with, a name in ``TEACHERS``.
+        rows, columns, width: of hidden states (rows, width) and weight (columns, width).
+        dtype: of hidden states and weight.
+        logits_dtype: of the logits.
+    """
 
     teacher: str
     rows: int
@@ -33,7 +40,7 @@ class HeadCase:
     logits_dtype: torch.dtype = torch.float32
 
     def inputs(self, device: str, spread: float = 3.0) -> tuple[Tensor, Tensor]:
-        """(rows, width) hidden states and (columns, width) weight, whose logits have that standard deviation."""
+        """Random hidden states (rows, width) and weight (columns, width), whose logits deviate by ``spread``."""
         generator = torch.Generator(device).manual_seed(0)
         hidden = torch.randn(self.rows, self.width, generator=generator, device=device)
         weight = torch.randn(self.columns, self.width, generator=generator, device=device)
@@ -41,7 +48,7 @@ class HeadCase:
 
 
 def head_contenders(case: HeadCase, device: str, *, compile: bool = True) -> Contenders:
-    """The same random numbers for all of them."""
+    """The contenders of a case by name, on the same random numbers."""
     hidden, weight = case.inputs(device)
     generator = torch.Generator(device).manual_seed(2)
     labels = torch.randint(case.columns, (case.rows,), generator=generator, device=device)
@@ -70,7 +77,7 @@ def _teacher_logits(case: HeadCase, like: Tensor) -> Tensor:
 
 
 def _soft_cross_entropy(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """With the teacher's logits: what ``F.linear_cross_entropy`` computes of class probabilities."""
+    """Soft cross-entropy with the teacher's distribution, which ``F.linear_cross_entropy`` computes, too."""
     teacher = _teacher_logits(case, hidden)
     probs = teacher.float().softmax(-1).to(case.dtype)
     losses = {
@@ -83,8 +90,8 @@ def _soft_cross_entropy(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[
 
 
 def _top_k(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """KL to cached labels of a few entries and a tail, and CE."""
-    some = min(64, case.rows)  # of whose labels the others' are repetitions
+    """Forward KL to labels of a few entries and a tail, and cross-entropy."""
+    some = min(64, case.rows)  # their labels are repeated for the others
     logits = torch.randn(some, case.columns, generator=torch.Generator().manual_seed(1)).mul_(3)
     log_probs, ids = (x.repeat(-(-case.rows // some), 1)[: case.rows] for x in logits.log_softmax(-1).topk(K))
     log_probs, ids = log_probs.to(hidden.device), ids.to(hidden.device)
@@ -92,7 +99,7 @@ def _top_k(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable
     soft = SoftLabels.topk(ids, log_probs, tails[None], vocab_size=case.columns, temperatures=(1.0,))
 
     def eager(h: Tensor, w: Tensor) -> Tensor:
-        """As frameworks write it."""
+        """The loss as distillation frameworks compute it."""
         log_q = F.linear(h, w).float().log_softmax(-1)
         heads = log_q.gather(1, ids)
         rest = torch.log1p(-heads.exp().sum(-1).clamp(max=1 - 1e-6))
@@ -103,7 +110,7 @@ def _top_k(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable
 
 
 def _two_heads(case: HeadCase, hidden: Tensor, labels: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """KL to a teacher's own head of the same width, and CE."""
+    """Forward KL to a teacher's head of the same width, and cross-entropy."""
     teacher = Head(*(x.roll(1, 0) for x in case.inputs(str(hidden.device))), logits_dtype=case.logits_dtype)
 
     def eager(h: Tensor, w: Tensor) -> Tensor:
@@ -123,9 +130,9 @@ TEACHERS: dict[str, Callable[[HeadCase, Tensor, Tensor], dict[str, Callable[...,
 
 
 def _products(case: HeadCase, hidden: Tensor, weight: Tensor) -> Run:
-    """The matrix products of a step at the shapes and precisions of its chunks, into memory that is there.
+    """The matrix products of a step, at the shapes and precisions of its chunks, into memory that is allocated before.
 
-    Where a device has none of narrow numbers with wide sums, those are of numbers that have been widened before.
+    The CPU has no product of narrow numbers that accumulates in wide ones: there the numbers are widened before.
     """
     narrow = case.dtype != case.logits_dtype
     heads = 2 if case.teacher == "head" else 1

@@ -1,11 +1,11 @@
-"""Dense loss, forward + backward: ours against eager PyTorch and torch.compile, interleaved in one run."""
+"""The loss benchmark: dense losses, forward + backward, against eager PyTorch and torch.compile in one run."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import kd_loss
+from kdfast.bench.report import markdown, save
+from kdfast.bench.steps import median_ms, seconds_of
 from kdfast.testing import relative_error
 
 __all__ = [
     "CASES",
+    "COLUMNS",
     "DTYPES",
     "SHAPES",
     "Case",
     "Loss",
     "Measurement",
+    "cells",
     "contenders",
     "eager",
     "gradient_errors",
     "measure",
     "ours",
+    "save_loss",
 ]
 
 SHAPES = [(8192, 1000), (512, 32000), (128, 128256)]
@@ -35,10 +40,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """CE + a divergence: what is timed, by its name in ``CASES``."""
+    """The loss that is timed: cross-entropy plus a divergence.
+
+    Attributes:
+        divergence: its name, as ``kd_loss`` takes it.
+        temperature: of the divergence; None for one per row.
+        backward: as ``kd_loss`` takes it.
+    """
 
     divergence: str
-    temperature: float | None  # None: one per row
+    temperature: float | None
     backward: str = "fused"
 
 
@@ -54,35 +65,42 @@ CASES = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One case at one shape: median milliseconds of each contender, and what they moved and missed."""
+    """The times and the accuracy of one case at one shape, from one run.
+
+    Attributes:
+        case: its name in ``CASES``.
+        dtype: its name in ``DTYPES``.
+        rows, columns: of the logits.
+        ms: median milliseconds of ours, eager, compile and copy.
+        gradient_error: max |grad - grad64| / max |grad64| of ours and eager.
+        copy_gb_s: the copy's GB/s, read and written.
+        share_of_copy: ours over that, at 3 elements per column: read student, read teacher, write gradient.
+    """
 
     case: str
     dtype: str
     rows: int
     columns: int
-    ms: dict[str, float]  # ours, eager, compile, copy
-    gradient_error: dict[str, float]  # max |grad - grad64| / max |grad64|
-    copy_gb_s: float  # read + write
-    share_of_copy: float  # of the copy bandwidth, at 3 elements per column: read s, read t, write ds
+    ms: dict[str, float]
+    gradient_error: dict[str, float]
+    copy_gb_s: float
+    share_of_copy: float
 
     @property
     def ratios(self) -> dict[str, float]:
+        """The times of eager PyTorch and torch.compile over ours."""
         return {name: self.ms[name] / self.ms["ours"] for name in ("eager", "compile")}
 
 
 def measure(name: str, dtype: str, rows: int, columns: int, repeats: int = 11) -> Measurement:
-    """Times every contender in turn, ``repeats`` rounds after one that warms up, and takes medians."""
+    """Time every contender in turn, for ``repeats`` rounds after one of warm-up."""
     case, element = CASES[name], DTYPES[dtype]
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(rows, columns, generator=generator).mul_(3).to(element) for _ in range(2))
     labels = torch.randint(0, columns, (rows,), generator=generator)
     tau = torch.rand(rows, generator=generator) + 1.5 if case.temperature is None else case.temperature
     runs = contenders(case, student, teacher, labels, tau)
-    seconds: dict[str, list[float]] = {contender: [] for contender in runs}
-    for _ in range(repeats + 1):
-        for contender, run in runs.items():
-            seconds[contender].append(run())
-    ms = {contender: 1e3 * statistics.median(times[1:]) for contender, times in seconds.items()}
+    ms = median_ms(runs, repeats)
     bytes_moved = student.numel() * student.element_size()
     copy_gb_s = 2 * bytes_moved / ms["copy"] / 1e6
     return Measurement(
@@ -105,7 +123,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 def contenders(
     case: Case, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any
 ) -> dict[str, Callable[[], float]]:
-    """Each runs one forward + backward, or one copy, and returns its seconds."""
+    """Functions by contender, each of which runs one forward + backward, or one copy, and returns its seconds."""
     leaf = student.clone().requires_grad_()
     target = student.clone()
     torch.compiler.reset()
@@ -128,9 +146,7 @@ def contenders(
         return time.perf_counter() - start
 
     def copy() -> float:
-        start = time.perf_counter()
-        target.copy_(teacher)
-        return time.perf_counter() - start
+        return seconds_of(lambda: target.copy_(teacher))
 
     fused = inplace if case.backward == "inplace" else timed(ours(case))
     compiled = torch.compile(eager(case))
@@ -138,7 +154,7 @@ def contenders(
 
 
 def ours(case: Case) -> Loss:
-    """CE + divergence by ``kd_loss``."""
+    """Cross-entropy + divergence by ``kd_loss``."""
 
     def loss(s: Tensor, t: Tensor, y: Tensor, tau: Any) -> Tensor:
         return kd_loss(  # type: ignore[no-any-return]
@@ -149,7 +165,7 @@ def ours(case: Case) -> Loss:
 
 
 def eager(case: Case) -> Loss:
-    """CE + divergence as people write them, in the logits' dtype."""
+    """Cross-entropy + divergence in eager PyTorch, in the logits' dtype, as they are usually written."""
     divergence = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}[case.divergence]
 
     def loss(s: Tensor, t: Tensor, y: Tensor, tau: Any) -> Tensor:
@@ -174,7 +190,7 @@ def _jsd(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tensor, tau: Any) -> dict[str, float]:
-    """Of ours and of eager PyTorch, against eager PyTorch in float64."""
+    """Errors of the gradients of ours and of eager PyTorch against eager PyTorch in float64."""
 
     def gradient(loss: Loss, *logits: Tensor) -> Tensor:
         leaf = logits[0].clone().requires_grad_()
@@ -187,3 +203,29 @@ def gradient_errors(case: Case, student: Tensor, teacher: Tensor, labels: Tensor
         "ours": relative_error(gradient(ours(case), student, teacher), exact),
         "eager": relative_error(gradient(eager(case), student, teacher), exact),
     }
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+COLUMNS = ("case", "dtype", "rows x V", "ours ms", "eager", "torch.compile", "share of copy", "grad error ours / eager")
+
+
+def cells(r: Measurement) -> tuple[str, ...]:
+    """The table's row of a measurement, in the order of ``COLUMNS``; other contenders' times are divided by ours."""
+    return (
+        r.case,
+        r.dtype,
+        f"{r.rows} x {r.columns}",
+        f"{r.ms['ours']:.1f}",
+        f"{r.ratios['eager']:.1f}x",
+        f"{r.ratios['compile']:.1f}x",
+        f"{r.share_of_copy:.0%}",
+        f"{r.gradient_error['ours']:.1e} / {r.gradient_error['eager']:.1e}",
+    )
+
+
+def save_loss(results: list[Measurement], folder: Path) -> Path:
+    """Write ``loss-cpu-<date>.json`` and the same as a Markdown table, and return the JSON's path."""
+    rows = [{**asdict(result), "ratios": result.ratios} for result in results]
+    return save("loss-cpu", folder, {"results": rows}, markdown(COLUMNS, map(cells, results)))

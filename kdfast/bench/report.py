@@ -1,4 +1,4 @@
-"""Benchmark results as a table and as dated JSON with the machine in it."""
+"""Benchmark results as a Markdown table, and as JSON with the date and the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["environment", "markdown", "save"]
 
 
 def environment() -> dict[str, str | int]:
-    """What a figure depends on: machine, versions, commit."""
+    """What a measurement depends on: the machine, versions, the commit; and the date."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -53,9 +53,14 @@ def _processor() -> str:
 
 
 def save(name: str, folder: Path, document: dict[str, Any], text: str, machine: dict[str, Any] | None = None) -> Path:
-    """Writes ``<name>-<date>.json``, ``document`` with the environment, and ``text`` as Markdown beside it.
+    """Write ``<name>-<date>.json`` and ``<name>-<date>.md``, and return the JSON's path.
 
-    ``machine`` is what the environment does not know of itself: a GPU.
+    Args:
+        name: of the benchmark.
+        folder: is made if need be.
+        document: the JSON's contents besides the environment.
+        text: the Markdown's contents besides the environment.
+        machine: what is added to the environment, such as the GPU.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where = environment() | (machine or {})
@@ -67,6 +72,6 @@ def save(name: str, folder: Path, document: dict[str, Any], text: str, machine: 
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table of ``rows`` under ``columns``."""
     lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
     return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])

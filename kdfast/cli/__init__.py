@@ -1,4 +1,4 @@
-"""The command ``kdfast``. Its packages are an extra, and so is each command's heavy import."""
+"""The command line ``kdfast``. Its packages are optional, and commands import theirs when they run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 __all__ = ["main"]
 
-# The extra that brings a package, by import name.
+# The extra that brings a package, by the name that is imported.
 EXTRAS = {
     **dict.fromkeys(("typer", "rich", "sklearn", "torchmetrics", "matplotlib"), "demo"),
     **dict.fromkeys(("mlxtend", "scipy", "jinja2"), "experiments"),
@@ -14,7 +14,7 @@ EXTRAS = {
 
 
 def main() -> None:
-    """The console script: run the command line, and say what to install if a package of the extra is missing."""
+    """Run the command line. If a package of an extra is missing, exit with the command that installs it."""
     try:
         from kdfast.cli.app import app
 

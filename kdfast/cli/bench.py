@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -11,25 +12,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kdfast.cli.bench_head import head
-from kdfast.cli.failing import failing, known
-from kdfast.cli.progress import bar
+from kdfast.cli.terminal import check_choice, exit_on_error, progress_bar
 
 if TYPE_CHECKING:
-    from kdfast.bench.cache import Arm, Row
+    from kdfast.bench.cache import CodecConfig, Row
     from kdfast.bench.random_access import RandomAccess
 
-TABLE_WIDTH = 150  # of the cache's table, which nobody could read if it were folded
+TABLE_WIDTH = 150  # of tables that nobody could read in folded lines
 
-app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
-
-
-app.command()(head)
+app = typer.Typer(help="Benchmarks of the losses and the cache.", no_args_is_help=True)
 
 
 @app.callback()
 def _bench() -> None:
-    """Benchmarks."""
+    """Benchmarks of the losses and the cache."""
 
 
 @app.command()
@@ -40,48 +36,80 @@ def loss(
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds per case.")] = 11,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
 ) -> None:
-    """CE + divergence, forward + backward: ours, eager PyTorch and torch.compile in one run."""
-    from kdfast.bench.loss import CASES, DTYPES, SHAPES, measure
-    from kdfast.bench.loss_report import COLUMNS, cells, save_loss
+    """Time cross-entropy + divergence, forward + backward: kdfast, eager PyTorch and torch.compile in one run."""
+    from kdfast.bench.loss import CASES, COLUMNS, DTYPES, SHAPES, cells, measure, save_loss
 
     shapes = [_parse_shape(text) for text in shape] if shape else SHAPES
     plan = [
-        (known(c, CASES), known(d, DTYPES), *size) for c in case or CASES for d in dtype or DTYPES for size in shapes
+        (check_choice(c, CASES), check_choice(d, DTYPES), *size)
+        for c in case or CASES
+        for d in dtype or DTYPES
+        for size in shapes
     ]
     console = Console()
     results = [measure(*item, repeats) for item in track(plan, "Timing", console=console)]
-    table = Table(*COLUMNS)
-    for result in results:
-        table.add_row(*cells(result))
-    console.print(table)
+    _print_table(console, COLUMNS, [cells(result) for result in results])
     if out is not None:
         console.print(f"Written to {save_loss(results, out)}")
+
+
+@app.command()
+def head(
+    case: Annotated[list[str] | None, typer.Option(help="Cases to time; default: all.")] = None,
+    memory: Annotated[bool, typer.Option(help="Also measure the memory of the cases, at a larger shape.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds per case.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown results.")] = None,
+) -> None:
+    """Time losses from hidden states: kdfast, eager PyTorch, torch.compile, and the matrix products alone."""
+    from kdfast.bench.head import (
+        CASES,
+        COLUMNS,
+        LEGEND,
+        MEMORY_CASES,
+        MEMORY_COLUMNS,
+        cells,
+        measure_head,
+        measure_memory,
+        memory_cells,
+        save_head,
+    )
+
+    timed = [check_choice(name, CASES) for name in case or CASES]
+    measured = [name for name in MEMORY_CASES if memory and name in timed]
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    times = [measure_head(name, repeats) for name in track(timed, "Timing", console=console)]
+    sizes = [measure_memory(name) for name in track(measured, "Measuring memory", console=console)]
+    _print_table(console, COLUMNS, [cells(result) for result in times])
+    _print_table(console, MEMORY_COLUMNS, [memory_cells(result) for result in sizes])
+    console.print(LEGEND.replace("\n", " "))
+    if out is not None:
+        console.print(f"Written to {save_head(times, sizes, out)}", soft_wrap=True)
 
 
 @app.command()
 def cache(
     teacher: Annotated[
         Path,
-        typer.Option(help="The teacher's states, made if need be; shapes-256-1.safetensors and others lie beside it."),
+        typer.Option(help="The teacher's hidden states, made if absent, with its prototypes beside it."),
     ] = Path("output/bench/teacher.safetensors"),
     tokens: Annotated[int, typer.Option(min=256, help="Positions to store.")] = 30_720,
-    evaluated: Annotated[int, typer.Option(min=2, help="Of these, how many are compared with the teacher.")] = 1024,
-    arm: Annotated[list[str] | None, typer.Option(help="Our ways to store, such as sample-50; default: all.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 7,
+    evaluated: Annotated[int, typer.Option(min=2, help="Positions of these to compare with the teacher.")] = 1024,
+    arm: Annotated[list[str] | None, typer.Option(help="Codecs of kdfast, such as sample-50; default: all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each timing.")] = 7,
     records: Annotated[
-        int, typer.Option("--random-access", min=0, help="Single-row records to write and gather; 0: leave it out.")
+        int, typer.Option("--random-access", min=0, help="Single-row records to write and gather; 0 for none.")
     ] = 1_000_000,
-    remark: Annotated[str, typer.Option(help="Noted in the results, such as what else the machine did.")] = "",
+    remark: Annotated[str, typer.Option(help="A remark for the results, such as what else the machine did.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and PNG results.")] = None,
 ) -> None:
-    """Bytes per token against gradient noise, bias and KL: our codecs through real files, and rivals' layouts."""
+    """Compare codecs and other systems' layouts: bytes per token, gradient noise, bias and KL."""
     from kdfast.bench.cache import ARMS
     from kdfast.bench.cache_plot import plot_cache
     from kdfast.bench.cache_report import COLUMNS, LEGEND, cells, describe_access, save_cache
 
-    arms = [ARMS[known(name, ARMS)] for name in arm or ARMS]
+    arms = [ARMS[check_choice(name, ARMS)] for name in arm or ARMS]
     console = Console(width=max(Console().width, TABLE_WIDTH))
-    with failing():
+    with exit_on_error():
         rows, stored = _cache_rows(teacher, tokens, evaluated, arms, repeats)
         access = _random_access(records) if records else None
         table = Table(*COLUMNS)
@@ -103,8 +131,10 @@ def cache(
             console.print(f"Written to {path}", soft_wrap=True)
 
 
-def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], repeats: int) -> tuple[list[Row], int]:
-    """The rows, and how many positions were stored: windows that the prototypes were not learned from."""
+def _cache_rows(
+    teacher: Path, tokens: int, evaluated: int, arms: list[CodecConfig], repeats: int
+) -> tuple[list[Row], int]:
+    """The table's rows, and the number of positions stored. The prototypes were learned from other windows."""
     from kdfast.bench.cache import measure_ours, measure_rivals, sampled_rows
     from kdfast.bench.layouts import LAYOUTS
     from kdfast.bench.teacher import LEARN_WINDOWS, LENGTH, load_prototypes, load_teacher
@@ -117,7 +147,7 @@ def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], rep
     passes = len({a.prototypes for a in arms})
     with (
         TemporaryDirectory(prefix="kdfast-bench-") as folder,
-        bar("Caches", passes * len(corpus) + len(arms) + len(LAYOUTS)) as step,
+        progress_bar("Caches", passes * len(corpus) + len(arms) + len(LAYOUTS)) as step,
     ):
         ours = measure_ours(
             corpus, tables, arms, Path(folder), sampled=sampled, repeats=repeats, advance=lambda doing: step(1)
@@ -128,7 +158,7 @@ def _cache_rows(teacher: Path, tokens: int, evaluated: int, arms: list[Arm], rep
 def _random_access(records: int) -> RandomAccess:
     from kdfast.bench.random_access import random_access
 
-    with TemporaryDirectory(prefix="kdfast-bench-") as folder, bar("Records", records) as step:
+    with TemporaryDirectory(prefix="kdfast-bench-") as folder, progress_bar("Records", records) as step:
         return random_access(Path(folder), records, step)
 
 
@@ -138,3 +168,12 @@ def _parse_shape(text: str) -> tuple[int, int]:
     except ValueError:
         raise typer.BadParameter(f"a shape is ROWSxCOLUMNS, such as 512x32000; got {text!r}") from None
     return rows, columns
+
+
+def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,1 +1,1 @@
-"""``kdfast demo``: does distillation pay? Measured on real digits, with the controls that an honest answer needs."""
+"""``kdfast demo``: does distillation pay? Measured on real digits, against the controls that an answer needs."""

@@ -21,18 +21,26 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Split:
-    pixels: Tensor  # (rows, 64) uint8 in 0 ... 16, on the CPU: an image's key in the cache
-    images: Tensor  # (rows, 64) float32 in 0 ... 1, on the device
-    labels: Tensor  # (rows,) int64, on the device
+    """Images and labels of one split.
+
+    Attributes:
+        pixels: (rows, 64) uint8 in 0 ... 16, on the CPU: the images' keys in the cache.
+        images: (rows, 64) float32 in 0 ... 1, on the device.
+        labels: (rows,) int64, on the device.
+    """
+
+    pixels: Tensor
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.pixels)
 
 
 def load(device: str = "cpu", *, validation: bool = False) -> tuple[Split, Split]:
-    """The training and the test split, stratified by digit, the same in every run.
+    """Load the training and the test split, stratified by digit and the same in every run.
 
-    With ``validation`` the test split is put away and the training split divided in two instead.
+    With ``validation`` the test split is left alone, and both come from the training split.
     """
     pixels, labels = load_digits(return_X_y=True)
     train, test = _divide(pixels, labels, TEST)
@@ -42,7 +50,19 @@ def load(device: str = "cpu", *, validation: bool = False) -> tuple[Split, Split
 
 
 def pick_labelled(labels: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` rows, the same number of each digit, drawn with ``seed``."""
+    """Draw the rows that keep their labels, with the same number of each digit.
+
+    Args:
+        labels: (rows,) class indices.
+        count: how many rows to draw, a multiple of 10.
+        seed: of the draw.
+
+    Returns:
+        (count,) indices of rows.
+
+    Raises:
+        ValueError: ``count`` is not a multiple of 10.
+    """
     if count % CLASSES:
         raise ValueError(f"labelled must be a multiple of {CLASSES}, got {count}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdfast import SoftLabels
 from kdfast.demo import labels, models
-from kdfast.demo.arms import Arm, arms, objective
+from kdfast.demo.arms import DemoArm, arms, objective
 from kdfast.demo.data import load, pick_labelled
 from kdfast.demo.labels import CacheSize
 from kdfast.demo.metrics import Scores, score
@@ -27,7 +27,7 @@ TEACHER, OWN_TEACHER = "teacher", "own_teacher"
 
 @dataclass
 class Runs:
-    """One model under several seeds."""
+    """The runs of one model under several seeds: scores, and what training took."""
 
     title: str
     parameters: int
@@ -42,17 +42,33 @@ class Runs:
 
 @dataclass
 class Result:
+    """What the experiment measured.
+
+    Attributes:
+        settings: its settings.
+        train_images, test_images: sizes of the splits.
+        runs: by name: those of the teachers, then of the arms in order.
+        cache: the cache's folder.
+        cache_size: what the cache takes per sample.
+        throughput: samples per second by where the soft labels come from.
+    """
+
     settings: Settings
     train_images: int
     test_images: int
-    runs: dict[str, Runs]  # the teachers', then the arms' in order
+    runs: dict[str, Runs]
     cache: Path
     cache_size: CacheSize
-    throughput: dict[str, float]  # samples per second by source of the soft labels
+    throughput: dict[str, float]
 
 
 class Experiment:
-    """Holds the data and the results while the arms are trained. ``tick(name)`` is called after every epoch."""
+    """Trains the teachers and every arm under every seed.
+
+    Args:
+        settings: what to run.
+        tick: called with the model's name after every epoch.
+    """
 
     def __init__(self, settings: Settings, tick: Callable[[str], None] = lambda name: None) -> None:
         self.settings, self.tick = settings, tick
@@ -62,7 +78,7 @@ class Experiment:
 
     @property
     def epochs(self) -> dict[str, tuple[str, int]]:
-        """Title and number of ticks of every model that will be trained."""
+        """Title and number of epochs of every model that ``run`` trains, by name."""
         s = self.settings
         teachers = {
             TEACHER: ("teacher, all labels", s.teacher.epochs),
@@ -71,7 +87,7 @@ class Experiment:
         return {**teachers, **{arm.name: (arm.title, s.student.epochs * s.seeds) for arm in self.arms}}
 
     def run(self, folder: Path) -> Result:
-        """Everything, with the cache written into ``folder``."""
+        """Run the whole experiment, and write the cache into ``folder``."""
         every_row = torch.arange(len(self.train), device=self.train.labels.device)
         teacher = self._teach(TEACHER, every_row, seed=0)
         cache = labels.write(teacher, self.train, folder)
@@ -88,11 +104,11 @@ class Experiment:
 
     def _teach(self, name: str, rows: Tensor, seed: int) -> nn.Module:
         model = models.build(models.teacher, seed, self.settings.device)
-        hard = objective(Arm(name, name), self.train.labels, {}, 1.0)
+        hard = objective(DemoArm(name, name), self.train.labels, {}, 1.0)
         self._fit(name, model, rows, hard, self.settings.teacher, seed)
         return model
 
-    def _distil(self, arm: Arm, rows: Tensor, soft: dict[str, SoftLabels], seed: int) -> None:
+    def _distil(self, arm: DemoArm, rows: Tensor, soft: dict[str, SoftLabels], seed: int) -> None:
         model = models.build(models.student, seed, self.settings.device)
         loss = objective(arm, self.train.labels, soft, self.settings.temperature)
         self._fit(arm.name, model, rows, loss, self.settings.student, seed)

@@ -1,4 +1,4 @@
-"""The teacher's answers, written once and read by every student."""
+"""The cache of the teacher's soft labels, written once and read by every student."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ __all__ = ["CacheSize", "read", "size_of", "write"]
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes per sample."""
+    """Size of a cache in bytes per sample.
 
-    payload: float  # the labels themselves
-    on_disk: float  # with keys, indices, checksums and the manifest
-    float32: float  # the logits as they come from the teacher, without any key
+    Attributes:
+        payload: the labels themselves.
+        on_disk: all files: with keys, indices, checksums and the manifest.
+        float32: the teacher's logits in float32, without a key, for comparison.
+    """
+
+    payload: float
+    on_disk: float
+    float32: float
 
 
 def write(model: nn.Module, train: Split, folder: Path) -> Path:
-    """Write ``model``'s answers on ``train``, one record per image, to a subfolder of ``folder`` named after the model.
+    """Write a model's soft labels of ``train`` to a cache, one record per image. Returns the cache's folder.
 
-    The key of a record is the image itself: its pixels, as ids. What an earlier run left is kept: other weights have
-    another name, equal weights give equal answers, and the writer checks codec, vocabulary and fingerprint.
+    The folder is inside ``folder`` and named after the model's fingerprint. A record's key is the image: its pixels, as
+    ids. A cache that an earlier run has left is used again, for equal weights give equal labels.
 
     Raises:
-        kdfast.cache.CacheError: the subfolder holds something else, or a corrupt cache; the message names it.
+        kdfast.cache.CacheError: the folder holds something else, or a corrupt cache; the message names it.
     """
     name = f"digits-{fingerprint(model)}"
     with kdfast.cache.Writer(folder / name, vocab_size=CLASSES, codec="dense", teacher=name) as writer:
@@ -42,14 +48,14 @@ def write(model: nn.Module, train: Split, folder: Path) -> Path:
 
 
 def read(path: Path, train: Split) -> SoftLabels:
-    """The labels of all training images, row by row, every byte checked."""
+    """Read the soft labels of all training images, a row per image. Every checksum is checked."""
     cache = kdfast.cache.open(path)
     cache.verify()
     return cache.gather(train.pixels).to(train.images.device)
 
 
 def size_of(path: Path) -> CacheSize:
-    """What the cache at ``path`` takes per sample."""
+    """Measure what the cache at ``path`` takes per sample."""
     cache = kdfast.cache.open(path)
     files = sum(file.stat().st_size for file in path.iterdir())
     return CacheSize(cache.nbytes / len(cache), files / len(cache), 4.0 * CLASSES)

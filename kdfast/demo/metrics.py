@@ -1,4 +1,4 @@
-"""What is reported of a model: accuracy, and the macro average of four more."""
+"""The metrics of a model: accuracy, and the macro averages of precision, recall, F1 and AUC."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METRICS: dict[str, Callable[..., Tensor]] = {
 
 
 def score(model: nn.Module, test: Split) -> Scores:
-    """Every metric of ``METRICS`` on ``test``, in 0 ... 1."""
+    """Score a model on ``test`` by every metric of ``METRICS``, each in 0 ... 1."""
     probabilities = torch.softmax(logits_of(model, test.images), 1)
     return {
         name: float(metric(probabilities, test.labels, CLASSES, average="micro" if name == "accuracy" else "macro"))

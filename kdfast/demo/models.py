@@ -1,4 +1,4 @@
-"""The teacher, the student, and a fingerprint of either."""
+"""The networks of teacher and student, their initial weights, and a fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["build", "fingerprint", "logits_of", "parameters", "student", "teache
 
 
 def student() -> nn.Module:
-    """64-16-10: 1210 parameters."""
+    """Make the student: an MLP 64-16-10 with 1210 parameters."""
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, CLASSES))
 
 
 def teacher() -> nn.Module:
-    """A small CNN: 151,306 parameters."""
+    """Make the teacher: a small CNN with 151,306 parameters."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 32, 3, padding=1),
@@ -35,18 +35,19 @@ def teacher() -> nn.Module:
 
 
 def build(make: Callable[[], nn.Module], seed: int, device: str) -> nn.Module:
-    """``make()`` with the initial weights of ``seed``, leaving the global generator as it was."""
+    """Make a model with the initial weights of ``seed``. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().to(device)
 
 
 def parameters(model: nn.Module) -> int:
+    """The number of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the weights: two models with one fingerprint give the same soft labels."""
+    """A digest of a model's weights. Models with the same fingerprint give the same soft labels."""
     digest = blake2b(digest_size=6)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -56,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """(rows, 10) logits of the model as it answers after training."""
+    """(rows, 10) logits of a model in evaluation mode, without gradients."""
     was_training = model.training
     try:
         return model.eval()(images)

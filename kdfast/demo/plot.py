@@ -16,14 +16,14 @@ from kdfast.demo.experiment import OWN_TEACHER, TEACHER, Result, Runs
 
 __all__ = ["plot"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#E69F00", "#CC79A7", "#0072B2", "#009E73", "#999999")
-# Dashes where a curve may lie on another one: KD from a teacher that knows no more lies on the student without KD.
+# Dashes where curves may coincide, as those of KD from a teacher of the same labels and of no KD do.
 STYLES = {"kd_own": (0, (4, 4)), UPPER_BOUND: "--"}
 
 
 def plot(result: Result, path: Path) -> None:
-    """Test accuracy after every epoch, per arm: the mean over the seeds, and a band of one standard deviation."""
+    """Plot the test accuracy of each arm by epoch, as a PNG: mean over the seeds, and a band of one std."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     axes = figure.add_subplot()

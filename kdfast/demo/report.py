@@ -1,4 +1,4 @@
-"""The numbers, as tables for the terminal and as JSON."""
+"""The results, as tables for the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["figures", "notes", "summary", "tables", "write_json"]
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Mean and standard deviation (n - 1; 0 for a single value)."""
+    """Mean and standard deviation of some values, with n - 1; 0 for a single value."""
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
 
 
 def notes(result: Result) -> list[str]:
-    """What a reader must know before quoting a number."""
+    """Sentences on what a reader must know before quoting a number."""
     s = result.settings
     split = "validation part of the training split" if s.validation else "test split"
     return [
@@ -51,7 +51,7 @@ def notes(result: Result) -> list[str]:
 
 
 def tables(result: Result) -> list[Table]:
-    """Accuracy, the macro averages, throughput by label source, and cache size. Each fits 80 columns."""
+    """Tables of accuracy, macro averages, throughput by source of labels, and cache size. Each fits 80 columns."""
     return [_accuracy(result), _macro(result), _speed(result), _cache(result)]
 
 
@@ -122,11 +122,12 @@ def _paired(result: Result, runs: Runs) -> dict[str, float]:
 
 
 def write_json(result: Result, path: Path) -> None:
+    """Write every number of a result as JSON."""
     path.write_text(json.dumps(figures(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def figures(result: Result) -> dict[str, Any]:
-    """Every number, with what it takes to get it again."""
+    """Every number of a result, with the versions, machine and settings that reproduce it."""
     return {
         "notes": notes(result),
         "versions": _versions(),

@@ -1,4 +1,4 @@
-"""Every number the demo depends on."""
+"""Every number that the demo depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ __all__ = ["Schedule", "Settings"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a cosine decay to zero, over ``epochs`` epochs of 20 steps whatever the number of images is."""
+    """A training schedule: AdamW with a cosine decay to zero.
+
+    An epoch has ``steps_per_epoch`` steps, whatever the number of images is.
+    """
 
     epochs: int
     learning_rate: float
@@ -19,12 +22,13 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Optimiser steps in all."""
         return self.epochs * self.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run does.
+    """The settings of a run of the demo.
 
     The defaults were chosen with ``--validation`` (900 images to train on, 300 to score on, all from the training
     split) and seeds that a run does not use. The student's schedule is the one for the arm without KD, which hardly
@@ -50,6 +54,6 @@ class Settings:
     speed_steps: int = 100
 
     def quick(self) -> Settings:
-        """The same in a few seconds, for tests: too short for its numbers to mean much."""
+        """These settings cut down to a few seconds, for tests: too short for the numbers to mean much."""
         student, teacher = replace(self.student, epochs=4), replace(self.teacher, epochs=2)
         return replace(self, seeds=min(self.seeds, 2), student=student, teacher=teacher, speed_steps=5)

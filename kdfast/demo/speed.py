@@ -1,4 +1,4 @@
-"""Training throughput by where the teacher's labels come from, in one process and interleaved."""
+"""Training throughput by where the teacher's labels come from, measured interleaved in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {
 
 
 def throughput(teacher: nn.Module, path: Path, train: Split, settings: Settings) -> dict[str, float]:
-    """Samples per second of the student's training, for each of ``SOURCES``: the median over the passes."""
+    """Measure the student's training in samples per second, for each of ``SOURCES``: the median over the passes."""
     objectives = _objectives(teacher, path, train, settings.temperature)
     rows = torch.arange(len(train), device=train.images.device)
     student = models.build(models.student, 0, settings.device)

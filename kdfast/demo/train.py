@@ -1,4 +1,4 @@
-"""One training loop for every model."""
+"""The training loop of every model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ Objective = Callable[[Tensor, Tensor], Tensor]  # (logits, training rows) to a s
 
 @dataclass
 class Fit:
-    """What a training run leaves besides the model."""
+    """What a training run measured.
 
-    curve: list[float] = field(default_factory=list)  # test accuracy after every epoch
-    seconds: float = 0.0  # without evaluation
+    Attributes:
+        curve: test accuracy after every epoch.
+        seconds: time of training, without evaluation.
+        samples: samples trained on.
+    """
+
+    curve: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     samples: int = 0
 
 
@@ -40,9 +46,19 @@ def fit(
     test: Split,
     tick: Callable[[], None] = lambda: None,
 ) -> Fit:
-    """Train ``model`` on the images ``rows`` of ``train``; ``tick`` is called after every epoch.
+    """Train ``model`` on the images ``rows`` of ``train``.
 
-    Test accuracy is recorded, and nothing depends on it: the last step's model is the result.
+    The test accuracy is recorded, and nothing depends on it: the last step's model is the result.
+
+    Args:
+        model: the model, which is trained in place.
+        train: the training split.
+        rows: indices of the images to train on.
+        objective: the loss.
+        schedule: epochs, learning rate and batch size.
+        seed: of the batches' order.
+        test: the split to record the accuracy on.
+        tick: called after every epoch.
     """
     optimizer = AdamW(model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
     decay = CosineAnnealingLR(optimizer, schedule.steps)
@@ -61,7 +77,7 @@ def fit(
 
 
 def sweep(model: nn.Module, images: Tensor, rows: Tensor, objective: Objective, schedule: Schedule) -> float:
-    """Seconds for one pass over ``rows``, with an optimiser that is thrown away."""
+    """Time one training pass over ``rows`` with a new optimiser. Returns seconds."""
     optimizer = AdamW(model.parameters(), schedule.learning_rate, fused=True)
     start = time.perf_counter()
     for batch in _split(rows, schedule.batch):

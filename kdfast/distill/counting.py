@@ -1,4 +1,4 @@
-"""Which rows of a batch count: the denominator of its loss."""
+"""Which rows of a batch count. Their number is the denominator of its loss."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from kdfast.distill.fields import Fields, samples, split, tensors
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 
-__all__ = ["Counting", "counted_rows", "leading", "without_padding"]
+__all__ = ["Counting", "counted_rows", "rows_shape", "without_padding"]
 
 
 @dataclass(frozen=True)
 class Counting:
-    """``kd_loss``'s rule: rows whose label is not ignored, of a shifted sequence not the last, and padding never."""
+    """``kd_loss``'s rule of which rows count in the mean.
+
+    A row counts unless its label is ``ignore_index``, it is padding, or, with ``shift``, it is the last of its sequence
+    and so has no next label.
+    """
 
     ignore_index: int = -100
     shift: bool = False
 
     @classmethod
     def of(cls, objective: Any) -> Counting:
-        """The rule of an objective with ``options``, as ``KD`` has them."""
+        """The rule of an objective, from ``ignore_index`` and ``shift`` in its dict ``options``, if it has one."""
         options = getattr(objective, "options", {})
         return cls(options.get("ignore_index", -100), bool(options.get("shift", False)))
 
     def rows(self, batch: Any, fields: Fields, per_token: bool) -> Tensor:
-        """A bool per row of what the student says of a batch.
+        """Which rows of a batch count: one bool per row of the student's logits, before the student has run.
 
         Args:
-            batch: as the loader gave it.
-            fields: where its parts are.
-            per_token: whether the student's rows are tokens. Else, without labels, they are as many as samples.
+            batch: the loader's batch.
+            fields: finds its parts.
+            per_token: whether the student's rows are tokens. If not, and without labels, there is a row per sample.
         """
         inner, cached = split(batch)
         labels = fields.labels_of(inner)
@@ -56,7 +60,7 @@ class Counting:
         return counted
 
     def of_step(self, step: Step) -> Tensor:
-        """(...) bool: which of the student's rows count, whatever the teacher says of them."""
+        """Which of the student's rows count, (...) bool. Whether the teacher has labels for them is not looked at."""
         counted = torch.ones(step.logits.shape[:-1], dtype=torch.bool, device=step.logits.device)
         if self.shift:
             counted[..., -1] = False
@@ -66,7 +70,10 @@ class Counting:
         return counted if real is None else counted & real.to(counted.device)
 
     def real(self, batch: Any, rows: torch.Size) -> Tensor | None:
-        """Which rows are not padding, and predict none: by the batch's ``attention_mask``, if it is one of the rows."""
+        """Which rows are not padding and, with ``shift``, do not predict padding: bool, of the shape ``rows``.
+
+        None if the batch has no ``attention_mask`` of that shape.
+        """
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if mask is None or mask.shape != rows:
             return None
@@ -78,7 +85,7 @@ class Counting:
         return mask & following
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Class indices as the logits' positions predict them."""
+        """The class indices that the logits' positions predict: with ``shift``, those of the next position."""
         if not self.shift:
             return labels
         labels = labels.roll(-1, -1)
@@ -87,21 +94,23 @@ class Counting:
 
 
 def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = -100) -> Tensor:
-    """(...) bool, ``kd_loss``'s rule: the label is not ignored, soft labels are present, and the row is no padding.
+    """Which rows of a step count by ``kd_loss``'s rule: (...) bool.
 
-    With ``shift`` a row's label is the next position's.
+    A row counts if its label is not ``ignore_index``, the teacher's soft labels are present, and it is not padding.
+    With ``shift`` a row's label is that of the next position.
     """
     counted = Counting(ignore_index, shift).of_step(step)
-    for said in step.teacher if isinstance(step.teacher, tuple) else (step.teacher,):
-        if isinstance(said, (SoftLabels, PackedLabels)) and said.present is not None:
-            counted = counted & said.present.to(counted.device).view(counted.shape)
+    for output in step.teacher if isinstance(step.teacher, tuple) else (step.teacher,):
+        if isinstance(output, (SoftLabels, PackedLabels)) and output.present is not None:
+            counted = counted & output.present.to(counted.device).view(counted.shape)
     return counted
 
 
 def without_padding(step: Step, options: dict[str, Any]) -> dict[str, Any]:
-    """``kd_loss``'s options, with a ``row_weight`` that also leaves padding out; as they are without padding.
+    """Options of ``kd_loss`` whose ``row_weight`` also excludes padding; ``options`` themselves without padding.
 
-    Weights that are numbers leave the denominator alone: the rows that count become their ``num_items``.
+    Rows that a boolean ``row_weight`` excludes leave the denominator. Numbers do not change the denominator, so with
+    these the number of rows that count is passed as ``num_items``.
     """
     rule = {"shift": bool(options.get("shift", False)), "ignore_index": options.get("ignore_index", -100)}
     real = Counting(**rule).real(split(step.batch)[0], step.logits.shape[:-1])
@@ -123,11 +132,11 @@ def without_padding(step: Step, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def leading(step: Step) -> torch.Size:
-    """The shape of the rows; of one dimension where the student's output has no logits."""
+def rows_shape(step: Step) -> torch.Size:
+    """The shape of the student's rows: its logits' without the classes; (-1,) if its output has no logits."""
     try:
         return step.logits.shape[:-1]
-    except TypeError:  # what an objective of one's own makes of it is its own affair
+    except TypeError:  # the user's own objective knows what it is
         return torch.Size([-1])
 
 
@@ -141,7 +150,7 @@ def _every(arguments: Any, per_token: bool) -> Tensor:
 
 
 def _token_ids(arguments: Any) -> Tensor | None:
-    """A mapping's, or whole numbers (samples, length) in the first place."""
+    """A mapping's ``input_ids``, or the first tensor if it holds integers (samples, length)."""
     if isinstance(arguments, Mapping):
         return arguments.get("input_ids")
     first = next(tensors(arguments), None)

@@ -1,4 +1,4 @@
-"""``Distiller``: trains a student from a teacher, a cache, or several of them."""
+"""``Distiller``: trains a student from a teacher, a cache, or several of these."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.distill.arguments import Optimizers, check_arguments, optimizer_of
+from kdfast.distill.arguments import FitOptions, check_arguments
 from kdfast.distill.fields import Fields, split, to_device
-from kdfast.distill.first_batch import check_first
 from kdfast.distill.fitting import Fit
-from kdfast.distill.freezing import freeze, still
-from kdfast.distill.objective import KD
-from kdfast.distill.parallel import bare
-from kdfast.distill.plan import Plan
-from kdfast.distill.schedules import Schedule, schedule_of
+from kdfast.distill.freezing import freeze, frozen_norms
+from kdfast.distill.objective import KD, check_first
+from kdfast.distill.optimizer import Optimizers, Schedule, optimizer_of, schedule_of
+from kdfast.distill.parallel import unwrap
+from kdfast.distill.state import Record
 from kdfast.distill.step import Objective, Step
-from kdfast.distill.tally import Record
 from kdfast.distill.teachers import Teachers, owner
 from kdfast.models import apply, device_of
 
@@ -29,48 +27,48 @@ __all__ = ["Distiller"]
 
 
 class Distiller:
-    """Trains ``student`` to say what ``teacher`` says::
+    """Trains ``student`` to match the outputs of ``teacher``::
 
         distiller = kdfast.Distiller(student, teacher, temperature=2.0, kd_weight=0.5, ce_weight=0.5)
         history = distiller.fit(loader, epochs=20, eval_loader=test)
 
-    or, in a loop of one's own::
+    or, in your own training loop::
 
         loss = distiller.step(batch)
         loss.backward()
 
-    A batch is a pair (inputs, labels), inputs alone, a mapping of the models' keywords with ``labels`` and ``key``, or
-    what ``kdfast.cache.CacheDataset`` collates, with one of these inside; else ``inputs``, ``labels`` and ``key`` find
-    its parts. Teachers run in evaluation mode and without gradients, whatever mode they are in.
+    A batch is a pair (inputs, labels), inputs alone, or a mapping that holds the models' keyword arguments and
+    ``labels`` and ``key``. ``kdfast.cache.CacheDataset`` pairs such a batch with labels from a cache. For any other
+    layout, ``inputs``, ``labels`` and ``key`` are functions that return the parts of a batch. Teachers run in
+    evaluation mode and without gradients, whatever mode they are in.
 
     Args:
-        student: any module whose output is logits, or has them. It is trained in the mode that its parts are in; one
-            that is in evaluation mode as a whole is put in training mode first.
-        teacher: a module, a function of what the student is called with, a ``CacheReader``, or a tuple of these. None
-            where batches bring their labels from a cache; without these, too, the loss is the labels' cross-entropy.
-        objective: a function of a ``Step`` giving the mean over the rows that count. ``KD(**options)`` if None. A
-            module is trained along, and whatever has a ``state_dict`` is in checkpoints. Its ``ignore_index`` and
-            ``shift``, if it has any, are in a dict ``options``.
-        optimizer: makes one of the parameters that are trained, or is one. AdamW if None.
-        lr: AdamW's.
-        schedule: "constant", "cosine", ``inverse_decay(...)``, or a function (optimizer, steps_per_epoch, epochs)
-            giving a scheduler of PyTorch's, which moves at every optimiser step (``ReduceLROnPlateau``: evaluation).
-        freeze: patterns of the student's parameters, as ``freeze`` takes them.
-        inputs, labels, key: functions of a batch: what the models are called with, the class indices or probabilities,
-            and the records' keys in the cache.
-        amp: the dtype of autocast, of student and teacher: torch.bfloat16, or torch.float16, whose gradients are
-            scaled.
-        accumulate: batches of an optimiser step. Its gradient is that of one batch of all their rows. Rows that a bool
-            ``row_weight`` leaves out count in a batch's share all the same.
-        clip_norm: of the gradient, at most.
+        student: a module whose output is logits, or has ``logits``. Its parts are trained in the mode they are in. A
+            student that is in evaluation mode as a whole is put in training mode for ``fit``.
+        teacher: a module, a function of the student's arguments, a ``CacheReader``, or a tuple of these. None if
+            batches bring labels from a cache. If they do not either, the loss is cross-entropy on the labels.
+        objective: a function of a ``Step`` that returns the mean loss over the rows that count; ``KD(**options)`` if
+            None. A module is trained with the student, and anything that has a ``state_dict`` is saved in checkpoints.
+            If it has ``ignore_index`` and ``shift``, they are in a dict attribute ``options``.
+        optimizer: a function that makes an optimizer of a list of parameters, or an optimizer. AdamW if None.
+        lr: AdamW's learning rate.
+        schedule: "constant", "cosine", ``inverse_decay(...)``, or a function (optimizer, steps_per_epoch, epochs) that
+            returns one of PyTorch's schedulers. It moves at every optimiser step; ``ReduceLROnPlateau`` at evaluations.
+        freeze: patterns of the student's parameters to freeze, as ``kdfast.distill.freeze`` takes them.
+        inputs, labels, key: functions of a batch that return the models' arguments, the class indices or
+            probabilities, and the records' keys in the cache.
+        amp: the dtype of autocast for student and teacher: torch.bfloat16, or torch.float16 with gradient scaling.
+        accumulate: the number of batches of an optimiser step. The gradient is that of one batch with all their rows.
+            Rows that a boolean ``row_weight`` excludes still count in a batch's share of these rows.
+        clip_norm: the largest norm that the gradient may have.
         compile: run the student through ``torch.compile`` while it is trained.
-        folder: where ``fit`` leaves its log, curves and checkpoints. Nothing is written if None.
-        device: to which student, teachers and objective are moved. If None they stay where they are, and batches go to
-            the student.
-        options: ``KD``'s.
+        folder: where ``fit`` writes its log, curves and checkpoints. If None it writes nothing.
+        device: where student, teachers and objective are moved. If None they stay where they are, and batches are
+            moved to the student's device.
+        options: options of ``KD``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, naming what was passed and what was wanted.
+        TypeError, ValueError: an argument that does not fit, with what was passed and what was wanted.
     """
 
     def __init__(
@@ -102,9 +100,9 @@ class Distiller:
         for model in (student, self.objective, *map(owner, self.teachers.members)) if device is not None else ():
             if isinstance(model, nn.Module):
                 model.to(device)
-        # Of "cuda" the weights say which one.
+        # The weights know the index that "cuda" lacks.
         self.device = device_of(student) or (None if device is None else torch.device(device))
-        self.still = _freeze(student, freeze)
+        self.frozen_norms = _freeze(student, freeze)
         self.optimizer = optimizer_of(optimizer, lr, student, self.parameters)
         self.schedule = schedule_of(schedule)
         self.amp, self.accumulate, self.clip_norm = amp, accumulate, clip_norm
@@ -115,17 +113,21 @@ class Distiller:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained: the student's and the objective's parameters that are not frozen."""
+        """The parameters that are trained: those of student and objective that require gradients."""
         modules = [x for x in (self.student, self.objective) if isinstance(x, nn.Module)]
         found = {id(x): x for module in modules for x in module.parameters() if x.requires_grad}
         return list(found.values())
 
     def forward(self, batch: Any, *, strict: bool = True) -> Step:
-        """What student and teacher say of a batch. Not ``strict``: a teacher that does not know its records says None.
+        """Run student and teacher on a batch. Returns their outputs as a ``Step``.
+
+        Args:
+            batch: a batch of the loader.
+            strict: with False, a cache that lacks the batch's records yields None as the teacher's output.
 
         Raises:
             KeyError: a record is not in the cache.
-            TypeError, ValueError: a batch without what is needed of it, or a teacher's output that requires grad.
+            TypeError, ValueError: a batch that lacks a part, or a teacher's output that requires grad.
         """
         batch = to_device(batch, self.device)
         inner, _ = split(batch)
@@ -135,11 +137,16 @@ class Distiller:
         return Step(student, teacher, self.fields.labels_of(inner), batch, self.epoch, self.progress)
 
     def step(self, batch: Any) -> Tensor:
-        """The loss of a batch: a scalar, to be differentiated."""
+        """The loss of a batch: a scalar with a gradient for student and objective."""
         return self.loss(self.forward(batch))
 
     def loss(self, step: Step) -> Tensor:
-        """The objective of what ``forward`` gave."""
+        """The objective of a ``Step`` that ``forward`` returned, a scalar.
+
+        Raises:
+            ValueError: at the first call, values that would train silently and wrongly, such as probabilities instead
+                of logits.
+        """
         if not self._checked:
             check_first(step, self.objective)
             self._checked = True
@@ -147,7 +154,7 @@ class Distiller:
             return self.objective(step)
 
     def autocast(self) -> Any:
-        """Of the dtype ``amp``, on the student's device."""
+        """A context manager: autocast to the dtype ``amp`` on the student's device, or nothing if ``amp`` is None."""
         device = self.device or torch.device("cpu")
         return nullcontext() if self.amp is None else torch.autocast(device.type, self.amp)
 
@@ -167,42 +174,45 @@ class Distiller:
         progress: bool = True,
         on_epoch: Callable[[Record], object] | None = None,
     ) -> list[Record]:
-        """Train, and return a record per epoch: losses, rates, speed, memory, and the metrics where it was evaluated.
+        """Train the student.
 
-        With a ``folder`` there are ``last.pt`` and ``best.pt``, ``log.jsonl`` and ``curves.png`` afterwards, and a run
-        that was stopped or killed goes on from ``last.pt``, to the same weights bit by bit. A second call without one
-        trains on, with a schedule that begins anew.
+        With a ``folder``, ``fit`` writes ``last.pt``, ``best.pt``, ``log.jsonl`` and ``curves.png`` there. A run that
+        was stopped or killed resumes from ``last.pt``, and ends with the same weights bit for bit. Without a folder a
+        second call continues training, with a schedule that starts over.
 
         Args:
-            loader: of batches; an epoch is one pass.
-            epochs: in all, those of a run that goes on included.
-            eval_loader: of batches to evaluate on.
-            eval_every: epochs from one evaluation to the next.
-            patience: evaluations without a better ``monitor`` until training stops. The student is the best one then;
-                if None, that of the last step.
-            monitor: a name in the records. More is better, but for loss, cross_entropy and ece, and where a minus comes
-                before the name.
+            loader: batches to train on; an epoch is one pass over them.
+            epochs: the number of epochs in all, including those before a run was resumed.
+            eval_loader: batches to evaluate on.
+            eval_every: the number of epochs between evaluations.
+            patience: the number of evaluations without a better ``monitor`` after which training stops, with the best
+                student's weights. If None, training does not stop early, and the last step's weights stay.
+            monitor: the name of a number in the records. Higher is better, except for loss, cross_entropy and ece, and
+                for a name with a minus before it.
             metrics: names of ``kdfast.distill.metrics``, torchmetrics' metrics by name, or a function
-                (distiller, eval_loader) giving numbers by name. All that suit the number of classes if None.
-            checkpoint_every: optimiser steps from one checkpoint to the next. If None there is one per epoch.
-            log_every: optimiser steps from one line of the log to the next.
-            resume: go on from the folder's ``last.pt``, if it has one; False overwrites it.
-            progress: a bar on standard error, where that is a terminal.
-            on_epoch: is called with each record, before the checkpoint.
+                (distiller, eval_loader) that returns numbers by name. If None, all that suit the number of classes.
+            checkpoint_every: the number of optimiser steps between checkpoints. If None there is one per epoch.
+            log_every: the number of optimiser steps between lines of the log.
+            resume: resume from the folder's ``last.pt``, if there is one. False overwrites it.
+            progress: show a progress bar on standard error, if that is a terminal.
+            on_epoch: a function that is called with each record, before the checkpoint is written.
+
+        Returns:
+            A record per epoch: losses, learning rate, speed, memory, and the metrics of an evaluation if there was one.
 
         Raises:
-            FloatingPointError: a loss that is not finite, naming epoch, step and the last checkpoint. The student's
-                weights are as they were before that step; its running statistics have seen the batch.
+            FloatingPointError: a loss that is not finite, with the epoch, the step and the last checkpoint. The
+                student's weights are as before that step; its running statistics have seen the batch.
             ValueError: an empty loader, a checkpoint of another run, persistent workers with a ``folder``,
-                ``ReduceLROnPlateau`` without anything to watch; and whatever a batch was refused for.
+                ``ReduceLROnPlateau`` without a number to monitor, or a batch that does not fit.
             ImportError: torchmetrics is not installed, and there is an ``eval_loader``.
         """
-        plan = Plan(
+        options = FitOptions(
             epochs, eval_every, patience, monitor, metrics, checkpoint_every, log_every, resume, progress, on_epoch
         )
         rates = [group["lr"] for group in self.optimizer.param_groups]
         try:
-            return Fit(self, loader, eval_loader, plan).run()
+            return Fit(self, loader, eval_loader, options).run()
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -210,5 +220,5 @@ class Distiller:
 
 
 def _freeze(student: nn.Module, patterns: Sequence[Any]) -> list[nn.Module]:
-    """Freezes, and gives the parts with statistics that have become still."""
-    return still(bare(student), set(freeze(bare(student), patterns))) if patterns else []
+    """Freeze parameters; returns the modules whose running statistics are frozen with them."""
+    return frozen_norms(unwrap(student), set(freeze(unwrap(student), patterns))) if patterns else []

@@ -1,4 +1,4 @@
-"""What a batch holds: the models' arguments, the labels, the records' keys, and labels that a cache put there."""
+"""The parts of a batch: the models' arguments, the labels, the records' keys, and labels that come from a cache."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ __all__ = ["Fields", "samples", "split", "tensors", "to_device"]
 
 @dataclass(frozen=True)
 class Fields:
-    """The functions of a batch that ``Distiller`` takes, or what stands for them.
+    """Finds the parts of a batch: by the functions that ``Distiller`` takes, else by the batch's layout.
 
-    Without functions a batch is a pair (inputs, labels), inputs alone, or a mapping: its ``labels`` and ``key`` are
-    themselves, all the rest the model's keywords. Of a pair (batch, cached labels) they see the batch.
+    Without functions a batch is a pair (inputs, labels), inputs alone, or a mapping. A mapping holds ``labels`` and
+    ``key``, and everything else in it is passed to the models by keyword. Of a pair (batch, cached labels), which
+    ``split`` takes apart, only the batch is looked at.
     """
 
     inputs: Callable[[Any], Any] | None = None
@@ -31,7 +32,7 @@ class Fields:
     key: Callable[[Any], Sequence[Any]] | None = None
 
     def arguments(self, batch: Any) -> Any:
-        """What the models are called with: a mapping's keywords, a tuple's positions, or one argument."""
+        """The models' arguments: a mapping of keywords, a tuple of positional arguments, or a single argument."""
         if self.inputs is not None:
             return self.inputs(batch)
         if isinstance(batch, Mapping):
@@ -39,10 +40,10 @@ class Fields:
         return batch[0] if isinstance(batch, tuple) else batch
 
     def labels_of(self, batch: Any) -> Tensor | None:
-        """Class indices or probabilities; None where the batch has none.
+        """The batch's labels, class indices or probabilities; None if it has none.
 
         Raises:
-            TypeError: they are not a tensor.
+            TypeError: the labels are not a tensor.
         """
         if self.labels is not None:
             labels = self.labels(batch)
@@ -58,21 +59,22 @@ class Fields:
         return labels
 
     def keys_of(self, batch: Any) -> list[Any]:
-        """One per record. Raises ``ValueError`` where a batch has neither key nor ids, and no function was given."""
+        """The cache key of each record. Raises ``ValueError`` if there is no ``key`` function, and no key or ids."""
         return BatchFields(key=self.key).keys(batch)
 
 
 def split(batch: Any) -> tuple[Any, SoftLabels | PackedLabels | None]:
-    """A batch and the labels that ``CacheDataset`` gave it, if it comes from there."""
+    """Split what ``CacheDataset`` collates into the batch and its cached labels. Any other batch comes with None."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (SoftLabels, PackedLabels)):
         return batch[0], batch[1]
     return batch, None
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """``value`` with its tensors and labels on ``device``, and its lists, which loaders make of tuples, as tuples.
+    """Move the tensors and soft labels inside ``value`` to ``device``; None leaves them where they are.
 
-    Named tuples and dicts of a class of their own, such as a model's output, stay what they are.
+    Lists become tuples, because a ``DataLoader`` turns a dataset's tuples into lists. Named tuples and mappings of
+    other classes, such as a model's output, keep their class.
     """
     if isinstance(value, (Tensor, SoftLabels, PackedLabels)):
         return value if device is None else value.to(device, non_blocking=True)
@@ -85,7 +87,7 @@ def to_device(value: Any, device: torch.device | None) -> Any:
 
 
 def _filled(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """``items`` in a mapping of the same type, where a copy of it has contents of its own; else as they are."""
+    """``items`` in a copy of ``mapping``, to keep its class; as a dict if a copy would share its contents."""
     if type(mapping) is dict or not isinstance(mapping, (dict, UserDict)):
         return items
     filled = copy(mapping)
@@ -95,12 +97,12 @@ def _filled(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def samples(arguments: Any) -> int:
-    """How many samples a model is called with: the length of the first tensor that has one; else 1."""
+    """The number of samples in a model's arguments: the length of the first tensor that is no scalar; 1 without one."""
     return next((len(x) for x in tensors(arguments) if x.dim()), 1)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Those in a tensor, mapping, tuple or list, in order."""
+    """Iterate over the tensors in a tensor, mapping, tuple or list, nested to any depth."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, tuple, list)):

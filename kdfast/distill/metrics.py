@@ -1,4 +1,4 @@
-"""Classification metrics over many batches, by torchmetrics."""
+"""Classification metrics over many batches, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast._optional import import_optional
 from kdfast.distill.objective import MANY_CLASSES
 
 __all__ = ["FEW_CLASSES", "NAMES", "Metrics", "is_function"]
@@ -20,25 +21,26 @@ BINS = 15  # of the calibration error (Guo et al., 2017)
 
 
 class Metrics:
-    """``update`` with every batch's rows, then ``compute``.
+    """Classification metrics over many batches: call ``update`` with the rows of each, then ``compute``.
 
     ========== =================================================================================================
-    accuracy   of the likeliest class
-    precision, macro averages over the classes: each counts alike
+    accuracy   the share of rows whose likeliest class is the label
+    precision, macro averages: every class weighs the same
     recall, f1
     auroc      area under the ROC curve, one class against the rest, averaged over the classes that occur
     ece        expected calibration error, 15 bins
-    cross_entropy  of the labels, nats
+    cross_entropy  of the labels, in nats
     agreement  the share of rows whose likeliest class is the teacher's
     ========== =================================================================================================
 
     Args:
-        wanted: names; or a mapping of names to torchmetrics' metrics, which are given probabilities (rows, classes) and
-            labels. None: all of the above, or accuracy, cross_entropy and agreement where classes are many.
+        wanted: names of the above; or a mapping of names to torchmetrics' metrics, which are given probabilities
+            (rows, classes) and labels (rows,). None means all of the above, or from 1000 classes on accuracy,
+            cross_entropy and agreement.
 
     Raises:
-        ValueError: another name.
-        TypeError: torchmetrics' metrics without names.
+        ValueError: an unknown name.
+        TypeError: a metric of torchmetrics' without a name.
         ImportError: torchmetrics is not installed.
     """
 
@@ -53,22 +55,23 @@ class Metrics:
         unknown = set(self.names or ()) - set(NAMES)
         if unknown:
             raise ValueError(f"metrics are {', '.join(NAMES)}; there is no {', '.join(sorted(unknown))}")
-        self._package = _load()
+        self._package = import_optional("torchmetrics", "evaluation", extra="demo")
         self._metrics: dict[str, Any] = {}
         for metric in self._given.values():
             metric.reset()
 
     @property
     def need_teacher(self) -> bool:
+        """Whether ``update`` needs the teacher's classes, for the agreement."""
         return self.names is None or "agreement" in self.names
 
     def update(self, logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -> None:
-        """Count rows.
+        """Add the rows of a batch.
 
         Args:
-            logits: (rows, classes).
-            labels: (rows,) class indices; None where they are not known.
-            teacher: (rows,) the teacher's likeliest classes; None where it says nothing.
+            logits: (rows, classes), the student's.
+            labels: (rows,) class indices; None if they are not known.
+            teacher: (rows,) the teacher's likeliest classes; None if they are not known.
         """
         if teacher is not None and self._wants("agreement", logits.shape[-1]):
             self._metric("agreement", logits).update((logits.argmax(-1) == teacher).float())
@@ -87,7 +90,7 @@ class Metrics:
                     self._metric("support", logits).update(probabilities, labels)
 
     def compute(self) -> dict[str, float]:
-        """By name. ``auroc`` is NaN where only one class occurs."""
+        """The metrics by name, over all rows so far. ``auroc`` is NaN if only one class occurs."""
         found = {name: float(metric.compute()) for name, metric in self._given.items()}
         for name, metric in self._metrics.items():
             if name == "auroc":
@@ -106,7 +109,7 @@ class Metrics:
 
 
 def is_function(metrics: Any) -> bool:
-    """Whether it measures by itself: torchmetrics' metrics can be called, too, but are none of these."""
+    """Whether ``metrics`` is a function (distiller, loader). torchmetrics' metrics can be called, too, but are not."""
     return callable(metrics) and not isinstance(metrics, nn.Module)
 
 
@@ -127,18 +130,10 @@ def _make(package: Any, name: str, classes: int) -> Any:
 
 
 def _auroc(metric: Any, confusion: Any) -> float:
-    """torchmetrics' own average counts a class that does not occur as an area of 0."""
+    """The average over the classes that occur: torchmetrics' own counts an area of 0 for each of the others."""
     count = confusion.compute().sum(1)
     occurs = (count > 0) & (count < count.sum())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No (positive|negative) samples")
         areas = metric.compute()
     return float(areas[occurs].mean()) if bool(occurs.any()) else torch.nan
-
-
-def _load() -> Any:
-    try:
-        import torchmetrics
-    except ImportError as error:
-        raise ImportError('metrics need torchmetrics: pip install "kdfast[demo]"') from error
-    return torchmetrics

@@ -1,42 +1,45 @@
-"""``KD``: the loss of an ordinary distillation."""
+"""``KD``, the loss of an ordinary distillation, and a check of the first batch for mistakes that train silently."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdfast.cache import PackedLabels
-from kdfast.distill.counting import without_padding
+from kdfast.distill.counting import Counting, without_padding
+from kdfast.distill.fields import split
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
+from kdfast.loss.checks import look_like_probabilities
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.models import logits_of
 
-__all__ = ["KD", "MANY_CLASSES"]
+__all__ = ["KD", "MANY_CLASSES", "check_first", "teacher_of"]
 
-# Vocabularies are padded to multiples, differently by teacher and student; few classes that differ are another task's.
+# Teacher and student pad a vocabulary to different multiples. Few classes that differ in number are of other tasks.
 MANY_CLASSES = 1000
 _OURS = {"reduction", "num_items", "return_parts"}
 
 
 class KD:
-    """``kd_loss`` of a step's logits, teacher and labels, averaged over the rows that count::
+    """The objective of an ordinary distillation: ``kd_loss`` of a step, averaged over the rows that count::
 
         objective = KD(temperature=4.0, kd_weight=0.9, ce_weight=0.1)
         loss = objective(step)
 
-    Where a batch's mapping has an ``attention_mask`` of the rows' shape, padding does not count, whatever
-    ``row_weight`` says. An option may be a function of the step, such as
-    ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher the loss is the labels' cross-entropy alone,
-    with weight 1 whatever ``ce_weight`` says.
+    Padding never counts, whatever ``row_weight`` is: where the ``attention_mask`` of a batch that is a mapping is 0. An
+    option may be a function of the step, such as ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher
+    the loss is cross-entropy on the labels alone, with weight 1 whatever ``ce_weight`` is.
 
     Args:
-        temperature, kd_weight, ce_weight: as ``kd_loss`` takes them; these three have other defaults.
-        options: ``kd_loss``'s others, such as ``divergence``, ``shift`` and ``label_smoothing``.
+        temperature, kd_weight, ce_weight: as ``kd_loss`` takes them, with defaults of their own.
+        options: other options of ``kd_loss``, such as ``divergence``, ``shift`` and ``label_smoothing``.
 
     Raises:
-        TypeError: an option that ``kd_loss`` lacks, or that a trainer decides (``reduction``, ``num_items``).
+        TypeError: an option that ``kd_loss`` lacks, or that the trainer sets (``reduction``, ``num_items``).
     """
 
     def __init__(self, *, temperature: Any = 2.0, kd_weight: Any = 0.5, ce_weight: Any = 0.5, **options: Any) -> None:
@@ -46,11 +49,12 @@ class KD:
         self.options = {"temperature": temperature, "kd_weight": kd_weight, "ce_weight": ce_weight, **options}
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss.
+        """The loss of a step, a scalar.
 
         Raises:
-            ValueError: several teachers, or classes that are few and differ in number.
-            TypeError, ValueError: as ``kd_loss``.
+            ValueError: the step has several teachers, or the teacher's number of classes differs from the student's
+                and both are below 1000.
+            TypeError, ValueError: whatever ``kd_loss`` refuses.
         """
         options = {name: value(step) if callable(value) else value for name, value in self.options.items()}
         options = without_padding(step, options)
@@ -64,7 +68,13 @@ class KD:
 
 
 def teacher_of(step: Step) -> Tensor | SoftLabels | PackedLabels:
-    """The only teacher's logits or labels. Raises ``ValueError`` for several, or where classes do not fit."""
+    """The logits or soft labels of a step's only teacher.
+
+    Raises:
+        ValueError: there are several teachers, or the teacher's number of classes differs from the student's and both
+            are below 1000.
+        TypeError: the teacher's output has no logits.
+    """
     teacher = step.teacher
     if isinstance(teacher, tuple):
         raise ValueError(
@@ -79,3 +89,57 @@ def teacher_of(step: Step) -> Tensor | SoftLabels | PackedLabels:
             "for fewer, call kd_loss yourself on the columns that they share"
         )
     return teacher
+
+
+def check_first(step: Step, objective: Any) -> None:
+    """Check the values of a run's first step for mistakes that would train silently. This waits for the device.
+
+    Raises:
+        ValueError: probabilities instead of logits, labels out of range, or labels shifted twice or not at all.
+    """
+    logits = _logits(step.student)
+    outputs = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
+    for name, x in (("student", logits), *(("teacher", _logits(output)) for output in outputs)):
+        if x is not None and look_like_probabilities(x.detach()):
+            raise ValueError(f"the {name} gives probabilities (rows in [0, 1] that sum to 1): leave its softmax out")
+    labels = step.labels
+    if logits is None or labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        return
+    counting = Counting.of(objective)
+    ignored = counting.ignore_index
+    used = labels[labels != ignored]
+    # The labels of the user's own objective need not be classes of these logits.
+    if (
+        hasattr(objective, "options")
+        and used.numel()
+        and not 0 <= int(used.min()) <= int(used.max()) < logits.shape[-1]
+    ):
+        raise ValueError(
+            f"labels must be in [0, {logits.shape[-1]}) or {ignored}, got {int(used.min())} to {int(used.max())}"
+        )
+    if isinstance(objective, KD):
+        _check_shift(split(step.batch)[0], labels, ignored, counting.shift)
+
+
+def _check_shift(batch: Any, labels: Tensor, ignored: int, shift: bool) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if ids is None or ids.shape != labels.shape or ids.shape[-1] < 2:
+        return
+    if not shift and _same(ids, labels, labels != ignored):
+        raise ValueError("the labels are input_ids themselves, position by position: a causal model needs shift=True")
+    if shift and _same(ids[..., 1:], labels[..., :-1], labels[..., :-1] != ignored):
+        raise ValueError("shift=True, but the labels are already the next tokens: give input_ids as they are")
+
+
+def _same(ids: Tensor, labels: Tensor, counted: Tensor) -> bool:
+    return bool(counted.any()) and torch.equal(ids[counted], labels[counted])
+
+
+def _logits(output: Any) -> Tensor | None:
+    if output is None or isinstance(output, (SoftLabels, PackedLabels)):
+        return None
+    try:
+        logits = logits_of(output)
+    except TypeError:  # the user's own objective knows what it is
+        return None
+    return logits if isinstance(logits, Tensor) and logits.dim() else None

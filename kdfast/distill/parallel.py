@@ -1,4 +1,7 @@
-"""Data parallelism: who writes, and gradients that are the whole batch's."""
+"""Data parallelism: which process writes, what is broadcast or gathered, and gradients averaged over processes.
+
+Without a process group every function acts as for a single process.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +15,53 @@ from torch.nn.parallel import DistributedDataParallel
 from kdfast.labels.head import is_distributed
 
 __all__ = [
-    "all_of",
+    "all_gather_object",
     "average_gradients",
-    "bare",
+    "barrier",
+    "broadcast_module",
+    "broadcast_object",
     "is_first",
     "rank",
     "reduces_itself",
-    "same",
-    "share",
-    "wait",
+    "unwrap",
     "world_size",
 ]
 
 
 def world_size() -> int:
+    """The number of processes in the default group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's rank in the default group; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first() -> bool:
-    """Whether this process writes logs and checkpoints."""
+    """Whether this process has rank 0, and so writes logs and checkpoints."""
     return rank() == 0
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """Without DDP's wrapper."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``DistributedDataParallel``; any other module is returned as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def reduces_itself(model: nn.Module) -> bool:
-    """Whether the backward pass averages gradients: under DDP and FSDP2 it does."""
+    """Whether the model's backward pass averages gradients by itself, as under DDP and FSDP2."""
     return isinstance(model, DistributedDataParallel) or any(map(is_distributed, model.parameters()))
 
 
-def share(model: nn.Module, *, buffers_only: bool = False) -> None:
-    """Give every process the first one's parameters and buffers."""
+def broadcast_module(model: nn.Module, *, buffers_only: bool = False) -> None:
+    """Broadcast rank 0's parameters and buffers, or its buffers only. A model under DDP or FSDP2 is left alone."""
     if world_size() > 1 and not reduces_itself(model):
         for tensor in [*model.buffers(), *(() if buffers_only else model.parameters())]:
             dist.broadcast(tensor.detach(), 0)
 
 
-def same(value: Any) -> Any:
-    """The first process's, everywhere."""
+def broadcast_object(value: Any) -> Any:
+    """Broadcast rank 0's object, which must be picklable. Returns it on every rank."""
     if world_size() == 1:
         return value
     holder = [value]
@@ -60,8 +69,8 @@ def same(value: Any) -> Any:
     return holder[0]
 
 
-def all_of(value: Any) -> list[Any]:
-    """Every process's, in the order of ranks."""
+def all_gather_object(value: Any) -> list[Any]:
+    """Gather a picklable object of every process. Returns them in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -69,18 +78,17 @@ def all_of(value: Any) -> list[Any]:
     return found
 
 
-def wait() -> None:
-    """For what another process writes."""
+def barrier() -> None:
+    """Wait until every process is here."""
     if world_size() > 1:
         dist.barrier()
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over all processes. A gradient that some lack is zero there, and one that all lack is left out."""
+    """Average gradients over ranks, in place.
+
+    A rank without a gradient of a parameter counts as zero. A parameter without a gradient on any rank is skipped.
+    """
     if not parameters:
         return
     has = torch.tensor([float(x.grad is not None) for x in parameters], device=parameters[0].device)

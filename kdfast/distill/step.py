@@ -1,30 +1,30 @@
-"""``Step``: what a loss is computed from."""
+"""``Step``: what an objective computes its loss from, and the protocol of what makes one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.models import logits_of
 
-__all__ = ["Objective", "Step"]
+__all__ = ["Objective", "Step", "SupportsForward"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch of a training step: what student and teacher say of it.
+    """The outputs of student and teacher for one batch, from which an objective computes its loss.
 
     Attributes:
         student: the student's output, as its forward returned it.
-        teacher: the teacher's: its output, or the cache's labels; a tuple of these where there are several; None
-            without a teacher. It has no gradient.
-        labels: class indices, as ``kd_loss`` takes them; None without.
-        batch: as the loader gave it, on the student's device.
-        epoch: of the loader, from 0.
-        progress: which share of all optimiser steps is done, in [0, 1).
+        teacher: the teacher's output, or labels from a cache; a tuple of these for several teachers; None without a
+            teacher. It has no gradient.
+        labels: class indices (...) or probabilities (..., classes), as ``kd_loss`` takes them; None without labels.
+        batch: the loader's batch, on the student's device.
+        epoch: the epoch under way, from 0.
+        progress: the share of all optimiser steps that is done, in [0, 1).
     """
 
     student: Any
@@ -36,9 +36,20 @@ class Step:
 
     @property
     def logits(self) -> Tensor:
-        """The student's. Raises ``TypeError`` where its output has none."""
+        """The student's logits, (..., classes). Raises ``TypeError`` if its output has none."""
         return logits_of(self.student)  # type: ignore[no-any-return]
 
 
-# A scalar: the mean over the rows that count. An ``nn.Module`` with parameters of its own is trained along.
+# Returns a scalar: the mean over the rows that count. Parameters of an ``nn.Module`` are trained with the student's.
 Objective = Callable[[Step], Tensor]
+
+
+class SupportsForward(Protocol):
+    """An object that runs student and teacher on a batch: the part of ``Distiller`` that evaluation uses."""
+
+    student: nn.Module
+    objective: Objective
+
+    def forward(self, batch: Any, *, strict: bool = True) -> Step:
+        """Run student and teacher on a batch."""
+        ...

@@ -1,4 +1,4 @@
-"""What the teachers say of a batch, whether they are models, functions or a cache."""
+"""The teachers' outputs for a batch: of modules, functions or a cache."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ __all__ = ["Teachers", "look_up", "owner"]
 
 
 class Teachers:
-    """One teacher, several, or none.
+    """Runs one teacher, several, or none.
 
-    A module, or the one that a method is of, runs in evaluation mode and without gradients at every call, whatever mode
-    it is in, and each of its submodules has its own flag back afterwards. A cache is asked for the batch's keys. Labels
-    that come with a batch, from ``CacheDataset``, are the teacher's where there is none, or a cache.
+    A module, or the module of a bound method, runs in evaluation mode and without gradients at every call, whatever
+    mode it is in; the mode of each of its submodules is restored afterwards. A cache looks the batch's keys up. A batch
+    that brings labels from a cache, as ``CacheDataset`` collates it, goes with a cache or no teacher: its labels are
+    the output.
+
+    Args:
+        teacher: a module, a function, a ``CacheReader``, a tuple or list of these, or None.
+        student: the student, which must not be among the teachers.
+        fields: finds the batch's parts.
 
     Raises:
-        TypeError: something else, naming what it is.
+        TypeError: a teacher of another kind, naming its type.
         ValueError: the student is its own teacher.
     """
 
@@ -44,19 +50,27 @@ class Teachers:
                 )
 
     def __call__(self, batch: Any, student: Any, device: torch.device | None, strict: bool = True) -> Any:
-        """What they say of ``batch``, of which the student says ``student``. A tuple of several; None of none.
+        """Teacher outputs for ``batch``: one, a tuple for several teachers, None for none.
 
-        Not ``strict``: None also where a cache does not hold the batch's records, or the batch has no keys.
+        Args:
+            batch: a batch, as ``to_device`` makes it.
+            student: the student's output for it. A cache's labels are laid out as its rows are.
+            device: where the outputs are moved; None leaves them where they are.
+            strict: with False, a cache that lacks the batch's records, or a batch without keys, yields None.
+
+        Raises:
+            KeyError: a record is not in the cache.
+            ValueError: an output requires grad, or a batch brings labels from a cache besides a teacher.
         """
         inner, cached = split(batch)
         if cached is not None:
             if not all(isinstance(member, CacheReader) for member in self.members):
                 raise ValueError("the batch brings labels from a cache, and there is a teacher besides: give only one")
             return cached
-        said = [self._ask(member, inner, student, device, strict) for member in self.members]
-        return tuple(said) if self.several else said[0] if said else None
+        outputs = [self._output(member, inner, student, device, strict) for member in self.members]
+        return tuple(outputs) if self.several else outputs[0] if outputs else None
 
-    def _ask(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
+    def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
             try:
                 labels = look_up(member, self._fields.keys_of(batch), batch, logits_of(student).shape[:-1])
@@ -69,22 +83,29 @@ class Teachers:
             return labels if device is None else labels.to(device)
         own = device_of(owner(member)) or device
         with evaluating(owner(member)):
-            said = call(member, to_device(self._fields.arguments(batch), own))
-        if any(x.requires_grad for x in tensors(said)):
+            output = call(member, to_device(self._fields.arguments(batch), own))
+        if any(x.requires_grad for x in tensors(output)):
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
-        return said if own == device else to_device(said, device)
+        return output if own == device else to_device(output, device)
 
 
 def owner(teacher: Any) -> Any:
-    """The module that a bound method is of; else the teacher itself."""
+    """The module that a bound method belongs to; any other teacher is returned as it is."""
     module = getattr(teacher, "__self__", None)
     return module if isinstance(module, nn.Module) else teacher
 
 
 def look_up(cache: CacheReader, keys: Sequence[Any], batch: Any, rows: torch.Size) -> PackedLabels:
-    """A cache's labels for the student's ``rows``: one per record, or (records, length) with padding as absent rows.
+    """Look a batch's keys up in a cache, with the labels laid out as the student's rows.
 
-    Padding is where a mapping's ``attention_mask`` is 0, on either side. Without one every row of a record counts.
+    There is one row per record, or (records, length) with an absent row for each padding token. Padding is where a
+    mapping's ``attention_mask`` is 0, on either side. Without a mask every row of a record is used.
+
+    Args:
+        cache: the cache.
+        keys: a key per record.
+        batch: the batch, for its ``attention_mask``.
+        rows: the shape of the student's rows.
 
     Raises:
         KeyError: a key is not in the cache.

@@ -1,45 +1,70 @@
-"""One step of the optimiser: gradients of several batches, as of one that has all their rows."""
+"""One optimiser step over several batches, with the gradient of one batch that has all their rows."""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdfast.distill import parallel
-from kdfast.distill.counting import Counting, leading
-from kdfast.distill.step import Step
+from kdfast.distill.counting import Counting, rows_shape
+from kdfast.distill.fields import Fields
+from kdfast.distill.step import Step, SupportsForward
 from kdfast.loss.data_parallel import global_items
 
-if TYPE_CHECKING:
-    from kdfast.distill.distiller import Distiller
+__all__ = ["SupportsUpdate", "Update"]
 
-__all__ = ["Update"]
+
+class SupportsUpdate(SupportsForward, Protocol):
+    """The part of ``Distiller`` that an optimiser step uses."""
+
+    fields: Fields
+    optimizer: Optimizer
+    device: torch.device | None
+    amp: torch.dtype | None
+    clip_norm: float | None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        ...
+
+    def loss(self, step: Step) -> Tensor:
+        """The objective of a step."""
+        ...
 
 
 class Update:
-    """``update(batches)`` for a distiller and its scheduler.
+    """Takes optimiser steps: ``loss = update(batches)``.
 
-    The loss is looked at before the weights change, so that one that is not finite leaves them as they are. Gradients
-    that were there before, of a step that was broken off or a loop of one's own, do not count.
+    The loss is checked before the weights change, so a loss that is not finite leaves them as they are. Gradients from
+    before, of an interrupted step or of another training loop, are discarded.
+
+    Args:
+        distiller: a ``Distiller``.
+        scheduler: a scheduler of its optimizer, which moves at every step unless it is ``ReduceLROnPlateau``.
     """
 
-    def __init__(self, distiller: Distiller, scheduler: Any) -> None:
+    def __init__(self, distiller: SupportsUpdate, scheduler: Any) -> None:
         self.distiller, self.scheduler = distiller, scheduler
         device = distiller.device or torch.device("cpu")
         self.scaler = torch.amp.GradScaler(device.type, enabled=distiller.amp == torch.float16)
 
     def __call__(self, batches: list[Any]) -> float:
-        """Train on batches as ``to_device`` makes them; returns the loss over the rows of all processes.
+        """Take one step on several batches, as ``to_device`` makes them.
+
+        Returns:
+            The mean loss over the rows that count, of all processes.
 
         Raises:
-            FloatingPointError: it is not finite.
+            FloatingPointError: the loss is not finite.
         """
         d = self.distiller
         d.optimizer.zero_grad()
@@ -50,28 +75,28 @@ class Update:
             loss = d.loss(step if number == 0 else d.forward(batch))
             loss = loss if shares is None else loss * shares[number].to(loss.dtype)
             total = total + loss.detach()
-            with self._communicating(number == len(batches) - 1):
+            with self._gradient_sync(number == len(batches) - 1):
                 torch.autograd.backward(self.scaler.scale(loss))
         value = self._mean(total)
         if not math.isfinite(value):
             d.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {value}")
-        self._average()
-        self._move()
+        self._average_gradients()
+        self._optimizer_step()
         return value
 
     def _shares(self, batches: list[Any], step: Step) -> Tensor | None:
-        """Each batch's share in the rows that count, over all processes; None where the only batch has them all."""
+        """Each batch's share of the rows that count in all processes; None if a single batch has them all."""
         d = self.distiller
         if len(batches) == 1 and parallel.world_size() == 1:
             return None
-        counting, per_token = Counting.of(d.objective), len(leading(step)) > 1
+        counting, per_token = Counting.of(d.objective), len(rows_shape(step)) > 1
         rows = [counting.rows(batch, d.fields, per_token).to(d.device) for batch in batches]
         items = global_items(*(x.long() for x in rows), ignore_index=0).double()
         return torch.stack([x.sum() for x in rows]) / items.clamp(min=torch.finfo(torch.double).tiny)
 
-    def _communicating(self, last: bool) -> AbstractContextManager[Any]:
-        """DDP's processes talk in the last backward pass of a step only."""
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """DDP reduces gradients in the last backward pass of a step only."""
         student = self.distiller.student
         return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
 
@@ -80,14 +105,14 @@ class Update:
             dist.all_reduce(loss)
         return float(loss) / parallel.world_size()
 
-    def _average(self) -> None:
+    def _average_gradients(self) -> None:
         d = self.distiller
         if parallel.world_size() == 1:
             return
         done = {id(x) for x in d.student.parameters()} if parallel.reduces_itself(d.student) else set()
         parallel.average_gradients([x for x in d.parameters if id(x) not in done])
 
-    def _move(self) -> None:
+    def _optimizer_step(self) -> None:
         d = self.distiller
         if d.clip_norm is not None:
             self.scaler.unscale_(d.optimizer)
@@ -96,6 +121,6 @@ class Update:
         self.scaler.step(d.optimizer)
         self.scaler.update()
         d.optimizer.zero_grad()
-        taken = self.scaler.get_scale() >= scale  # else the scaler has left the step out
-        if taken and not isinstance(self.scheduler, ReduceLROnPlateau):  # which moves at evaluations
+        taken = self.scaler.get_scale() >= scale  # else the scaler has skipped the step
+        if taken and not isinstance(self.scheduler, ReduceLROnPlateau):  # that one moves at evaluations
             self.scheduler.step()

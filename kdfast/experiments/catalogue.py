@@ -1,25 +1,46 @@
-"""The experiments by name."""
+"""The experiments by name, and which arms each has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kdfast.experiments.arm import Arm
-from kdfast.experiments.arms_domain import DOMAIN_SHIFT
-from kdfast.experiments.arms_few import FEW_CHARACTERS, FEW_LABELS, LABEL_NOISE
+from kdfast.experiments.arms import CONTROLS, FEATURES, LOSSES, PLAIN, TEACHER, UPPER_BOUND, Arm
+from kdfast.experiments.arms_recipes import CHAINS, DOMAIN_SHIFT, RECIPES, SELF_TAUGHT
 from kdfast.experiments.tasks import Task, domain_shift, few_labels_digits, few_labels_mnist, label_noise
 from kdfast.experiments.text import few_characters
 
-__all__ = ["EXPERIMENTS", "Experiment"]
+__all__ = ["EXPERIMENTS", "FEW_CHARACTERS", "FEW_LABELS", "LABEL_NOISE", "Experiment"]
+
+_ALL = (*CONTROLS, *PLAIN, *LOSSES, *FEATURES, *RECIPES, *SELF_TAUGHT, *CHAINS)
+_BOUNDS = (UPPER_BOUND, TEACHER)
+# Teacher and student have the same labels, and the student all images, so that some arms would equal others.
+_NOISE = (
+    *("no_kd", "smoothing", "kd", "kd_all", "pseudo_labels", "reverse_kl", "jsd", "ls_kd", "logit_mse", "ensemble"),
+    *("ensemble_all", "mutual", "co_training", "hard_examples", "focal", "annealed", "confidence", "ema", "growth"),
+)
+_TEXT = (
+    *("no_kd", "smoothing", "kd_own", "kd", "kd_all", "pseudo_labels", "reverse_kl", "jsd", "logit_mse", "mutual"),
+    *("hard_examples", "annealed", "ema"),
+)
+
+FEW_LABELS = (*_ALL, *_BOUNDS)
+LABEL_NOISE = (*(arm for arm in _ALL if arm.name in _NOISE), *_BOUNDS)
+FEW_CHARACTERS = (*(arm for arm in _ALL if arm.name in _TEXT), *_BOUNDS)
+
+
+# ---- experiments ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that share a task.
+    """Arms that are compared on one task.
 
     Attributes:
-        task: ``task(seed, settings, validation=...)``.
+        name: its key in results and on the command line.
+        title: its name in the report.
+        task: ``task(seed, settings, validation=...)`` makes the task of a seed.
+        arms: in the report's order.
         references: the names of the arms that the others are compared with, the plainest first.
         notes: what a reader must know before quoting a number.
         tuned: whether options are chosen on the validation split; if not, every arm's first candidate is taken.

@@ -1,4 +1,4 @@
-"""Runs what an experiment lacks: its tuning first, then every arm with the options that did best."""
+"""Runs what is missing of an experiment: its tuning first, then every arm with the options that did best."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from statistics import mean
 import torch
 
 from kdfast.bench.report import environment
-from kdfast.experiments.arm import Arm
+from kdfast.experiments.arms import Arm
 from kdfast.experiments.catalogue import EXPERIMENTS, Experiment
-from kdfast.experiments.runs import FINAL, TUNING, Options, Run
 from kdfast.experiments.settings import Settings
-from kdfast.experiments.store import Store
+from kdfast.experiments.store import FINAL, TUNING, Options, Run, Store
 from kdfast.experiments.tasks import CLEAN, Task
 
 __all__ = ["complete", "file_of", "planned"]
@@ -29,12 +28,12 @@ NOTED = ("date", "commit", "torch", "python", "processor", "cores", "isa")  # of
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where an experiment's runs are."""
+    """The file in ``folder`` that has the runs of the experiment ``name``."""
     return folder / f"experiments-{name}.jsonl"
 
 
 def planned(experiment: Experiment, settings: Settings) -> int:
-    """How many runs the experiment is, tuning included."""
+    """How many runs an experiment has, tuning included."""
     return len(experiment.arms) * settings.seeds + len(_tuning(experiment, settings))
 
 
@@ -46,13 +45,19 @@ def complete(
     jobs: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Run]:
-    """The final runs, those that ``folder`` has from before among them. ``advance`` is called once per planned run.
+    """Run what ``folder`` lacks of an experiment, and return its final runs.
 
-    Interrupt it at will: it goes on with what is missing. ``jobs`` processes of one thread each share the work; the
-    numbers do not depend on how many.
+    It can be interrupted at any time: the next call resumes with what is missing.
+
+    Args:
+        experiment: tuned first, where it is to be tuned.
+        settings: how many runs, and how long.
+        folder: where the runs are kept.
+        jobs: how many processes of one thread each share the work. The numbers do not depend on it.
+        advance: called once per planned run, as soon as it is there.
 
     Raises:
-        ResultsError: the experiment's file is in use, or is something else.
+        ResultsError: the experiment's file is in use, or is no file of runs.
     """
     with Store(file_of(folder, experiment.name)) as store:
         tuning = _tuning(experiment, settings)
@@ -69,7 +74,7 @@ def complete(
 
 
 def _tuning(experiment: Experiment, settings: Settings) -> list[Run]:
-    """Nothing where there is nothing to choose from, or to choose by."""
+    """The runs that options are chosen by; none where there is nothing to choose from, or to choose by."""
     if settings.candidates == 1 or not experiment.tuned:
         return []
     return [
@@ -82,7 +87,7 @@ def _tuning(experiment: Experiment, settings: Settings) -> list[Run]:
 
 
 def _best(tried: list[Run], arm: Arm) -> Options:
-    """The candidate with the best mean score on the validation split; among equals, or untried ones, the first."""
+    """The candidate with the best mean score on the validation split: the first of several, or if none was tried."""
 
     def score(options: Options) -> float:
         return mean([run.scores[CLEAN] for run in tried if run.options == options] or [0.0])
@@ -104,33 +109,38 @@ def _make(
             advance()
         else:
             missing.append(run)
-    with _executed(experiment.name, settings, missing, jobs) as done:
+    with _executed(experiment, settings, missing, jobs) as done:
         for run in done:
             store.append(run)
             advance()
 
 
 @contextmanager
-def _executed(name: str, settings: Settings, runs: list[Run], jobs: int) -> Iterator[Iterator[Run]]:
-    """The runs with their scores, as they end. A failure, or an interrupt, drops what has not begun."""
+def _executed(experiment: Experiment, settings: Settings, runs: list[Run], jobs: int) -> Iterator[Iterator[Run]]:
+    """The runs with their scores, as they end. After a failure, or an interrupt, no further run is begun."""
     if jobs == 1:
-        yield (execute(name, settings, run) for run in runs)
+        yield (_execute(experiment, settings, run) for run in runs)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     try:
-        futures: list[Future[Run]] = [pool.submit(execute, name, settings, run) for run in runs]
+        futures: list[Future[Run]] = [pool.submit(_execute_named, experiment.name, settings, run) for run in runs]
         yield (future.result() for future in as_completed(futures))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def execute(name: str, settings: Settings, run: Run) -> Run:
+def _execute_named(name: str, settings: Settings, run: Run) -> Run:
+    """``_execute`` in another process, to which an experiment's functions cannot be sent."""
+    return _execute(EXPERIMENTS[name], settings, run)
+
+
+def _execute(experiment: Experiment, settings: Settings, run: Run) -> Run:
     """Train the run's arm on one thread, and score it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        task = _task(name, run.seed, settings, run.stage == TUNING)
-        arm = next(arm for arm in EXPERIMENTS[name].arms if arm.name == run.arm)
+        task = _task(experiment.task, run.seed, settings, run.stage == TUNING)
+        arm = next(arm for arm in experiment.arms if arm.name == run.arm)
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -143,6 +153,6 @@ def execute(name: str, settings: Settings, run: Run) -> Run:
 
 
 @lru_cache(maxsize=1)
-def _task(name: str, seed: int, settings: Settings, validation: bool) -> Task:
-    """Kept from arm to arm, for its teachers' sake."""
-    return EXPERIMENTS[name].task(seed, settings, validation=validation)
+def _task(make: Callable[..., Task], seed: int, settings: Settings, validation: bool) -> Task:
+    """The task of a seed, which is kept from arm to arm, so that its teachers are trained once."""
+    return make(seed, settings, validation=validation)

@@ -16,25 +16,33 @@ FEWEST_PAIRS = 3  # a t-test of two pairs says nothing
 
 @dataclass(frozen=True)
 class Comparison:
-    """An arm's scores minus those of its reference, seed by seed."""
+    """An arm's scores minus those of its reference, seed by seed.
 
-    difference: float  # mean
-    std: float  # n - 1
-    p: float  # of the paired t-test, two-sided
-    p_holm: float  # the same, corrected for the comparisons made with it
+    Attributes:
+        difference: the mean.
+        std: the standard deviation, with n - 1.
+        p: of the paired t-test, two-sided.
+        p_holm: ``p``, corrected for all comparisons with the same reference.
+    """
+
+    difference: float
+    std: float
+    p: float
+    p_holm: float
 
     @property
     def verdict(self) -> str:
-        """What may be said: ``helps``, ``hurts`` or ``no evidence``."""
+        """``helps`` or ``hurts`` where ``p_holm`` is below .05, else ``no evidence``."""
         if self.p_holm >= ALPHA:
             return "no evidence"
         return "helps" if self.difference > 0 else "hurts"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): reject where it is below alpha, and the family's error is at most alpha.
+    """Adjust p-values for their number by Holm's step-down procedure (1979).
 
-    ``[0.01, 0.04, 0.03]`` becomes ``[0.03, 0.06, 0.06]``.
+    Rejecting where an adjusted one is below alpha keeps the family-wise error rate at alpha. ``[0.01, 0.04, 0.03]``
+    becomes ``[0.03, 0.06, 0.06]``.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, largest = [0.0] * len(p_values), 0.0
@@ -45,10 +53,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare(arms: Mapping[str, Mapping[int, float]], reference: Mapping[int, float]) -> dict[str, Comparison]:
-    """Each arm's scores by seed against the reference's, over the seeds that both have.
+    """Compare each arm's scores by seed with the reference's, over the seeds that both have.
 
-    The t-test and not Wilcoxon's: ten pairs give the latter no p below .002, which no correction for thirty arms
-    survives.
+    The test is a paired t-test and not Wilcoxon's, whose p is never below .002 for ten pairs: corrected for thirty
+    arms, that is never significant.
 
     Raises:
         ValueError: an arm shares fewer than three seeds with the reference.

@@ -1,27 +1,60 @@
-"""An experiment's runs on disk: one line of JSON each, added when the run is done."""
+"""Runs, and where they are kept: one line of JSON each, added when the run is done."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from kdfast.experiments.runs import Run, RunKey
+__all__ = ["FINAL", "TUNING", "Options", "ResultsError", "Run", "RunKey", "Store", "read_runs"]
 
-__all__ = ["ResultsError", "Store", "read_runs"]
+TUNING, FINAL = "tuning", "final"  # scored on the validation split, or on the test split
+
+Options = Mapping[str, Any]
+RunKey = tuple[str, str, str, int, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an arm, with one seed and one choice of its options.
+
+    Attributes:
+        arm: its name.
+        stage: ``TUNING`` or ``FINAL``.
+        seed: of the task and the training.
+        options: the arm's.
+        settings: their fingerprint.
+        scores: accuracies by the test's name, in 0 ... 1; empty before the run.
+        about: seconds, machine, versions, commit.
+    """
+
+    arm: str
+    stage: str
+    seed: int
+    options: Options
+    settings: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> RunKey:
+        """What a run is found by in a file: equal keys mean that one run serves for both."""
+        return self.settings, self.arm, self.stage, self.seed, json.dumps(dict(self.options), sort_keys=True)
 
 
 class ResultsError(ValueError):
-    """A file of results cannot be used. The message names it."""
+    """Raised where a file of results cannot be used. The message names the file."""
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The runs in ``path`` in the order in which they ended; none if there is no such file.
+    """Read the runs in ``path``, in the order in which they ended; none if there is no such file.
 
-    A last line without its end is left by a killed writer and does not count.
+    A last line without a newline is what a killed process has left, and is ignored.
 
     Raises:
         ResultsError: another line is not a run.
@@ -33,12 +66,15 @@ def read_runs(path: Path) -> list[Run]:
 
 
 class Store:
-    """The runs of one file, and the right to add to it, which one process has at a time.
+    """A file of runs, locked for writing by one process at a time, as a context manager.
 
-    A line is on disk before ``append`` returns, so a kill costs the runs under way and no other.
+    A line is on disk before ``append`` returns, so that a kill loses only the runs that have not ended.
+
+    Attributes:
+        runs: those in the file, by key.
 
     Raises:
-        ResultsError: another process has it, or a line of it is not a run.
+        ResultsError: another process writes to the file, or a line of it is not a run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,6 +92,7 @@ class Store:
             raise
 
     def append(self, run: Run) -> None:
+        """Write a run, and wait until it is on disk."""
         self._file.write(json.dumps(asdict(run), allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

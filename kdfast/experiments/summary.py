@@ -1,58 +1,76 @@
-"""An experiment's runs, put together arm by arm."""
+"""An experiment's runs, put together arm by arm; and SmolLM2's students, which ``benchmarks/frontier`` has trained."""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from kdfast.experiments.arm import Arm
+from kdfast.experiments.arms import Arm
 from kdfast.experiments.catalogue import EXPERIMENTS, Experiment
 from kdfast.experiments.runner import file_of
-from kdfast.experiments.runs import FINAL, Options, Run
 from kdfast.experiments.statistics import FEWEST_PAIRS, Comparison, compare
-from kdfast.experiments.store import read_runs
+from kdfast.experiments.store import FINAL, Options, ResultsError, Run, read_runs
 from kdfast.experiments.tasks import CLEAN
 
-__all__ = ["ArmSummary", "Summary", "summaries", "summarise"]
+__all__ = ["ArmSummary", "LanguageRow", "Summary", "language_rows", "summaries", "summarise"]
 
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm over its seeds. ``comparisons`` are with the references, by name, on the clean test."""
+    """The final runs of one arm.
+
+    Attributes:
+        arm: the arm.
+        scores: accuracies by test and seed.
+        options: those that it was run with.
+        comparisons: with the experiment's references, by their names, on the clean test.
+    """
 
     arm: Arm
-    scores: dict[str, dict[int, float]]  # by test and seed
+    scores: dict[str, dict[int, float]]
     options: Options
     comparisons: dict[str, Comparison]
 
     def mean(self, test: str = CLEAN) -> float:
+        """The mean accuracy over seeds."""
         return mean(self.scores[test].values())
 
     def std(self, test: str = CLEAN) -> float:
-        """With n - 1; 0 for a single seed."""
+        """The standard deviation over seeds, with n - 1; 0 for a single seed."""
         values = list(self.scores[test].values())
         return stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says of one experiment."""
+    """The results of one experiment, as the report shows them.
+
+    Attributes:
+        experiment: the experiment.
+        arms: those with results, by name, in the experiment's order.
+        seeds: how many every arm has at least.
+        tuning_runs: how many runs the options were chosen by.
+        runs: the final ones.
+    """
 
     experiment: Experiment
-    arms: dict[str, ArmSummary]  # in the experiment's order
-    seeds: int  # that every arm has
+    arms: dict[str, ArmSummary]
+    seeds: int
     tuning_runs: int
-    runs: tuple[Run, ...]  # the final ones
+    runs: tuple[Run, ...]
 
     @property
     def tests(self) -> list[str]:
+        """The names of the tests, the clean one first."""
         return list(next(iter(self.arms.values())).scores)
 
 
 def summaries(folder: Path) -> list[Summary]:
-    """Every experiment with results in ``folder``.
+    """Summarise every experiment that has final runs in ``folder``.
 
     Raises:
         ResultsError: a file there is no file of runs.
@@ -62,7 +80,10 @@ def summaries(folder: Path) -> list[Summary]:
 
 
 def summarise(experiment: Experiment, runs: Sequence[Run]) -> Summary:
-    """Of the runs with the last one's settings, and of each arm's those with its last run's options."""
+    """Summarise an experiment's runs that may be averaged.
+
+    They have the settings of the last run, and of each arm the options of its last run.
+    """
     current = [run for run in runs if run.settings == runs[-1].settings]
     final = _final(current)
     last = {run.arm: run for run in final}
@@ -93,7 +114,7 @@ def _scores(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
 
 
 def _versus(scores: dict[str, dict[int, float]], reference: str) -> dict[str, Comparison]:
-    """Of the arms that have seeds enough."""
+    """The comparisons with ``reference`` of the arms that share enough seeds with it."""
     theirs = scores[reference]
     others = {
         name: ours
@@ -101,3 +122,68 @@ def _versus(scores: dict[str, dict[int, float]], reference: str) -> dict[str, Co
         if name != reference and len(ours.keys() & theirs.keys()) >= FEWEST_PAIRS
     }
     return compare(others, theirs)
+
+
+# ---- the language model's students ----------------------------------------------------------------------------------
+
+
+FILE = "frontier-students.jsonl"
+BASELINE = "none"
+TITLES = {
+    BASELINE: "no KD",
+    "dense": "KD, whole distributions",
+    "prototype-1": "KD from a cache, 2 bytes per token",
+    "topk-4": "KD from a cache, 4 entries renormalised",
+}
+
+
+@dataclass(frozen=True)
+class LanguageRow:
+    """Students that were trained from one kind of labels for the same number of epochs.
+
+    Attributes:
+        title: the labels' name in the report.
+        epochs: of training.
+        seeds: how many students there are.
+        cross_entropy: mean, of held-out text, in nats per token.
+        std: of the cross-entropy over seeds.
+        comparison: by how much the cross-entropy is below that without KD.
+    """
+
+    title: str
+    epochs: int
+    seeds: int
+    cross_entropy: float
+    std: float
+    comparison: Comparison | None
+
+
+def language_rows(folder: Path) -> list[LanguageRow]:
+    """Read the language model's students in ``folder``, by epochs and kind of labels; none if the file is missing.
+
+    Raises:
+        ResultsError: the file holds something else.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    losses: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    try:
+        for student in map(json.loads, path.read_text().splitlines()):
+            losses[student["epochs"]][student["arm"]][student["seed"]] = student["ce"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResultsError(f"{path} is no file of students: {error!r}") from error
+    return [row for epochs in sorted(losses) for row in _rows(epochs, losses[epochs])]
+
+
+def _rows(epochs: int, losses: dict[str, dict[int, float]]) -> list[LanguageRow]:
+    """A row for each kind of labels that has enough seeds."""
+    found = {arm: losses[arm] for arm in TITLES if len(losses[arm]) >= FEWEST_PAIRS}
+    # Of a loss the lower is the better.
+    gains = {arm: {seed: -loss for seed, loss in by_seed.items()} for arm, by_seed in found.items()}
+    baseline = gains.pop(BASELINE, None)
+    versus = {} if baseline is None else compare(gains, baseline)
+    return [
+        LanguageRow(TITLES[arm], epochs, len(values), mean(values), stdev(values), versus.get(arm))
+        for arm, values in ((arm, list(by_seed.values())) for arm, by_seed in found.items())
+    ]

@@ -1,4 +1,4 @@
-"""Few labels, of text: the next character in Python's help topics, which are inside every Python."""
+"""Few labels of text: the next character in Python's help topics, from a teacher that counts n-grams."""
 
 from __future__ import annotations
 
@@ -9,11 +9,60 @@ import torch
 from torch import Generator, Tensor, nn
 
 from kdfast.demo import models
-from kdfast.experiments.ngram import NGram
 from kdfast.experiments.settings import Settings
 from kdfast.experiments.tasks import CLEAN, Labelled, Task
 
-__all__ = ["CONTEXT", "TextTask", "few_characters"]
+__all__ = ["CONTEXT", "NGram", "TextTask", "few_characters"]
+
+
+class NGram(nn.Module):
+    """A character model that interpolates n-grams up to ``order`` (Witten & Bell 1991), lower orders first::
+
+        p_k(c | h) = (count(h, c) + kinds(h) p_{k-1}(c | h)) / (count(h) + kinds(h))
+
+    where ``h`` is the last k characters, ``kinds(h)`` the number of different characters seen after it, and p_{-1} is
+    uniform. ``forward`` takes (rows, context) ids, context >= order - 1, and returns (rows, alphabet)
+    log-probabilities.
+
+    Args:
+        contexts, following: (n, context) ids, and the (n,) ids that come next. They are counted here.
+        alphabet: how many ids there are; ``alphabet**order`` must fit into int64.
+    """
+
+    def __init__(self, contexts: Tensor, following: Tensor, *, alphabet: int, order: int = 5) -> None:
+        super().__init__()
+        self.alphabet, self.order = alphabet, order
+        for k in range(order):
+            codes, counts = torch.unique(_code(contexts, k, alphabet) * alphabet + following, return_counts=True)
+            self.register_buffer(f"codes{k}", codes)
+            self.register_buffer(f"counts{k}", counts)
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        p = torch.full((len(contexts), self.alphabet), 1.0 / self.alphabet)
+        for k in range(self.order):
+            counts = self._counts(contexts, k).float()
+            kinds = (counts > 0).sum(1, keepdim=True).clamp(min=1)  # an unseen context leaves p as it is
+            p = (counts + kinds * p) / (counts.sum(1, keepdim=True) + kinds)
+        return p.log()
+
+    def _counts(self, contexts: Tensor, k: int) -> Tensor:
+        """(rows, alphabet): how often each character followed the last k."""
+        known, counts = self.get_buffer(f"codes{k}"), self.get_buffer(f"counts{k}")
+        wanted = _code(contexts, k, self.alphabet)[:, None] * self.alphabet + torch.arange(self.alphabet)
+        place = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+        return torch.where(known[place] == wanted, counts[place], 0)
+
+
+def _code(contexts: Tensor, k: int, alphabet: int) -> Tensor:
+    """(rows,) int64: the last k ids as one number."""
+    code = torch.zeros(len(contexts), dtype=torch.int64)
+    for column in range(contexts.shape[1] - k, contexts.shape[1]):
+        code = code * alphabet + contexts[:, column]
+    return code
+
+
+# ---- the task -------------------------------------------------------------------------------------------------------
+
 
 CONTEXT = 8  # characters that a student sees
 ALPHABET = 97  # printable ASCII, the newline, and one for all others
@@ -22,7 +71,7 @@ LABELS, INPUTS, TESTED = 2_000, 20_000, 4_000  # windows
 
 
 class TextTask(Task):
-    """The student is an MLP over embeddings, the teacher counts n-grams."""
+    """A task of text, whose student is an MLP over embeddings, and whose teacher counts n-grams."""
 
     def student(self, offset: int = 0) -> nn.Module:
         return models.build(_student, self.seed + 10_000 * offset, "cpu")
@@ -32,7 +81,7 @@ class TextTask(Task):
 
 
 def few_characters(seed: int, settings: Settings, *, validation: bool) -> Task:
-    """2000 characters whose successor the student is told; the teacher counted all of the training text."""
+    """The task of 2000 labelled windows of text, and a teacher that has counted all of the training text."""
     train, tuning, test = _texts()
     generator = Generator().manual_seed(seed)
     inputs, following = _draw(train, INPUTS, generator)

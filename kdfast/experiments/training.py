@@ -1,4 +1,4 @@
-"""How an arm trains a model: ``Distiller`` on images in memory."""
+"""How an arm trains a model: with ``Distiller``, on inputs in memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from kdfast.demo.models import logits_of
 from kdfast.demo.settings import Schedule
 from kdfast.distill import Distiller
 
-__all__ = ["Batches", "Featured", "Remembered", "adamw", "fit"]
+__all__ = ["Batches", "PrecomputedTeacher", "WithFeatures", "adamw", "fit"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Batches:
-    """A loader: an epoch is ``schedule.steps_per_epoch`` batches, however many rows there are.
+    """A loader whose epochs are ``schedule.steps_per_epoch`` batches, however many rows there are.
 
     Every pass over the rows is in a new order, which depends on ``seed`` alone.
 
     Args:
-        columns: tensors of one length: (images,) without labels, or (images, labels).
+        columns: tensors of one length: (inputs,) without labels, or (inputs, labels).
+        schedule: has the batches' size and their number per epoch.
+        seed: of the order.
     """
 
     def __init__(self, columns: tuple[Tensor, ...], schedule: Schedule, seed: int) -> None:
@@ -46,8 +48,8 @@ class Batches:
             yield from torch.split(order, self.schedule.batch)
 
 
-class Featured(nn.Module):
-    """``model``, a ``Sequential``, that also returns what its last layer is given: ``{"logits", "features"}``."""
+class WithFeatures(nn.Module):
+    """A ``Sequential`` that returns its logits and the input of its last layer, as ``{"logits", "features"}``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -61,26 +63,33 @@ class Featured(nn.Module):
         return {"logits": last(features), "features": features}
 
 
-class Remembered:
-    """A teacher that has been asked once: a function of images that looks its answers up by what they show.
+class PrecomputedTeacher:
+    """A teacher whose outputs are computed once, and then looked up by the bytes of an input.
 
-    Its answers are those of ``model`` in evaluation mode, a tensor or a mapping of tensors. Looking up takes a small
-    part of the CNN's time. Raises ``KeyError`` for an image that it was not asked about.
+    The outputs are those of ``model`` in evaluation mode, a tensor or a mapping of tensors. Looking them up takes a
+    small part of a CNN's time.
+
+    Args:
+        model: the teacher.
+        inputs: (rows, ...), all that it will be called with.
+
+    Raises:
+        KeyError: when it is called with an input that is not one of these.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self._answers: Any = logits_of(model, images)
-        self._rows = {bytes(image): row for row, image in enumerate(images.numpy())}
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self._outputs: Any = logits_of(model, inputs)
+        self._rows = {bytes(one): row for row, one in enumerate(inputs.numpy())}
 
-    def __call__(self, images: Tensor) -> Any:
-        rows = [self._rows[bytes(image)] for image in images.numpy()]
-        if isinstance(self._answers, dict):
-            return {name: answers[rows] for name, answers in self._answers.items()}
-        return self._answers[rows]
+    def __call__(self, inputs: Tensor) -> Any:
+        rows = [self._rows[bytes(one)] for one in inputs.numpy()]
+        if isinstance(self._outputs, dict):
+            return {name: outputs[rows] for name, outputs in self._outputs.items()}
+        return self._outputs[rows]
 
 
 def adamw(schedule: Schedule) -> Callable[[Iterable[nn.Parameter]], AdamW]:
-    """Makes the optimiser of every model, as ``Distiller`` takes it."""
+    """The function from parameters to an AdamW of the schedule's rate and decay, as ``Distiller`` takes it."""
     return partial(AdamW, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
 
 
@@ -93,7 +102,16 @@ def fit(
     teacher: Any = None,
     **options: Any,
 ) -> Model:
-    """Train ``model`` on ``columns`` by ``Distiller``, with its ``options``, and return it as the last step left it."""
+    """Train a model and return it as the last step left it.
+
+    Args:
+        model: is trained in place.
+        columns: (inputs,) or (inputs, labels).
+        schedule: epochs, batches and learning rate.
+        seed: of the batches' order.
+        teacher: as ``Distiller`` takes it.
+        options: ``Distiller``'s others, such as ``objective``.
+    """
     distiller = Distiller(model, teacher, optimizer=adamw(schedule), schedule="cosine", **options)
     distiller.fit(Batches(columns, schedule, seed), epochs=schedule.epochs, progress=False)
     return model

@@ -1,32 +1,39 @@
 """Recipes: the ways to distil that the literature has names for, as objectives for ``Distiller`` or loops around it."""
 
 from kdfast.recipes.adapters import LoRALinear, add_lora, merge_lora
-from kdfast.recipes.adaptive import AdaptiveKD
-from kdfast.recipes.adversarial import Adversarial, discriminator
-from kdfast.recipes.annealing import anneal, ramp_up
-from kdfast.recipes.attention import ClassAttention, class_attention, confidence, disagreement, sample_attention
-from kdfast.recipes.augmentation import crop_and_flip, noise_tokens, random_view
-from kdfast.recipes.bootstrap import Bootstrap
+from kdfast.recipes.auxiliary import Adversarial, GraphAttention, discriminator
 from kdfast.recipes.chain import BornAgain, Chain, TeacherAssistants
-from kdfast.recipes.cohort import Cohort, CohortOutput, EachStudent
-from kdfast.recipes.combined import Combined
-from kdfast.recipes.cross_domain import CrossDomain, Unlabelled, confident
-from kdfast.recipes.detection import Detections, detection_kd
+from kdfast.recipes.composite import Cohort, CohortOutput, Combined, EachStudent, MultiTask, MutualLearning, TaskOutput
+from kdfast.recipes.cross_domain import CrossDomain, Unlabelled
 from kdfast.recipes.ema import EMATeacher, self_distillation
 from kdfast.recipes.ensemble import LogitEnsemble, ProbabilityEnsemble, label_trust
-from kdfast.recipes.graph import GraphAttention
-from kdfast.recipes.growing import Growing
-from kdfast.recipes.hard_examples import focal, hardest, row_losses
-from kdfast.recipes.multi_task import MultiTask, TaskOutput
-from kdfast.recipes.mutual import MutualLearning
-from kdfast.recipes.net2net import deepen, widen
-from kdfast.recipes.recommendation import listwise_kd, ranking_distillation
-from kdfast.recipes.regression import gaussian_kd, regression_kd, teacher_bounded
-from kdfast.recipes.segmentation import channel_wise_kd, segmentation_kd
-from kdfast.recipes.sequence_level import pad_sequences, sequence_level, teacher_sequences
-from kdfast.recipes.teacher_student import HardTargets, soft_targets
-from kdfast.recipes.temperatures import entropy_temperature, focal_temperature, temperature_of_entropy
-from kdfast.recipes.views import ViewedExamples, capture_views, view_span
+from kdfast.recipes.growing import Growing, deepen, widen
+from kdfast.recipes.rounds import AdaptiveKD, Bootstrap
+from kdfast.recipes.targets import HardTargets, pad_sequences, sequence_level, soft_targets, teacher_sequences
+from kdfast.recipes.tasks import (
+    Detections,
+    channel_wise_kd,
+    detection_kd,
+    gaussian_kd,
+    listwise_kd,
+    ranking_distillation,
+    regression_kd,
+    segmentation_kd,
+    teacher_bounded,
+)
+from kdfast.recipes.temperatures import anneal, entropy_temperature, focal_temperature, ramp_up, temperature_of_entropy
+from kdfast.recipes.views import ViewedExamples, capture_views, crop_and_flip, noise_tokens, random_view, view_span
+from kdfast.recipes.weighting import (
+    ClassAttention,
+    class_attention,
+    confidence,
+    confident,
+    disagreement,
+    focal,
+    hardest,
+    row_losses,
+    sample_attention,
+)
 
 __all__ = [
     "AdaptiveKD",

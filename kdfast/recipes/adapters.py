@@ -12,15 +12,20 @@ __all__ = ["LoRALinear", "add_lora", "merge_lora"]
 
 
 class LoRALinear(nn.Module):
-    """``base(x) + (alpha / rank) * x A^T B^T``, with ``base`` frozen and B zero at first (LoRA, Hu et al. 2021).
+    """A frozen linear layer with a trained update of low rank, ``base(x) + (alpha / rank) * x A^T B^T``.
+
+    Source: LoRA, Hu et al. 2021. B is zero at first, so that the function is that of ``base``.
 
     Args:
-        base: the layer that is adapted.
-        rank: of B A: A is (rank, in), B is (out, rank).
-        alpha: its size; the step of training depends on the ratio alone.
+        base: the layer that is adapted, and frozen.
+        rank: of B A, where A is (rank, in) and B is (out, rank).
+        alpha: the scale of the update is alpha / rank.
+
+    Attributes:
+        down, up: A and B.
 
     Raises:
-        ValueError: a rank that no product of this shape can have.
+        ValueError: ``rank`` is less than 1, or exceeds the layer's inputs or outputs.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
@@ -34,11 +39,12 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in): what the layer multiplies by. Modules that look into their layers find it here."""
+        """The (out, in) weight that the layer multiplies by, update included, for modules that read their layers'."""
         return self.base.weight + self.scale * (self.up @ self.down)
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias of ``base``, if it has one."""
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer of the same function."""
+        """A plain linear layer that computes the same function."""
         layer = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(self.weight)
         layer.bias = self.base.bias
@@ -55,25 +61,28 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, patterns: str | Sequence[str] = "*", *, rank: int = 8, alpha: float = 16.0) -> list[str]:
-    """Put an adapter on every ``nn.Linear`` whose name fits, and freeze everything else. The function stays the same.
+    """Put a ``LoRALinear`` in place of every ``nn.Linear`` whose name matches, and freeze everything else::
 
         student = copy.deepcopy(model)
         add_lora(student, ["*.q_proj", "*.v_proj"], rank=8)
         Distiller(student, teacher).fit(loader, epochs=3)
         merge_lora(student)
 
+    The model computes the same function until it is trained.
+
     Args:
-        patterns: of names, as ``fnmatch`` has them.
-        rank, alpha: as ``LoRALinear`` takes them.
+        model: is changed in place.
+        patterns: one or several globs over the layers' names, as ``fnmatch`` takes them.
+        rank, alpha: ``LoRALinear``'s.
 
     Returns:
-        The names of the layers that have one.
+        The names of the adapted layers.
 
     Raises:
-        ValueError: a pattern that fits no layer, or a rank out of range. The model is then as it was.
+        ValueError: a pattern matches no layer, or ``rank`` is out of range. The model is then unchanged.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    # Only the class itself: those derived from it are looked into by their owners in ways of their own.
+    # Only the class itself: owners of derived classes read their weights in ways of their own.
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear and name}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -91,12 +100,15 @@ def add_lora(model: nn.Module, patterns: str | Sequence[str] = "*", *, rank: int
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Replace every adapter by a plain layer of the same function, and let everything be trained again.
+    """Replace every ``LoRALinear`` by a plain layer of the same function, and unfreeze the whole model.
 
-    A weight that an adapted layer shared with another module is shared no longer.
+    A weight that an adapted layer shared with another module is then no longer shared.
+
+    Args:
+        model: is changed in place.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no ``LoRALinear``.
     """
     adapters = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)}
     if not adapters:

@@ -10,23 +10,24 @@ from typing import Any
 from torch import nn
 
 from kdfast.distill.distiller import Distiller
-from kdfast.recipes._rounds import History, check_options
-from kdfast.recipes.cohort import Cohort
+from kdfast.recipes.composite import Cohort
+from kdfast.recipes.rounds import History, check_options
 
 __all__ = ["BornAgain", "Chain", "TeacherAssistants"]
 
 
 class Chain:
-    """Each student learns from the one before it, the first from ``teacher``.
+    """Several distillations, one after another: each student is taught by the one before it, the first by ``teacher``.
 
     Args:
         teacher: as ``Distiller`` takes it; None where the first student learns from labels alone.
         students: in order. Each is trained to its end before the next one begins.
-        options: ``Distiller``'s and ``KD``'s, for each of them; ``folder`` has one per student inside.
+        folder: where checkpoints are kept: those of each student in ``student-<number>``.
+        options: ``Distiller``'s and ``KD``'s, for each student.
 
     Raises:
-        ValueError: no student, or one that occurs twice.
-        TypeError: an optimizer that exists already.
+        ValueError: there is no student, or a model occurs twice.
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(
@@ -39,9 +40,15 @@ class Chain:
         self._folder, self._options = folder, options
 
     def fit(self, loader: Iterable[Any], *, epochs: int, **plan: Any) -> list[History]:
-        """Train one after another; ``epochs`` and ``plan``, as ``Distiller.fit`` takes them, are each one's.
+        """Train the students, one after another.
 
-        Returns each student's history.
+        Args:
+            loader: as ``Distiller.fit`` takes it.
+            epochs: of each student.
+            plan: ``Distiller.fit``'s other options, for each student.
+
+        Returns:
+            The history of each student.
         """
         teacher, histories = self.teacher, []
         for number, student in enumerate(self.students, 1):
@@ -53,14 +60,16 @@ class Chain:
 
 
 class TeacherAssistants(Chain):
-    """Teacher, assistants, student: each smaller than the one before (Mirzadeh et al. 2020).
+    """A chain of models, each smaller than the one that teaches it (Mirzadeh et al. 2020)::
 
         TeacherAssistants(teacher, [assistant, student], temperature=4.0).fit(loader, epochs=20)
 
-    A student learns better from a teacher that it can nearly equal; an assistant of a size in between is one.
+    A student learns better from a teacher that it can nearly equal, such as an assistant whose size lies between its
+    own and the teacher's. The arguments are those of ``Chain``.
 
     Raises:
-        ValueError: no assistant, or a model that is not smaller than the one before.
+        ValueError: there is no assistant, or a model is not smaller than the one before.
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(self, teacher: Any, students: Sequence[nn.Module], **options: Any) -> None:
@@ -69,22 +78,23 @@ class TeacherAssistants(Chain):
             raise ValueError("a teacher's assistant comes before the student: pass [assistant, ..., student], got one")
         sizes = [_size(x) for x in (teacher, *students) if isinstance(x, nn.Module)]
         if any(after >= before for before, after in pairwise(sizes)):
-            raise ValueError(f"each model must have less parameters than the one before, got {sizes}")
+            raise ValueError(f"each model must have fewer parameters than the one before, got {sizes}")
 
 
 class BornAgain(Chain):
-    """Generations of one architecture, each taught by the one before (BAN, Furlanello et al. 2018).
+    """A chain of models of one architecture, each taught by the one before (BAN, Furlanello et al. 2018)::
 
         born_again = BornAgain(None, [make() for _ in range(3)], temperature=1.0)
         born_again.fit(loader, epochs=20)
         born_again.ensemble(images).logits
 
-    The students are as large as their teacher, and often better; all of them together are better still. The first one
-    learns from labels where ``teacher`` is None. The article's soft labels are recorded while the teacher is trained;
-    here a generation is finished, and in evaluation mode, before it teaches.
+    The students are as large as their teacher, and often better; their ensemble is better still. The first one learns
+    from labels where ``teacher`` is None. The article's soft labels are recorded while the teacher is trained; here a
+    generation is finished, and in evaluation mode, before it teaches. The arguments are those of ``Chain``.
 
     Raises:
-        ValueError: generations of different sizes.
+        ValueError: generations have different numbers of parameters.
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(self, teacher: Any, students: Sequence[nn.Module], **options: Any) -> None:
@@ -95,7 +105,11 @@ class BornAgain(Chain):
 
     @property
     def ensemble(self) -> Cohort:
-        """All generations as one, their probabilities averaged. Raises ``ValueError`` where there is only one."""
+        """All generations as one ``Cohort``, whose logits are of their averaged probabilities.
+
+        Raises:
+            ValueError: there is only one generation.
+        """
         return Cohort(*self.students)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,22 @@ from torch import Tensor, nn
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
-from kdfast.recipes._rounds import History, Rounds, check_options
-from kdfast.recipes._rows import answers_of, dense_logits, wide
+from kdfast.recipes.rounds import History, Rounds, check_options
+from kdfast.recipes.weighting import confident
 
-__all__ = ["CrossDomain", "Unlabelled", "confident"]
-
-
-def confident(threshold: float) -> Callable[[Step], Tensor]:
-    """1 for rows where the teacher's largest probability is at least ``threshold``, else 0: ``KD(row_weight=...)``.
-
-    Source: FixMatch, Sohn et al. 2020. A weight, not a mask: the mean stays one over all rows, so that a batch of which
-    the teacher is sure weighs more than one where it guesses. Raises ``ValueError`` for a threshold not in [0, 1].
-    """
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-
-    def weights(step: Step) -> Tensor:
-        probs = wide(dense_logits(answers_of(step), step.logits)).softmax(-1)
-        return (probs.amax(-1) >= threshold).float()
-
-    return weights
+__all__ = ["CrossDomain", "Unlabelled"]
 
 
 class Unlabelled(nn.Module):
-    """An objective that never sees the batches' labels, which a loader may have for evaluation."""
+    """An objective without the batches' labels, which a loader may have for evaluation alone.
+
+    Args:
+        objective: a function of a ``Step``, which is called with ``labels=None``. A module is trained with it.
+    """
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.objective = objective  # a module is trained along
+        self.objective = objective
         self.options = getattr(objective, "options", {})
 
     def forward(self, step: Step) -> Tensor:
@@ -48,25 +36,28 @@ class Unlabelled(nn.Module):
 
 
 class CrossDomain:
-    """Source labels train the teacher, the teacher labels target inputs, these train the student; and again.
+    """Distillation across domains: a teacher of a labelled source domain trains a student on unlabelled target inputs::
 
         CrossDomain(teacher, student, confidence=0.8).fit(source, target, epochs=20, rounds=2)
 
-    From the second round on, the teacher is the student as it was (noisy student, Xie et al. 2020): of what it has
-    learned about the target domain, that which it is sure of is kept. Labels of the target domain are never used: its
-    batches are inputs alone, or have labels for an evaluation. What the student can reach is bounded by its teacher's
-    knowledge of the target, not by the number of rounds.
+    From the second round on, the teacher is a copy of the student (noisy student, Xie et al. 2020), and the predictions
+    of which it is confident train the student further. Labels of the target domain are never used: its batches are
+    inputs alone, or have labels for an evaluation. What the student can reach is bounded by its teacher's knowledge of
+    the target, not by the number of rounds.
 
     Args:
-        teacher: a module, to be trained on the source, or one that is trained already (``source=None``).
-        student: of any architecture.
-        confidence: rows of which the teacher is less sure have no part. 0 takes all, 1 none but certain ones.
-        objective: of the student; KL at ``temperature`` over confident rows if None.
-        options: ``Distiller``'s, for both.
+        teacher: a module that ``fit`` trains on the source, or one that is trained already (``source=None``).
+        student: a module of any architecture.
+        confidence: rows where the teacher's largest probability is lower have no weight, as in ``confident``. 0 takes
+            all rows, 1 only those of which the teacher is certain.
+        temperature: of the KL divergence that trains the student.
+        objective: of the student, instead of that divergence over confident rows.
+        folder: where checkpoints are kept: the teacher's in ``teacher``, those of each round in ``round-<number>``.
+        options: ``Distiller``'s, for teacher and student.
 
     Raises:
-        ValueError: a confidence that is not in [0, 1].
-        TypeError: an optimizer that exists already.
+        ValueError: ``confidence`` is not in [0, 1].
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
 
     def __init__(
@@ -97,10 +88,22 @@ class CrossDomain:
         teacher_epochs: int | None = None,
         **plan: Any,
     ) -> list[History]:
-        """Train the teacher for ``teacher_epochs`` (``epochs`` if None), then the student, ``rounds`` times ``epochs``.
+        """Train the teacher on the source, then the student on the target, round by round.
 
-        Returns the histories of the student's rounds; ``plan`` is theirs, of which the teacher gets ``resume`` and
-        ``progress``.
+        Args:
+            source: batches with labels; None for a teacher that is trained already.
+            target: batches of the target domain.
+            epochs: of the student in each round.
+            rounds: how often the student is trained.
+            teacher_epochs: of the teacher; ``epochs`` if None.
+            plan: ``Distiller.fit``'s other options for each round; the teacher's training gets ``resume`` and
+                ``progress`` of them.
+
+        Returns:
+            The student's history of each round.
+
+        Raises:
+            ValueError: ``rounds`` is less than 1.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")

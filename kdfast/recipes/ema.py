@@ -1,4 +1,4 @@
-"""Self-distillation: the teacher is the average of what the student has been."""
+"""Self-distillation: the teacher is a moving average of the student's weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ Optimizers = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class EMATeacher(AveragedModel):
-    """An exponential moving average of a student's weights (Mean Teacher, Tarvainen & Valpola 2017)::
+    """A model whose weights are an exponential moving average of a student's (Mean Teacher, Tarvainen & Valpola 2017)::
 
         teacher = a teacher + (1 - a) student,   a = min(decay, 1 - 1 / (n + 1)) at the n-th update, from 0
 
-    Early averages are plain means of all students so far, so that a random start is soon forgotten;
-    ``warm_up=False`` has a = decay from the start. Buffers, such as batch norm's statistics, are the student's.
-    ``state_dict`` has all of it, the number of updates included.
+    Early averages are plain means of the student's weights so far, so that its random start is soon forgotten. Buffers,
+    such as batch norm's statistics, are copied from the student. ``state_dict`` includes the number of updates.
+
+    Args:
+        student: the model to average; ``update_parameters(student)`` makes one update.
+        decay: in [0, 1).
+        warm_up: False has a = decay from the first update.
 
     Raises:
-        ValueError: a decay that is not in [0, 1).
+        ValueError: ``decay`` is not in [0, 1).
     """
 
     def __init__(self, student: nn.Module, decay: float = 0.999, *, warm_up: bool = True) -> None:
@@ -47,9 +51,9 @@ class EMATeacher(AveragedModel):
         self.n_averaged.fill_(0 if warm_up else 1)
 
     def following(self, student: nn.Module, make: Optimizers) -> Optimizers:
-        """``make``, whose optimizer updates this average after each of its steps.
+        """A function like ``make``, whose optimizer updates this average after each of its steps.
 
-        Not per batch: with accumulation, or where a scaler skips a step, the two differ.
+        With accumulation, or where a gradient scaler skips a step, that is not the same as after each batch.
         """
 
         def make_one(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -60,8 +64,8 @@ class EMATeacher(AveragedModel):
         return make_one
 
 
-class _Beside(nn.Module):
-    """An objective, and a teacher that belongs into its checkpoints."""
+class _WithTeacher(nn.Module):
+    """An objective whose checkpoints include a teacher."""
 
     def __init__(self, objective: Objective, teacher: nn.Module) -> None:
         super().__init__()
@@ -82,21 +86,23 @@ def self_distillation(
     lr: float = 1e-3,
     **options: Any,
 ) -> Distiller:
-    """A ``Distiller`` whose teacher is the student's ``EMATeacher``::
+    """Make a ``Distiller`` whose teacher is an ``EMATeacher`` of the student::
 
         self_distillation(student, objective=KD(temperature=1.0, kd_weight=ramp_up(1.0), ce_weight=1.0)).fit(...)
 
-    The average moves after every optimiser step, and is in the checkpoints.
+    The average is updated after every optimiser step, and saved in the checkpoints.
 
     Args:
-        student: what is trained.
+        student: the model to train.
         decay, warm_up: ``EMATeacher``'s.
         objective: ``KD()`` if None.
-        optimizer: makes one of the parameters; AdamW with ``lr`` if None.
+        optimizer: a function from parameters to an optimizer; AdamW with ``lr`` if None.
+        lr: the learning rate of AdamW.
         options: ``Distiller``'s others.
 
     Raises:
-        TypeError: an optimizer that exists already, whose steps the average would have to learn of.
+        ValueError: ``decay`` is not in [0, 1).
+        TypeError: ``optimizer`` is an optimizer, and not a function that makes one.
     """
     if isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -107,7 +113,7 @@ def self_distillation(
     return Distiller(
         student,
         teacher,
-        objective=_Beside(KD() if objective is None else objective, teacher),
+        objective=_WithTeacher(KD() if objective is None else objective, teacher),
         optimizer=teacher.following(student, make),
         **options,
     )

@@ -19,7 +19,7 @@ from kdfast.divergences import Divergence
 from kdfast.labels import Ragged, SoftLabels
 from kdfast.loss.checks import values_are_checked
 from kdfast.models import logits_of
-from kdfast.recipes._rows import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, wide
+from kdfast.recipes._inputs import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, widened
 
 __all__ = ["LogitEnsemble", "ProbabilityEnsemble", "label_trust"]
 
@@ -28,23 +28,24 @@ LINEAR_IN_P = ("forward_kl", "soft_ce")
 
 
 class ProbabilityEnsemble:
-    """KD to the averaged distribution (Hinton et al. 2015), over live teachers or caches::
+    """KD from the average of the teachers' distributions (Hinton et al. 2015), of models or caches::
 
         p = sum_k w_k softmax(z_k / T)
 
-    Of logits, dense and hidden labels p itself is the teacher, of any divergence but ``logit_mse``. Labels that hold
-    some entries of a row cannot be averaged row by row; for those the loss is ``sum_k w_k KL(p_k || q)``, whose
-    gradient is that of ``KL(p || q)``: cross-entropy is linear in the teacher, and q only meets that. The two differ by
-    a constant, the teachers' disagreement. Unbiased labels stay unbiased; a top-k label has its own bound for each k.
+    With logits, dense labels or hidden labels, p itself is the teacher, under any divergence but ``logit_mse``. Labels
+    that hold a few entries of each row cannot be averaged row by row. With those the loss is
+    ``sum_k w_k KL(p_k || q)``, which has the gradient of ``KL(p || q)``, because cross-entropy is linear in the
+    teacher. The two losses differ by a constant, the teachers' disagreement. Unbiased labels stay unbiased.
 
     Args:
-        weights: one per teacher, not negative, of sum 1; equal without. Or a function of the step that gives (..., K):
+        weights: one per teacher, 0 or more, of sum 1; equal ones if None. Or a function of the step giving (..., K)
             weights of each row, such as ``label_trust``, which gets the options' ``shift`` and ``ignore_index``.
         options: ``KD``'s.
 
     Raises:
-        ValueError: weights that are no average, one teacher, teachers of different vocabularies, a divergence that is
-            not linear in p over labels of a few entries.
+        ValueError: the weights are no average; ``logit_mse`` is the divergence; or, when it is called, there is one
+            teacher, the teachers' vocabularies differ, or labels of a few entries meet a divergence other than
+            forward KL and soft cross-entropy.
     """
 
     def __init__(self, weights: Weights = None, **options: Any) -> None:
@@ -55,13 +56,13 @@ class ProbabilityEnsemble:
             raise ValueError("logit_mse compares logits, and probabilities are averaged here: use LogitEnsemble")
 
     def __call__(self, step: Step) -> Tensor:
-        answers = _decoded(step)
-        weights = _weights(self.weights, step, len(answers))
-        if all(not isinstance(x, Ragged) for x in answers):
-            return KD(**self.options)(replace(step, teacher=self._average(step, answers, weights)))
-        return self._mixed(step, answers, weights)
+        outputs = _decoded(step)
+        weights = _weights(self.weights, step, len(outputs))
+        if all(not isinstance(x, Ragged) for x in outputs):
+            return KD(**self.options)(replace(step, teacher=self._average(step, outputs, weights)))
+        return self._mixed(step, outputs, weights)
 
-    def _mixed(self, step: Step, answers: tuple[SoftLabels, ...], weights: Tensor) -> Tensor:
+    def _mixed(self, step: Step, outputs: tuple[SoftLabels, ...], weights: Tensor) -> Tensor:
         if self.divergence.name not in LINEAR_IN_P or self.divergence.standardize:
             raise ValueError(
                 f"labels of a few entries per row average under {' and '.join(LINEAR_IN_P)}, got "
@@ -69,7 +70,7 @@ class ProbabilityEnsemble:
             )
         options = {name: option(step) if callable(option) else option for name, option in self.options.items()}
         given, terms = options.pop("row_weight", None), []
-        for labels, weight in zip(answers, weights.to(step.logits.device).unbind(-1), strict=True):
+        for labels, weight in zip(outputs, weights.to(step.logits.device).unbind(-1), strict=True):
             if given is not None and given.dtype == torch.bool:  # rows that do not count, rather than weigh nothing
                 labels = replace(labels, present=labels.present & given.flatten())
             elif given is not None:
@@ -77,26 +78,30 @@ class ProbabilityEnsemble:
             terms.append(KD(**options, row_weight=weight)(replace(step, teacher=labels)))
         return torch.stack(terms).sum()
 
-    def _average(self, step: Step, answers: tuple[Any, ...], weights: Tensor) -> Tensor | SoftLabels:
+    def _average(self, step: Step, outputs: tuple[Any, ...], weights: Tensor) -> Tensor | SoftLabels:
         tau = self.options.get("teacher_temperature")
         tau = KD(**self.options).options["temperature"] if tau is None else tau
         tau = tau(step) if callable(tau) else tau
         tau = tau[..., None] if isinstance(tau, Tensor) and tau.dim() else tau
-        logits = _stacked(step, answers)
+        logits = _stacked(step, outputs)
         log_probs = (logits / tau).log_softmax(-1).movedim(0, -1)
-        return _as_teacher(answers, tau * (log_probs + weights.to(logits)[..., None, :].log()).logsumexp(-1))
+        return _as_teacher(outputs, tau * (log_probs + weights.to(logits)[..., None, :].log()).logsumexp(-1))
 
 
 class LogitEnsemble:
-    """KD to the averaged logits, ``z = sum_k w_k z_k``: the normalised geometric mean of the teachers' distributions.
+    """KD from the average of the teachers' logits, ``z = sum_k w_k z_k``, of models or caches of whole rows.
 
-    Sharper than the average of the probabilities where teachers agree, and it vetoes what one of them rules out.
+    Its distribution is the normalised geometric mean of theirs: sharper than the average of probabilities where
+    teachers agree, and near 0 wherever one teacher's is.
 
     Args:
-        weights, options: as ``ProbabilityEnsemble`` takes them; the divergence may be any.
+        weights: one per teacher, 0 or more, of sum 1; equal ones if None. Or a function of the step giving (..., K)
+            weights of each row, such as ``label_trust``, which gets the options' ``shift`` and ``ignore_index``.
+        options: ``KD``'s, with any divergence.
 
     Raises:
-        ValueError: the same; or labels that do not hold the logits of whole rows.
+        ValueError: the weights are no average; or, when it is called, there is one teacher, the teachers' vocabularies
+            differ, or labels do not hold whole rows.
     """
 
     def __init__(self, weights: Weights = None, **options: Any) -> None:
@@ -104,36 +109,44 @@ class LogitEnsemble:
         self._objective = KD(**options)
 
     def __call__(self, step: Step) -> Tensor:
-        answers = _decoded(step)
-        weights = _weights(self.weights, step, len(answers))
-        logits = _stacked(step, answers).movedim(0, -1)
+        outputs = _decoded(step)
+        weights = _weights(self.weights, step, len(outputs))
+        logits = _stacked(step, outputs).movedim(0, -1)
         weights = weights.to(logits)[..., None, :]
         # A weight of 0 must not meet a masked column's -inf.
         weighted = torch.where(weights == 0.0, 0.0, logits * weights)
-        return self._objective(replace(step, teacher=_as_teacher(answers, weighted.sum(-1))))
+        return self._objective(replace(step, teacher=_as_teacher(outputs, weighted.sum(-1))))
 
 
 def label_trust(step: Step, *, shift: bool = False, ignore_index: int = IGNORE) -> Tensor:
-    """(..., K) weights that trust a teacher by its cross-entropy on the row's label (CA-MKD, Zhang et al. 2022)::
+    """Weights of K teachers in each row by their cross-entropies on its label (CA-MKD, Zhang et al. 2022)::
 
         w_k = (1 - softmax_k(CE_k)) / (K - 1)
 
-    Rows without a label weigh all teachers alike. With ``shift`` position i is judged by label i + 1.
+        ProbabilityEnsemble(label_trust)
+
+    Args:
+        step: with two teachers or more, and class indices as labels.
+        shift: position i is judged by label i + 1.
+        ignore_index: the label of rows that have none; they weigh all teachers alike.
+
+    Returns:
+        (..., K) weights, of sum 1 in each row.
 
     Raises:
-        ValueError: no labels, or labels that are no class indices.
+        ValueError: the step has fewer than two teachers, or no class indices as labels.
     """
-    answers = several_teachers(step)
+    outputs = several_teachers(step)
     if step.labels is None or step.labels.is_floating_point():
         raise ValueError("label_trust needs class indices as labels, got none")
     labels = Counting(ignore_index, shift).labels(step.labels)
-    losses = [_cross_entropy(dense_logits(x, step.logits), labels, ignore_index) for x in answers]
-    return (1.0 - torch.stack(losses, -1).softmax(-1)) / (len(answers) - 1)
+    losses = [_cross_entropy(dense_logits(x, step.logits), labels, ignore_index) for x in outputs]
+    return (1.0 - torch.stack(losses, -1).softmax(-1)) / (len(outputs) - 1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     classes = labels.flatten().long()
-    rows = F.cross_entropy(wide(logits.flatten(0, -2)), classes, ignore_index=ignore_index, reduction="none")
+    rows = F.cross_entropy(widened(logits.flatten(0, -2)), classes, ignore_index=ignore_index, reduction="none")
     return rows.view(labels.shape)
 
 
@@ -164,28 +177,28 @@ def _weights(weights: Weights, step: Step, count: int) -> Tensor:
 
 
 def _decoded(step: Step) -> tuple[Any, ...]:
-    """The teachers' logits, or labels of all of them where one has any: present where it is, and not padding."""
-    said = several_teachers(step)
-    labels = [soft_labels(x) for x in said]
+    """The teachers' logits; or labels of all of them, where one has any, marked absent in rows that do not count."""
+    outputs = several_teachers(step)
+    labels = [soft_labels(x) for x in outputs]
     if all(x is None for x in labels):
-        return said
+        return outputs
     present = counted_rows(replace(step, labels=None)).flatten()
     rows = [
-        SoftLabels.dense(logits_of(x).flatten(0, -2)) if y is None else y for x, y in zip(said, labels, strict=True)
+        SoftLabels.dense(logits_of(x).flatten(0, -2)) if y is None else y for x, y in zip(outputs, labels, strict=True)
     ]
     return tuple(replace(x, present=present) for x in rows)
 
 
-def _stacked(step: Step, answers: tuple[Any, ...]) -> Tensor:
+def _stacked(step: Step, outputs: tuple[Any, ...]) -> Tensor:
     """(K, ..., vocabulary) logits."""
-    logits = [dense_logits(x, step.logits) for x in answers]
+    logits = [dense_logits(x, step.logits) for x in outputs]
     if len({x.shape for x in logits}) > 1:
         raise ValueError(f"teachers of an ensemble must agree in shape, got {[tuple(x.shape) for x in logits]}")
-    return torch.stack([wide(x) for x in logits])
+    return torch.stack([widened(x) for x in logits])
 
 
-def _as_teacher(answers: tuple[Any, ...], logits: Tensor) -> Tensor | SoftLabels:
-    """``logits``, or labels of them where the answers are labels."""
-    if not isinstance(answers[0], SoftLabels):
+def _as_teacher(outputs: tuple[Any, ...], logits: Tensor) -> Tensor | SoftLabels:
+    """``logits``, or labels of them where the outputs are labels."""
+    if not isinstance(outputs[0], SoftLabels):
         return logits
-    return SoftLabels.dense(logits.flatten(0, -2), present=answers[0].present)
+    return SoftLabels.dense(logits.flatten(0, -2), present=outputs[0].present)

@@ -11,7 +11,7 @@ from torch import nn
 
 import kdfast.cache
 from kdfast import Distiller
-from kdfast.distill.curves import plot_curves
+from kdfast.distill import plot_curves
 from support.distillers import CLASSES, FEATURES, data, loader, states_equal, student, teacher
 
 
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_student_breaks(tmp_path):
         fit(Distiller(model, folder=tmp_path), loader(), checkpoint_every=4)
     assert all(bool(x.isfinite().all()) for x in model.parameters())
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert saved["tally"]["step"] == 8
+    assert saved["train_state"]["step"] == 8
     assert bool(saved["student"]["layer.weight"].isfinite().all())
     with pytest.raises(FloatingPointError, match=r"epoch 1, step 2: .*no checkpoint was asked for"):
         fit(Distiller(Breaks(at=2)), loader())

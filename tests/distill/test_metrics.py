@@ -10,8 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from kdfast import Distiller, SoftLabels
-from kdfast.distill.evaluation import evaluate
-from kdfast.distill.footprint import footprint
+from kdfast.distill import evaluate, footprint
 from kdfast.distill.metrics import NAMES, Metrics
 from support.distillers import CLASSES, FEATURES, data, student
 

@@ -12,12 +12,12 @@ LABELS = torch.tensor([0, 2, -100, 3])
 
 
 @pytest.fixture
-def said():
+def outputs():
     return torch.randn(4, 5, dtype=torch.double), torch.randn(4, 5, dtype=torch.double)
 
 
-def test_it_is_the_textbook_s_loss(said):
-    student, teacher = said
+def test_it_is_the_textbook_s_loss(outputs):
+    student, teacher = outputs
     counted = LABELS != -100
     soft = F.kl_div((student / 3).log_softmax(-1), (teacher / 3).log_softmax(-1), log_target=True, reduction="none")
     expected = 0.9 * 9 * soft.sum(-1)[counted].mean() + 0.1 * F.cross_entropy(student, LABELS)
@@ -25,29 +25,29 @@ def test_it_is_the_textbook_s_loss(said):
     torch.testing.assert_close(loss, expected)
 
 
-def test_defaults_are_named_weights_of_a_half(said):
-    loss = KD()(Step(*said, LABELS))
-    assert torch.equal(loss, kd_loss(*said, LABELS, temperature=2.0, kd_weight=0.5, ce_weight=0.5))
+def test_defaults_are_named_weights_of_a_half(outputs):
+    loss = KD()(Step(*outputs, LABELS))
+    assert torch.equal(loss, kd_loss(*outputs, LABELS, temperature=2.0, kd_weight=0.5, ce_weight=0.5))
 
 
-def test_outputs_with_logits_and_soft_labels_are_teachers(said):
-    student, teacher = said
+def test_outputs_with_logits_and_soft_labels_are_teachers(outputs):
+    student, teacher = outputs
     loss = KD()(Step(student, teacher, LABELS))
     assert torch.equal(loss, KD()(Step({"logits": student}, {"logits": teacher}, LABELS)))
     assert torch.equal(loss, KD()(Step(student, SoftLabels.dense(teacher), LABELS)))
 
 
-def test_an_option_may_be_a_function_of_the_step(said):
+def test_an_option_may_be_a_function_of_the_step(outputs):
     objective = KD(temperature=lambda step: 4.0 - 3.0 * step.progress, kd_weight=1.0, ce_weight=0.0)
     for progress, tau in ((0.0, 4.0), (0.5, 2.5)):
-        assert torch.equal(objective(Step(*said, progress=progress)), kd_loss(*said, temperature=tau))
+        assert torch.equal(objective(Step(*outputs, progress=progress)), kd_loss(*outputs, temperature=tau))
 
 
-def test_without_a_teacher_it_is_cross_entropy(said):
-    loss = KD(ce_weight=0.1, label_smoothing=0.2)(Step(said[0], None, LABELS))
-    torch.testing.assert_close(loss, F.cross_entropy(said[0], LABELS, label_smoothing=0.2))
+def test_without_a_teacher_it_is_cross_entropy(outputs):
+    loss = KD(ce_weight=0.1, label_smoothing=0.2)(Step(outputs[0], None, LABELS))
+    torch.testing.assert_close(loss, F.cross_entropy(outputs[0], LABELS, label_smoothing=0.2))
     with pytest.raises(ValueError, match="labels are required"):
-        KD()(Step(said[0]))
+        KD()(Step(outputs[0]))
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -65,22 +65,22 @@ def test_padding_does_not_count(shift):
     torch.testing.assert_close(loss, sum(parts) / (8 - 2 * shift))
 
 
-def test_classes_that_differ_are_refused_where_they_are_few(said):
+def test_classes_that_differ_are_refused_where_they_are_few(outputs):
     with pytest.raises(ValueError, match="student has 5 classes, the teacher 6"):
-        KD()(Step(said[0], torch.randn(4, 6), LABELS))
+        KD()(Step(outputs[0], torch.randn(4, 6), LABELS))
     loss = KD(ce_weight=0.0)(Step(torch.randn(4, 1000), torch.randn(4, 1024)))
     assert loss.isfinite()
 
 
-def test_mistakes_are_named(said):
+def test_mistakes_are_named(outputs):
     with pytest.raises(TypeError, match="no option alpha, reduction"):
         KD(alpha=0.5, reduction="sum")
     with pytest.raises(ValueError, match="2 teachers"):
-        KD()(Step(said[0], (said[1], said[1]), LABELS))
+        KD()(Step(outputs[0], (outputs[1], outputs[1]), LABELS))
     with pytest.raises(ValueError, match="requires grad"):
-        KD()(Step(said[0], said[1].requires_grad_(), LABELS))
+        KD()(Step(outputs[0], outputs[1].requires_grad_(), LABELS))
     with pytest.raises(TypeError, match="without logits"):
-        KD()(Step(3.0, said[1], LABELS))
+        KD()(Step(3.0, outputs[1], LABELS))
     assert repr(KD(shift=True)) == "KD(temperature=2.0, kd_weight=0.5, ce_weight=0.5, shift=True)"
 
 

@@ -77,7 +77,7 @@ def compare(rank, world, folder, expected):
 
 
 def resume(rank, world, folder):
-    """Dropout's random numbers differ between processes, and every process goes on with its own."""
+    """Dropout's random numbers differ between processes, and every process resumes with its own."""
 
     def run(folder, epochs):
         torch.manual_seed(rank)

@@ -1,21 +1,23 @@
-"""A run that is killed goes on to the same weights, bit by bit."""
+"""A run that is killed resumes to the same weights, bit by bit."""
 
 import multiprocessing
 import os
+import shutil
 import signal
+from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from kdfast import Distiller
-from kdfast.distill.position import Position
-from kdfast.distill.random_state import random_state
 from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
-from support.distillers import CLASSES, FEATURES, loader, states_equal, student, teacher
+from support.distillers import CLASSES, FEATURES, data, loader, states_equal, student, teacher
 
+OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["distill_runs", "torchmetrics"])
+SERVER.set_forkserver_preload(["support.distill_runs", "torchmetrics"])
 
 
 def kill(folder, kind, batch, every):
@@ -34,7 +36,7 @@ def measured(history):
     ("kind", "batch", "every"),
     [(kind, 11, 2) for kind in LOADERS] + [("default", 8, None), ("default", 2, 3), ("elastic", 13, 3)],
 )
-def test_it_goes_on_bit_by_bit(tmp_path, kind, batch, every):
+def test_it_resumes_bit_by_bit(tmp_path, kind, batch, every):
     expected, objective, history = run(tmp_path / "whole", kind)
     kill(tmp_path / "killed", kind, batch, every)
     assert (tmp_path / "killed" / "last.pt").exists() == ((batch, every) != (2, 3))
@@ -48,7 +50,7 @@ def test_it_goes_on_bit_by_bit(tmp_path, kind, batch, every):
     assert len(logs[0]) == len(logs[1])
 
 
-def test_early_stopping_goes_on_too(tmp_path):
+def test_early_stopping_resumes_too(tmp_path):
     """The best student is of the first epoch, and was measured by the process that is gone."""
 
     def fit(folder, epochs):
@@ -68,7 +70,7 @@ def test_early_stopping_goes_on_too(tmp_path):
     states_equal(whole.state_dict(), again.state_dict())
 
 
-def test_resume_false_starts_anew(tmp_path):
+def test_resume_false_starts_over(tmp_path):
     run(tmp_path, "default")
     calls = []
     run(tmp_path, "default", calls.append, resume=False)
@@ -76,7 +78,7 @@ def test_resume_false_starts_anew(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == EPOCHS * (BATCHES + 1)
 
 
-def test_a_cut_line_of_the_log_is_made_again(tmp_path):
+def test_a_cut_line_of_the_log_is_written_again(tmp_path):
     kill(tmp_path, "default", 11, 2)
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 99, "ep')
@@ -87,27 +89,39 @@ def test_a_cut_line_of_the_log_is_made_again(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     Distiller(student(), teacher(), folder=tmp_path).fit(loader(), epochs=1, progress=False)
 
-    def go_on(message, model, **options):
+    def resume(message, model, **options):
         with pytest.raises(ValueError, match=message):
             Distiller(model, teacher(), folder=tmp_path, **options).fit(loader(), epochs=2, progress=False)
 
-    go_on(r"(?s)last.pt is of another student.*resume=False", nn.Linear(FEATURES, CLASSES))
-    go_on(r"last.pt is of another optimizer", student(), freeze=["0.*"])
-    go_on(r"holds .*this run has .*objective", student(), objective=Projected())
+    resume(r"(?s)last.pt is of another student.*resume=False", nn.Linear(FEATURES, CLASSES))
+    resume(r"last.pt is of another optimizer", student(), freeze=["0.*"])
+    resume(r"holds .*this run has .*objective", student(), objective=Projected())
     (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
-    go_on(r"last.pt is not a checkpoint", student())
+    resume(r"last.pt is not a checkpoint", student())
     torch.save({"version": 99}, tmp_path / "last.pt")
-    go_on(r"not a checkpoint of version 1", student())
+    resume(r"not a checkpoint of version 1", student())
 
 
 def test_a_loader_that_is_another_is_refused(tmp_path):
     kill(tmp_path, "default", 11, 2)
     with pytest.raises(ValueError, match="one has a state_dict"):
         run(tmp_path, "elastic")
-    position = Position([1, 2, 3])
-    position.load_state_dict({"consumed": 5, "began": random_state(), "own": None})
+
+
+class Interrupted(list):
+    """Six batches, of which the last one never comes."""
+
+    def __iter__(self):
+        yield from islice(super().__iter__(), 5)
+        raise KeyboardInterrupt
+
+
+def test_a_loader_of_fewer_batches_is_refused(tmp_path):
+    batches = Interrupted(data(8, seed) for seed in range(6))
+    with pytest.raises(KeyboardInterrupt):
+        Distiller(student(), folder=tmp_path).fit(batches, epochs=1, checkpoint_every=1, progress=False)
     with pytest.raises(ValueError, match="has 3 batches, and 5 were trained on"):
-        next(position.batches(0))
+        Distiller(student(), folder=tmp_path).fit(batches[:3], epochs=1, progress=False)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
@@ -123,7 +137,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-def test_workers_that_persist_are_refused_where_a_run_is_to_go_on(tmp_path):
+def test_persistent_workers_are_refused_where_a_run_must_resume(tmp_path):
     batches = loader(num_workers=1, persistent_workers=True)
     with pytest.raises(ValueError, match="persistent_workers=False, or a sampler with a state_dict"):
         Distiller(student(), folder=tmp_path).fit(batches, epochs=1, progress=False)
+
+
+def test_a_checkpoint_of_an_older_layout_resumes(tmp_path):
+    """It is of step 8, the second of epoch 2, and calls the counters "tally"."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    held = torch.load(OLD / "last.pt", weights_only=True)
+    model, calls = student(7), []
+    model.register_forward_pre_hook(lambda *_: calls.append(model[0].weight.clone()) if model.training else None)
+    distiller = Distiller(model, teacher(), schedule="cosine", lr=0.01, folder=tmp_path)
+    history = distiller.fit(
+        [data(8, seed) for seed in range(6)],
+        epochs=2,
+        eval_loader=[data(16)],
+        metrics=["accuracy"],
+        patience=2,
+        progress=False,
+    )
+    assert len(calls) == 4
+    assert torch.equal(calls[0], held["student"]["0.weight"])
+    assert history[:1] == held["tally"]["history"]
+    assert [record["step"] for record in history] == [6, 12]
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert "tally" not in saved
+    assert saved["train_state"]["epoch"] == 2

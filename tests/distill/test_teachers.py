@@ -1,4 +1,4 @@
-"""Teachers that are modules, functions and caches say the same, and are as they were afterwards."""
+"""Modules, functions and caches as teachers give the same outputs, and are unchanged afterwards."""
 
 from collections import UserDict
 from typing import NamedTuple
@@ -21,20 +21,20 @@ def flags(model):
     return [module.training for module in model.modules()]
 
 
-def test_a_module_is_in_evaluation_mode_and_as_it_was_afterwards():
+def test_a_module_runs_in_evaluation_mode_and_is_restored():
     model = teacher()
     model.train()
     model[1].eval()
     before, (x, y) = flags(model), data(16)
     statistics = model[1].running_mean.clone()
-    said = Distiller(student(), model).forward((x, y)).teacher
-    assert not said.requires_grad
+    output = Distiller(student(), model).forward((x, y)).teacher
+    assert not output.requires_grad
     assert flags(model) == before
     assert torch.equal(model[1].running_mean, statistics)
-    assert torch.equal(said, model.eval()(x))
+    assert torch.equal(output, model.eval()(x))
 
 
-def test_a_module_that_fails_is_as_it_was_too():
+def test_a_module_that_fails_is_restored_too():
     class Failing(nn.Module):
         def forward(self, x):
             raise RuntimeError("broken")
@@ -47,9 +47,9 @@ def test_a_module_that_fails_is_as_it_was_too():
 
 def test_several_teachers_are_a_tuple():
     a, b = teacher(2), teacher(3)
-    said = Distiller(student(), (a, lambda x: b.eval()(x))).forward(data(8)).teacher
-    assert torch.equal(said[0], a.eval()(data(8)[0]))
-    assert torch.equal(said[1], b(data(8)[0]))
+    output = Distiller(student(), (a, lambda x: b.eval()(x))).forward(data(8)).teacher
+    assert torch.equal(output[0], a.eval()(data(8)[0]))
+    assert torch.equal(output[1], b(data(8)[0]))
 
 
 def test_an_output_that_requires_grad_is_refused():
@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_causal_model_s_cache_says_what_the_model_does(tmp_path, side):
+def test_a_causal_model_s_cache_gives_the_model_s_loss(tmp_path, side):
     """Row i of a record predicts token i + 1, as row i of the student's logits does."""
     torch.manual_seed(0)
     model, learner = LanguageModel(), LanguageModel()
@@ -158,10 +158,10 @@ def test_a_causal_model_s_cache_says_what_the_model_does(tmp_path, side):
 def test_a_method_of_a_module_is_in_evaluation_mode_too():
     model, (x, y) = teacher(), data(16)
     statistics = model[1].running_mean.clone()
-    said = Distiller(student(), model.forward).forward((x, y)).teacher
+    output = Distiller(student(), model.forward).forward((x, y)).teacher
     assert torch.equal(model[1].running_mean, statistics)
     assert model.training
-    assert torch.equal(said, model.eval()(x))
+    assert torch.equal(output, model.eval()(x))
 
 
 class Pair(NamedTuple):

@@ -321,7 +321,7 @@ def test_a_cache_s_rows_are_counted_as_positions():
     assert rows.tolist() == [[True, True, False], [True, False, False]]
 
 
-def test_a_cosine_of_more_epochs_goes_on_down(tmp_path):
+def test_a_resumed_cosine_follows_the_new_number_of_epochs(tmp_path):
     def rates(epochs):
         distiller = Distiller(student(), schedule="cosine", lr=0.5, folder=tmp_path)
         return [record["lr"] for record in distiller.fit(loader(batch=16), epochs=epochs, progress=False)]

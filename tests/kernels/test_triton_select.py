@@ -222,16 +222,15 @@ def test_top_does_not_depend_on_batch_or_strides():
 
 def test_the_ops_on_a_gpu_are_the_kernels(monkeypatch):
     """Except where none is for the arguments, or Triton is missing."""
-    logits, order = torch.randn(1, 3, 300, device=DEVICE), torch.randperm(300, dtype=torch.int32, device=DEVICE)
+    logits = torch.randn(1, 3, 300, device=DEVICE)
     ran = []
     monkeypatch.setattr(select, "kernel", lambda name: ran.append(name) or _triton.kernel(name))
     runs = (
-        lambda x, **more: select._threshold_on_gpu(x, 1.0, 0.02, 5, 0, **more),
+        lambda x: select._threshold_on_gpu(x, 1.0, 0.02, 5, 0),
         lambda x: select._top_on_gpu(x, 1.0, 3),
     )
     whole = [run(logits) for run in runs]
     assert ran == ["select_threshold", "select_top"]
-    runs[0](logits, order=order)
     select._top_on_gpu(logits, 1.0, 0)
     select._top_on_gpu(logits, 1.0, select.MOST_IN_KERNEL + 1)
     for run in runs:

@@ -171,5 +171,11 @@ def test_bitwise_repeatable():
         assert torch.equal(a, b)
 
 
+def test_a_number_of_no_divergence_is_refused():
+    x, coef = torch.randn(1, 2, 5), torch.ones(5, 2)
+    with pytest.raises(RuntimeError, match="kind must be the number of a divergence"):
+        torch.ops.kdfast.dense_rows(x, x, coef, None, None, 0.0, len(_C.divergences()), 0.0, 0.0, 1.0, False, False)
+
+
 def _wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdfast.recipes.adapters import LoRALinear, add_lora, merge_lora
+from kdfast.recipes import LoRALinear, add_lora, merge_lora
 
 
 def network():

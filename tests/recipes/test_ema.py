@@ -49,7 +49,7 @@ def test_buffers_are_the_students():
     assert int(teacher.module[1].num_batches_tracked) == 1
 
 
-def test_it_goes_on_from_its_state():
+def test_it_resumes_from_its_state():
     model, states = students(6)
     whole, stopped = EMATeacher(model, 0.9), EMATeacher(model, 0.9)
     for n, state in enumerate(states):

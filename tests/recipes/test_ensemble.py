@@ -79,19 +79,19 @@ def test_a_row_may_have_weights_of_its_own(ensemble, cached):
     chosen = torch.tensor([0, 1, 1, 0, 1, 0])
     ours = ensemble(lambda step: F.one_hot(chosen, 2).double(), **SOFT)
     row_by_row = torch.where(chosen[:, None] == 0, *step.teacher)
-    said = tuple(SoftLabels.dense(z) for z in step.teacher) if cached else step.teacher
+    outputs = tuple(SoftLabels.dense(z) for z in step.teacher) if cached else step.teacher
     expected = soft_targets(temperature=2.0)(replace(step, teacher=row_by_row))
-    assert torch.allclose(ours(replace(step, teacher=said)), expected, rtol=1e-12)
+    assert torch.allclose(ours(replace(step, teacher=outputs)), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("make", [SoftLabels.dense, sparse])
 def test_a_row_that_one_teacher_lacks_does_not_count(make):
     step = make_step(teachers=2)
     absent = torch.tensor([True, True, False, True, True, True])
-    said = (replace(make(step.teacher[0]), present=absent), make(step.teacher[1]))
+    outputs = (replace(make(step.teacher[0]), present=absent), make(step.teacher[1]))
     whole = ProbabilityEnsemble(divergence="soft_ce", **SOFT)
     kept = replace(step, student=step.student[absent], teacher=tuple(z[absent] for z in step.teacher), labels=None)
-    ours, expected = whole(replace(step, teacher=said)), whole(kept)
+    ours, expected = whole(replace(step, teacher=outputs)), whole(kept)
     assert torch.allclose(gradient(ours, step.student)[0], gradient(expected, step.student)[0], atol=1e-7)
 
 
@@ -106,20 +106,20 @@ def test_a_mask_of_rows_leaves_the_denominator_of_sparse_labels_too():
 def test_live_teachers_and_caches_are_one_ensemble(tmp_path):
     inputs, labels = blobs(8)
     teachers, student = [mlp() for _ in range(3)], mlp()
-    said = []
+    outputs = []
     for number, (teacher, codec) in enumerate(
         zip(teachers, ({"codec": "dense"}, {"codec": "topk", "k": 2}), strict=False)
     ):
         with kdfast.cache.Writer(tmp_path / str(number), vocab_size=3, teacher="toy", **codec) as writer:
             for key, row in enumerate(teacher(inputs).detach()):
                 writer.add(key, row[None])
-        said.append(kdfast.cache.open(tmp_path / str(number)))
+        outputs.append(kdfast.cache.open(tmp_path / str(number)))
     batch = {"x": inputs, "labels": labels, "key": range(8)}
     options = {"inputs": lambda batch: batch["x"]}
-    ours = Distiller(student, (*said, teachers[2]), objective=ProbabilityEnsemble(temperature=1.0), **options).step(
+    ours = Distiller(student, (*outputs, teachers[2]), objective=ProbabilityEnsemble(temperature=1.0), **options).step(
         batch
     )
-    alone = [Distiller(student, x, temperature=1.0, **options).step(batch) for x in (*said, teachers[2])]
+    alone = [Distiller(student, x, temperature=1.0, **options).step(batch) for x in (*outputs, teachers[2])]
     assert torch.allclose(ours, torch.stack(alone).mean(), rtol=1e-5)
     assert len({round(x.item(), 3) for x in alone}) == 3
 

@@ -22,7 +22,7 @@ def _one_thread():
 
 
 def run(name, capsys):
-    """What the example prints: its text, and the numbers in its last lines."""
+    """The text that an example prints, and the numbers in its last lines."""
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     text = capsys.readouterr().out
     return text, [

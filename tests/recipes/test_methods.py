@@ -20,7 +20,7 @@ def rows():
 
 @cache
 def functions_of(file):
-    """Of a test file: its functions', and its classes' methods', names."""
+    """The names of a test file's functions, and of its classes' methods."""
     tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
@@ -33,7 +33,7 @@ def quoted(cell):
 
 
 def resolve(name):
-    """What a user gets: an attribute where there is one, else a module."""
+    """What ``name`` stands for: an attribute where there is one, else a module."""
     package, *parts = name.split(".")
     found, path = importlib.import_module(package), package
     for part in parts:

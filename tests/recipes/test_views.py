@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 import kdfast.cache
 from kdfast.cache import CacheDataset, CacheError, CacheMismatchError, View, codecs
-from kdfast.recipes.augmentation import crop_and_flip, noise_tokens, random_view
-from kdfast.recipes.views import ViewedExamples, capture_views, view_span
+from kdfast.recipes import ViewedExamples, capture_views, crop_and_flip, noise_tokens, random_view, view_span
 
 NAMES = [f"image {i}" for i in range(5)]
 augment = partial(crop_and_flip, size=(6, 6), noise=0.1)
@@ -38,7 +37,7 @@ def cache(tmp_path_factory, teacher, images):
 
 
 def stored(teacher, image):
-    """What the cache keeps of the teacher's answer."""
+    """What the cache keeps of the teacher's output."""
     with torch.no_grad():
         logits = teacher.eval()(image[None])
     return codecs.find("dense")(4, (1.0,)).select(logits, b"").values
@@ -150,7 +149,7 @@ def test_tokens_are_replaced_at_the_rate_by_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("call", "error", "message"),
     [
         (lambda: random_view("a", 0, smallest=0.0), ValueError, r"smallest must lie in \(0, 1\]"),
         (lambda: crop_and_flip(torch.zeros(3, 3), View(), size=(2, 2)), TypeError, r"\(C, H, W\)"),
@@ -159,6 +158,6 @@ def test_tokens_are_replaced_at_the_rate_by_the_seed():
         (lambda: noise_tokens(torch.arange(3), View(), rate=2.0, token=1), ValueError, "rate 2.0"),
     ],
 )
-def test_bad_input_is_named(call, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
         call()

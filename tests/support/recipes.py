@@ -9,11 +9,11 @@ CLASSES = 5
 
 
 def make_step(rows=6, classes=CLASSES, teachers=1, labels=True, **fields):
-    """Of float64 logits; the student's are a leaf with gradients."""
+    """A ``Step`` of random float64 logits, of which the student's are a leaf that requires grad."""
     student = torch.randn(rows, classes, dtype=torch.float64, requires_grad=True)
-    said = tuple(2 * torch.randn(rows, classes, dtype=torch.float64) for _ in range(teachers))
+    outputs = tuple(2 * torch.randn(rows, classes, dtype=torch.float64) for _ in range(teachers))
     truth = torch.randint(classes, (rows,)) if labels else None
-    return Step(student, said[0] if teachers == 1 else said, truth, **fields)
+    return Step(student, outputs[0] if teachers == 1 else outputs, truth, **fields)
 
 
 def gradient(loss, *leaves):
@@ -46,6 +46,16 @@ class Counting(nn.Module):
     def forward(self, inputs):
         self.calls += 1
         return self.model(inputs)
+
+
+def recorded(model, log, name):
+    """The model, which at every call appends to ``log`` its ``name`` and whether it is in training mode."""
+    model.register_forward_pre_hook(lambda module, arguments: log.append((name, module.training)))
+    return model
+
+
+def entropy(logits):
+    return torch.distributions.Categorical(logits=logits).entropy()
 
 
 def weights_of(model):

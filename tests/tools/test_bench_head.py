@@ -7,10 +7,20 @@ from functools import partial
 import pytest
 import torch
 
-from kdfast.bench.head import CASES, HeadMeasurement, HeadMemory, gradient_errors, measure_head
+from kdfast.bench.head import (
+    CASES,
+    COLUMNS,
+    MEMORY_COLUMNS,
+    HeadMeasurement,
+    HeadMemory,
+    cells,
+    gradient_errors,
+    measure_head,
+    memory_cells,
+    save_head,
+)
 from kdfast.bench.head_contenders import TEACHERS, HeadCase, head_contenders
-from kdfast.bench.head_report import COLUMNS, MEMORY_COLUMNS, cells, memory_cells, save_head
-from kdfast.bench.memory import extra_mib
+from kdfast.bench.steps import extra_mib
 
 SMALL = {name: HeadCase(name, 24, 300, 16, torch.float32) for name in TEACHERS}
 

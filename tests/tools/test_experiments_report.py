@@ -17,13 +17,11 @@ testing = pytest.importorskip("typer.testing")
 
 from kdfast.cli.app import app
 from kdfast.experiments.catalogue import EXPERIMENTS
-from kdfast.experiments.language import language_rows
 from kdfast.experiments.report import html, write_report
 from kdfast.experiments.runner import complete, file_of
-from kdfast.experiments.runs import FINAL, TUNING, Run
 from kdfast.experiments.settings import Settings
-from kdfast.experiments.store import ResultsError, Store
-from kdfast.experiments.summary import summaries, summarise
+from kdfast.experiments.store import FINAL, TUNING, ResultsError, Run, Store
+from kdfast.experiments.summary import language_rows, summaries, summarise
 
 VOID = {"meta", "img", "br", "hr", "link"}
 ABOUT = {"seconds": 1.0, "date": "2026-11-22T00:00:00+00:00", "commit": "abc", "torch": "2.13.0"}

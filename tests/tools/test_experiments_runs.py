@@ -1,6 +1,7 @@
-"""How experiments are run: what an arm is given, tuning, going on after a kill, and the same numbers in any process."""
+"""How experiments are run: what an arm is given, tuning, resuming after a kill, and the same numbers in any process."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")
 
 from kdfast.demo.settings import Schedule
-from kdfast.experiments import catalogue, runner
-from kdfast.experiments.arm import Arm, grid
+from kdfast.experiments.arms import Arm, grid
 from kdfast.experiments.catalogue import EXPERIMENTS, Experiment
 from kdfast.experiments.runner import complete, file_of, planned
-from kdfast.experiments.runs import FINAL, TUNING, Run
 from kdfast.experiments.settings import Settings
-from kdfast.experiments.store import ResultsError, Store, read_runs
+from kdfast.experiments.store import FINAL, TUNING, ResultsError, Run, Store, read_runs
 from kdfast.experiments.tasks import domain_shift, few_labels_digits, label_noise
-from kdfast.experiments.training import Batches, Featured, Remembered
+from kdfast.experiments.training import Batches, PrecomputedTeacher, WithFeatures
+from support import ROOT
 
 SHORT = Schedule(epochs=2, learning_rate=1e-2, weight_decay=1e-2, steps_per_epoch=2, batch=20)
 TINY = Settings(seeds=2, candidates=2, tuning_seeds=1, student=SHORT, teacher=SHORT, source_teacher=SHORT)
@@ -38,7 +38,7 @@ def weights(model):
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted():
     """An experiment whose arms count their trainings: ``good`` is best with ``a=2``."""
     calls = []
 
@@ -60,10 +60,7 @@ def counted(monkeypatch):
         return replace(made, tests={"clean": (torch.zeros(10, 64), torch.zeros(10, dtype=torch.int64))})
 
     arm = Arm("good", "good", train, grid(a=[1, 2]))
-    experiment = Experiment("counted", "Counted", task, (arm,), ("good",), ())
-    monkeypatch.setitem(catalogue.EXPERIMENTS, "counted", experiment)
-    runner._task.cache_clear()
-    return experiment, calls
+    return Experiment("counted", "Counted", task, (arm,), ("good",), ()), calls
 
 
 class TestStore:
@@ -106,7 +103,7 @@ class TestStore:
 
 
 class TestComplete:
-    def test_tunes_first_and_goes_on_with_the_best(self, counted, tmp_path):
+    def test_tunes_first_and_continues_with_the_best(self, counted, tmp_path):
         experiment, calls = counted
         ticks = []
         runs = complete(experiment, TINY, tmp_path, advance=lambda: ticks.append(1))
@@ -156,7 +153,7 @@ class TestComplete:
         assert [run.scores for run in alone] == [run.scores for run in shared]
         assert len({str(run.scores) for run in alone}) > 1
 
-    def test_goes_on_after_a_kill(self, tmp_path):
+    def test_resumes_after_a_kill(self, tmp_path):
         main = [sys.executable, "-c", "from kdfast.cli import main; main()"]
         command = [*main, "experiments", "run", "label-noise", "--quick", "--out", str(tmp_path)]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -172,6 +169,21 @@ class TestComplete:
         runs = complete(replace(experiment, arms=arms), Settings(seeds=1).quick(), tmp_path)
         assert runs[: len(before)] == before
         assert len(read_runs(path)) == len(before) + 1
+
+
+class TestPublished:
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_results_in_the_repository_are_resumed_with_nothing_to_run(self, name, tmp_path):
+        def refuse(task, **options):
+            raise AssertionError(f"no run of the file is {options}")
+
+        shutil.copy(file_of(ROOT / "benchmarks" / "results", name), tmp_path)
+        experiment = EXPERIMENTS[name]
+        arms = tuple(replace(arm, train=refuse) for arm in experiment.arms)
+        ticks = []
+        runs = complete(replace(experiment, arms=arms), Settings(), tmp_path, advance=lambda: ticks.append(1))
+        assert len(runs) == len(arms) * Settings().seeds
+        assert len(ticks) == planned(experiment, Settings())
 
 
 class TestFairness:
@@ -229,22 +241,22 @@ class TestTraining:
         assert not first.equal(second)
         assert all(left.equal(-right) for left, right in seen)
 
-    def test_remembered_answers_are_the_models(self):
+    def test_precomputed_outputs_are_the_models(self):
         model = nn.Sequential(nn.Linear(64, 4), nn.Dropout(0.5), nn.Linear(4, 3))
         images = torch.rand(30, 64)
-        for module in (model, Featured(model)):
-            told = Remembered(module, images)
+        for module in (model, WithFeatures(model)):
+            teacher = PrecomputedTeacher(module, images)
             rows = torch.randperm(30)[:7]
             with torch.no_grad():
                 expected = module.eval()(images[rows])
             module.train()
-            torch.testing.assert_close(told(images[rows]), expected)
+            torch.testing.assert_close(teacher(images[rows]), expected)
         with pytest.raises(KeyError):
-            told(torch.rand(1, 64))
+            teacher(torch.rand(1, 64))
 
     def test_features_are_what_the_last_layer_is_given(self):
         model = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
         images = torch.rand(5, 64)
-        found = Featured(model)(images)
+        found = WithFeatures(model)(images)
         assert found["features"].equal(model[:2](images))
         assert found["logits"].equal(model(images))

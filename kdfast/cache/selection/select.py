@@ -24,7 +24,6 @@ from kdfast.models import check_logits
 
 __all__ = [
     "GOLDEN",
-    "ColumnOrder",
     "Drawn",
     "Thresholded",
     "Top",
@@ -64,36 +63,7 @@ class Top(NamedTuple):
     lse: Tensor  # (rows,) float32: log-sum-exp of logits / temperature
 
 
-class ColumnOrder:
-    """A permutation of the vocabulary's columns, checked once: neighbours in it share the noise of ``threshold``.
-
-    Args:
-        columns: (vocabulary,) integers, every column once.
-
-    Raises:
-        ValueError: they are no permutation.
-    """
-
-    def __init__(self, columns: Tensor) -> None:
-        size = columns.numel()
-        if columns.dim() != 1 or columns.is_floating_point() or columns.is_complex() or size == 0:
-            raise ValueError(f"an order must be (vocabulary,) integers, got {columns.dtype} {tuple(columns.shape)}")
-        if not torch.equal(columns.long().sort().values, torch.arange(size, device=columns.device)):
-            raise ValueError(f"an order must name each of its {size} columns once")
-        self.columns = columns.to(torch.int32, copy=True).contiguous()
-
-    def __len__(self) -> int:
-        return len(self.columns)
-
-    def on(self, device: torch.device) -> Tensor:
-        """(vocabulary,) int32 on ``device``."""
-        self.columns = self.columns.to(device)
-        return self.columns
-
-
-def threshold(
-    logits: Tensor, *, temperature: float, tau: float, seed: int, first_row: int = 0, order: ColumnOrder | None = None
-) -> Thresholded:
+def threshold(logits: Tensor, *, temperature: float, tau: float, seed: int, first_row: int = 0) -> Thresholded:
     """Keep every probability p above tau as it is, and each one below with probability p / tau, at the value tau.
 
     The columns below are chosen by systematic sampling: one uniform offset per row, and a column is kept where the
@@ -106,20 +76,16 @@ def threshold(
         tau: in (0, 1].
         seed: 64 bits, signed; ``record_seed`` makes one.
         first_row: the number of the first row: a row's offset depends on ``seed`` and its number alone.
-        order: the columns in the order that the cumulative sum takes them; ascending by default.
 
     Raises:
         TypeError: logits that are no float tensor.
-        ValueError: an argument outside its range, or an ``order`` of another vocabulary.
+        ValueError: an argument outside its range.
     """
     _check_logits(logits, temperature)
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"tau must lie in (0, 1], got {tau}")
-    if order is not None and len(order) != logits.shape[1]:
-        raise ValueError(f"order has {len(order)} columns, logits have {logits.shape[1]}")
-    columns = None if order is None else order.on(logits.device)
     out = torch.ops.kdfast.select_threshold(
-        _rows(logits), float(temperature), float(tau), _int64("seed", seed), _row(first_row), columns
+        _rows(logits), float(temperature), float(tau), _int64("seed", seed), _row(first_row)
     )
     return Thresholded(*out)
 
@@ -241,17 +207,14 @@ def _entries(kept: Tensor, values: Tensor, lse: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _threshold(
-    logits: Tensor, temperature: float, tau: float, seed: int, first_row: int, order: Tensor | None = None
+    logits: Tensor, temperature: float, tau: float, seed: int, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, lse = _probabilities(logits, temperature)
     offset = torch.from_numpy(uniforms(seed, first_row, len(p))).to(p.device)
     low = p.masked_fill(p > tau, 0.0)
-    walked = low if order is None else low[:, order.long()]
     # How many points of the grid lie below the cumulative sum, behind each column and before it.
-    behind = (walked.cumsum(1) / tau - offset).ceil().clamp(min=0)
+    behind = (low.cumsum(1) / tau - offset).ceil().clamp(min=0)
     hit = behind.diff(dim=1, prepend=torch.zeros_like(offset)) > 0
-    if order is not None:
-        hit = torch.zeros_like(hit).index_copy_(1, order.long(), hit)
     return _entries(hit | (p > tau), p.clamp(min=tau).float(), lse)
 
 
@@ -281,11 +244,11 @@ MOST_IN_KERNEL = 64  # columns of a row that its kernel sorts
 
 
 def _threshold_on_gpu(
-    logits: Tensor, temperature: float, tau: float, seed: int, first_row: int, order: Tensor | None = None
+    logits: Tensor, temperature: float, tau: float, seed: int, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = kernel("select_threshold") if order is None and logits.dtype != torch.float64 else None
+    run = kernel("select_threshold") if logits.dtype != torch.float64 else None
     if run is None:
-        return _threshold(logits, temperature, tau, seed, first_row, order)
+        return _threshold(logits, temperature, tau, seed, first_row)
     return run(logits, temperature, tau, seed, first_row)
 
 

@@ -234,45 +234,6 @@ def test_uniforms_are_what_caches_were_written_with():
     assert np.histogram(many, 10, (0, 1))[0] == pytest.approx(len(many) / 10, rel=0.03)
 
 
-# ---- order ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [1, 2, 17, 1000])
-def test_threshold_along_an_order(dtype, vocab):
-    order = torch.randperm(vocab)
-    logits = (torch.randn(50, vocab) * 3).masked_fill(torch.rand(50, vocab) < 0.2, -math.inf)
-    logits[:, vocab // 2] = 5.0
-    out = select.threshold(logits.to(dtype), temperature=1.5, tau=0.04, seed=9, order=select.ColumnOrder(order))
-    for row, (ids, probs) in enumerate(rows_of(out)):
-        assert len(ids)
-        p = probabilities(logits[row].to(dtype), 1.5)
-        assert_threshold_row(p, ids, probs, 0.04, select.uniforms(9, row, 1)[0, 0], order.numpy())
-
-
-def test_the_ascending_order_changes_nothing():
-    logits = torch.randn(50, 1000) * 3
-    plain, ordered = (
-        select.threshold(logits, temperature=1.0, tau=0.02, seed=4, order=order)
-        for order in (None, select.ColumnOrder(torch.arange(1000)))
-    )
-    assert torch.equal(plain.ids, ordered.ids)
-    assert torch.equal(plain.probs, ordered.probs)
-
-
-@pytest.mark.parametrize("columns", [[0, 1, 1], [0, 1, 3], [-1, 0, 1], [[0, 1]], [], [0.0, 1.0]])
-def test_an_order_is_a_permutation(columns):
-    with pytest.raises(ValueError, match="order must"):
-        select.ColumnOrder(torch.tensor(columns))
-
-
-def test_an_order_stays_as_checked():
-    columns = torch.arange(300, dtype=torch.int32)
-    order = select.ColumnOrder(columns)
-    columns.fill_(10**6)
-    assert select.threshold(torch.zeros(1, 300), temperature=1.0, tau=0.1, seed=0, order=order).counts[0] == 10
-
-
 # ---- other devices --------------------------------------------------------------------------------------------------
 
 
@@ -280,13 +241,10 @@ def test_the_fallback_has_the_same_law():
     logits = (torch.randn(60, 500) * 3).masked_fill(torch.rand(60, 500) < 0.2, -math.inf)
     logits[:, 450:] = -math.inf
     logits[:, 0] = 3.0
-    p, order = probabilities(logits, 1.5), torch.randperm(500, dtype=torch.int32)
-    for columns in (None, order):
-        out = select.Thresholded(*select._threshold(logits[None], 1.5, 0.03, 8, 2, columns))
-        for row, (ids, probs) in enumerate(rows_of(out)):
-            offset = select.uniforms(8, 2 + row, 1)[0, 0]
-            walk = None if columns is None else columns.numpy()
-            assert_threshold_row(p[row], ids, probs, 0.03, offset, walk, eps=1e-12)
+    p = probabilities(logits, 1.5)
+    out = select.Thresholded(*select._threshold(logits[None], 1.5, 0.03, 8, 2))
+    for row, (ids, probs) in enumerate(rows_of(out)):
+        assert_threshold_row(p[row], ids, probs, 0.03, select.uniforms(8, 2 + row, 1)[0, 0], eps=1e-12)
     drawn = select.Drawn(*select._sample(logits[None], 1.5, 60, 8, 2))
     for row, (ids, counts) in enumerate(rows_of(drawn)):
         assert_sampled_row(p[row], ids, counts, positions(8, 2 + row, 60), eps=1e-12)
@@ -319,7 +277,6 @@ GOOD = {
         (select.sample, {"draws": 2**31}, r"draws must lie in \[1, 2\*\*31\), got 2147483648"),
         (select.sample, {"seed": 2**63}, "seed must be a signed 64-bit integer, got 9223372036854775808"),
         (select.threshold, {"first_row": -1}, "first_row must lie in"),
-        (select.threshold, {"order": select.ColumnOrder(torch.arange(7))}, "order has 7 columns, logits have 8"),
     ],
 )
 def test_bad_arguments_are_named(call, bad, match):

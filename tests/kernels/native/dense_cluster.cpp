@@ -25,38 +25,37 @@ void run_row(const Task& task, int64_t row) {
   if (!coef.counts()) return blocks.fill(0, to);
   const bool teacher = coef.kd != 0;
   const Scales scales = scales_of(coef, kKind);
-  const AtOne mode = at_one(coef);
+  const UnitTau mode = unit_tau_of(coef);
   const auto part = [&](const Slice<T>& s, int thread) {
     return sweep<is_forward(kKind)>(s, thread, kTestThreads, scales, teacher, mode);
   };
   const auto merge_sums = [&](const Sums& l, const Sums& r) { return merge(l, r, scales, mode); };
   const Sums sums = blocks.reduce(Sums(), part, merge_sums);
-  const Normaliser normaliser = normaliser_of(sums, scales, mode);
+  const SoftmaxStats stats = softmax_stats(sums, scales, mode);
   Values values = {0, 0};
   if constexpr (!is_forward(kKind)) {
     const auto values_part = [&](const Slice<T>& s, int thread) {
-      return values_of<kKind>(s, thread, kTestThreads, normaliser, divergence);
+      return values_of<kKind>(s, thread, kTestThreads, stats, divergence);
     };
     const auto add = [](const Values& l, const Values& r) { return Values{l.value + r.value, l.h + r.h}; };
     if (teacher) values = blocks.reduce(values, values_part, add);
   }
   const int label = coef.label_column(columns);
-  const RowOutcome out = outcome_of(coef, divergence, columns, sums, normaliser, values, blocks.smoothing(),
-                                    label >= 0 ? to_float(x[label]) : 0);
+  const RowOutcome out = outcome_of<kKind>(coef, divergence, columns, sums, stats, values, blocks.smoothing(),
+                                           label >= 0 ? to_float(x[label]) : 0);
   task.row.loss[row] = out.loss;
   if (out.gradient.failed) return blocks.fill(out.loss, to);
   blocks.each_thread([&](const Slice<T>& slice, int thread) {
-    write_gradient<kKind>(slice, thread, kTestThreads, out.gradient, normaliser, divergence, teacher, label, mode, to);
+    write_gradient<kKind>(slice, thread, kTestThreads, out.gradient, stats, divergence, teacher, label, mode, to);
   });
 }
 
 template <typename T>
 void run(const Task& task) {
-  static constexpr void (*kRow[])(const Task&, int64_t) = {
-      run_row<Kind::kForwardKl, T>,     run_row<Kind::kSoftCe, T>, run_row<Kind::kReverseKl, T>,
-      run_row<Kind::kSymmetricKl, T>,   run_row<Kind::kJsd, T>,    run_row<Kind::kSkewForwardKl, T>,
-      run_row<Kind::kSkewReverseKl, T>, run_row<Kind::kTvd, T>,    run_row<Kind::kAlphaBeta, T>};
-  for (int64_t row = 0; row < task.row.rows; ++row) kRow[task.kind](task, row);
+  for (int64_t row = 0; row < task.row.rows; ++row)
+    with_kind(static_cast<Kind>(task.kind), [&](auto kind) {
+      if constexpr (family_of(kind.value) != Family::kSpecial) run_row<kind.value, T>(task, row);
+    });
 }
 
 }  // namespace

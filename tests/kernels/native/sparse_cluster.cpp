@@ -15,14 +15,14 @@ struct Task {
   int subtract_entropy;
 };
 
-template <AtOne kAtOne, typename T>
-SparseSums sums_of(Blocks<T>& blocks, const EntriesView& entries, Scales scales, AtOne mode) {
+template <UnitTau kUnitTau, typename T>
+SparseSums sums_of(Blocks<T>& blocks, const EntriesView& entries, Scales scales, UnitTau mode) {
   const auto merge_sums = [&](const SparseSums& l, const SparseSums& r) { return merge(l, r, scales, mode); };
   SparseSums taken = blocks.reduce(
       SparseSums(),
       [&](const Slice<T>& s, int thread) {
         SparseSums sums;
-        take_entries<kAtOne>(sums, s, const_cast<Pack<T>*>(s.student), entries, thread, kTestThreads, scales);
+        take_entries<kUnitTau>(sums, s, const_cast<Pack<T>*>(s.student), entries, thread, kTestThreads, scales);
         return sums;
       },
       merge_sums);
@@ -30,7 +30,7 @@ SparseSums sums_of(Blocks<T>& blocks, const EntriesView& entries, Scales scales,
       taken,
       [&](const Slice<T>& s, int thread) {
         SparseSums sums;
-        sweep_outside<kAtOne>(sums, s, thread, kTestThreads, scales);
+        sweep_outside<kUnitTau>(sums, s, thread, kTestThreads, scales);
         return sums;
       },
       merge_sums);
@@ -49,11 +49,11 @@ void run_row(const Task& task, int64_t row) {
   const EntriesView entries = {task.ids + begin, task.weights + begin, task.logits + begin,
                                coef.kd == 0 ? 0 : task.offsets[row + 1] - begin, task.tail ? task.tail[row] : -kInf};
   const Scales scales = scales_of(coef, Kind::kSoftCe);
-  const AtOne mode = at_one(coef);
+  const UnitTau mode = unit_tau_of(coef);
   const Smoothing smoothing = blocks.smoothing();
-  const SparseSums sums = mode == AtOne::kSquared    ? sums_of<AtOne::kSquared>(blocks, entries, scales, mode)
-                          : mode == AtOne::kSeparate ? sums_of<AtOne::kSeparate>(blocks, entries, scales, mode)
-                                                     : sums_of<AtOne::kShared>(blocks, entries, scales, mode);
+  const SparseSums sums = mode == UnitTau::kSquared    ? sums_of<UnitTau::kSquared>(blocks, entries, scales, mode)
+                          : mode == UnitTau::kSeparate ? sums_of<UnitTau::kSeparate>(blocks, entries, scales, mode)
+                                                       : sums_of<UnitTau::kShared>(blocks, entries, scales, mode);
   const int label = coef.label_column(columns);
   const SparseOutcome out = outcome_of(coef, columns, sums, entries, scales, task.subtract_entropy, smoothing,
                                        label >= 0 ? to_float(x[label]) : 0);
