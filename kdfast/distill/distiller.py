@@ -95,7 +95,7 @@ class Distiller:
         check_arguments(student, objective, amp, accumulate, clip_norm, options)
         self.student = student
         self.objective: Objective = KD(**options) if objective is None else objective
-        self.fields = Fields(inputs, labels, key)
+        self.fields = Fields(inputs=inputs, labels=labels, key=key)
         self.teachers = Teachers(teacher, student, self.fields)
         for model in (student, self.objective, *map(owner, self.teachers.members)) if device is not None else ():
             if isinstance(model, nn.Module):

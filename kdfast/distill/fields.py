@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kdfast.cache import PackedLabels
 from kdfast.labels import SoftLabels
-from kdfast.models import NON_MODEL_FIELDS, BatchFields
+from kdfast.models import BatchFields
 
 __all__ = ["Fields", "samples", "split", "tensors", "to_device"]
 
 
-@dataclass(frozen=True)
-class Fields:
+@dataclass(frozen=True, kw_only=True)
+class Fields(BatchFields):
     """Finds the parts of a batch: by the functions that ``Distiller`` takes, else by the batch's layout.
 
     Without functions a batch is a pair (inputs, labels), inputs alone, or a mapping. A mapping holds ``labels`` and
@@ -27,17 +27,7 @@ class Fields:
     ``split`` takes apart, only the batch is looked at.
     """
 
-    inputs: Callable[[Any], Any] | None = None
     labels: Callable[[Any], Tensor | None] | None = None
-    key: Callable[[Any], Sequence[Any]] | None = None
-
-    def arguments(self, batch: Any) -> Any:
-        """The models' arguments: a mapping of keywords, a tuple of positional arguments, or a single argument."""
-        if self.inputs is not None:
-            return self.inputs(batch)
-        if isinstance(batch, Mapping):
-            return {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
-        return batch[0] if isinstance(batch, tuple) else batch
 
     def labels_of(self, batch: Any) -> Tensor | None:
         """The batch's labels, class indices or probabilities; None if it has none.
@@ -57,10 +47,6 @@ class Fields:
                 "where they are"
             )
         return labels
-
-    def keys_of(self, batch: Any) -> list[Any]:
-        """The cache key of each record. Raises ``ValueError`` if there is no ``key`` function, and no key or ids."""
-        return BatchFields(key=self.key).keys(batch)
 
 
 def split(batch: Any) -> tuple[Any, SoftLabels | PackedLabels | None]:

@@ -73,7 +73,7 @@ class Teachers:
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
             try:
-                labels = look_up(member, self._fields.keys_of(batch), batch, logits_of(student).shape[:-1])
+                labels = look_up(member, self._fields.keys(batch), batch, logits_of(student).shape[:-1])
             except CacheError:
                 raise
             except (LookupError, ValueError):
