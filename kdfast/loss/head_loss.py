@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from kdfast.labels.head import Head, OutputLayer
 from kdfast.loss import ops
 from kdfast.loss.chunks import TeacherRows, rows_per_chunk
 from kdfast.loss.projection import WeightGrad, multiply_out, slope_of_cap
+from kdfast.loss.reference import Targets
 from kdfast.loss.vocab_parallel import in_group
 from kdfast.loss.vocabulary import Shard
 from kdfast.loss.workspace import Workspace
@@ -30,7 +31,8 @@ class _Rows:
 
     teacher: TeacherRows
     coef: Tensor  # (5, rows)
-    truth: ops.Truth
+    targets: Targets
+    want_parts: bool
     shard: Shard | None = None  # of the vocabulary that is here; None: all of it
 
     @property
@@ -43,8 +45,7 @@ class _Rows:
     def times(self, upstream: Tensor) -> _Rows:
         """Their gradient is the losses', each times its row's ``upstream``."""
         weights = torch.where(self.coef[2:] == 0.0, 0.0, self.coef[2:] * upstream)
-        coef, truth = torch.cat([self.coef[:2], weights]), self.truth._replace(want_parts=False)
-        return _Rows(self.teacher, coef, truth, self.shard)
+        return replace(self, coef=torch.cat([self.coef[:2], weights]), want_parts=False)
 
     def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
         """(first row, last row, the teacher's buffer) of each."""
@@ -61,17 +62,16 @@ class _Rows:
     ) -> tuple[Tensor, Tensor]:
         """Losses and parts of (last - first, V) logits; `form` _inplace makes them their gradient."""
         teacher = self.teacher.chunk(first, last, buffer)
-        target, probs, smoothing, want_parts = self.truth
-        truth = ops.Truth(
-            None if target is None else target[first:last],
-            None if probs is None else probs[:, first:last],
-            smoothing,
-            want_parts,
-        )
+        label, probs, smoothing = self.targets
+        label = None if label is None else label[first:last]
+        probs = None if probs is None else probs[first:last]
         coef = self.coef[:, first:last].contiguous()
         if self.shard is not None:
-            return in_group(logits, teacher, coef, truth, self.shard, form == "_inplace")
-        arguments = teacher.arguments(coef, truth)
+            targets = Targets(label, probs, smoothing)
+            loss, parts = in_group(logits, teacher, coef, targets, self.shard, form == "_inplace")
+            return loss, parts if self.want_parts else parts[:, :0]
+        targets = Targets(label, None if probs is None else probs[None], smoothing)
+        arguments = teacher.arguments(coef, targets, self.want_parts)
         return ops._op(teacher.op + form)(logits[None], *arguments)  # type: ignore[no-any-return]
 
 
@@ -80,7 +80,7 @@ class _Outcome:
 
     def __init__(self, rows: _Rows) -> None:
         self.loss = rows.coef.new_empty(rows.count)
-        self.parts = rows.coef.new_empty(4, rows.count if rows.truth.want_parts else 0)
+        self.parts = rows.coef.new_empty(4, rows.count if rows.want_parts else 0)
 
     def put(self, first: int, last: int, results: tuple[Tensor, Tensor]) -> None:
         loss, parts = results
@@ -93,7 +93,8 @@ def loss_by_chunks(
     student: Tensor | Head,
     teacher: TeacherRows,
     coef: Tensor,
-    truth: ops.Truth,
+    targets: Targets,
+    want_parts: bool,
     backward: str,
     reduction: str,
     shard: Shard | None = None,
@@ -102,8 +103,9 @@ def loss_by_chunks(
 
     Args:
         student: (rows, V) logits, or a head with (rows, d) hidden states.
+        targets: with probabilities of (rows, V), if any.
     """
-    rows, trains = _Rows(teacher, coef, truth, shard), torch.is_grad_enabled()
+    rows, trains = _Rows(teacher, coef, targets, want_parts, shard), torch.is_grad_enabled()
     late = backward == "recompute" or reduction == "none" or student.dtype == torch.float64
     with torch.autocast(coef.device.type, enabled=False):
         if isinstance(student, Head):

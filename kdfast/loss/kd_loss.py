@@ -16,6 +16,7 @@ from kdfast.labels.support import check_supported
 from kdfast.loss import checks, ops
 from kdfast.loss.chunks import HeadRows, LogitRows, SparseRows, TeacherRows
 from kdfast.loss.head_loss import loss_by_chunks
+from kdfast.loss.reference import Targets
 from kdfast.loss.vocab_parallel import part_of
 from kdfast.loss.vocabulary import Shard
 
@@ -124,12 +125,14 @@ def kd_loss(
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
-    truth = ops.Truth(index, probs, float(label_smoothing), return_parts)
+    targets = Targets(index, probs, float(label_smoothing))
     if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
-        loss, parts = _run_by_chunks(student, teacher, rows, div, tau_t, coef, truth, backward, reduction, shard)
+        loss, parts = _run_by_chunks(
+            student, teacher, rows, div, tau_t, coef, targets, return_parts, backward, reduction, shard
+        )
     else:
         target = _target(teacher, rows, div, tau_t)
-        loss, parts = _run(rows.lay_out(student), target, coef, truth, backward, reduction)
+        loss, parts = _run(rows.lay_out(student), target, coef, targets, return_parts, backward, reduction)
     if reduction == "none":
         loss = rows.unflatten(loss)
     if not return_parts:
@@ -325,14 +328,20 @@ def _sparse(teacher: Ragged, rows: _Rows, div: Divergence, tau_t: Number) -> ops
 
 
 def _run(
-    logits: Tensor, target: ops.Teacher, coef: Tensor, truth: ops.Truth, backward: str, reduction: str
+    logits: Tensor,
+    teacher: ops.Teacher,
+    coef: Tensor,
+    targets: Targets,
+    want_parts: bool,
+    backward: str,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
     trains = logits.requires_grad and torch.is_grad_enabled()
     if trains and backward == "inplace":
-        return ops.row_loss_inplace(logits, target, coef, truth)
+        return ops.row_loss_inplace(logits, teacher, coef, targets, want_parts)
     if trains and backward == "fused" and reduction != "none" and logits.dtype in (torch.float32, torch.bfloat16):
-        return ops.row_loss_fused(logits, target, coef, truth)
-    loss, parts = ops.row_loss(logits, target, coef, truth)
+        return ops.row_loss_fused(logits, teacher, coef, targets, want_parts)
+    loss, parts = ops.row_loss(logits, teacher, coef, targets, want_parts)
     return (loss if reduction == "none" else loss.sum()), parts
 
 
@@ -346,27 +355,27 @@ def _run_by_chunks(
     div: Divergence,
     tau_t: Number,
     coef: Tensor,
-    truth: ops.Truth,
+    targets: Targets,
+    want_parts: bool,
     backward: str,
     reduction: str,
     shard: Shard | None,
 ) -> tuple[Tensor, Tensor]:
     kept = _kept(student, coef)
-    if truth.probs is not None:
-        truth = truth._replace(probs=truth.probs.reshape(1, rows.count, student.shape[-1]))
+    label, probs, smoothing = targets
+    probs = None if probs is None else probs.reshape(rows.count, student.shape[-1])
     if kept is not None:
         coef = coef[:, kept]
-        target = None if truth.target is None else truth.target[kept]
-        probs = None if truth.probs is None else truth.probs[:, kept]
-        truth = truth._replace(target=target, probs=probs)
+        label, probs = (None if x is None else x[kept] for x in (label, probs))
+    targets = Targets(label, probs, smoothing)
     flat = _flat_head(student, kept) if isinstance(student, Head) else student.reshape(rows.count, student.shape[-1])
     source = _rows_of(teacher, rows, div, tau_t, kept)
-    loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction, shard)
+    loss, parts = loss_by_chunks(flat, source, coef, targets, want_parts, backward, reduction, shard)
     if kept is None:
         return loss, parts
     if reduction == "none":
         loss = loss.new_zeros(rows.count).index_copy(0, kept, loss)
-    if truth.want_parts:
+    if want_parts:
         parts = parts.new_zeros(4, rows.count).index_copy(1, kept, parts)
     return loss, parts
 

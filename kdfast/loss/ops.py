@@ -20,20 +20,12 @@ from kdfast._calls import DenseCall, SparseCall
 from kdfast.divergences import Divergence
 from kdfast.kernels import cluster
 from kdfast.loss import reference
+from kdfast.loss.reference import Targets
 
-__all__ = ["DenseTeacher", "SparseTeacher", "TailPrototypes", "Teacher", "Truth", "row_loss", "row_loss_fused"]
+__all__ = ["DenseTeacher", "SparseTeacher", "TailPrototypes", "Teacher", "row_loss", "row_loss_fused"]
 __all__ += ["row_loss_inplace", "scaled_once"]
 
 _KINDS: tuple[str, ...] = _C.divergences()
-
-
-class Truth(NamedTuple):
-    """Labels as the ops take them, and whether the parts are wanted."""
-
-    target: Tensor | None  # (rows,) int64
-    probs: Tensor | None  # (outer, inner, V_s)
-    smoothing: float
-    want_parts: bool
 
 
 class DenseTeacher(NamedTuple):
@@ -41,9 +33,9 @@ class DenseTeacher(NamedTuple):
     divergence: Divergence
     op: str = "dense_rows"
 
-    def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
+    def arguments(self, coef: Tensor, targets: Targets, want_parts: bool = False) -> tuple[Any, ...]:
         numbers = _numbers(self.divergence)
-        return (self.logits, coef, *truth[:3], *numbers, self.divergence.standardize, truth.want_parts)
+        return (self.logits, coef, *targets, *numbers, self.divergence.standardize, want_parts)
 
 
 class TailPrototypes(NamedTuple):
@@ -64,12 +56,12 @@ class SparseTeacher(NamedTuple):
     tail_prototypes: TailPrototypes | None = None
     op: str = "sparse_rows"
 
-    def arguments(self, coef: Tensor, truth: Truth) -> tuple[Any, ...]:
+    def arguments(self, coef: Tensor, targets: Targets, want_parts: bool = False) -> tuple[Any, ...]:
         div = Divergence.of("forward_kl" if self.subtract_entropy else "soft_ce")
         prototype_ids = prototypes = None
         if self.tail_prototypes is not None:
             prototype_ids, prototypes, div = self.tail_prototypes
-        return (*self[:5], prototype_ids, prototypes, *_numbers(div), coef, *truth)
+        return (*self[:5], prototype_ids, prototypes, *_numbers(div), coef, *targets, want_parts)
 
 
 Teacher = DenseTeacher | SparseTeacher
@@ -88,22 +80,28 @@ def _divergence(kind: int, a: float, b: float, scale: float, standardize: bool =
 # ---- what the losses call -------------------------------------------------------------------------------------------
 
 
-def row_loss(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+def row_loss(
+    student: Tensor, teacher: Teacher, coef: Tensor, targets: Targets, want_parts: bool = False
+) -> tuple[Tensor, Tensor]:
     """(rows,) losses and (4, rows) parts; the backward pass computes the gradient anew."""
-    return _op(teacher.op)(student, *teacher.arguments(coef, truth))
+    return _op(teacher.op)(student, *teacher.arguments(coef, targets, want_parts))
 
 
-def row_loss_fused(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+def row_loss_fused(
+    student: Tensor, teacher: Teacher, coef: Tensor, targets: Targets, want_parts: bool = False
+) -> tuple[Tensor, Tensor]:
     """Their sum; the forward pass computes the gradient too, and backward only scales it."""
     return _Fused.apply(  # type: ignore[no-untyped-call]
-        student, teacher.op + "_grad", *teacher.arguments(coef, truth)
+        student, teacher.op + "_grad", *teacher.arguments(coef, targets, want_parts)
     )
 
 
-def row_loss_inplace(student: Tensor, teacher: Teacher, coef: Tensor, truth: Truth) -> tuple[Tensor, Tensor]:
+def row_loss_inplace(
+    student: Tensor, teacher: Teacher, coef: Tensor, targets: Targets, want_parts: bool = False
+) -> tuple[Tensor, Tensor]:
     """The same, with the gradient written over the student's logits."""
     return _InPlace.apply(  # type: ignore[no-untyped-call]
-        student, teacher.op + "_inplace", *teacher.arguments(coef, truth)
+        student, teacher.op + "_inplace", *teacher.arguments(coef, targets, want_parts)
     )
 
 
@@ -299,24 +297,24 @@ def _register(name: str, fallback: Callable[..., tuple[Tensor, Tensor]]) -> None
 def _reference_dense(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = DenseCall(*arguments)
     divergence = _divergence(call.kind, call.a, call.b, call.scale, call.standardize)
-    labels = reference.Labels(call.label, _flat(call.label_probs), call.smoothing)
-    loss, parts = reference.dense_rows(_rows(student), _rows(call.teacher), call.coef, labels, divergence)
+    targets = Targets(call.label, _flat(call.label_probs), call.smoothing)
+    loss, parts = reference.dense_rows(_rows(student), _rows(call.teacher), call.coef, targets, divergence)
     return loss, _stack(parts, call.want_parts)
 
 
 def _reference_sparse(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = SparseCall(*arguments)
-    labels = reference.Labels(call.label, _flat(call.label_probs), call.smoothing)
+    targets = Targets(call.label, _flat(call.label_probs), call.smoothing)
     entries, divergence = call[:3], _divergence(call.kind, call.a, call.b, call.scale)
     if call.prototype_ids is not None and call.prototypes is not None and call.tail is not None:
         tail_prototypes = reference.TailPrototypes(call.prototype_ids, call.prototypes)
         loss, parts = reference.prototype_rows(
-            _rows(student), *entries, call.tail, tail_prototypes, call.coef, labels, divergence
+            _rows(student), *entries, call.tail, tail_prototypes, call.coef, targets, divergence
         )
     else:
         keep = divergence.name == "forward_kl"
         loss, parts = reference.sparse_rows(
-            _rows(student), *entries, call.tail, call.vocab, call.coef, labels, subtract_entropy=keep
+            _rows(student), *entries, call.tail, call.vocab, call.coef, targets, subtract_entropy=keep
         )
     return loss, _stack(parts, call.want_parts)
 

@@ -19,14 +19,14 @@ from kdfast.divergences import Divergence
 from kdfast.labels.entries import Entries
 from kdfast.loss.vocabulary import WHOLE, Vocabulary
 
-__all__ = ["Labels", "Parts", "TailPrototypes", "dense_rows", "prototype_rows", "sparse_rows"]
+__all__ = ["Parts", "TailPrototypes", "Targets", "dense_rows", "prototype_rows", "sparse_rows"]
 
 
-class Labels(NamedTuple):
-    """Ground truth: class indices (rows,), or class probabilities (rows, V_s), or neither."""
+class Targets(NamedTuple):
+    """Ground truth: class indices, or class probabilities, or neither; and the label smoothing."""
 
-    target: Tensor | None = None
-    probs: Tensor | None = None
+    label: Tensor | None = None  # (rows,) int64
+    probs: Tensor | None = None  # (rows, V_s); (outer, inner, V_s) as an op takes them
     smoothing: float = 0.0
 
 
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
 
 def dense_rows(
-    student: Tensor, teacher: Tensor, coef: Tensor, labels: Labels, divergence: Divergence, v: Vocabulary = WHOLE
+    student: Tensor, teacher: Tensor, coef: Tensor, targets: Targets, divergence: Divergence, v: Vocabulary = WHOLE
 ) -> tuple[Tensor, Parts]:
     """Per-row loss of (rows, V_s) student logits against (rows, V_t) teacher logits, and its parts."""
     student, teacher = student.to(coef.dtype), teacher.to(coef.dtype)
@@ -50,13 +50,13 @@ def dense_rows(
         s, t = student[rows, :vocab], teacher[rows, :vocab]
         if divergence.standardize:
             s, t = _standardize(s, v), _standardize(t, v)
-        index = None if labels.target is None else labels.target[rows]
+        index = None if targets.label is None else targets.label[rows]
         value = _divergence(s, t, coef[0, rows], coef[1, rows], index, divergence, v)
         return value * torch.where(_valid(coef[:2, rows]).all(0), 1.0, math.nan)
 
     s, t = student[:, :vocab], teacher[:, :vocab]
     alive = _has_finite(s, v) & _has_finite(t, v)
-    return _total(kd, alive, student, coef, labels, s, v.argmax(s) == v.argmax(t), v)
+    return _total(kd, alive, student, coef, targets, s, v.argmax(s) == v.argmax(t), v)
 
 
 def sparse_rows(
@@ -67,7 +67,7 @@ def sparse_rows(
     tail: Tensor | None,
     vocab_t: int,
     coef: Tensor,
-    labels: Labels,
+    targets: Targets,
     subtract_entropy: bool,
     v: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Parts]:
@@ -83,7 +83,7 @@ def sparse_rows(
         value = _entry_divergence(s[rows] / coef[0, rows, None], entries.of_rows(rows), mass, subtract_entropy, v)
         return value * torch.where(_valid(coef[0, rows]), 1.0, math.nan)
 
-    return _total(kd, _has_finite(s, v), student, coef, labels, s, v.argmax(s) == entries.best(len(s)), v)
+    return _total(kd, _has_finite(s, v), student, coef, targets, s, v.argmax(s) == entries.best(len(s)), v)
 
 
 class TailPrototypes(NamedTuple):
@@ -101,7 +101,7 @@ def prototype_rows(
     tail: Tensor,
     tail_prototypes: TailPrototypes,
     coef: Tensor,
-    labels: Labels,
+    targets: Targets,
     divergence: Divergence,
     v: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Parts]:
@@ -112,7 +112,7 @@ def prototype_rows(
     entries = Entries.of(ids, weights.to(coef.dtype), offsets)
     p = _expand(entries, tail.to(coef.dtype), tail_prototypes, student.shape[1], v)
     coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
-    return dense_rows(student, p.log(), coef, labels, divergence, v)
+    return dense_rows(student, p.log(), coef, targets, divergence, v)
 
 
 def _expand(entries: Entries, tail: Tensor, tail_prototypes: TailPrototypes, columns: int, v: Vocabulary) -> Tensor:
@@ -137,7 +137,7 @@ def _total(
     alive: Tensor,
     student: Tensor,
     coef: Tensor,
-    labels: Labels,
+    targets: Targets,
     s: Tensor,
     top1: Tensor,
     v: Vocabulary = WHOLE,
@@ -146,7 +146,7 @@ def _total(
     finite, counted = _has_finite(student, v), (coef[2:] != 0.0).any(0)
 
     def ce(rows: Tensor) -> Tensor:
-        return _cross_entropy(student[rows], labels, rows, v)
+        return _cross_entropy(student[rows], targets, rows, v)
 
     def lse_squared(rows: Tensor) -> Tensor:
         return v.logsumexp(student[rows]).square()
@@ -326,24 +326,24 @@ def _entry_divergence(
 # ---- ground truth ---------------------------------------------------------------------------------------------------
 
 
-def _cross_entropy(z: Tensor, labels: Labels, rows: Tensor, v: Vocabulary) -> Tensor:
+def _cross_entropy(z: Tensor, targets: Targets, rows: Tensor, v: Vocabulary) -> Tensor:
     """Cross-entropy at temperature 1 over the student's whole row; smoothing averages over its finite columns."""
     nll = -_log_softmax(z, v)
     live = z != -math.inf
     finite_nll = nll.masked_fill(~live, 0.0)
-    if labels.probs is not None:
-        y = labels.probs[rows].to(z.dtype)
+    if targets.probs is not None:
+        y = targets.probs[rows].to(z.dtype)
         hard = v.sum(y * finite_nll + torch.where((y > 0.0) & ~live, math.inf, 0.0))
-    elif labels.target is not None:
-        index = labels.target[rows]
+    elif targets.label is not None:
+        index = targets.label[rows]
         bad = (index < 0) | (index >= (v.columns or z.shape[1]))
         hard = v.pick(nll, index.masked_fill(bad, 0)) * torch.where(bad, math.nan, 1.0)
     else:
         return nll.new_zeros(nll.shape[0])
-    if labels.smoothing == 0.0:
+    if targets.smoothing == 0.0:
         return hard
     smooth = v.sum(finite_nll) / v.sum(live)
-    return smooth if labels.smoothing == 1.0 else (1.0 - labels.smoothing) * hard + labels.smoothing * smooth
+    return smooth if targets.smoothing == 1.0 else (1.0 - targets.smoothing) * hard + targets.smoothing * smooth
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------
