@@ -12,6 +12,7 @@ from torch import Tensor
 from kdfast.labels.head import Head, OutputLayer
 from kdfast.loss import ops
 from kdfast.loss.chunks import TeacherRows, rows_per_chunk
+from kdfast.loss.dispatch import scaled_coefficients
 from kdfast.loss.projection import WeightGrad, multiply_out, slope_of_cap
 from kdfast.loss.reference import Targets
 from kdfast.loss.vocab_parallel import in_group
@@ -43,9 +44,8 @@ class _Rows:
         return Workspace(self.coef.device)
 
     def times(self, upstream: Tensor) -> _Rows:
-        """Their gradient is the losses', each times its row's ``upstream``."""
-        weights = torch.where(self.coef[2:] == 0.0, 0.0, self.coef[2:] * upstream)
-        return replace(self, coef=torch.cat([self.coef[:2], weights]), want_parts=False)
+        """The same rows with the coefficients of losses that are multiplied by ``upstream``, one number per row."""
+        return replace(self, coef=scaled_coefficients(self.coef, upstream), want_parts=False)
 
     def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
         """(first row, last row, the teacher's buffer) of each."""
@@ -58,9 +58,9 @@ class _Rows:
             yield first, min(first + rows, self.count), buffer
 
     def loss(
-        self, logits: Tensor, first: int, last: int, buffer: Tensor | None, form: str = ""
+        self, logits: Tensor, first: int, last: int, buffer: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """Losses and parts of (last - first, V) logits; `form` _inplace makes them their gradient."""
+        """Losses and parts of (last - first, V) logits. With ``gradient`` the losses' takes the logits' place."""
         teacher = self.teacher.chunk(first, last, buffer)
         label, probs, smoothing = self.targets
         label = None if label is None else label[first:last]
@@ -68,11 +68,11 @@ class _Rows:
         coef = self.coef[:, first:last].contiguous()
         if self.shard is not None:
             targets = Targets(label, probs, smoothing)
-            loss, parts = in_group(logits, teacher, coef, targets, self.shard, form == "_inplace")
+            loss, parts = in_group(logits, teacher, coef, targets, self.shard, gradient)
             return loss, parts if self.want_parts else parts[:, :0]
         targets = Targets(label, None if probs is None else probs[None], smoothing)
-        arguments = teacher.arguments(coef, targets, self.want_parts)
-        return ops._op(teacher.op + form)(logits[None], *arguments)  # type: ignore[no-any-return]
+        op = teacher.ops.inplace if gradient else teacher.ops.losses
+        return op(logits[None], *teacher.arguments(coef, targets, self.want_parts))  # type: ignore[no-any-return]
 
 
 class _Outcome:
@@ -152,7 +152,7 @@ def _losses(student: _Student, rows: _Rows) -> _Outcome:
                 logits = space.empty(last - first, student.layer.vocab_size, student.dtype)
             x = logits[: last - first]
             multiply_out(student.layer, student.hidden[first:last], x)
-            out.put(first, last, rows.loss(x, first, last, buffer))
+            out.put(first, last, rows.loss(x, first, last, buffer, gradient=False))
     return out
 
 
@@ -166,7 +166,7 @@ def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) 
             hidden, x = student.hidden[first:last], backward.logits[: last - first]
             multiply_out(student.layer, hidden, x)
             backward.before(x)
-            out.put(first, last, rows.loss(x, first, last, buffer, "_inplace"))
+            out.put(first, last, rows.loss(x, first, last, buffer, gradient=True))
             backward.add(x, hidden, first, last)
         if backward is None:
             backward = _Backward(student, 0, 0, wanted, space)
@@ -254,7 +254,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         if ctx.adds:
             torch._assert_async(upstream == 1.0, _UPSTREAM)
-        return *ops.scaled_once(ctx, upstream), None, None
+        return *ops.scaled_gradients(ctx, upstream), None, None
 
 
 class _Recomputed(torch.autograd.Function):
@@ -285,7 +285,7 @@ def _gradient_of_logits(logits: Tensor, rows: _Rows, grad: Tensor) -> _Outcome:
             chunk = grad[first:last]
             if grad is not logits:
                 chunk.copy_(logits[first:last])
-            out.put(first, last, rows.loss(chunk, first, last, buffer, "_inplace"))
+            out.put(first, last, rows.loss(chunk, first, last, buffer, gradient=True))
     return out
 
 
@@ -302,7 +302,7 @@ class _FusedLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return *ops.scaled_once(ctx, upstream), None, None
+        return *ops.scaled_gradients(ctx, upstream), None, None
 
 
 class _RecomputedLogits(torch.autograd.Function):
@@ -311,7 +311,7 @@ class _RecomputedLogits(torch.autograd.Function):
         out = _Outcome(rows)
         with rows.workspace() as space:
             for first, last, buffer in rows.chunks(0, space):
-                out.put(first, last, rows.loss(logits[first:last], first, last, buffer))
+                out.put(first, last, rows.loss(logits[first:last], first, last, buffer, gradient=False))
         ctx.save_for_backward(logits)
         ctx.rows = rows
         ctx.mark_non_differentiable(out.parts)

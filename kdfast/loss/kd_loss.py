@@ -16,7 +16,7 @@ from kdfast.labels.support import check_supported
 from kdfast.loss import checks, ops
 from kdfast.loss.chunks import HeadRows, LogitRows, SparseRows, TeacherRows
 from kdfast.loss.head_loss import loss_by_chunks
-from kdfast.loss.reference import Targets
+from kdfast.loss.reference import TailPrototypes, Targets
 from kdfast.loss.vocab_parallel import part_of
 from kdfast.loss.vocabulary import Shard
 
@@ -315,14 +315,14 @@ def _sparse(teacher: Ragged, rows: _Rows, div: Divergence, tau_t: Number) -> ops
     tail = None if tail is None else tail.to(rows.dtype).contiguous()
     tail_prototypes = None
     if isinstance(teacher, Prototype):
-        tail_prototypes = ops.TailPrototypes(teacher.prototype_ids, teacher.prototypes, div)
+        tail_prototypes = TailPrototypes(teacher.prototype_ids, teacher.prototypes)
     return ops.SparseTeacher(
         ids=teacher.ids,
         weights=weights,
         offsets=teacher.offsets,
         tail=tail,
         vocab=teacher.vocab_size,
-        subtract_entropy=div.name == "forward_kl",
+        divergence=div,
         tail_prototypes=tail_prototypes,
     )
 

@@ -42,15 +42,19 @@ def _rows(
 ) -> tuple[Tensor, reference.Parts]:
     if isinstance(teacher, ops.DenseTeacher):
         return reference.dense_rows(logits, teacher.logits[0], coef, targets, teacher.divergence, shard)
-    entries = teacher.ids, teacher.weights, teacher.offsets
-    if teacher.tail_prototypes is None or teacher.tail is None:
-        width, keep = logits.shape[1], teacher.subtract_entropy
-        return reference.sparse_rows(logits, *entries, teacher.tail, width, coef, targets, keep, shard)
-    tail_prototypes = reference.TailPrototypes(
-        teacher.tail_prototypes.prototype_ids, teacher.tail_prototypes.prototypes
+    return reference.sparse_rows(
+        student=logits,
+        ids=teacher.ids,
+        weights=teacher.weights,
+        offsets=teacher.offsets,
+        tail=teacher.tail,
+        vocab=teacher.vocab,
+        tail_prototypes=teacher.tail_prototypes,
+        coef=coef,
+        targets=targets,
+        divergence=teacher.divergence,
+        v=shard,
     )
-    divergence = teacher.tail_prototypes.divergence
-    return reference.prototype_rows(logits, *entries, teacher.tail, tail_prototypes, coef, targets, divergence, shard)
 
 
 def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head | SoftLabels:

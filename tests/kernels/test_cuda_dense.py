@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kdfast import _C
+from kdfast._calls import DivergenceNumbers
 from kdfast.divergences import Divergence, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
-from kdfast.loss.ops import _numbers
 from kdfast.loss.reference import Targets
 from kdfast.testing import assert_close_to_eager, oracle_gradient
 from support.native_rows import DTYPES, NVCC, WHERE, RowTask, load
@@ -48,14 +48,14 @@ def run(kernel, request):
     def on_cpu(student, teacher, coef, labels, divergence):
         loss, grad = torch.full((len(student),), math.nan), torch.full_like(student, math.nan)
         row = RowTask.of(student, grad, coef, labels, cluster, loss)
-        kernel(ctypes.byref(Task(row, teacher.data_ptr(), *_numbers(divergence))), DTYPES[student.dtype])
+        kernel(ctypes.byref(Task(row, teacher.data_ptr(), *DivergenceNumbers.of(divergence))), DTYPES[student.dtype])
         return loss, grad
 
     def on_gpu(student, teacher, coef, labels, divergence):
         grad = torch.full_like(student, math.nan, device=device)
         tensors = (x.to(device) for x in (student[None], teacher[None], coef))
         target = None if labels.label is None else labels.label.to(device)
-        numbers = target, labels.smoothing, *_numbers(divergence)
+        numbers = target, labels.smoothing, *DivergenceNumbers.of(divergence)
         loss = torch.ops.kdfast.dense_rows_cluster(*tensors, *numbers, grad[None], cluster)
         return loss.cpu(), grad.cpu()
 

@@ -39,7 +39,7 @@ def run(kernel, request):
         logits = torch.empty(len(teacher.ids))
         entries = teacher.ids.data_ptr(), teacher.weights.data_ptr(), teacher.offsets.data_ptr()
         pointers = *entries, None if tail is None else tail.data_ptr(), logits.data_ptr()
-        kernel(ctypes.byref(Task(row, *pointers, teacher.subtract_entropy)), DTYPES[student.dtype])
+        kernel(ctypes.byref(Task(row, *pointers, teacher.divergence.name == "forward_kl")), DTYPES[student.dtype])
         return loss, grad
 
     def on_gpu(student, teacher, coef, labels):
@@ -47,9 +47,8 @@ def run(kernel, request):
         entries = (x.to(device) for x in (student[None], teacher.ids, teacher.weights, teacher.offsets))
         tail = None if teacher.tail is None else teacher.tail.float().to(device)
         target = None if labels.label is None else labels.label.to(device)
-        loss = torch.ops.kdfast.sparse_rows_cluster(
-            *entries, tail, coef.to(device), target, labels.smoothing, teacher.subtract_entropy, grad[None], cluster
-        )
+        numbers = coef.to(device), target, labels.smoothing, teacher.divergence.name == "forward_kl"
+        loss = torch.ops.kdfast.sparse_rows_cluster(*entries, tail, *numbers, grad[None], cluster)
         return loss.cpu(), grad.cpu()
 
     return on_gpu if device == "cuda" else on_cpu

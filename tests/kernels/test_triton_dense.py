@@ -13,13 +13,15 @@ from kdfast import _C
 from kdfast.divergences import Divergence
 from kdfast.kernels import dense, launch
 from kdfast.loss import ops
+from kdfast.loss.dispatch import forms_of
 from kdfast.loss.reference import Targets
 from support.dense_checks import DIVERGENCES, coefficients
 from support.triton_device import DEVICE
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-OP = ops._form(dense.dense_rows, "_grad")
+FORMS = forms_of(dense.dense_rows)
+OP = FORMS.grad
 # (V_s, V_t) at a tile of 256: within one, across tiles, and either side wider.
 SHAPES = [(280, 280), (257, 262), (300, 264)]
 
@@ -143,7 +145,7 @@ def test_the_gradient_may_take_the_students_place(divergence):
     expected_loss, expected, no_parts = OP(student[None], *arguments)
     assert no_parts.shape == (4, 0)
     assert torch.equal(dense.dense_rows(student[None], None, *arguments)[0], expected_loss)
-    assert torch.equal(ops._form(dense.dense_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(FORMS.inplace(student[None], *arguments)[0], expected_loss)
     assert torch.equal(student, expected[0])
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from kdfast import _triton
 from kdfast.divergences import Divergence
-from kdfast.loss import ops
+from kdfast.loss import dispatch, ops
 from kdfast.loss.reference import Targets
 from support.triton_device import DEVICE
 
@@ -32,7 +32,7 @@ def fallback(*_):
 
 def run(dtype):
     student, coef = torch.randn(6, 40, device=DEVICE, dtype=dtype), laws.coefficients(6, torch.float32).to(DEVICE)
-    op = ops._on_gpu("dense_rows", "_grad", fallback)
+    op = dispatch.on_gpu("dense_rows", dispatch.RowOps(fallback, fallback, fallback)).grad
     labels = Targets(torch.arange(6, device=DEVICE))
     return laws.run(op, student, student.clone(), coef, labels, Divergence("forward_kl"))
 
@@ -44,7 +44,7 @@ def test_narrow_logits_run_in_triton_and_float64_in_the_reference():
 
 
 def test_without_triton_the_reference_runs(monkeypatch):
-    monkeypatch.setattr(_triton, "launchers", lambda name: None)
+    monkeypatch.setattr(_triton, "launcher", lambda name: None)
     with pytest.raises(LookupError):
         run(torch.float32)
 

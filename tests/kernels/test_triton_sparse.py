@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from kdfast.divergences import Divergence
 from kdfast.kernels import launch, sparse
-from kdfast.loss import ops
+from kdfast.loss.dispatch import forms_of
 from kdfast.loss.reference import Targets
 from support import prototype_rows as shaped
 from support import sparse_rows as plain
@@ -18,7 +18,8 @@ from support.triton_device import DEVICE
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-OP = ops._form(sparse.sparse_rows, "_grad")
+FORMS = forms_of(sparse.sparse_rows)
+OP = FORMS.grad
 SHAPES = [(280, 280), (270, 262), (257, 300)]
 ALL_SHAPED = [*shaped.DIVERGENCES, *shaped.OTHERS]
 
@@ -63,7 +64,7 @@ def test_shaped_tails_match_the_oracle(number):
     teacher = shaped.make_teacher(columns, vocab, ALL_SHAPED[number], table=table)
     labels = Targets(torch.randint(0, min(columns, vocab), (shaped.ROWS,)), None, 0.1 * (number % 2))
     coef = shaped.coefficients(torch.float32, (2.0, 1.0, 3.3)[number % 3])
-    check_on_device(shaped.oracle, torch.randn(shaped.ROWS, columns) * 3, teacher, coef, labels)
+    check_on_device(plain.oracle, torch.randn(shaped.ROWS, columns) * 3, teacher, coef, labels)
 
 
 @pytest.mark.parametrize("gap", [-200.0, 200.0])
@@ -151,12 +152,11 @@ def test_the_gradient_may_take_the_students_place(divergence):
     expected_loss, expected, no_parts = OP(student[None], *arguments)
     assert no_parts.shape == (4, 0)
     assert torch.equal(sparse.sparse_rows(student[None], None, *arguments)[0], expected_loss)
-    assert torch.equal(ops._form(sparse.sparse_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(FORMS.inplace(student[None], *arguments)[0], expected_loss)
     assert torch.equal(student, expected[0])
 
 
 def test_a_shape_less_tail_serves_forward_divergences_only():
-    arguments = list(plain.make_teacher(6, 300).arguments(torch.ones(5, 6), Targets()))
-    arguments[7] = 2
+    arguments = plain.make_teacher(6, 300).arguments(torch.ones(5, 6), Targets())._replace(kind=2)
     with pytest.raises(ValueError, match="divergence reverse_kl needs the shapes of the tails"):
         OP(torch.randn(1, 6, 300), *arguments)

@@ -38,7 +38,9 @@ def sparse_arguments(requires_grad=True, want_parts=True, tail=True):
     student = torch.randn(2, 3, 9, requires_grad=requires_grad)
     ids = torch.stack([torch.randperm(9)[:2] for _ in range(6)]).int().flatten()
     log_tail = torch.rand(6).log() if tail else None
-    teacher = ops.SparseTeacher(ids, torch.rand(12), torch.arange(7) * 2, log_tail, 9, tail)
+    teacher = ops.SparseTeacher(
+        ids, torch.rand(12), torch.arange(7) * 2, log_tail, 9, Divergence("forward_kl" if tail else "soft_ce")
+    )
     targets = Targets(torch.randint(0, 9, (6,)), None, 0.1)
     return student, *teacher.arguments(torch.rand(5, 6), targets, want_parts)
 

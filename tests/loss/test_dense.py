@@ -157,7 +157,7 @@ def test_streamed_gradients_match():
             student[rows],
             teacher[rows],
             coef[:, rows].contiguous(),
-            Targets(labels.target[rows]),
+            Targets(labels.label[rows]),
             Divergence("forward_kl"),
         )
         assert torch.equal(streamed[rows], plain)
