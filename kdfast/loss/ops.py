@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdfast._calls import DenseCall, DivergenceNumbers, SparseCall
 from kdfast.divergences import Divergence
+from kdfast.labels import Prototype, Ragged
 from kdfast.loss.dispatch import DENSE_ROWS, ONCE, SCALE_, SPARSE_ROWS, Op, RowOps
 from kdfast.loss.reference import TailPrototypes, Targets
 
@@ -64,6 +65,25 @@ class SparseTeacher(NamedTuple):
     vocab: int
     divergence: Divergence
     tail_prototypes: TailPrototypes | None = None
+
+    @classmethod
+    def of_labels(
+        cls, labels: Ragged, divergence: Divergence, temperature: float | Tensor, dtype: torch.dtype
+    ) -> SparseTeacher:
+        """Labels at one of their temperatures; ``dtype`` is that of ``coef``, which the tail shares."""
+        weights, tail = labels.at(temperature)
+        tail_prototypes = None
+        if isinstance(labels, Prototype):
+            tail_prototypes = TailPrototypes(labels.prototype_ids, labels.prototypes)
+        return cls(
+            ids=labels.ids,
+            weights=weights,
+            offsets=labels.offsets,
+            tail=None if tail is None else tail.to(dtype).contiguous(),
+            vocab=labels.vocab_size,
+            divergence=divergence,
+            tail_prototypes=tail_prototypes,
+        )
 
     @property
     def ops(self) -> RowOps:

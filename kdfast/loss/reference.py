@@ -29,6 +29,11 @@ class Targets(NamedTuple):
     probs: Tensor | None = None  # (rows, V_s); (outer, inner, V_s) as an op takes them
     smoothing: float = 0.0
 
+    def of_rows(self, rows: slice | Tensor) -> Targets:
+        """The targets of some rows, whose probabilities are (rows, V_s)."""
+        label, probs = (None if x is None else x[rows] for x in (self.label, self.probs))
+        return Targets(label, probs, self.smoothing)
+
 
 class Parts(NamedTuple):
     """What the sweep knows anyway, (rows,) each, unweighted and without tau^2; 0 in rows that are not counted."""

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from kdfast.objectives._rows import Teacher, TeacherRows
+from kdfast.objectives._rows import PairedRows, Teacher
 
 __all__ = ["entropy_matching"]
 
@@ -40,7 +40,7 @@ def entropy_matching(
     Raises:
         TypeError, ValueError: bad arguments, labels that do not hold whole rows, numbers of classes that differ.
     """
-    rows = TeacherRows(
+    rows = PairedRows(
         student,
         teacher,
         labels,

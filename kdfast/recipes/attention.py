@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast.distill.objective import teacher_of
 from kdfast.distill.step import Step
-from kdfast.objectives._rows import TeacherRows
+from kdfast.objectives._rows import PairedRows
 from kdfast.recipes._rows import answers_of, counted_rows, dense_logits, wide
 from kdfast.recipes.hard_examples import row_losses
 
@@ -84,7 +84,7 @@ class ClassAttention:
     def __call__(self, step: Step) -> Tensor:
         answers_of(step)
         tau, counted = self.temperature, counted_rows(step)
-        rows = TeacherRows(step.logits, teacher_of(step), None, temperature=tau, row_weight=counted)
+        rows = PairedRows(step.logits, teacher_of(step), None, temperature=tau, row_weight=counted)
         weights = (self.weights(step) if callable(self.weights) else self.weights).detach().to(rows.student.device)
         if weights.shape not in (step.logits.shape, step.logits.shape[-1:]):
             raise ValueError(
