@@ -1,4 +1,4 @@
-"""What the row ops take after the student, by name, in the order of their schemas (csrc/registration.cpp)."""
+"""What the row ops take after the student, by name, in the order of their schemas."""
 
 from __future__ import annotations
 
@@ -6,16 +6,39 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["DenseCall", "SparseCall"]
+import kdfast._C as _C
+from kdfast.divergences import Divergence
+
+__all__ = ["DenseCall", "DivergenceNumbers", "SparseCall"]
+
+KINDS: tuple[str, ...] = _C.divergences()
+
+
+class DivergenceNumbers(NamedTuple):
+    """A divergence as an op takes it: its place in the native list of kinds, two parameters, and a factor."""
+
+    kind: int
+    a: float
+    b: float
+    scale: float
+
+    @classmethod
+    def of(cls, divergence: Divergence) -> DivergenceNumbers:
+        div = divergence.canonical()
+        return cls(KINDS.index(div.name), div.a, div.b, 1.0 / (div.a * (1.0 - div.a)) if div.normalize else 1.0)
+
+    def divergence(self, standardize: bool = False) -> Divergence:
+        """The divergence that these are the numbers of."""
+        return Divergence(KINDS[self.kind], a=self.a, b=self.b, normalize=self.scale != 1.0, standardize=standardize)
 
 
 class DenseCall(NamedTuple):
     """``dense_rows``' arguments."""
 
-    teacher: Tensor
-    coef: Tensor
-    label: Tensor | None
-    label_probs: Tensor | None
+    teacher: Tensor  # (outer, inner, V_t) logits
+    coef: Tensor  # (5, rows)
+    label: Tensor | None  # (rows,) int64
+    label_probs: Tensor | None  # (outer, inner, V_s)
     smoothing: float
     kind: int
     a: float
@@ -24,23 +47,31 @@ class DenseCall(NamedTuple):
     standardize: bool
     want_parts: bool
 
+    @property
+    def divergence(self) -> Divergence:
+        return DivergenceNumbers(self.kind, self.a, self.b, self.scale).divergence(self.standardize)
+
 
 class SparseCall(NamedTuple):
     """``sparse_rows``' arguments."""
 
-    ids: Tensor
-    weights: Tensor
-    offsets: Tensor
-    tail: Tensor | None
+    ids: Tensor  # (nnz,) int32
+    weights: Tensor  # (nnz,) float32
+    offsets: Tensor  # (rows + 1,) int64
+    tail: Tensor | None  # (rows,) log-mass
     vocab: int
-    prototype_ids: Tensor | None
-    prototypes: Tensor | None
+    prototype_ids: Tensor | None  # (rows,) int64
+    prototypes: Tensor | None  # (S, vocab)
     kind: int
     a: float
     b: float
     scale: float
-    coef: Tensor
-    label: Tensor | None
-    label_probs: Tensor | None
+    coef: Tensor  # (5, rows)
+    label: Tensor | None  # (rows,) int64
+    label_probs: Tensor | None  # (outer, inner, V_s)
     smoothing: float
     want_parts: bool
+
+    @property
+    def divergence(self) -> Divergence:
+        return DivergenceNumbers(self.kind, self.a, self.b, self.scale).divergence()

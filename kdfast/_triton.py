@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-__all__ = ["kernel", "launchers"]
+__all__ = ["kernel", "launcher"]
+
+# Where each launcher is defined.
+MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "decode_blocks": "kdfast.kernels.decode_blocks",
+        "decode_rows": "kdfast.kernels.decode_rows",
+        "dense_rows": "kdfast.kernels.dense",
+        "scale_": "kdfast.kernels.scale",
+        "select_threshold": "kdfast.kernels.select_threshold",
+        "select_top": "kdfast.kernels.select_top",
+        "sparse_rows": "kdfast.kernels.sparse",
+    }
+)
 
 
 @cache
-def launchers(name: str) -> Any:
-    """The module ``kdfast.kernels.<name>``; None without Triton."""
-    return import_module(f"kdfast.kernels.{name}") if find_spec("triton") is not None else None
+def launcher(name: str) -> Callable[..., Any] | None:
+    """The launcher ``name`` of its module in ``MODULES``; None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    launch: Callable[..., Any] = getattr(import_module(MODULES[name]), name)
+    return launch
 
 
 @cache
 def kernel(name: str) -> Callable[..., Any] | None:
-    """``kdfast.kernels.<name>.<name>``, launched on the device of its first argument; None without Triton."""
-    module = launchers(name)
-    if module is None:
+    """The launcher ``name``, run on the device of its first argument; None without Triton."""
+    launch = launcher(name)
+    if launch is None:
         return None
-    launch = getattr(module, name)
 
     @wraps(launch)
     def on_its_device(first: torch.Tensor, *arguments: Any) -> Any:

@@ -38,11 +38,11 @@ def assert_close_to_eager(
 
 
 def oracle_gradient(
-    student: Tensor, teacher: Tensor, coef: Tensor, labels: reference.Labels, divergence: Divergence
+    student: Tensor, teacher: Tensor, coef: Tensor, targets: reference.Targets, divergence: Divergence
 ) -> tuple[Tensor, Tensor, reference.Parts]:
     """(rows,) losses, the gradient of their sum, and the parts, by ``kdfast.loss.reference`` in the dtypes given."""
     leaf = student.detach().clone().requires_grad_()
-    loss, parts = reference.dense_rows(leaf, teacher, coef, labels, divergence)
+    loss, parts = reference.dense_rows(leaf, teacher, coef, targets, divergence)
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), grad, parts
 

@@ -284,7 +284,8 @@ class DenseRow : RowSweep<T> {
 
   // ---- divergences that need probabilities before their statistics ----------------------------------------------
 
-  double elements() {
+  // Out of line: it holds the loop of every such divergence, and within run() would crowd out what is inlined there.
+  __attribute__((noinline)) double elements() {
     return with_kind(divergence_.kind, [this](auto kind) {
       if constexpr (is_element(kind.value))
         return elements_of<kind.value>();

@@ -160,7 +160,7 @@ class Sweep {
     logits_ = logits_ + select(counts, part.logits_, zero);
   }
 
-  TileSums<T> sums() const {
+  KD_INLINE TileSums<T> sums() const {
     return {reduce_add(sum_s_), kTeacher ? reduce_add(sum_t_) : T(0), kSquare ? reduce_add(square_) : T(0),
             kCross == Cross::kNone ? T(0) : reduce_add(cross_), kCross == Cross::kNone ? reduce_add(logits_) : T(0)};
   }

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdfast.divergences import Divergence
-from kdfast.labels.head import OutputLayer
+from kdfast.labels import Head, Hidden, OutputLayer, Ragged, SoftLabels
 from kdfast.loss import ops
+from kdfast.loss.dispatch import scaled_coefficients
 from kdfast.loss.projection import multiply_out
+from kdfast.loss.reference import Targets
+from kdfast.loss.vocab_parallel import in_group
+from kdfast.loss.vocabulary import Shard
 from kdfast.loss.workspace import Workspace, workspace_bytes
 
-__all__ = ["HeadRows", "LogitRows", "SparseRows", "TeacherRows", "rows_per_chunk"]
+__all__ = ["ChunkedRows", "Outcome", "flat_head", "rows_per_chunk", "teacher_chunks"]
 
 
 def rows_per_chunk(rows: int, bytes_per_row: int) -> int:
@@ -24,7 +29,7 @@ def rows_per_chunk(rows: int, bytes_per_row: int) -> int:
 
 
 @dataclass(frozen=True)
-class LogitRows:
+class LogitChunks:
     """A teacher's logits, which exist."""
 
     logits: Tensor  # (1, rows, V)
@@ -44,7 +49,7 @@ class LogitRows:
 
 
 @dataclass(frozen=True)
-class HeadRows:
+class HeadChunks:
     """A teacher's hidden states, whose logits exist a chunk at a time."""
 
     hidden: Tensor  # (rows, d)
@@ -66,7 +71,7 @@ class HeadRows:
 
 
 @dataclass(frozen=True)
-class SparseRows:
+class SparseChunks:
     """Soft labels of a few entries a row."""
 
     labels: ops.SparseTeacher
@@ -87,4 +92,111 @@ class SparseRows:
         return all_rows._replace(offsets=all_rows.offsets[first : last + 1], tail=tail, tail_prototypes=tail_prototypes)
 
 
-TeacherRows = LogitRows | HeadRows | SparseRows
+TeacherChunks = LogitChunks | HeadChunks | SparseChunks
+
+
+def teacher_chunks(
+    teacher: Tensor | Head | SoftLabels,
+    count: int,
+    divergence: Divergence,
+    temperature: float | Tensor,
+    dtype: torch.dtype,
+    kept: Tensor | None,
+) -> TeacherChunks:
+    """A teacher of ``count`` rows, or of those that are ``kept``, for a loss that takes some of them at a time.
+
+    Args:
+        temperature: the teacher's, which labels of a few entries must hold.
+        dtype: of the loss's coefficients.
+    """
+    if isinstance(teacher, Tensor):
+        return LogitChunks(teacher.reshape(1, count, teacher.shape[-1]), divergence, kept)
+    if isinstance(teacher, Head):
+        teacher = flat_head(teacher, kept)
+        return _head_chunks(teacher.hidden, teacher.layer, divergence, teacher.dtype)
+    if kept is not None:
+        teacher = teacher[kept]
+    if isinstance(teacher, Hidden):
+        return _head_chunks(teacher.values, teacher.require_head(), divergence, torch.float32)
+    if isinstance(teacher, Ragged):
+        return SparseChunks(ops.SparseTeacher.of_labels(teacher, divergence, temperature, dtype))
+    return LogitChunks(teacher.to_dense().values[None], divergence)
+
+
+def flat_head(head: Head, kept: Tensor | None) -> Head:
+    """A head of (rows, d) hidden states, all or those of the rows ``kept``, in autocast's dtype where that is on."""
+    hidden, weight = head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight)
+
+
+def _head_chunks(hidden: Tensor, layer: OutputLayer, divergence: Divergence, dtype: torch.dtype) -> HeadChunks:
+    bias = None if layer.bias is None else layer.bias.detach()
+    return HeadChunks(hidden.detach(), replace(layer, weight=layer.weight.detach(), bias=bias), divergence, dtype)
+
+
+# ---- the loss's rows ------------------------------------------------------------------------------------------------
+
+# Numbers per column that the formulas of a shared vocabulary keep for their gradient, logits and what they come with.
+KEPT_IN_GROUP = 20
+
+
+@dataclass(frozen=True)
+class ChunkedRows:
+    """All rows of a loss: what the student's logits, which come in chunks, are compared with."""
+
+    teacher: TeacherChunks
+    coef: Tensor  # (5, rows)
+    targets: Targets
+    want_parts: bool
+    shard: Shard | None = None  # of the vocabulary that is here; None: all of it
+
+    @property
+    def count(self) -> int:
+        return self.coef.shape[1]
+
+    def workspace(self) -> Workspace:
+        return Workspace(self.coef.device)
+
+    def times(self, upstream: Tensor) -> ChunkedRows:
+        """The same rows with the coefficients of losses that are multiplied by ``upstream``, one number per row."""
+        return replace(self, coef=scaled_coefficients(self.coef, upstream), want_parts=False)
+
+    def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
+        """(first row, last row, the teacher's buffer) of each."""
+        bytes_per_row += self.teacher.bytes_per_row()
+        if self.shard is not None:  # the same on every process, as their chunks must be
+            bytes_per_row = KEPT_IN_GROUP * self.shard.widest * self.coef.element_size()
+        rows = rows_per_chunk(self.count, bytes_per_row)
+        buffer = self.teacher.buffer(rows, space)
+        for first in range(0, self.count, max(1, rows)):
+            yield first, min(first + rows, self.count), buffer
+
+    def loss(
+        self, logits: Tensor, first: int, last: int, buffer: Tensor | None, *, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and parts of (last - first, V) logits. With ``gradient`` the losses' takes the logits' place."""
+        teacher = self.teacher.chunk(first, last, buffer)
+        targets, coef = self.targets.of_rows(slice(first, last)), self.coef[:, first:last].contiguous()
+        if self.shard is not None:
+            loss, parts = in_group(logits, teacher, coef, targets, self.shard, gradient)
+            return loss, parts if self.want_parts else parts[:, :0]
+        targets = targets._replace(probs=None if targets.probs is None else targets.probs[None])
+        op = teacher.ops.inplace if gradient else teacher.ops.losses
+        return op(logits[None], *teacher.arguments(coef, targets, self.want_parts))  # type: ignore[no-any-return]
+
+
+class Outcome:
+    """Losses and parts, chunk after chunk."""
+
+    def __init__(self, rows: ChunkedRows) -> None:
+        self.loss = rows.coef.new_empty(rows.count)
+        self.parts = rows.coef.new_empty(4, rows.count if rows.want_parts else 0)
+
+    def put(self, first: int, last: int, results: tuple[Tensor, Tensor]) -> None:
+        loss, parts = results
+        self.loss[first:last] = loss
+        if parts.shape[1]:
+            self.parts[:, first:last] = parts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,101 +9,22 @@ from torch import Tensor
 
 from kdfast.labels.head import Head, OutputLayer
 from kdfast.loss import ops
-from kdfast.loss.chunks import TeacherRows, rows_per_chunk
+from kdfast.loss.chunks import ChunkedRows, Outcome
 from kdfast.loss.projection import WeightGrad, multiply_out, slope_of_cap
-from kdfast.loss.vocab_parallel import in_group
-from kdfast.loss.vocabulary import Shard
 from kdfast.loss.workspace import Workspace
 
 __all__ = ["loss_by_chunks"]
 
 
-# Numbers per column that the formulas of a shared vocabulary keep for their gradient, logits and what they come with.
-KEPT_IN_GROUP = 20
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """All rows of a loss: what the student's logits, which come in chunks, are compared with."""
-
-    teacher: TeacherRows
-    coef: Tensor  # (5, rows)
-    truth: ops.Truth
-    shard: Shard | None = None  # of the vocabulary that is here; None: all of it
-
-    @property
-    def count(self) -> int:
-        return self.coef.shape[1]
-
-    def workspace(self) -> Workspace:
-        return Workspace(self.coef.device)
-
-    def times(self, upstream: Tensor) -> _Rows:
-        """Their gradient is the losses', each times its row's ``upstream``."""
-        weights = torch.where(self.coef[2:] == 0.0, 0.0, self.coef[2:] * upstream)
-        coef, truth = torch.cat([self.coef[:2], weights]), self.truth._replace(want_parts=False)
-        return _Rows(self.teacher, coef, truth, self.shard)
-
-    def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
-        """(first row, last row, the teacher's buffer) of each."""
-        bytes_per_row += self.teacher.bytes_per_row()
-        if self.shard is not None:  # the same on every process, as their chunks must be
-            bytes_per_row = KEPT_IN_GROUP * self.shard.widest * self.coef.element_size()
-        rows = rows_per_chunk(self.count, bytes_per_row)
-        buffer = self.teacher.buffer(rows, space)
-        for first in range(0, self.count, max(1, rows)):
-            yield first, min(first + rows, self.count), buffer
-
-    def loss(
-        self, logits: Tensor, first: int, last: int, buffer: Tensor | None, form: str = ""
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and parts of (last - first, V) logits; `form` _inplace makes them their gradient."""
-        teacher = self.teacher.chunk(first, last, buffer)
-        target, probs, smoothing, want_parts = self.truth
-        truth = ops.Truth(
-            None if target is None else target[first:last],
-            None if probs is None else probs[:, first:last],
-            smoothing,
-            want_parts,
-        )
-        coef = self.coef[:, first:last].contiguous()
-        if self.shard is not None:
-            return in_group(logits, teacher, coef, truth, self.shard, form == "_inplace")
-        arguments = teacher.arguments(coef, truth)
-        return ops._op(teacher.op + form)(logits[None], *arguments)  # type: ignore[no-any-return]
-
-
-class _Outcome:
-    """Losses and parts, chunk after chunk."""
-
-    def __init__(self, rows: _Rows) -> None:
-        self.loss = rows.coef.new_empty(rows.count)
-        self.parts = rows.coef.new_empty(4, rows.count if rows.truth.want_parts else 0)
-
-    def put(self, first: int, last: int, results: tuple[Tensor, Tensor]) -> None:
-        loss, parts = results
-        self.loss[first:last] = loss
-        if parts.shape[1]:
-            self.parts[:, first:last] = parts
-
-
-def loss_by_chunks(
-    student: Tensor | Head,
-    teacher: TeacherRows,
-    coef: Tensor,
-    truth: ops.Truth,
-    backward: str,
-    reduction: str,
-    shard: Shard | None = None,
-) -> tuple[Tensor, Tensor]:
+def loss_by_chunks(student: Tensor | Head, rows: ChunkedRows, backward: str, reduction: str) -> tuple[Tensor, Tensor]:
     """The losses' sum, or (rows,) losses for ``reduction="none"``; and (4, rows) parts.
 
     Args:
         student: (rows, V) logits, or a head with (rows, d) hidden states.
     """
-    rows, trains = _Rows(teacher, coef, truth, shard), torch.is_grad_enabled()
+    trains = torch.is_grad_enabled()
     late = backward == "recompute" or reduction == "none" or student.dtype == torch.float64
-    with torch.autocast(coef.device.type, enabled=False):
+    with torch.autocast(rows.coef.device.type, enabled=False):
         if isinstance(student, Head):
             late = late or student.hidden.dtype == torch.float16  # GradScaler has not scaled the gradient yet
             options = _Options(student.scale, student.softcap, student.dtype, student.weight_grad)
@@ -141,22 +60,22 @@ class _Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def _losses(student: _Student, rows: _Rows) -> _Outcome:
+def _losses(student: _Student, rows: ChunkedRows) -> Outcome:
     """Without a gradient: one matrix product."""
-    out, logits = _Outcome(rows), None
+    out, logits = Outcome(rows), None
     with rows.workspace() as space:
         for first, last, buffer in rows.chunks(student.bytes_per_row(trains=False), space):
             if logits is None:
                 logits = space.empty(last - first, student.layer.vocab_size, student.dtype)
             x = logits[: last - first]
             multiply_out(student.layer, student.hidden[first:last], x)
-            out.put(first, last, rows.loss(x, first, last, buffer))
+            out.put(first, last, rows.loss(x, first, last, buffer, gradient=False))
     return out
 
 
-def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) -> tuple[_Outcome, _Gradients]:
+def _gradients(student: _Student, rows: ChunkedRows, wanted: tuple[bool, bool, bool]) -> tuple[Outcome, _Gradients]:
     """With the gradients of the losses' sum, hidden states', weight's and bias's as ``wanted``: three products."""
-    out, backward = _Outcome(rows), None
+    out, backward = Outcome(rows), None
     with rows.workspace() as space:
         for first, last, buffer in rows.chunks(student.bytes_per_row(trains=True), space):
             if backward is None:
@@ -164,7 +83,7 @@ def _gradients(student: _Student, rows: _Rows, wanted: tuple[bool, bool, bool]) 
             hidden, x = student.hidden[first:last], backward.logits[: last - first]
             multiply_out(student.layer, hidden, x)
             backward.before(x)
-            out.put(first, last, rows.loss(x, first, last, buffer, "_inplace"))
+            out.put(first, last, rows.loss(x, first, last, buffer, gradient=True))
             backward.add(x, hidden, first, last)
         if backward is None:
             backward = _Backward(student, 0, 0, wanted, space)
@@ -237,7 +156,9 @@ _UPSTREAM = "weight_grad is added to in the forward pass: the loss may not be sc
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: _Rows) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: ChunkedRows
+    ) -> Any:
         student, wanted = options.student(hidden, weight, bias), ctx.needs_input_grad[:3]
         if any(wanted):
             out, grads = _gradients(student, rows, wanted)
@@ -252,12 +173,14 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         if ctx.adds:
             torch._assert_async(upstream == 1.0, _UPSTREAM)
-        return *ops.scaled_once(ctx, upstream), None, None
+        return *ops.scaled_gradients(ctx, upstream), None, None
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: _Rows) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: ChunkedRows
+    ) -> Any:
         out = _losses(options.student(hidden, weight, bias), rows)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.options, ctx.rows = options, rows
@@ -275,21 +198,21 @@ class _Recomputed(torch.autograd.Function):
 # ---- the student's logits exist, the teacher's do not ---------------------------------------------------------------
 
 
-def _gradient_of_logits(logits: Tensor, rows: _Rows, grad: Tensor) -> _Outcome:
+def _gradient_of_logits(logits: Tensor, rows: ChunkedRows, grad: Tensor) -> Outcome:
     """Into ``grad``, which may be the logits' own memory."""
-    out = _Outcome(rows)
+    out = Outcome(rows)
     with rows.workspace() as space:
         for first, last, buffer in rows.chunks(0, space):
             chunk = grad[first:last]
             if grad is not logits:
                 chunk.copy_(logits[first:last])
-            out.put(first, last, rows.loss(chunk, first, last, buffer, "_inplace"))
+            out.put(first, last, rows.loss(chunk, first, last, buffer, gradient=True))
     return out
 
 
 class _FusedLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: _Rows, inplace: bool) -> Any:
+    def forward(ctx: Any, logits: Tensor, rows: ChunkedRows, inplace: bool) -> Any:
         grad = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         out = _gradient_of_logits(logits, rows, grad)
         if inplace:
@@ -300,16 +223,16 @@ class _FusedLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        return *ops.scaled_once(ctx, upstream), None, None
+        return *ops.scaled_gradients(ctx, upstream), None, None
 
 
 class _RecomputedLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: _Rows) -> Any:
-        out = _Outcome(rows)
+    def forward(ctx: Any, logits: Tensor, rows: ChunkedRows) -> Any:
+        out = Outcome(rows)
         with rows.workspace() as space:
             for first, last, buffer in rows.chunks(0, space):
-                out.put(first, last, rows.loss(logits[first:last], first, last, buffer))
+                out.put(first, last, rows.loss(logits[first:last], first, last, buffer, gradient=False))
         ctx.save_for_backward(logits)
         ctx.rows = rows
         ctx.mark_non_differentiable(out.parts)

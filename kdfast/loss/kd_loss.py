@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +9,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.divergences import Divergence
-from kdfast.labels import Head, Hidden, OutputLayer, Prototype, Ragged, SoftLabels
+from kdfast.labels import Head, Ragged, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
 from kdfast.labels.support import check_supported
 from kdfast.loss import checks, ops
-from kdfast.loss.chunks import HeadRows, LogitRows, SparseRows, TeacherRows
+from kdfast.loss.chunks import ChunkedRows, flat_head, teacher_chunks
 from kdfast.loss.head_loss import loss_by_chunks
+from kdfast.loss.reference import Targets
+from kdfast.loss.row_layout import Number, RowLayout
 from kdfast.loss.vocab_parallel import part_of
 from kdfast.loss.vocabulary import Shard
 
 __all__ = ["KDLoss", "LossParts", "kd_loss"]
-
-Number = float | Tensor
 
 
 class LossParts(NamedTuple):
@@ -106,7 +105,7 @@ def kd_loss(
     if shard is not None:
         teacher = part_of(teacher, shard)
     div = Divergence.of(divergence)
-    rows = _Rows(student, shift)
+    rows = RowLayout(student, shift)
     checks.check_teacher(student, teacher, rows.count)
     checks.check_backward(backward, reduction, num_items, student)
     checks.check_smoothing(label_smoothing)
@@ -124,12 +123,14 @@ def kd_loss(
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
-    truth = ops.Truth(index, probs, float(label_smoothing), return_parts)
+    targets = Targets(index, probs, float(label_smoothing))
     if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
-        loss, parts = _run_by_chunks(student, teacher, rows, div, tau_t, coef, truth, backward, reduction, shard)
+        loss, parts = _run_by_chunks(
+            student, teacher, rows, div, tau_t, coef, targets, return_parts, backward, reduction, shard
+        )
     else:
-        target = _target(teacher, rows, div, tau_t)
-        loss, parts = _run(rows.lay_out(student), target, coef, truth, backward, reduction)
+        source = _op_teacher(teacher, rows, div, tau_t)
+        loss, parts = _run(rows.lay_out(student), source, coef, targets, return_parts, backward, reduction)
     if reduction == "none":
         loss = rows.unflatten(loss)
     if not return_parts:
@@ -166,118 +167,6 @@ class KDLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class _Rows:
-    """The student's leading dimensions, as rows."""
-
-    def __init__(self, student: Tensor | Head, shift: bool) -> None:
-        if shift and len(student.shape) < 2:
-            raise ValueError(f"shift needs (..., length, vocabulary) logits, got {tuple(student.shape)}")
-        self.shift = shift
-        self.shape = student.shape[:-1]
-        self.count = self.shape.numel()
-        self.dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        self.device = student.device
-
-    @staticmethod
-    def lay_out(x: Tensor) -> Tensor:
-        """(..., V) as (outer, inner, V) with unit stride along V; a view wherever the strides allow one."""
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            x = x.contiguous()
-        return x.flatten(0, -3) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
-
-    def number(self, name: str, value: Number) -> Number:
-        """A float, or a tensor of one number per row, of a number, a 0-d tensor or a tensor of the rows' shape."""
-        if not isinstance(value, Tensor):
-            return float(value)
-        value = value.to(device=self.device, dtype=self.dtype)
-        if value.dim() == 0:
-            return value.expand(self.count)
-        if self.shift and value.shape == (*self.shape[:-1], self.shape[-1] - 1):
-            value = nn.functional.pad(value, (0, 1))
-        if value.shape != self.shape:
-            raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
-        return value.reshape(-1)
-
-    def coefficients(
-        self,
-        weight: Tensor,
-        scale_by_t2: bool,
-        temperature: Number,
-        teacher_temperature: Number,
-        kd_weight: Number,
-        ce_weight: Number,
-        z_weight: Number,
-    ) -> Tensor:
-        """The ops' (5, rows) ``coef``: two temperatures as they are, three weights times the rows' ``weight``.
-
-        A row that does not count has weight 0, and its products are exact zeros: they take its terms out.
-        """
-        tau, kd = self.number("temperature", temperature), self.number("kd_weight", kd_weight)
-        values = [
-            tau,
-            self.number("teacher_temperature", teacher_temperature),
-            kd * _squared(tau) if scale_by_t2 else kd,
-            self.number("ce_weight", ce_weight),
-            self.number("z_weight", z_weight),
-        ]
-        ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
-        rows = torch.cat([ones, weight.expand(3, -1)])
-        if any(isinstance(value, Tensor) for value in values):
-            full = [v if isinstance(v, Tensor) else torch.full_like(weight, v) for v in values]
-            # Selected, not multiplied: a weight that is NaN in a row that does not count must not count either.
-            return torch.where(rows == 0.0, 0.0, rows * torch.stack(full))
-        return rows * torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
-
-    def labels(self, labels: Tensor) -> Tensor:
-        return (labels.roll(-1, -1) if self.shift else labels).reshape(-1).long().contiguous()
-
-    def probabilities(self, labels: Tensor) -> Tensor:
-        return self.lay_out(labels.roll(-1, -2) if self.shift else labels)
-
-    def counted(
-        self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | Head | SoftLabels
-    ) -> Tensor:
-        if index is None:
-            counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
-        else:
-            counted = index != ignore_index
-        if self.shift:
-            last = torch.arange(self.shape[-1], device=self.device) == self.shape[-1] - 1
-            counted = counted & ~last.expand(self.shape).reshape(-1)
-        if row_weight is not None and row_weight.dtype == torch.bool:
-            counted = counted & self.per_row("row_weight", row_weight).bool()
-        if isinstance(teacher, SoftLabels) and teacher.present is not None:
-            counted = counted & teacher.present
-        return counted
-
-    def per_row(self, name: str, value: Tensor) -> Tensor:
-        number = self.number(name, value)
-        assert isinstance(number, Tensor)
-        return number
-
-    def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
-        """Row weights over the denominator, 0 in rows that do not count."""
-        ones = counted.to(self.dtype)
-        weight = ones
-        if row_weight is not None and row_weight.dtype != torch.bool:
-            weight = torch.where(counted, self.per_row("row_weight", row_weight), 0.0)
-        if reduction != "mean":
-            return weight
-        if num_items is None:
-            return weight / ones.sum().clamp(min=1)
-        items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
-        return torch.where(counted, weight / items, 0.0)
-
-    def unflatten(self, x: Tensor) -> Tensor:
-        x = x.reshape(self.shape)
-        return x[..., :-1] if self.shift else x
-
-
-def _squared(tau: Number) -> Number:
-    # The square of a temperature of 0 must not pass for a row that does not count.
-    return torch.where(tau > 0.0, tau**2, torch.nan) if isinstance(tau, Tensor) else tau**2
-
-
 def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
     if isinstance(ce_weight, Tensor) or ce_weight != 0.0:
         return "ce_weight"
@@ -299,75 +188,66 @@ def _check_divergence(
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
 
 
-def _target(teacher: Tensor | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number) -> ops.Teacher:
+def _op_teacher(teacher: Tensor | SoftLabels, rows: RowLayout, div: Divergence, tau_t: Number) -> ops.Teacher:
     if isinstance(teacher, Tensor):
         return ops.DenseTeacher(rows.lay_out(teacher), div)
     if isinstance(teacher, Ragged):
-        return _sparse(teacher, rows, div, tau_t)
+        return ops.SparseTeacher.of_labels(teacher, div, tau_t, rows.dtype)
     return ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, teacher.vocab_size)), div)
 
 
-def _sparse(teacher: Ragged, rows: _Rows, div: Divergence, tau_t: Number) -> ops.SparseTeacher:
-    weights, tail = teacher.at(tau_t)
-    tail = None if tail is None else tail.to(rows.dtype).contiguous()
-    tail_prototypes = None
-    if isinstance(teacher, Prototype):
-        tail_prototypes = ops.TailPrototypes(teacher.prototype_ids, teacher.prototypes, div)
-    return ops.SparseTeacher(
-        ids=teacher.ids,
-        weights=weights,
-        offsets=teacher.offsets,
-        tail=tail,
-        vocab=teacher.vocab_size,
-        subtract_entropy=div.name == "forward_kl",
-        tail_prototypes=tail_prototypes,
-    )
-
-
 def _run(
-    logits: Tensor, target: ops.Teacher, coef: Tensor, truth: ops.Truth, backward: str, reduction: str
+    logits: Tensor,
+    teacher: ops.Teacher,
+    coef: Tensor,
+    targets: Targets,
+    want_parts: bool,
+    backward: str,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
     trains = logits.requires_grad and torch.is_grad_enabled()
     if trains and backward == "inplace":
-        return ops.row_loss_inplace(logits, target, coef, truth)
+        return ops.row_loss_inplace(logits, teacher, coef, targets, want_parts)
     if trains and backward == "fused" and reduction != "none" and logits.dtype in (torch.float32, torch.bfloat16):
-        return ops.row_loss_fused(logits, target, coef, truth)
-    loss, parts = ops.row_loss(logits, target, coef, truth)
+        return ops.row_loss_fused(logits, teacher, coef, targets, want_parts)
+    loss, parts = ops.row_loss(logits, teacher, coef, targets, want_parts)
     return (loss if reduction == "none" else loss.sum()), parts
-
-
-# ---- heads ----------------------------------------------------------------------------------------------------------
 
 
 def _run_by_chunks(
     student: Tensor | Head,
     teacher: Tensor | Head | SoftLabels,
-    rows: _Rows,
+    layout: RowLayout,
     div: Divergence,
     tau_t: Number,
     coef: Tensor,
-    truth: ops.Truth,
+    targets: Targets,
+    want_parts: bool,
     backward: str,
     reduction: str,
     shard: Shard | None,
 ) -> tuple[Tensor, Tensor]:
-    kept = _kept(student, coef)
-    if truth.probs is not None:
-        truth = truth._replace(probs=truth.probs.reshape(1, rows.count, student.shape[-1]))
+    """The loss and its parts where logits exist for some rows at a time, or for some columns on each process."""
+    count, kept = layout.count, _kept(student, coef)
+    if targets.probs is not None:
+        targets = targets._replace(probs=targets.probs.reshape(count, student.shape[-1]))
     if kept is not None:
-        coef = coef[:, kept]
-        target = None if truth.target is None else truth.target[kept]
-        probs = None if truth.probs is None else truth.probs[:, kept]
-        truth = truth._replace(target=target, probs=probs)
-    flat = _flat_head(student, kept) if isinstance(student, Head) else student.reshape(rows.count, student.shape[-1])
-    source = _rows_of(teacher, rows, div, tau_t, kept)
-    loss, parts = loss_by_chunks(flat, source, coef, truth, backward, reduction, shard)
+        coef, targets = coef[:, kept], targets.of_rows(kept)
+    rows = ChunkedRows(
+        teacher=teacher_chunks(teacher, count, div, tau_t, layout.dtype, kept),
+        coef=coef,
+        targets=targets,
+        want_parts=want_parts,
+        shard=shard,
+    )
+    flat = flat_head(student, kept) if isinstance(student, Head) else student.reshape(count, student.shape[-1])
+    loss, parts = loss_by_chunks(flat, rows, backward, reduction)
     if kept is None:
         return loss, parts
     if reduction == "none":
-        loss = loss.new_zeros(rows.count).index_copy(0, kept, loss)
-    if truth.want_parts:
-        parts = parts.new_zeros(4, rows.count).index_copy(1, kept, parts)
+        loss = loss.new_zeros(count).index_copy(0, kept, loss)
+    if want_parts:
+        parts = parts.new_zeros(4, count).index_copy(1, kept, parts)
     return loss, parts
 
 
@@ -377,33 +257,3 @@ def _kept(student: Tensor | Head, coef: Tensor) -> Tensor | None:
         return None
     counts = (coef[2:] != 0.0).any(0)
     return None if bool(counts.all()) else counts.nonzero()[:, 0]
-
-
-def _flat_head(head: Head, kept: Tensor | None) -> Head:
-    hidden, weight = head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight)
-
-
-def _rows_of(
-    teacher: Tensor | Head | SoftLabels, rows: _Rows, div: Divergence, tau_t: Number, kept: Tensor | None
-) -> TeacherRows:
-    if isinstance(teacher, Tensor):
-        return LogitRows(teacher.reshape(1, rows.count, teacher.shape[-1]), div, kept)
-    if isinstance(teacher, Head):
-        teacher = _flat_head(teacher, kept)
-        return _head_rows(teacher.hidden, teacher.layer, div, teacher.dtype)
-    if kept is not None:
-        teacher = teacher[kept]
-    if isinstance(teacher, Hidden):
-        return _head_rows(teacher.values, teacher.require_head(), div, torch.float32)
-    if isinstance(teacher, Ragged):
-        return SparseRows(_sparse(teacher, rows, div, tau_t))
-    return LogitRows(teacher.to_dense().values[None], div)
-
-
-def _head_rows(hidden: Tensor, layer: OutputLayer, div: Divergence, dtype: torch.dtype) -> HeadRows:
-    bias = None if layer.bias is None else layer.bias.detach()
-    return HeadRows(hidden.detach(), replace(layer, weight=layer.weight.detach(), bias=bias), div, dtype)

@@ -19,15 +19,20 @@ from kdfast.divergences import Divergence
 from kdfast.labels.entries import Entries
 from kdfast.loss.vocabulary import WHOLE, Vocabulary
 
-__all__ = ["Labels", "Parts", "TailPrototypes", "dense_rows", "prototype_rows", "sparse_rows"]
+__all__ = ["Parts", "TailPrototypes", "Targets", "dense_rows", "sparse_rows"]
 
 
-class Labels(NamedTuple):
-    """Ground truth: class indices (rows,), or class probabilities (rows, V_s), or neither."""
+class Targets(NamedTuple):
+    """Ground truth: class indices, or class probabilities, or neither; and the label smoothing."""
 
-    target: Tensor | None = None
-    probs: Tensor | None = None
+    label: Tensor | None = None  # (rows,) int64
+    probs: Tensor | None = None  # (rows, V_s); (outer, inner, V_s) as an op takes them
     smoothing: float = 0.0
+
+    def of_rows(self, rows: slice | Tensor) -> Targets:
+        """The targets of some rows, whose probabilities are (rows, V_s)."""
+        label, probs = (None if x is None else x[rows] for x in (self.label, self.probs))
+        return Targets(label, probs, self.smoothing)
 
 
 class Parts(NamedTuple):
@@ -40,7 +45,7 @@ class Parts(NamedTuple):
 
 
 def dense_rows(
-    student: Tensor, teacher: Tensor, coef: Tensor, labels: Labels, divergence: Divergence, v: Vocabulary = WHOLE
+    student: Tensor, teacher: Tensor, coef: Tensor, targets: Targets, divergence: Divergence, v: Vocabulary = WHOLE
 ) -> tuple[Tensor, Parts]:
     """Per-row loss of (rows, V_s) student logits against (rows, V_t) teacher logits, and its parts."""
     student, teacher = student.to(coef.dtype), teacher.to(coef.dtype)
@@ -50,40 +55,13 @@ def dense_rows(
         s, t = student[rows, :vocab], teacher[rows, :vocab]
         if divergence.standardize:
             s, t = _standardize(s, v), _standardize(t, v)
-        index = None if labels.target is None else labels.target[rows]
+        index = None if targets.label is None else targets.label[rows]
         value = _divergence(s, t, coef[0, rows], coef[1, rows], index, divergence, v)
         return value * torch.where(_valid(coef[:2, rows]).all(0), 1.0, math.nan)
 
     s, t = student[:, :vocab], teacher[:, :vocab]
     alive = _has_finite(s, v) & _has_finite(t, v)
-    return _total(kd, alive, student, coef, labels, s, v.argmax(s) == v.argmax(t), v)
-
-
-def sparse_rows(
-    student: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    tail: Tensor | None,
-    vocab_t: int,
-    coef: Tensor,
-    labels: Labels,
-    subtract_entropy: bool,
-    v: Vocabulary = WHOLE,
-) -> tuple[Tensor, Parts]:
-    """Per-row loss against K (id, weight) entries per row and, with ``tail`` (rows,) log-mass, the rest as one class.
-
-    Soft cross-entropy -sum_k w_k log q_k - w_tail log q_tail; ``subtract_entropy`` makes it forward KL.
-    """
-    student, s = student.to(coef.dtype), student[:, :vocab_t].to(coef.dtype)
-    entries = Entries.of(ids, weights.to(coef.dtype), offsets)
-
-    def kd(rows: Tensor) -> Tensor:
-        mass = None if tail is None else tail[rows].to(coef.dtype)
-        value = _entry_divergence(s[rows] / coef[0, rows, None], entries.of_rows(rows), mass, subtract_entropy, v)
-        return value * torch.where(_valid(coef[0, rows]), 1.0, math.nan)
-
-    return _total(kd, _has_finite(s, v), student, coef, labels, s, v.argmax(s) == entries.best(len(s)), v)
+    return _total(kd, alive, student, coef, targets, s, v.argmax(s) == v.argmax(t), v)
 
 
 class TailPrototypes(NamedTuple):
@@ -93,26 +71,40 @@ class TailPrototypes(NamedTuple):
     prototypes: Tensor  # (S, V_t)
 
 
-def prototype_rows(
+def sparse_rows(
     student: Tensor,
     ids: Tensor,
     weights: Tensor,
     offsets: Tensor,
-    tail: Tensor,
-    tail_prototypes: TailPrototypes,
+    tail: Tensor | None,
+    vocab: int,
+    tail_prototypes: TailPrototypes | None,
     coef: Tensor,
-    labels: Labels,
+    targets: Targets,
     divergence: Divergence,
     v: Vocabulary = WHOLE,
 ) -> tuple[Tensor, Parts]:
-    """Per-row loss against K (id, weight) entries and a tail of (rows,) log-mass spread like its row's prototype.
+    """Per-row loss against K (id, weight) entries per row of a teacher of ``vocab`` columns, and its parts.
 
-    The same as against the logits log p of the whole distribution, at teacher temperature 1.
+    With ``tail``, (rows,) log-mass, and prototypes: the loss against the logits log p of the whole distribution, at
+    teacher temperature 1. Without prototypes the tail is one more class: soft cross-entropy is then
+    -sum_k w_k log q_k - w_tail log q_tail, and forward KL that less the teacher's entropy. Those two are served alone.
     """
     entries = Entries.of(ids, weights.to(coef.dtype), offsets)
-    p = _expand(entries, tail.to(coef.dtype), tail_prototypes, student.shape[1], v)
-    coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
-    return dense_rows(student, p.log(), coef, labels, divergence, v)
+    tail = None if tail is None else tail.to(coef.dtype)
+    if tail is not None and tail_prototypes is not None:
+        p = _expand(entries, tail, tail_prototypes, student.shape[1], v)
+        coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
+        return dense_rows(student, p.log(), coef, targets, divergence, v)
+    student, s = student.to(coef.dtype), student[:, :vocab].to(coef.dtype)
+    subtract_entropy = divergence.name == "forward_kl"
+
+    def kd(rows: Tensor) -> Tensor:
+        mass = None if tail is None else tail[rows]
+        value = _entry_divergence(s[rows] / coef[0, rows, None], entries.of_rows(rows), mass, subtract_entropy, v)
+        return value * torch.where(_valid(coef[0, rows]), 1.0, math.nan)
+
+    return _total(kd, _has_finite(s, v), student, coef, targets, s, v.argmax(s) == entries.best(len(s)), v)
 
 
 def _expand(entries: Entries, tail: Tensor, tail_prototypes: TailPrototypes, columns: int, v: Vocabulary) -> Tensor:
@@ -137,7 +129,7 @@ def _total(
     alive: Tensor,
     student: Tensor,
     coef: Tensor,
-    labels: Labels,
+    targets: Targets,
     s: Tensor,
     top1: Tensor,
     v: Vocabulary = WHOLE,
@@ -146,7 +138,7 @@ def _total(
     finite, counted = _has_finite(student, v), (coef[2:] != 0.0).any(0)
 
     def ce(rows: Tensor) -> Tensor:
-        return _cross_entropy(student[rows], labels, rows, v)
+        return _cross_entropy(student[rows], targets, rows, v)
 
     def lse_squared(rows: Tensor) -> Tensor:
         return v.logsumexp(student[rows]).square()
@@ -326,24 +318,24 @@ def _entry_divergence(
 # ---- ground truth ---------------------------------------------------------------------------------------------------
 
 
-def _cross_entropy(z: Tensor, labels: Labels, rows: Tensor, v: Vocabulary) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Targets, rows: Tensor, v: Vocabulary) -> Tensor:
     """Cross-entropy at temperature 1 over the student's whole row; smoothing averages over its finite columns."""
-    nll = -_log_softmax(z, v)
-    live = z != -math.inf
+    nll = -_log_softmax(logits, v)
+    live = logits != -math.inf
     finite_nll = nll.masked_fill(~live, 0.0)
-    if labels.probs is not None:
-        y = labels.probs[rows].to(z.dtype)
+    if targets.probs is not None:
+        y = targets.probs[rows].to(logits.dtype)
         hard = v.sum(y * finite_nll + torch.where((y > 0.0) & ~live, math.inf, 0.0))
-    elif labels.target is not None:
-        index = labels.target[rows]
-        bad = (index < 0) | (index >= (v.columns or z.shape[1]))
+    elif targets.label is not None:
+        index = targets.label[rows]
+        bad = (index < 0) | (index >= (v.columns or logits.shape[1]))
         hard = v.pick(nll, index.masked_fill(bad, 0)) * torch.where(bad, math.nan, 1.0)
     else:
         return nll.new_zeros(nll.shape[0])
-    if labels.smoothing == 0.0:
+    if targets.smoothing == 0.0:
         return hard
     smooth = v.sum(finite_nll) / v.sum(live)
-    return smooth if labels.smoothing == 1.0 else (1.0 - labels.smoothing) * hard + labels.smoothing * smooth
+    return smooth if targets.smoothing == 1.0 else (1.0 - targets.smoothing) * hard + targets.smoothing * smooth
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -10,43 +10,51 @@ from torch import Tensor
 
 from kdfast.labels import Head, SoftLabels
 from kdfast.loss import ops, reference
+from kdfast.loss.reference import Targets
 from kdfast.loss.vocabulary import Shard
 
 __all__ = ["in_group", "part_of"]
 
 
 def in_group(
-    logits: Tensor, teacher: ops.Teacher, coef: Tensor, truth: ops.Truth, shard: Shard, gradient: bool
+    logits: Tensor, teacher: ops.Teacher, coef: Tensor, targets: Targets, shard: Shard, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(rows,) losses, the same on every process, and parts; with ``gradient`` that takes the place of the logits."""
+    """(rows,) losses, the same on every process, and (4, rows) parts.
+
+    Args:
+        logits: (rows, V) of this process's columns. With ``gradient`` the losses' takes their place.
+        targets: with probabilities of (rows, V), if any.
+    """
     leaf = logits.detach().requires_grad_(gradient)
-    labels = reference.Labels(truth.target, None if truth.probs is None else truth.probs[0], truth.smoothing)
     with torch.set_grad_enabled(gradient):
-        loss, parts = _rows(leaf, teacher, coef, labels, shard)
+        loss, parts = _rows(leaf, teacher, coef, targets, shard)
     if gradient and not loss.requires_grad:  # no row counts
         logits.zero_()
     elif gradient:
         once = torch.full_like(loss, 1.0 / dist.get_world_size(shard.group))  # see Shard
         (grad,) = torch.autograd.grad(loss, leaf, once)
         logits.copy_(grad.masked_fill_(leaf == -math.inf, 0.0))
-    stacked = torch.stack(parts) if truth.want_parts else coef.new_empty(4, 0)
-    return loss.detach(), stacked
+    return loss.detach(), torch.stack(parts)
 
 
 def _rows(
-    logits: Tensor, teacher: ops.Teacher, coef: Tensor, labels: reference.Labels, shard: Shard
+    logits: Tensor, teacher: ops.Teacher, coef: Tensor, targets: Targets, shard: Shard
 ) -> tuple[Tensor, reference.Parts]:
     if isinstance(teacher, ops.DenseTeacher):
-        return reference.dense_rows(logits, teacher.logits[0], coef, labels, teacher.divergence, shard)
-    entries = teacher.ids, teacher.weights, teacher.offsets
-    if teacher.tail_prototypes is None or teacher.tail is None:
-        width, keep = logits.shape[1], teacher.subtract_entropy
-        return reference.sparse_rows(logits, *entries, teacher.tail, width, coef, labels, keep, shard)
-    tail_prototypes = reference.TailPrototypes(
-        teacher.tail_prototypes.prototype_ids, teacher.tail_prototypes.prototypes
+        return reference.dense_rows(logits, teacher.logits[0], coef, targets, teacher.divergence, shard)
+    return reference.sparse_rows(
+        student=logits,
+        ids=teacher.ids,
+        weights=teacher.weights,
+        offsets=teacher.offsets,
+        tail=teacher.tail,
+        vocab=teacher.vocab,
+        tail_prototypes=teacher.tail_prototypes,
+        coef=coef,
+        targets=targets,
+        divergence=teacher.divergence,
+        v=shard,
     )
-    divergence = teacher.tail_prototypes.divergence
-    return reference.prototype_rows(logits, *entries, teacher.tail, tail_prototypes, coef, labels, divergence, shard)
 
 
 def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head | SoftLabels:

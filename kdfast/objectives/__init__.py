@@ -6,7 +6,6 @@ from kdfast.objectives.dist import dist_loss
 from kdfast.objectives.entropy import entropy_matching
 from kdfast.objectives.features import Hint, Projector
 from kdfast.objectives.margin import margin_ce, pairwise_hinge
-from kdfast.objectives.refused import inner_product_loss
 from kdfast.objectives.relations import pkt, rkd_angle, rkd_distance, similarity_preserving
 from kdfast.objectives.teacher_argmax import teacher_argmax, teacher_argmax_ce
 
@@ -17,7 +16,6 @@ __all__ = [
     "class_weighted_ce",
     "dist_loss",
     "entropy_matching",
-    "inner_product_loss",
     "margin_ce",
     "pairwise_hinge",
     "pkt",

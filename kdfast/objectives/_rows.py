@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast.labels import SoftLabels
-from kdfast.labels.head import Head
+from kdfast.labels import Head, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
 from kdfast.loss import checks
-from kdfast.loss.kd_loss import _Rows
+from kdfast.loss.row_layout import RowLayout
 from kdfast.models import check_logits
 
-__all__ = ["CountedRows", "Teacher", "TeacherRows", "check_classes", "whole_rows"]
+__all__ = ["CountedRows", "PairedRows", "Teacher", "check_classes", "whole_rows"]
 
 Teacher = Tensor | SoftLabels | Packed
 
@@ -59,7 +58,7 @@ class CountedRows:
             raise TypeError(f"labels must be class indices here, got {labels.dtype} probabilities")
         checks.check_backward("recompute", reduction, num_items, student)
         checks.check_numbers(1.0, 1.0, 1.0, 1.0, 1.0, row_weight)
-        self._rows = _Rows(student, shift=False)
+        self._rows = RowLayout(student, shift=False)
         self._reduction = reduction
         self.labels = None if labels is None else self._rows.labels(labels)
         target = student if teacher is None else teacher
@@ -79,7 +78,7 @@ class CountedRows:
         return self._rows.unflatten(loss) if self._reduction == "none" else loss.sum()
 
 
-class TeacherRows(CountedRows):
+class PairedRows(CountedRows):
     """Those of student and teacher, which needs whole rows: logits, or labels of kind dense or hidden.
 
     ``student_log_probs`` and ``teacher_log_probs`` are (rows, C) log-probabilities at ``temperature``.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdfast.objectives._rows import Teacher, TeacherRows
+from kdfast.objectives._rows import PairedRows, Teacher
 from kdfast.objectives._vectors import unit
 
 __all__ = ["dist_loss"]
@@ -39,7 +39,7 @@ def dist_loss(
     Raises:
         TypeError, ValueError: bad arguments, labels that do not hold whole rows, numbers of classes that differ.
     """
-    rows = TeacherRows(student, teacher, labels, temperature=temperature, ignore_index=ignore_index)
+    rows = PairedRows(student, teacher, labels, temperature=temperature, ignore_index=ignore_index)
     if not rows.counted.numel():
         return student.sum()
     q, p = rows.student_log_probs.exp(), rows.teacher_log_probs.exp()

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from kdfast.objectives._rows import Teacher, TeacherRows
+from kdfast.objectives._rows import PairedRows, Teacher
 
 __all__ = ["entropy_matching"]
 
@@ -28,7 +28,7 @@ def entropy_matching(
         (Categorical(logits=teacher / T).entropy() - Categorical(logits=student / T).entropy()).square().mean()
 
     It matches how sure the two are, not of what: a term beside a divergence, not instead of one. An article calls
-    ``-log <p, q>`` an entropy loss; ``kdfast.objectives.inner_product_loss`` says what that is.
+    ``-log <p, q>`` an entropy loss; that is least at the one-hot of the teacher's likeliest class, not at q = p.
 
     Args:
         student: (..., C) logits.
@@ -40,7 +40,7 @@ def entropy_matching(
     Raises:
         TypeError, ValueError: bad arguments, labels that do not hold whole rows, numbers of classes that differ.
     """
-    rows = TeacherRows(
+    rows = PairedRows(
         student,
         teacher,
         labels,

@@ -12,7 +12,7 @@ from kdfast.distill.counting import Counting
 from kdfast.distill.objective import teacher_of
 from kdfast.distill.step import Step
 from kdfast.loss.kd_loss import kd_loss
-from kdfast.objectives._rows import TeacherRows
+from kdfast.objectives._rows import PairedRows
 from kdfast.recipes._inputs import IGNORE, counted_rows, teacher_logits, teacher_target, widened
 
 __all__ = [
@@ -129,7 +129,7 @@ class ClassAttention:
 
     def __call__(self, step: Step) -> Tensor:
         tau, counted = self.temperature, counted_rows(step)
-        rows = TeacherRows(step.logits, teacher_target(step), None, temperature=tau, row_weight=counted)
+        rows = PairedRows(step.logits, teacher_target(step), None, temperature=tau, row_weight=counted)
         weights = (self.weights(step) if callable(self.weights) else self.weights).detach().to(rows.student.device)
         if weights.shape not in (step.logits.shape, step.logits.shape[-1:]):
             raise ValueError(

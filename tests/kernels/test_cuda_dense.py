@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kdfast import _C
+from kdfast._calls import DivergenceNumbers
 from kdfast.divergences import Divergence, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
-from kdfast.loss.ops import _numbers
-from kdfast.loss.reference import Labels
+from kdfast.loss.reference import Targets
 from kdfast.testing import assert_close_to_eager, oracle_gradient
 from support.native_rows import DTYPES, NVCC, WHERE, RowTask, load
 
@@ -48,14 +48,14 @@ def run(kernel, request):
     def on_cpu(student, teacher, coef, labels, divergence):
         loss, grad = torch.full((len(student),), math.nan), torch.full_like(student, math.nan)
         row = RowTask.of(student, grad, coef, labels, cluster, loss)
-        kernel(ctypes.byref(Task(row, teacher.data_ptr(), *_numbers(divergence))), DTYPES[student.dtype])
+        kernel(ctypes.byref(Task(row, teacher.data_ptr(), *DivergenceNumbers.of(divergence))), DTYPES[student.dtype])
         return loss, grad
 
     def on_gpu(student, teacher, coef, labels, divergence):
         grad = torch.full_like(student, math.nan, device=device)
         tensors = (x.to(device) for x in (student[None], teacher[None], coef))
-        target = None if labels.target is None else labels.target.to(device)
-        numbers = target, labels.smoothing, *_numbers(divergence)
+        target = None if labels.label is None else labels.label.to(device)
+        numbers = target, labels.smoothing, *DivergenceNumbers.of(divergence)
         loss = torch.ops.kdfast.dense_rows_cluster(*tensors, *numbers, grad[None], cluster)
         return loss.cpu(), grad.cpu()
 
@@ -86,7 +86,7 @@ def test_matches_oracle(run, divergence, dtype):
     for columns in (3, 64, 1001):
         for tau in (1.0, 2.0, 3.3):
             student, teacher = torch.randn(6, columns) * 3, torch.randn(6, columns) * 3
-            labels = Labels(torch.randint(0, columns, (6,)), None, 0.1)
+            labels = Targets(torch.randint(0, columns, (6,)), None, 0.1)
             check(run, student.to(dtype), teacher.to(dtype), coefficients(6, tau), labels, divergence)
 
 
@@ -101,7 +101,7 @@ def test_masked_vocabulary(run, divergence, mask):
     student[:, dead] = teacher[:, dead] = mask
     if divergence.canonical().name in ("forward_kl", "soft_ce", "jsd", "skew_forward_kl", "tvd"):
         teacher[:, 320] = mask
-    labels = Labels(torch.full((6,), 450), None, 0.1 if mask == -math.inf else 0.0)
+    labels = Targets(torch.full((6,), 450), None, 0.1 if mask == -math.inf else 0.0)
     check(run, student, teacher, coefficients(6, 2.0), labels, divergence)
     _, grad = run(student, teacher, coefficients(6), labels, divergence)
     assert (grad[:, dead] == 0.0).all()
@@ -115,7 +115,7 @@ def test_an_infinite_divergence_is_reported(run, name, masked, gap):
     rows = torch.randn(2, 2, 1000)
     rows[masked, 0, 3], rows[1 - masked, 0, 3] = -math.inf, -gap
     coef = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]]).repeat(1, 2)
-    loss, grad = run(*rows, coef, Labels(), Divergence(name))
+    loss, grad = run(*rows, coef, Targets(), Divergence(name))
     assert loss[0] == math.inf
     assert loss[1].isfinite()
     assert grad.isfinite().all()
@@ -128,7 +128,7 @@ def test_bad_rows_are_nan_and_harm_no_others(run, divergence):
     coef[2:] = 0.5
     student[0, 5], teacher[1, 99], student[2, 0] = math.nan, math.nan, math.inf
     coef[0, 3], target[4], target[5] = 0.0, 100, -1
-    loss, grad = run(student, teacher, coef, Labels(target), divergence)
+    loss, grad = run(student, teacher, coef, Targets(target), divergence)
     assert loss[:6].isnan().all()
     assert grad[:6].isnan().all()
     assert loss[6].isfinite()
@@ -137,7 +137,7 @@ def test_bad_rows_are_nan_and_harm_no_others(run, divergence):
 
 def test_rows_that_do_not_count_are_zero_whatever_they_hold(run):
     student = torch.full((2, 100), math.nan)
-    loss, grad = run(student, student, torch.tensor([[0.0]] * 5).repeat(1, 2), Labels(), Divergence("forward_kl"))
+    loss, grad = run(student, student, torch.tensor([[0.0]] * 5).repeat(1, 2), Targets(), Divergence("forward_kl"))
     assert not loss.any()
     assert not grad.any()
 
@@ -148,7 +148,7 @@ def test_a_row_that_is_masked_throughout_has_no_divergence(run, side):
     rows[side] = -math.inf
     coef = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]])
     for divergence in DIVERGENCES:
-        loss, grad = run(*rows, coef, Labels(), divergence)
+        loss, grad = run(*rows, coef, Targets(), divergence)
         assert loss == 0.0
         assert not grad.any()
 
@@ -157,4 +157,4 @@ def test_a_row_that_is_masked_throughout_has_no_divergence(run, side):
 def test_a_shift_of_one_side_loses_no_digits(run, offset):
     student, teacher = torch.randn(6, 1000), torch.randn(6, 1000) + offset
     for divergence in (Divergence("forward_kl"), Divergence("reverse_kl"), jsd(0.5)):
-        check(run, student, teacher, coefficients(6, 2.0, 2.0), Labels(torch.randint(0, 1000, (6,))), divergence)
+        check(run, student, teacher, coefficients(6, 2.0, 2.0), Targets(torch.randint(0, 1000, (6,))), divergence)

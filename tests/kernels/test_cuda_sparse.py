@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kdfast.loss.reference import Labels
+from kdfast.loss.reference import Targets
 from kdfast.testing import assert_close_to_eager
 from support.native_rows import DTYPES, NVCC, WHERE, RowTask, load
 from support.sparse_rows import coefficients, make_teacher, oracle
@@ -39,17 +39,16 @@ def run(kernel, request):
         logits = torch.empty(len(teacher.ids))
         entries = teacher.ids.data_ptr(), teacher.weights.data_ptr(), teacher.offsets.data_ptr()
         pointers = *entries, None if tail is None else tail.data_ptr(), logits.data_ptr()
-        kernel(ctypes.byref(Task(row, *pointers, teacher.subtract_entropy)), DTYPES[student.dtype])
+        kernel(ctypes.byref(Task(row, *pointers, teacher.divergence.name == "forward_kl")), DTYPES[student.dtype])
         return loss, grad
 
     def on_gpu(student, teacher, coef, labels):
         grad = torch.full_like(student, math.nan, device=device)
         entries = (x.to(device) for x in (student[None], teacher.ids, teacher.weights, teacher.offsets))
         tail = None if teacher.tail is None else teacher.tail.float().to(device)
-        target = None if labels.target is None else labels.target.to(device)
-        loss = torch.ops.kdfast.sparse_rows_cluster(
-            *entries, tail, coef.to(device), target, labels.smoothing, teacher.subtract_entropy, grad[None], cluster
-        )
+        target = None if labels.label is None else labels.label.to(device)
+        numbers = coef.to(device), target, labels.smoothing, teacher.divergence.name == "forward_kl"
+        loss = torch.ops.kdfast.sparse_rows_cluster(*entries, tail, *numbers, grad[None], cluster)
         return loss.cpu(), grad.cpu()
 
     return on_gpu if device == "cuda" else on_cpu
@@ -68,7 +67,7 @@ def check(run, student, teacher, coef, labels):
 @pytest.mark.parametrize("tau", [1.0, 2.0, 3.3])
 def test_matches_oracle(run, dtype, tail, tau):
     for columns in (5, 64, 1001):
-        labels = Labels(torch.randint(0, columns, (6,)), None, 0.1)
+        labels = Targets(torch.randint(0, columns, (6,)), None, 0.1)
         student = (torch.randn(6, columns) * 3).to(dtype)
         check(run, student, make_teacher(6, columns, tail=tail), coefficients(6, torch.float32, tau), labels)
 
@@ -80,20 +79,20 @@ def test_heads_far_from_the_tail(run, gap, tau):
     ids = torch.stack([torch.randperm(501)[:4] for _ in range(6)])
     student.scatter_(1, ids, gap)
     teacher = make_teacher(6, 501, counts=[4] * 6, ids=ids.reshape(-1).int())
-    check(run, student, teacher, coefficients(6, torch.float32, tau), Labels(torch.randint(0, 501, (6,))))
+    check(run, student, teacher, coefficients(6, torch.float32, tau), Targets(torch.randint(0, 501, (6,))))
 
 
 @pytest.mark.parametrize("log_tail", [-70.0, -1e-6, -math.inf])
 def test_tiny_and_whole_tails(run, log_tail):
     teacher = make_teacher(6, 301)._replace(tail=torch.full((6,), log_tail))
-    check(run, torch.randn(6, 301), teacher, coefficients(6, torch.float32, 2.0), Labels(torch.arange(6)))
+    check(run, torch.randn(6, 301), teacher, coefficients(6, torch.float32, 2.0), Targets(torch.arange(6)))
 
 
 def test_masked_students(run):
     student, teacher = torch.randn(6, 700), make_teacher(6, 700, counts=[3] * 6)
     student[:, 20:40] = -math.inf
     kept = torch.stack([torch.arange(i, i + 3) * 50 + 45 for i in range(6)])
-    labels = Labels(torch.full((6,), 699), None, 0.1)
+    labels = Targets(torch.full((6,), 699), None, 0.1)
     teacher = teacher._replace(ids=kept.reshape(-1).int())
     check(run, student, teacher, coefficients(6, torch.float32, 2.0), labels)
     # Teacher mass on a masked column is an infinite divergence, and nobody's gradient at the mask.
@@ -104,7 +103,7 @@ def test_masked_students(run):
 
 def test_a_tail_without_columns_is_infinite(run):
     teacher = make_teacher(1, 8, counts=[8])
-    loss, grad = run(torch.randn(1, 8), teacher, torch.ones(5, 1), Labels())
+    loss, grad = run(torch.randn(1, 8), teacher, torch.ones(5, 1), Targets())
     assert loss == math.inf
     assert grad.isfinite().all()
 
@@ -115,7 +114,7 @@ def test_bad_rows_are_nan_and_harm_no_others(run):
         teacher.ids[2] = bad
         student, target, coef = torch.randn(5, 100), torch.zeros(5, dtype=torch.long), torch.ones(5, 5)
         student[2, 3], target[3], coef[0, 4] = math.nan, -5, -1.0
-        loss, grad = run(student, teacher, coef, Labels(target))
+        loss, grad = run(student, teacher, coef, Targets(target))
         assert torch.equal(loss.isnan(), torch.tensor([False, True, True, True, True]))
         assert grad[1:].isnan().all()
         assert grad[0].isfinite().all()

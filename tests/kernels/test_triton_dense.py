@@ -13,13 +13,15 @@ from kdfast import _C
 from kdfast.divergences import Divergence
 from kdfast.kernels import dense, launch
 from kdfast.loss import ops
-from kdfast.loss.reference import Labels
+from kdfast.loss.dispatch import forms_of
+from kdfast.loss.reference import Targets
 from support.dense_checks import DIVERGENCES, coefficients
 from support.triton_device import DEVICE
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-OP = ops._form(dense.dense_rows, "_grad")
+FORMS = forms_of(dense.dense_rows)
+OP = FORMS.grad
 # (V_s, V_t) at a tile of 256: within one, across tiles, and either side wider.
 SHAPES = [(280, 280), (257, 262), (300, 264)]
 
@@ -42,7 +44,7 @@ def test_matches_oracle(number):
     tau = (1.0, 2.0, 3.3)[number // 3 % 3]
     student, teacher, target = make(s, t, torch.float32, min(s, t))
     coef = coefficients(6, torch.float32, tau).to(DEVICE)
-    laws.check(OP, student, teacher, coef, Labels(target, None, 0.1 * (number % 2)), DIVERGENCES[number])
+    laws.check(OP, student, teacher, coef, Targets(target, None, 0.1 * (number % 2)), DIVERGENCES[number])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -51,7 +53,7 @@ def test_matches_oracle(number):
 def test_narrow_logits(dtype, divergence, tau):
     """The gradient in float32, so that the interpreter's truncation does not show: its logits are exact there."""
     student, teacher, target = make(300, 264, dtype, 264)
-    arguments = (teacher, coefficients(6, torch.float32, tau).to(DEVICE), Labels(target), Divergence(divergence))
+    arguments = (teacher, coefficients(6, torch.float32, tau).to(DEVICE), Targets(target), Divergence(divergence))
     narrow, wide = (laws.run(OP, x, *arguments) for x in (student, student.float()))
     laws.check(OP, student.float(), *arguments)
     # One rounding, or truncation.
@@ -128,7 +130,7 @@ def test_bad_labels_and_temperatures_make_their_own_row_nan():
     target[1], target[2] = 300, -1
     coef = torch.ones(5, 6, device=DEVICE)
     coef[0, 3], coef[1, 4] = 0.0, math.inf
-    loss, grad, _ = laws.run(OP, student, teacher, coef, Labels(target), Divergence("forward_kl"))
+    loss, grad, _ = laws.run(OP, student, teacher, coef, Targets(target), Divergence("forward_kl"))
     assert loss.isnan().tolist() == [False, True, True, True, True, False]
     assert torch.equal(grad.isnan().all(1), loss.isnan())
     assert grad[[0, 5]].isfinite().all()
@@ -137,20 +139,20 @@ def test_bad_labels_and_temperatures_make_their_own_row_nan():
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_the_gradient_may_take_the_students_place(divergence):
     student, teacher, target = make(300, 280, torch.float32, 280)
-    truth = ops.Truth(target, None, 0.1, False)
+    targets = Targets(target, None, 0.1)
     coef = coefficients(6, torch.float32, 2.0).to(DEVICE)
-    arguments = ops.DenseTeacher(teacher[None], Divergence(divergence)).arguments(coef, truth)
+    arguments = ops.DenseTeacher(teacher[None], Divergence(divergence)).arguments(coef, targets)
     expected_loss, expected, no_parts = OP(student[None], *arguments)
     assert no_parts.shape == (4, 0)
     assert torch.equal(dense.dense_rows(student[None], None, *arguments)[0], expected_loss)
-    assert torch.equal(ops._form(dense.dense_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(FORMS.inplace(student[None], *arguments)[0], expected_loss)
     assert torch.equal(student, expected[0])
 
 
 def test_rows_of_other_strides_are_refused():
     student = torch.randn(1, 8, 4, device=DEVICE).transpose(1, 2)
     arguments = ops.DenseTeacher(student, Divergence("forward_kl")).arguments(
-        torch.ones(5, 4, device=DEVICE), ops.Truth(None, None, 0.0, False)
+        torch.ones(5, 4, device=DEVICE), Targets()
     )
     with pytest.raises(ValueError, match=r"student must be .* unit stride .* got \(1, 4, 8\)"):
         OP(student, *arguments)
@@ -178,7 +180,7 @@ class TestRowsInRegisters:
     def test_matches_oracle(self, divergence, tau):
         student, teacher, target = make(400, 400, torch.float32, 400)
         coef = coefficients(6, torch.float32, tau).to(DEVICE)
-        laws.check(in_registers, student, teacher, coef, Labels(target), Divergence(divergence))
+        laws.check(in_registers, student, teacher, coef, Targets(target), Divergence(divergence))
 
     def test_infinite_divergence_is_reported(self, divergence):
         for gap in (3.0, 200.0):

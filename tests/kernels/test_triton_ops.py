@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from kdfast import _triton
 from kdfast.divergences import Divergence
-from kdfast.loss import ops
-from kdfast.loss.reference import Labels
+from kdfast.loss import dispatch, ops
+from kdfast.loss.reference import Targets
 from support.triton_device import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -32,8 +32,8 @@ def fallback(*_):
 
 def run(dtype):
     student, coef = torch.randn(6, 40, device=DEVICE, dtype=dtype), laws.coefficients(6, torch.float32).to(DEVICE)
-    op = ops._on_gpu("dense_rows", "_grad", fallback)
-    labels = Labels(torch.arange(6, device=DEVICE))
+    op = dispatch.on_gpu("dense_rows", dispatch.RowOps(fallback, fallback, fallback)).grad
+    labels = Targets(torch.arange(6, device=DEVICE))
     return laws.run(op, student, student.clone(), coef, labels, Divergence("forward_kl"))
 
 
@@ -44,7 +44,7 @@ def test_narrow_logits_run_in_triton_and_float64_in_the_reference():
 
 
 def test_without_triton_the_reference_runs(monkeypatch):
-    monkeypatch.setattr(_triton, "launchers", lambda name: None)
+    monkeypatch.setattr(_triton, "launcher", lambda name: None)
     with pytest.raises(LookupError):
         run(torch.float32)
 
@@ -52,8 +52,7 @@ def test_without_triton_the_reference_runs(monkeypatch):
 def test_the_reference_differentiates_below_autograd():
     """Where an op's kernel runs, autograd records nothing."""
     student, teacher = torch.randn(1, 3, 9), ops.DenseTeacher(torch.randn(1, 3, 9), Divergence("jsd"))
-    truth = ops.Truth(torch.zeros(3, dtype=torch.long), None, 0.0, False)
-    arguments = (student, *teacher.arguments(torch.rand(5, 3) + 0.1, truth))
+    arguments = (student, *teacher.arguments(torch.rand(5, 3) + 0.1, Targets(torch.zeros(3, dtype=torch.long))))
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     with torch._C._AutoDispatchBelowAutograd():
         slow = torch.ops.kdfast.dense_rows_grad.default.redispatch(keys, *arguments)

@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from kdfast.divergences import Divergence
 from kdfast.kernels import launch, sparse
-from kdfast.loss import ops
-from kdfast.loss.reference import Labels
+from kdfast.loss.dispatch import forms_of
+from kdfast.loss.reference import Targets
 from support import prototype_rows as shaped
 from support import sparse_rows as plain
 from support.sparse_checks import check, run
@@ -18,7 +18,8 @@ from support.triton_device import DEVICE
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-OP = ops._form(sparse.sparse_rows, "_grad")
+FORMS = forms_of(sparse.sparse_rows)
+OP = FORMS.grad
 SHAPES = [(280, 280), (270, 262), (257, 300)]
 ALL_SHAPED = [*shaped.DIVERGENCES, *shaped.OTHERS]
 
@@ -52,7 +53,7 @@ def test_matches_oracle(tail, number):
     columns, vocab = SHAPES[number]
     teacher = plain.make_teacher(6, min(columns, vocab), tail=tail)._replace(vocab=vocab)
     coef = plain.coefficients(6, torch.float32, (1.0, 2.0, 3.3)[number])
-    labels = Labels(torch.randint(0, columns, (6,)), None, 0.1 * (number % 2))
+    labels = Targets(torch.randint(0, columns, (6,)), None, 0.1 * (number % 2))
     check_on_device(plain.oracle, torch.randn(6, columns) * 3, teacher, coef, labels)
 
 
@@ -61,9 +62,9 @@ def test_shaped_tails_match_the_oracle(number):
     columns, vocab = SHAPES[number % 3]
     table = shaped.make_table(vocab, (torch.bfloat16, torch.float32)[number % 2])
     teacher = shaped.make_teacher(columns, vocab, ALL_SHAPED[number], table=table)
-    labels = Labels(torch.randint(0, min(columns, vocab), (shaped.ROWS,)), None, 0.1 * (number % 2))
+    labels = Targets(torch.randint(0, min(columns, vocab), (shaped.ROWS,)), None, 0.1 * (number % 2))
     coef = shaped.coefficients(torch.float32, (2.0, 1.0, 3.3)[number % 3])
-    check_on_device(shaped.oracle, torch.randn(shaped.ROWS, columns) * 3, teacher, coef, labels)
+    check_on_device(plain.oracle, torch.randn(shaped.ROWS, columns) * 3, teacher, coef, labels)
 
 
 @pytest.mark.parametrize("gap", [-200.0, 200.0])
@@ -73,14 +74,14 @@ def test_heads_far_from_the_tail(gap):
     student.scatter_(1, ids, gap)
     teacher = plain.make_teacher(6, 300, counts=[4] * 6, ids=ids.reshape(-1).int())
     coef = plain.coefficients(6, torch.float32, 2.0)
-    check_on_device(plain.oracle, student, teacher, coef, Labels(torch.randint(0, 300, (6,))))
+    check_on_device(plain.oracle, student, teacher, coef, Targets(torch.randint(0, 300, (6,))))
 
 
 @pytest.mark.parametrize("log_tail", [-70.0, -math.inf])
 def test_tiny_tails_and_none(log_tail):
     teacher = plain.make_teacher(6, 300)._replace(tail=torch.full((6,), log_tail))
     coef = plain.coefficients(6, torch.float32, 2.0)
-    check_on_device(plain.oracle, torch.randn(6, 300), teacher, coef, Labels(torch.arange(6)))
+    check_on_device(plain.oracle, torch.randn(6, 300), teacher, coef, Targets(torch.arange(6)))
 
 
 def test_masked_students():
@@ -88,11 +89,11 @@ def test_masked_students():
     student[:, 20:140] = -math.inf
     kept = torch.stack([torch.arange(i, i + 3) * 20 + 150 for i in range(6)])
     teacher = teacher._replace(ids=kept.reshape(-1).int())
-    labels = Labels(torch.full((6,), 299), None, 0.1)
+    labels = Targets(torch.full((6,), 299), None, 0.1)
     check_on_device(plain.oracle, student, teacher, plain.coefficients(6, torch.float32, 2.0), labels)
     # Teacher mass on a masked column is an infinite divergence, and nobody's gradient at the mask.
     ids = (kept * 0 + torch.tensor([25, 30, 35])).reshape(-1).int()
-    loss, grad, _ = run_on_device(student, teacher._replace(ids=ids), torch.ones(5, 6), Labels(torch.full((6,), 3)))
+    loss, grad, _ = run_on_device(student, teacher._replace(ids=ids), torch.ones(5, 6), Targets(torch.full((6,), 3)))
     assert (loss == math.inf).all()
     assert (grad[:, 20:140] == 0.0).all()
 
@@ -107,7 +108,7 @@ def test_bad_ids_and_offsets_make_their_own_row_nan(divergence):
             teacher = shaped.make_teacher(300, 310, divergence, counts=counts)
         getattr(teacher, name)[3 if name == "offsets" else 2] = bad
         row = 2 if name == "offsets" else 1
-        labels = Labels(torch.zeros(3, dtype=torch.long))
+        labels = Targets(torch.zeros(3, dtype=torch.long))
         loss, grad, _ = run_on_device(torch.randn(3, 300), teacher, torch.ones(5, 3), labels)
         assert loss.isnan().nonzero()[:, 0].tolist() == [row]
         assert torch.equal(grad.isnan().all(1), loss.isnan())
@@ -131,7 +132,7 @@ def test_nan_reaches_its_row_only(where):
     }
     tensor, index, value = targets[where]
     tensor[index] = value
-    labels = Labels(torch.zeros(3, dtype=torch.long))
+    labels = Targets(torch.zeros(3, dtype=torch.long))
     loss, grad, _ = run_on_device(student, teacher, torch.ones(5, 3), labels)
     assert loss.isnan().tolist() == [False, True, False]
     assert grad[1].isnan().all()
@@ -146,17 +147,16 @@ def test_the_gradient_may_take_the_students_place(divergence):
         teacher = shaped.make_teacher(300, 300, divergence, counts=[0, 300, 1, 299, 5, 9])
     student, teacher = torch.randn(6, 300, device=DEVICE), to_device(teacher)
     coef = to_device(plain.coefficients(6, torch.float32, 2.0))
-    truth = ops.Truth(torch.randint(0, 300, (6,), device=DEVICE), None, 0.1, False)
-    arguments = teacher.arguments(coef, truth)
+    targets = Targets(torch.randint(0, 300, (6,), device=DEVICE), None, 0.1)
+    arguments = teacher.arguments(coef, targets)
     expected_loss, expected, no_parts = OP(student[None], *arguments)
     assert no_parts.shape == (4, 0)
     assert torch.equal(sparse.sparse_rows(student[None], None, *arguments)[0], expected_loss)
-    assert torch.equal(ops._form(sparse.sparse_rows, "_inplace")(student[None], *arguments)[0], expected_loss)
+    assert torch.equal(FORMS.inplace(student[None], *arguments)[0], expected_loss)
     assert torch.equal(student, expected[0])
 
 
 def test_a_shape_less_tail_serves_forward_divergences_only():
-    arguments = list(plain.make_teacher(6, 300).arguments(torch.ones(5, 6), ops.Truth(None, None, 0.0, False)))
-    arguments[7] = 2
+    arguments = plain.make_teacher(6, 300).arguments(torch.ones(5, 6), Targets())._replace(kind=2)
     with pytest.raises(ValueError, match="divergence reverse_kl needs the shapes of the tails"):
         OP(torch.randn(1, 6, 300), *arguments)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from kdfast import _C, KDLoss, SoftLabels, alpha_beta, jsd, kd_loss, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
 from kdfast.loss import ops
+from kdfast.loss.reference import Targets
 from kdfast.testing import loss_and_gradient
 
 DIVERGENCES = [
@@ -26,21 +27,22 @@ DIVERGENCES = [
 
 def dense_arguments(requires_grad=True, want_parts=True, probs=False):
     student = torch.randn(2, 3, 9, requires_grad=requires_grad)
-    truth = ops.Truth(
-        None if probs else torch.randint(0, 9, (6,)),
-        torch.rand(2, 3, 9).softmax(-1) if probs else None,
-        0.1,
-        want_parts,
+    targets = Targets(
+        None if probs else torch.randint(0, 9, (6,)), torch.rand(2, 3, 9).softmax(-1) if probs else None, 0.1
     )
-    return student, *ops.DenseTeacher(torch.randn(2, 3, 9), Divergence("jsd")).arguments(torch.rand(5, 6), truth)
+    teacher = ops.DenseTeacher(torch.randn(2, 3, 9), Divergence("jsd"))
+    return student, *teacher.arguments(torch.rand(5, 6), targets, want_parts)
 
 
 def sparse_arguments(requires_grad=True, want_parts=True, tail=True):
     student = torch.randn(2, 3, 9, requires_grad=requires_grad)
     ids = torch.stack([torch.randperm(9)[:2] for _ in range(6)]).int().flatten()
     log_tail = torch.rand(6).log() if tail else None
-    teacher = ops.SparseTeacher(ids, torch.rand(12), torch.arange(7) * 2, log_tail, 9, tail)
-    return student, *teacher.arguments(torch.rand(5, 6), ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, want_parts))
+    teacher = ops.SparseTeacher(
+        ids, torch.rand(12), torch.arange(7) * 2, log_tail, 9, Divergence("forward_kl" if tail else "soft_ce")
+    )
+    targets = Targets(torch.randint(0, 9, (6,)), None, 0.1)
+    return student, *teacher.arguments(torch.rand(5, 6), targets, want_parts)
 
 
 @pytest.mark.parametrize("suffix", ["", "_grad", "_inplace"])

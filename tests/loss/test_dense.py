@@ -7,7 +7,7 @@ import torch
 
 from kdfast import _C
 from kdfast.divergences import Divergence
-from kdfast.loss.reference import Labels
+from kdfast.loss.reference import Targets
 from support import dense_checks as laws
 from support.dense_checks import DIVERGENCES, coefficients
 
@@ -30,7 +30,7 @@ def test_matches_oracle(divergence, dtype):
     for s, t in SHAPES:
         for tau in (1.0, 2.0, 3.3):  # the student's softmax at temperature 1 is shared, squared, separate
             student, teacher = torch.randn(6, s) * 3, torch.randn(6, t) * 3
-            labels = Labels(torch.randint(0, min(s, t), (6,)), None, 0.1)
+            labels = Targets(torch.randint(0, min(s, t), (6,)), None, 0.1)
             check(student.to(dtype), teacher.to(dtype), coefficients(6, _wide(dtype), tau), labels, divergence)
 
 
@@ -90,7 +90,7 @@ def test_a_tile_starts_far_below_its_maximum(dtype, gap):
         for scale in (1.0, 1e-6):
             coef = coefficients(6, dtype, 2.0)
             coef[2:] *= scale
-            labels = Labels(torch.tensor([at, 0, 1, at, 2, 3]))
+            labels = Targets(torch.tensor([at, 0, 1, at, 2, 3]))
             check(student.to(dtype), teacher.to(dtype), coef, labels, Divergence("forward_kl"))
 
 
@@ -109,7 +109,7 @@ def test_infinite_divergence_keeps_a_finite_gradient(name):
     student, teacher = torch.randn(2, 1100), torch.randn(2, 1100)
     teacher[0, 5] = -math.inf
     loss, grad, _ = run(
-        student, teacher, torch.ones(5, 2) * torch.tensor([[1.0], [1], [1], [0], [0]]), Labels(), Divergence(name)
+        student, teacher, torch.ones(5, 2) * torch.tensor([[1.0], [1], [1], [0], [0]]), Targets(), Divergence(name)
     )
     assert loss[0] == math.inf
     assert grad.isfinite().all()
@@ -131,7 +131,7 @@ def test_small_gap_keeps_its_gradient(name):
 @pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_may_differ(student_dtype, teacher_dtype):
     student, teacher = torch.randn(6, 1500).to(student_dtype), torch.randn(6, 1500).to(teacher_dtype)
-    labels = Labels(torch.randint(0, 1500, (6,)))
+    labels = Targets(torch.randint(0, 1500, (6,)))
     check(student, teacher, coefficients(6, torch.float32, 2.0), labels, Divergence("jsd"))
 
 
@@ -150,14 +150,14 @@ def test_streamed_gradients_match():
     """Gradients of 8 MiB and more are written past the caches, from unaligned rows too."""
     student, teacher = torch.randn(250, 9001), torch.randn(250, 9001)
     coef = torch.ones(5, 250)
-    labels = Labels(torch.randint(0, 9001, (250,)))
+    labels = Targets(torch.randint(0, 9001, (250,)))
     _, streamed, _ = run(student, teacher, coef, labels, Divergence("forward_kl"))
     for rows in (slice(0, 2), slice(248, 250)):
         _, plain, _ = run(
             student[rows],
             teacher[rows],
             coef[:, rows].contiguous(),
-            Labels(labels.target[rows]),
+            Targets(labels.label[rows]),
             Divergence("forward_kl"),
         )
         assert torch.equal(streamed[rows], plain)
@@ -165,7 +165,7 @@ def test_streamed_gradients_match():
 
 def test_bitwise_repeatable():
     student, teacher = torch.randn(64, 3000), torch.randn(64, 3000)
-    labels = Labels(torch.randint(0, 3000, (64,)))
+    labels = Targets(torch.randint(0, 3000, (64,)))
     first, second = (run(student, teacher, torch.ones(5, 64), labels, Divergence("jsd")) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)

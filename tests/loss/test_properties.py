@@ -123,7 +123,7 @@ def _oracle(student, teacher, labels, options):
     weights = [options["kd_weight"] * t2, options["ce_weight"], options["z_weight"]]
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     coef = torch.stack([tau, tau_t, *(weight * w for w in weights)]).to(wide)
-    targets = reference.Labels(labels, None, options["label_smoothing"])
+    targets = reference.Targets(labels, None, options["label_smoothing"])
     loss, _ = reference.dense_rows(leaf, teacher, coef, targets, options["divergence"])
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     return (loss if options["reduction"] == "none" else loss.sum().reshape(1)).detach(), grad

@@ -10,11 +10,11 @@ from torch.library import opcheck
 
 from kdfast import SoftLabels, jsd, kd_loss
 from kdfast.divergences import Divergence
-from kdfast.loss import ops
-from kdfast.loss.reference import Labels
+from kdfast.loss.reference import Targets
 from kdfast.testing import loss_and_gradient, relative_error
-from support.prototype_rows import DIVERGENCES, OTHERS, ROWS, coefficients, make_table, make_teacher, oracle
+from support.prototype_rows import DIVERGENCES, OTHERS, ROWS, coefficients, make_table, make_teacher
 from support.sparse_checks import check, run
+from support.sparse_rows import oracle
 
 # (V_s, V_t): two columns, below a vector, around a tile (1024), and either vocabulary wider.
 SHAPES = [(2, 2), (5, 5), (1031, 1031), (1030, 1023), (1023, 1030), (2100, 2100)]
@@ -27,7 +27,7 @@ def test_matches_oracle(dtype, divergence, tau):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for columns, vocab in SHAPES:
         teacher = make_teacher(columns, vocab, divergence)
-        labels = Labels(torch.randint(0, columns, (ROWS,)), None, 0.1)
+        labels = Targets(torch.randint(0, columns, (ROWS,)), None, 0.1)
         check(oracle, (torch.randn(ROWS, columns) * 3).to(dtype), teacher, coefficients(wide, tau), labels)
 
 
@@ -36,7 +36,7 @@ def test_matches_oracle(dtype, divergence, tau):
 def test_other_divergences_match_the_oracle(divergence, tau):
     for columns, vocab in SHAPES[2:]:
         teacher = make_teacher(columns, vocab, divergence, table=make_table(vocab, torch.float32))
-        labels = Labels(torch.randint(0, min(columns, vocab), (ROWS,)))
+        labels = Targets(torch.randint(0, min(columns, vocab), (ROWS,)))
         check(oracle, torch.randn(ROWS, columns) * 3, teacher, coefficients(torch.float32, tau), labels)
 
 
@@ -48,7 +48,7 @@ def test_a_large_vocabulary(divergence):
         torch.randn(3, 50000) * 3,
         teacher,
         coefficients(torch.float32, 2.0, 3),
-        Labels(torch.randint(0, 50000, (3,))),
+        Targets(torch.randint(0, 50000, (3,))),
     )
 
 
@@ -66,7 +66,7 @@ def test_columns_that_both_sides_mask(divergence, dtype):
     ids = torch.cat([kept[torch.randperm(len(kept))[:3]] for _ in range(6)]).int()
     ids[4], teacher.weights[4] = 7, 0.0
     teacher = teacher._replace(ids=ids)
-    labels = Labels(kept[torch.arange(ROWS) * 9], None, 0.1)
+    labels = Targets(kept[torch.arange(ROWS) * 9], None, 0.1)
     check(oracle, student, teacher, coefficients(torch.float32, 2.0), labels)
     assert (run(student, teacher, coefficients(torch.float32, 1.0), labels)[1][:, dead] == 0.0).all()
 
@@ -81,7 +81,7 @@ def test_mass_on_a_masked_student_column(divergence, infinite, whole_tile):
     masked = slice(0, 1024) if whole_tile else slice(200, 400)
     student[:, masked] = -math.inf
     teacher = make_teacher(2100, 2100, Divergence(divergence), counts=[0, 2, 9])
-    labels = Labels(torch.full((3,), 2099))
+    labels = Targets(torch.full((3,), 2099))
     coef = coefficients(torch.float32, 2.0, 3)
     loss, grad, _ = run(student, teacher, coef, labels)
     assert ((loss == math.inf) == infinite).all()
@@ -100,7 +100,7 @@ def test_student_mass_where_the_shape_has_none(divergence):
     table[:, 300:310] = 0.0
     teacher = make_teacher(1200, 1200, divergence, counts=[0, 2, 9], table=table)
     teacher = teacher._replace(ids=teacher.ids % 300)
-    student, coef, labels = torch.randn(3, 1200), coefficients(torch.float32, 1.0, 3), Labels(torch.arange(3))
+    student, coef, labels = torch.randn(3, 1200), coefficients(torch.float32, 1.0, 3), Targets(torch.arange(3))
     exact_loss, exact_grad, _ = oracle(student.double(), teacher, coef.double(), labels)
     loss, grad, _ = run(student, teacher, coef, labels)
     infinite = divergence.name in ("reverse_kl", "symmetric_kl")
@@ -118,7 +118,7 @@ def test_rows_without_a_distribution_or_a_student_are_zero(divergence):
     teacher.tail[1] = -math.inf  # nothing at all
     teacher.tail_prototypes.prototypes[1] = 0.0
     teacher.tail_prototypes.prototype_ids[:] = torch.tensor([0, 0, 1, 1])  # a prototype of no mass
-    labels, coef = Labels(torch.zeros(4, dtype=torch.long)), torch.ones(5, 4)
+    labels, coef = Targets(torch.zeros(4, dtype=torch.long)), torch.ones(5, 4)
     loss, grad, _ = run(student, teacher, coef, labels)
     coef[2, :3] = 0.0
     without, grad_without, _ = run(student, teacher, coef, labels)
@@ -134,7 +134,7 @@ def test_shapes_below_the_normal_range_and_far_apart():
     table[1] *= 1e-3
     teacher = make_teacher(1100, 1100, Divergence("reverse_kl"), counts=[0, 0, 1], table=table)
     teacher.ids[0] = 7
-    labels = Labels(torch.zeros(3, dtype=torch.long))
+    labels = Targets(torch.zeros(3, dtype=torch.long))
     check(oracle, torch.randn(3, 1100), teacher, coefficients(torch.float32, 1.0, 3), labels)
 
 
@@ -143,7 +143,7 @@ def test_logits_far_from_zero():
     for divergence in DIVERGENCES:
         teacher = make_teacher(2100, 2100, divergence)
         student = torch.randn(ROWS, 2100).half().float() + 3e4
-        check(oracle, student, teacher, coefficients(torch.float32, 2.0), Labels(torch.randint(0, 2100, (ROWS,))))
+        check(oracle, student, teacher, coefficients(torch.float32, 2.0), Targets(torch.randint(0, 2100, (ROWS,))))
 
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES[:3], jsd(0.5)], ids=str)
@@ -154,7 +154,7 @@ def test_bad_rows_are_nan_and_touch_nothing_else(divergence):
             teacher.ids[2] = bad
         else:
             teacher.tail_prototypes.prototype_ids[1] = bad
-        labels = Labels(torch.zeros(3, dtype=torch.long))
+        labels = Targets(torch.zeros(3, dtype=torch.long))
         loss, grad, _ = run(torch.randn(3, 1000), teacher, torch.ones(5, 3), labels)
         assert torch.equal(loss.isnan(), torch.tensor([False, True, False]))
         assert grad[1].isnan().all()
@@ -183,7 +183,7 @@ def test_nan_propagates_to_its_row(divergence, where):
     }
     tensor, index, value = targets[where]
     tensor[index] = value
-    loss, grad, _ = run(student, teacher, torch.ones(5, 3), Labels(torch.zeros(3, dtype=torch.long)))
+    loss, grad, _ = run(student, teacher, torch.ones(5, 3), Targets(torch.zeros(3, dtype=torch.long)))
     assert torch.equal(loss.isnan(), torch.tensor([False, True, False]))
     assert grad[1].isnan().all()
     assert grad[[0, 2]].isfinite().all()
@@ -256,16 +256,16 @@ def test_gradcheck(divergence, k):
 def test_opcheck(suffix, divergence):
     student = torch.randn(2, 3, 9, requires_grad=suffix == "")
     teacher = make_teacher(9, 9, Divergence(divergence), counts=[0, 9, 1, 2, 3, 4])
-    truth = ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, True)
-    arguments = teacher.arguments(torch.rand(5, 6) + 0.1, truth)
+    targets = Targets(torch.randint(0, 9, (6,)), None, 0.1)
+    arguments = teacher.arguments(torch.rand(5, 6) + 0.1, targets, True)
     opcheck(getattr(torch.ops.kdfast, "sparse_rows" + suffix), (student, *arguments))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_devices_without_a_kernel_run_the_reference(divergence):
     teacher = make_teacher(9, 9, Divergence(divergence), counts=[0, 9, 1, 2, 3, 4])
-    truth = ops.Truth(torch.randint(0, 9, (6,)), None, 0.1, True)
-    arguments = (torch.randn(2, 3, 9), *teacher.arguments(torch.rand(5, 6) + 0.1, truth))
+    targets = Targets(torch.randint(0, 9, (6,)), None, 0.1)
+    arguments = (torch.randn(2, 3, 9), *teacher.arguments(torch.rand(5, 6) + 0.1, targets, True))
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     native = torch.ops.kdfast.sparse_rows_grad
     for ours, slow in zip(native(*arguments), native.default.redispatch(keys, *arguments), strict=True):

@@ -6,6 +6,7 @@ import torch
 from kdfast import kd_loss
 from kdfast.divergences import Divergence
 from kdfast.loss import ops
+from kdfast.loss.reference import Targets
 
 ROWS, COLUMNS = 66000, 32769
 
@@ -24,8 +25,7 @@ def test_more_than_2_to_the_31_elements():
     rows = kd_loss(student, teacher, labels, temperature=2.0, ce_weight=1.0, reduction="none")
     assert torch.allclose(rows[-3:].sum() / ROWS, expected.detach(), rtol=1e-5)
     # Over the logits themselves, which need not require grad for the op: no second tensor of this size.
-    truth = ops.Truth(labels, None, 0.0, False)
     coef = torch.tensor([[2.0], [2.0], [4.0 / ROWS], [1.0 / ROWS], [0.0]]).repeat(1, ROWS)
-    arguments = ops.DenseTeacher(teacher[None], Divergence("forward_kl")).arguments(coef, truth)
+    arguments = ops.DenseTeacher(teacher[None], Divergence("forward_kl")).arguments(coef, Targets(labels))
     torch.ops.kdfast.dense_rows_inplace(student[None], *arguments)
     assert torch.equal(student[-3:], last.grad)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdfast import SoftLabels, kd_loss
-from kdfast.loss.reference import Labels
+from kdfast.loss.reference import Targets
 from support.sparse_checks import check, run
 from support.sparse_rows import coefficients, make_teacher, oracle
 
@@ -22,7 +22,7 @@ def test_matches_oracle(dtype, tail, tau):
     for columns, vocab in SHAPES:
         shared = min(columns, vocab)
         teacher = make_teacher(6, shared, tail=tail)._replace(vocab=vocab)
-        labels = Labels(torch.randint(0, columns, (6,)), None, 0.1)
+        labels = Targets(torch.randint(0, columns, (6,)), None, 0.1)
         check(oracle, (torch.randn(6, columns) * 3).to(dtype), teacher, coefficients(6, wide, tau), labels)
 
 
@@ -30,7 +30,7 @@ def test_matches_oracle(dtype, tail, tau):
 def test_entries_at_tile_and_vector_edges(tau):
     ids = torch.tensor([0, 15, 16, 1023, 1024, 2047, 2048, 2099] * 6).int()
     teacher = make_teacher(6, 2100, counts=[8] * 6, ids=ids)
-    labels = Labels(torch.tensor([0, 1023, 1024, 2099, 5, 16]))
+    labels = Targets(torch.tensor([0, 1023, 1024, 2099, 5, 16]))
     check(oracle, torch.randn(6, 2100), teacher, coefficients(6, torch.float32, tau), labels)
 
 
@@ -42,13 +42,13 @@ def test_heads_far_from_the_tail(gap, tau):
     ids = torch.stack([torch.randperm(1500)[:4] for _ in range(6)])
     student.scatter_(1, ids, gap)
     teacher = make_teacher(6, 1500, counts=[4] * 6, ids=ids.reshape(-1).int())
-    check(oracle, student, teacher, coefficients(6, torch.float32, tau), Labels(torch.randint(0, 1500, (6,))))
+    check(oracle, student, teacher, coefficients(6, torch.float32, tau), Targets(torch.randint(0, 1500, (6,))))
 
 
 def test_tiny_and_whole_tails():
     for log_tail in (-70.0, -1e-6, -math.inf):
         teacher = make_teacher(6, 800)._replace(tail=torch.full((6,), log_tail))
-        check(oracle, torch.randn(6, 800), teacher, coefficients(6, torch.float32, 2.0), Labels(torch.arange(6)))
+        check(oracle, torch.randn(6, 800), teacher, coefficients(6, torch.float32, 2.0), Targets(torch.arange(6)))
 
 
 def test_masked_students():
@@ -56,10 +56,13 @@ def test_masked_students():
     student[:, 200:400] = -math.inf
     kept = torch.stack([torch.arange(i, i + 3) * 100 + 450 for i in range(6)])
     teacher = teacher._replace(ids=kept.reshape(-1).int())
-    check(oracle, student, teacher, coefficients(6, torch.float32, 2.0), Labels(torch.full((6,), 1299), None, 0.1))
+    check(oracle, student, teacher, coefficients(6, torch.float32, 2.0), Targets(torch.full((6,), 1299), None, 0.1))
     # Teacher mass on a masked column is an infinite divergence, and nobody's gradient at the mask.
     loss, grad, _ = run(
-        student, teacher._replace(ids=(kept * 0 + 250).int().reshape(-1)), torch.ones(5, 6), Labels(torch.full((6,), 3))
+        student,
+        teacher._replace(ids=(kept * 0 + 250).int().reshape(-1)),
+        torch.ones(5, 6),
+        Targets(torch.full((6,), 3)),
     )
     assert (loss == math.inf).all()
     assert (grad[:, 200:400] == 0.0).all()
@@ -69,7 +72,7 @@ def test_bad_ids_make_their_own_row_nan():
     for bad in (-1, 1000, 2**31 - 1):
         teacher = make_teacher(3, 1000, counts=[2] * 3)
         teacher.ids[2] = bad
-        loss, grad, _ = run(torch.randn(3, 1000), teacher, torch.ones(5, 3), Labels(torch.zeros(3, dtype=torch.long)))
+        loss, grad, _ = run(torch.randn(3, 1000), teacher, torch.ones(5, 3), Targets(torch.zeros(3, dtype=torch.long)))
         assert torch.equal(loss.isnan(), torch.tensor([False, True, False]))
         assert grad[1].isnan().all()
         assert grad[[0, 2]].isfinite().all()

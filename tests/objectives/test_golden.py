@@ -55,6 +55,16 @@ def test_worked_example(example):
     assert loss().item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_inner_product_is_least_at_the_argmax():
+    """An article's -log <p, q> leaves the teacher for the one-hot of its likeliest class; KL stays where q = p."""
+    one_hot = torch.tensor([[1.0, 0.0, 0.0]]).double()
+    at_teacher, at_argmax = (-(P * q).sum().log().item() for q in (P, one_hot))
+    assert (at_teacher, at_argmax) == pytest.approx((1.0788, 0.9163), abs=5e-5)
+    logits = T.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(kd_loss(logits, T), logits)
+    assert grad.abs().max() < 1e-12
+
+
 def test_the_sign_that_an_article_has_drives_the_student_away():
     """It minimises -KL, which falls without bound as the student leaves; KL has its minimum, 0, at the teacher."""
     away = torch.tensor([[0.0, 20.0], [20.0, 0.0]]).double()

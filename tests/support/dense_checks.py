@@ -7,7 +7,7 @@ import torch
 from kdfast import _C, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
 from kdfast.loss import ops
-from kdfast.loss.reference import Labels
+from kdfast.loss.reference import Targets
 from kdfast.testing import assert_close_to_eager, oracle_gradient
 
 DIVERGENCES = [
@@ -47,9 +47,8 @@ def coefficients(rows, dtype, tau_s=1.0, tau_t=1.5):
 
 def run(op, student, teacher, coef, labels, divergence):
     """Loss, gradient and parts through the op that computes all three."""
-    probs = None if labels.probs is None else labels.probs[None]
-    truth = ops.Truth(labels.target, probs, labels.smoothing, True)
-    arguments = ops.DenseTeacher(teacher[None], divergence).arguments(coef, truth)
+    labels = labels._replace(probs=None if labels.probs is None else labels.probs[None])
+    arguments = ops.DenseTeacher(teacher[None], divergence).arguments(coef, labels, True)
     loss, grad, parts = op(student[None], *arguments)
     return loss, grad[0], parts
 
@@ -83,8 +82,8 @@ def masked_vocabulary(op, divergence, dtype, s, t, device="cpu"):
     student, teacher = student.to(device, dtype), teacher.to(device, dtype)
     target = torch.full((6,), shared - 2, device=device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    check(op, student, teacher, coefficients(6, wide, 2.0).to(device), Labels(target, None, 0.1), divergence)
-    _, grad, _ = run(op, student, teacher, coefficients(6, wide).to(device), Labels(target), divergence)
+    check(op, student, teacher, coefficients(6, wide, 2.0).to(device), Targets(target, None, 0.1), divergence)
+    _, grad, _ = run(op, student, teacher, coefficients(6, wide).to(device), Targets(target), divergence)
     assert (grad[:, dead[:s]] == 0.0).all()
 
 
@@ -94,7 +93,7 @@ def infinite_divergence(op, divergence, masked, gap, columns, device="cpu"):
     (student if masked == "student" else teacher)[0, 3] = -math.inf
     (teacher if masked == "student" else student)[0, 3] = -gap
     coef = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]], device=device).repeat(1, 2)
-    loss, grad, _ = run(op, student, teacher, coef, Labels(), Divergence(divergence))
+    loss, grad, _ = run(op, student, teacher, coef, Targets(), Divergence(divergence))
     assert loss[0] == math.inf
     assert loss[1].isfinite()
     assert grad.isfinite().all()
@@ -105,7 +104,7 @@ def nan_and_inf_reach_their_row_only(op, bad, side, dtype, divergence, columns, 
     student, teacher = torch.randn(3, columns).to(device, dtype), torch.randn(3, columns).to(device, dtype)
     {"student": student, "teacher": teacher}[side][1, at] = bad
     coef = torch.tensor([[2.0], [2.0], [1.0], [0.5], [0.0]], device=device).repeat(1, 3)
-    labels = Labels(torch.zeros(3, dtype=torch.long, device=device))
+    labels = Targets(torch.zeros(3, dtype=torch.long, device=device))
     loss, grad, _ = run(op, student, teacher, coef, labels, Divergence(divergence))
     if divergence == "logit_mse" and bad == math.inf and side == "teacher":
         assert loss[1] == math.inf
@@ -119,7 +118,7 @@ def nan_and_inf_reach_their_row_only(op, bad, side, dtype, divergence, columns, 
 def rows_that_do_not_count_are_exact_zeros(op, dtype, columns, device="cpu"):
     student = torch.full((4, columns), math.nan, dtype=dtype, device=device)
     teacher = torch.full((4, columns), math.inf, dtype=dtype, device=device)
-    labels = Labels(torch.full((4,), -100, device=device))
+    labels = Targets(torch.full((4,), -100, device=device))
     for x in run(op, student, teacher, torch.zeros(5, 4, device=device), labels, Divergence("jsd")):
         assert (x == 0.0).all()
 
@@ -127,7 +126,7 @@ def rows_that_do_not_count_are_exact_zeros(op, dtype, columns, device="cpu"):
 def rows_without_a_finite_column_are_exact_zeros(op, name, columns, device="cpu"):
     dead, alive = torch.full((2, columns), -math.inf, device=device), torch.randn(2, columns, device=device)
     coef = torch.tensor([[2.0], [2.0], [1.0], [0.0], [0.0]], device=device).repeat(1, 2)
-    labels = Labels(torch.zeros(2, dtype=torch.long, device=device))
+    labels = Targets(torch.zeros(2, dtype=torch.long, device=device))
     for student, teacher in ((dead, alive), (alive, dead), (dead, dead)):
         loss, grad, _ = run(op, student, teacher, coef, labels, Divergence(name))
         assert (loss == 0.0).all(), name
@@ -144,7 +143,7 @@ def extreme_logits(op, dtype, divergence, columns, device="cpu"):
     base[4] = 7.0
     base[5, :16] -= 300.0
     student, teacher = base.to(device, dtype), base.flip(1).to(device, dtype)
-    labels = Labels(torch.tensor([3 * columns // 4, 3, columns - 1, 5, 6, 100], device=device))
+    labels = Targets(torch.tensor([3 * columns // 4, 3, columns - 1, 5, 6, 100], device=device))
     check(op, student, teacher, coefficients(6, torch.float32, 2.0).to(device), labels, Divergence(divergence))
 
 
@@ -153,7 +152,7 @@ def huge_logits(op, value, columns, device="cpu"):
     student = torch.full((6, columns), value if value < 0 else 0.0, device=device)
     if value > 0:
         student[:, columns - 1] = value
-    labels = Labels(torch.full((6,), columns - 1, device=device))
+    labels = Targets(torch.full((6,), columns - 1, device=device))
     coef = torch.tensor([[1.0], [1.0], [1.0], [1.0], [0.0]], device=device).repeat(1, 6)
     loss, grad, _ = run(op, student, student.clone(), coef, labels, Divergence("forward_kl"))
     expected = 0.0 if value > 0 else math.log(columns)
@@ -164,7 +163,7 @@ def huge_logits(op, value, columns, device="cpu"):
 def finite_masks(op, name, columns, device="cpu"):
     """The lowest finite number masks as -inf does, as long as the other side agrees."""
     student, teacher = torch.randn(6, columns, device=device), torch.randn(6, columns, device=device)
-    results, labels = [], Labels(torch.arange(6, device=device))
+    results, labels = [], Targets(torch.arange(6, device=device))
     for mask in (torch.finfo(torch.float32).min, -math.inf):
         student[:, 20 : 5 * columns // 6] = teacher[:, 20 : 5 * columns // 6] = mask
         coef = torch.full((5, 6), 1.5, device=device)
@@ -176,7 +175,7 @@ def finite_masks(op, name, columns, device="cpu"):
 def identical_sides_have_no_gradient(op, name, columns, device="cpu"):
     student = torch.randn(5, columns, device=device) * 4
     coef = torch.tensor([[2.0], [2.0], [1.0], [0.0], [0.0]], device=device).repeat(1, 5)
-    labels = Labels(torch.arange(5, device=device))
+    labels = Targets(torch.arange(5, device=device))
     loss, grad, _ = run(op, student, student.clone(), coef, labels, Divergence(name))
     assert grad.abs().max() < 1e-7
     if name != "soft_ce":
@@ -189,7 +188,7 @@ def small_gap_keeps_its_gradient(op, name, columns, device="cpu"):
     student = torch.randn(6, columns, device=device) * 10
     teacher = student + torch.randn(6, columns, device=device) * 1e-3
     check(
-        op, student, teacher, torch.ones(5, 6, device=device), Labels(torch.arange(6, device=device)), Divergence(name)
+        op, student, teacher, torch.ones(5, 6, device=device), Targets(torch.arange(6, device=device)), Divergence(name)
     )
 
 
@@ -200,7 +199,7 @@ def class_probabilities(op, smoothing, dtype, tau, columns, device="cpu"):
     teacher[:, 7] = -math.inf
     probs[:, 7] = 0.0
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    labels = Labels(None, probs.to(dtype), smoothing)
+    labels = Targets(None, probs.to(dtype), smoothing)
     check(op, student, teacher, coefficients(6, wide, tau).to(device), labels, Divergence("forward_kl"))
 
 
@@ -209,6 +208,6 @@ def strided_rows_are_read_where_they_lie(op, columns, device="cpu"):
     coef = torch.ones(5, 12, device=device)
     coef[3:] = 0.0
     view = storage[:, 1:, :]
-    arguments = ops.DenseTeacher(teacher, Divergence("forward_kl")).arguments(coef, ops.Truth(None, None, 0.0, False))
+    arguments = ops.DenseTeacher(teacher, Divergence("forward_kl")).arguments(coef, Targets())
     for a, b in zip(op(view, *arguments), op(view.contiguous(), *arguments), strict=True):
         assert torch.equal(a, b)

@@ -31,7 +31,7 @@ class RowTask(ctypes.Structure):
 
     @classmethod
     def of(cls, student, grad, coef, labels, cluster, loss):
-        label = None if labels.target is None else labels.target.data_ptr()
+        label = None if labels.label is None else labels.label.data_ptr()
         shape = student.shape
         return cls(
             student.data_ptr(),

@@ -34,8 +34,8 @@ def make_teacher(columns, vocab, divergence, counts=None, table=None):
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
     weights = torch.rand(len(ids)) / counts.repeat_interleave(counts) + 1e-4
     table = make_table(vocab) if table is None else table
-    tail_prototypes = ops.TailPrototypes(torch.randint(0, len(table), (len(counts),)), table, divergence)
-    return ops.SparseTeacher(ids, weights, offsets, torch.rand(len(counts)).log(), vocab, False, tail_prototypes)
+    tail_prototypes = reference.TailPrototypes(torch.randint(0, len(table), (len(counts),)), table)
+    return ops.SparseTeacher(ids, weights, offsets, torch.rand(len(counts)).log(), vocab, divergence, tail_prototypes)
 
 
 def coefficients(dtype, tau, rows=ROWS):
@@ -48,13 +48,3 @@ def coefficients(dtype, tau, rows=ROWS):
         coef[2, 1] = coef[3, 2] = coef[4, 3] = 0.0
         coef[2:, 4] = 0.0
     return coef.to(dtype)
-
-
-def oracle(student, teacher, coef, labels):
-    leaf = student.detach().clone().requires_grad_()
-    prototype_ids, prototypes, divergence = teacher.tail_prototypes
-    tail_prototypes = reference.TailPrototypes(prototype_ids, prototypes)
-    entries = (teacher.ids, teacher.weights, teacher.offsets, teacher.tail)
-    loss, parts = reference.prototype_rows(leaf, *entries, tail_prototypes, coef, labels, divergence)
-    (grad,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), grad, parts

@@ -2,6 +2,7 @@
 
 import torch
 
+from kdfast.divergences import Divergence
 from kdfast.loss import ops, reference
 
 
@@ -14,7 +15,8 @@ def make_teacher(rows, vocab, *, tail=True, counts=None, ids=None):
     weights = torch.rand(len(ids)) / 20
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
     log_tail = torch.rand(rows).log() if tail else None
-    return ops.SparseTeacher(ids, weights, offsets, log_tail, vocab, tail)
+    divergence = Divergence("forward_kl" if tail else "soft_ce")
+    return ops.SparseTeacher(ids, weights, offsets, log_tail, vocab, divergence)
 
 
 def coefficients(rows, dtype, tau):
@@ -28,10 +30,6 @@ def coefficients(rows, dtype, tau):
 
 def oracle(student, teacher, coef, labels):
     leaf = student.detach().clone().requires_grad_()
-    tail = None if teacher.tail is None else teacher.tail.to(coef.dtype)
-    vocab = min(teacher.vocab, student.shape[1])
-    loss, parts = reference.sparse_rows(
-        leaf, teacher.ids, teacher.weights, teacher.offsets, tail, vocab, coef, labels, teacher.subtract_entropy
-    )
+    loss, parts = reference.sparse_rows(leaf, **teacher._asdict(), coef=coef, targets=labels)
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), grad, parts
