@@ -33,7 +33,7 @@ class DivergenceNumbers(NamedTuple):
 
 
 class DenseCall(NamedTuple):
-    """``dense_rows``' arguments."""
+    """The arguments of ``dense_rows``, ``dense_rows_grad`` and ``dense_rows_inplace`` after the student."""
 
     teacher: Tensor  # (outer, inner, V_t) logits
     coef: Tensor  # (5, rows)
@@ -53,7 +53,7 @@ class DenseCall(NamedTuple):
 
 
 class SparseCall(NamedTuple):
-    """``sparse_rows``' arguments."""
+    """The arguments of ``sparse_rows``, ``sparse_rows_grad`` and ``sparse_rows_inplace`` after the student."""
 
     ids: Tensor  # (nnz,) int32
     weights: Tensor  # (nnz,) float32

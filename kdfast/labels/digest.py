@@ -13,18 +13,19 @@ CHUNK_BYTES = 2**26  # of a tensor on its way to the host
 
 
 class TensorDigest:
-    """BLAKE2b-128. Each item goes in with its length, so that no two lists of items are the same bytes."""
+    """A BLAKE2b-128 digest. Each item goes in with its length, so that no two lists of items are the same bytes."""
 
     def __init__(self) -> None:
         self._hash = blake2b(digest_size=16, person=b"kdfast:finger")
 
     def text(self, text: str) -> None:
+        """Add a text, as UTF-8."""
         data = text.encode("utf-8", "surrogatepass")
         self._hash.update(len(data).to_bytes(8, "little"))
         self._hash.update(data)
 
     def tensor(self, name: str, tensor: Tensor) -> None:
-        """Name, dtype, shape and bytes, wherever the tensor lies and whatever its strides are.
+        """Add a tensor: its name, dtype, shape and bytes, wherever the tensor lies and whatever its strides are.
 
         Raises:
             ValueError: a tensor without data (on the meta device).
@@ -37,4 +38,5 @@ class TensorDigest:
             self._hash.update(flat[start : start + CHUNK_BYTES].cpu().numpy().data)
 
     def hex(self) -> str:
+        """The digest of what was added so far, 32 hexadecimal digits."""
         return self._hash.hexdigest()

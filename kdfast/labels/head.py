@@ -138,6 +138,7 @@ class Head:
 
     @property
     def layer(self) -> OutputLayer:
+        """The output layer alone."""
         return OutputLayer(self.weight, self.bias, scale=self.scale, softcap=self.softcap)
 
     def shard(self, columns: slice) -> Head:
@@ -159,11 +160,12 @@ class Head:
         return self.hidden.device
 
     def logits(self) -> Tensor:
-        """(..., vocab) in float32, without a gradient."""
+        """(..., vocab) float32 logits, all rows' at once and without a gradient."""
         return self.layer.logits(self.hidden)
 
 
 def is_distributed(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 makes of parameters."""
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there if it is one
     return module is not None and isinstance(x, module.DTensor)
 

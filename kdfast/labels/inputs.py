@@ -36,17 +36,20 @@ def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[T
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless there is a temperature, and all are positive and finite."""
     if not temperatures or not all(0.0 < t < float("inf") for t in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
 
 
 def check_present(present: Tensor | None, rows: int) -> Tensor | None:
+    """``present``. Raise ``ValueError`` unless it is None or a bool mask of ``rows``."""
     if present is not None and (present.dtype != torch.bool or present.shape != (rows,)):
         raise ValueError(f"present must be a bool mask of ({rows},), got {present.dtype} {tuple(present.shape)}")
     return present
 
 
 def check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, rows: int, vocab_size: int) -> None:
+    """Raise ``TypeError`` or ``ValueError``, naming it, for what is no tail or prototype of ``rows`` rows."""
     if tails.shape != (rows,):
         raise ValueError(f"tails must be ({rows},) log-masses, got {tuple(tails.shape)}")
     if prototype_ids.is_floating_point() or prototype_ids.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""Labels that a loss unpacks before it looks at them."""
+"""Soft labels that a loss unpacks before it looks at them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unpacked(teacher: Tensor | SoftLabels | Packed) -> Tensor | SoftLabels: ...
 @overload
 def unpacked(teacher: Tensor | Head | SoftLabels | Packed) -> Tensor | Head | SoftLabels: ...
 def unpacked(teacher: Tensor | Head | SoftLabels | Packed) -> Tensor | Head | SoftLabels:
-    """The ``SoftLabels`` of packed labels. Anything else is returned as it is."""
+    """A teacher with packed labels unpacked. Any other teacher is returned as it is."""
     if isinstance(teacher, (Tensor, Head, SoftLabels)):  # a Protocol's isinstance takes microseconds
         return teacher
     return teacher.unpack() if isinstance(teacher, Packed) else teacher

@@ -90,7 +90,7 @@ class Ragged(SoftLabels):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Weights(Ragged):
-    """(id, weight) entries, unnormalised, as an unbiased sampler gives them. ``SoftLabels.weights`` makes them."""
+    """Unnormalised (id, weight) entries, as an unbiased sampler gives them. ``SoftLabels.weights`` makes them."""
 
     kind: ClassVar[str] = "weights"
     support: ClassVar[Support] = Support({"soft_ce": "unbiased"}, entropy=False)
@@ -107,7 +107,7 @@ class Weights(Ragged):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Tailed(Ragged):
-    """Entries, and how much probability each row has outside them."""
+    """Labels of a few entries a row that know how much probability each row has outside of them."""
 
     tails: Tensor  # (len(temperatures), rows) log-mass outside the entries
 
@@ -126,7 +126,7 @@ class Tailed(Ragged):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TopK(Tailed):
-    """(id, log-probability at T = 1) entries and exact tails. ``SoftLabels.topk`` makes them."""
+    """The likeliest classes' log-probabilities at T = 1, and exact tails. ``SoftLabels.topk`` makes them."""
 
     kind: ClassVar[str] = "topk"
     support: ClassVar[Support] = Support({"forward_kl": "lower bound", "soft_ce": "lower bound"})
@@ -146,7 +146,7 @@ class TopK(Tailed):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Prototype(Tailed):
-    """(id, probability) entries, and a tail like one of a table's prototypes. ``SoftLabels.prototype`` makes them."""
+    """Entries' probabilities, and tails like one of a table's prototypes. ``SoftLabels.prototype`` makes them."""
 
     kind: ClassVar[str] = "prototype"
     support: ClassVar[Support] = Support({name: "approximate" for name in DIVERGENCES if name != "logit_mse"})

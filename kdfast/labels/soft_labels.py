@@ -64,7 +64,9 @@ def _takes_former_names(make: F) -> F:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SoftLabels(ABC):
-    """A teacher's labels for ``rows`` rows. Build it with one of the five constructors.
+    """A teacher's labels for a number of rows. Build them with one of the five constructors.
+
+    A constructor raises ``TypeError`` or ``ValueError``, naming what was passed, for dtypes and shapes that do not fit.
 
     ========== ============================================= =======================================================
     kind       a row holds                                   serves
@@ -276,7 +278,7 @@ class SoftLabels(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many rows there are, present or not."""
+        """The number of rows, present or not."""
 
     @property
     def device(self) -> torch.device:
@@ -340,11 +342,14 @@ class SoftLabels(ABC):
         """
 
     def shard(self, columns: slice) -> Self:
-        """What a process that has ``columns`` of the vocabulary needs of the labels. Entries keep their ids."""
+        """The part of the labels that a process with ``columns`` of the vocabulary needs. Entries keep their ids."""
         return self
 
     def find_temperature(self, temperature: float | Tensor) -> int | None:
-        """Which of ``temperatures`` it is: the row of a top-k label's ``tails``. None for another one, or a tensor."""
+        """The place of a temperature in ``temperatures``, which is its row of ``tails``.
+
+        None for a temperature that the labels do not hold, or a tensor of several.
+        """
         if isinstance(temperature, Tensor):
             return None
         # Compared one by one: torch.compile may hold either side as a symbol.

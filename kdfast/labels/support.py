@@ -24,7 +24,7 @@ SERVES: Mapping[str, Support] = MappingProxyType(
 
 
 def supporting_kinds(divergence: Divergence, *, any_temperature: bool = False) -> list[str]:
-    """The kinds that serve ``divergence``, at any temperature or at least at their own."""
+    """The kinds of labels that serve ``divergence``, at any temperature or at least at the ones that they hold."""
     return [
         kind
         for kind, support in SERVES.items()

@@ -33,7 +33,7 @@ class Whole(SoftLabels):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Dense(Whole):
-    """``values`` are (rows, vocab) logits. ``SoftLabels.dense`` makes them."""
+    """Labels whose ``values`` are (rows, vocab) logits. ``SoftLabels.dense`` makes them."""
 
     kind: ClassVar[str] = "dense"
 
@@ -47,7 +47,7 @@ class Dense(Whole):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Hidden(Whole):
-    """``values`` are (rows, d) hidden states, which share an output layer. ``SoftLabels.hidden`` makes them."""
+    """Labels whose ``values`` are (rows, d) hidden states, with one output layer. ``SoftLabels.hidden`` makes them."""
 
     kind: ClassVar[str] = "hidden"
 

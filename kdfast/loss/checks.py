@@ -27,15 +27,17 @@ Number = float | Tensor
 
 
 def values_are_checked() -> bool:
-    """KDFAST_CHECK=1 also looks at the values inside tensors, which waits for the device."""
+    """Whether KDFAST_CHECK=1 asks for checks of the values inside tensors, which wait for the device."""
     return os.environ.get("KDFAST_CHECK", "") == "1"
 
 
 def check_student(student: object) -> Tensor | Head:
+    """``student``. Raise ``TypeError`` or ``ValueError`` unless it is logits or a ``Head``."""
     return student if isinstance(student, Head) else check_logits("student", student)
 
 
 def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, rows: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless the teacher fits the student's ``rows`` rows and is not trained."""
     if isinstance(teacher, SoftLabels):
         if len(teacher) != rows:
             raise ValueError(
@@ -55,6 +57,7 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
 
 
 def check_labels(labels: Tensor | None, student: Tensor | Head, needed_by: str | None) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless labels fit the student; without any, if something needs them."""
     if labels is None:
         if needed_by is not None:
             raise ValueError(f"labels are required by {needed_by}")
@@ -87,7 +90,10 @@ def check_numbers(
     z_weight: object,
     row_weight: object,
 ) -> None:
-    """Temperatures are positive, weights finite, ``row_weight`` is a tensor; the others may be."""
+    """Raise ``TypeError`` or ``ValueError`` unless temperatures are positive and weights finite.
+
+    ``row_weight`` is a tensor or None; the others may be tensors, whose values are not looked at.
+    """
     _check_positive("temperature", temperature)
     _check_positive("teacher_temperature", teacher_temperature)
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
@@ -117,6 +123,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def check_smoothing(value: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a label smoothing is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"label_smoothing must be a number, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
@@ -124,6 +131,7 @@ def check_smoothing(value: object) -> None:
 
 
 def check_backward(backward: str, reduction: str, num_items: object, student: Tensor | Head) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for a backward mode, a reduction or a ``num_items`` that do not fit."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if backward not in ("fused", "recompute", "inplace"):
@@ -160,7 +168,7 @@ def check_values(
     temperatures: list[Number],
     columns: int,
 ) -> None:
-    """KDFAST_CHECK=1: bad labels, temperatures and soft labels, and probabilities where logits belong."""
+    """Raise ``ValueError`` for bad values: labels, temperatures, soft labels, and probabilities in logits' place."""
     for tau in temperatures:
         if isinstance(tau, Tensor) and not bool(((tau > 0) & (tau < math.inf)).all()):
             raise ValueError(f"temperatures must be positive and finite, got values down to {float(tau.min())}")

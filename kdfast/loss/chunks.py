@@ -1,10 +1,11 @@
-"""How many rows' logits exist at a time, and what a chunk of rows asks of its teacher."""
+"""A loss of rows that come in chunks: how many at a time, the teacher of each chunk, and the losses of all."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,14 +24,27 @@ __all__ = ["ChunkedRows", "Outcome", "flat_head", "rows_per_chunk", "teacher_chu
 
 
 def rows_per_chunk(rows: int, bytes_per_row: int) -> int:
-    """Chunks of about one size, as few as the workspace allows."""
+    """How many rows a chunk has: chunks of about one size, as few of them as the workspace allows."""
     most = max(1, workspace_bytes() // max(1, bytes_per_row))
     return math.ceil(rows / max(1, math.ceil(rows / most)))
 
 
+class TeacherChunks(Protocol):
+    """A teacher of all rows of a loss that takes some of them at a time."""
+
+    def bytes_per_row(self) -> int:
+        """The memory that a chunk needs for each of its rows."""
+
+    def buffer(self, rows: int, space: Workspace) -> Tensor | None:
+        """Memory for chunks of at most ``rows`` rows, one after another; None for a teacher that needs none."""
+
+    def chunk(self, first: int, last: int, buffer: Tensor | None) -> ops.Teacher:
+        """The teacher of rows ``first`` to ``last``, which may lie in ``buffer``."""
+
+
 @dataclass(frozen=True)
 class LogitChunks:
-    """A teacher's logits, which exist."""
+    """Chunks of a teacher's logits, which exist."""
 
     logits: Tensor  # (1, rows, V)
     divergence: Divergence
@@ -50,7 +64,7 @@ class LogitChunks:
 
 @dataclass(frozen=True)
 class HeadChunks:
-    """A teacher's hidden states, whose logits exist a chunk at a time."""
+    """Chunks of logits that are made of a teacher's hidden states, one chunk at a time."""
 
     hidden: Tensor  # (rows, d)
     layer: OutputLayer
@@ -72,7 +86,7 @@ class HeadChunks:
 
 @dataclass(frozen=True)
 class SparseChunks:
-    """Soft labels of a few entries a row."""
+    """Chunks of soft labels of a few entries a row."""
 
     labels: ops.SparseTeacher
 
@@ -83,16 +97,13 @@ class SparseChunks:
         return None
 
     def chunk(self, first: int, last: int, buffer: Tensor | None) -> ops.Teacher:
-        """Offsets stay what they are: the entries of all rows are there, and nobody waits for where some begin."""
+        # Offsets stay what they are: the entries of all rows are there, and nobody waits for where some begin.
         all_rows, rows = self.labels, slice(first, last)
         tail = None if all_rows.tail is None else all_rows.tail[rows]
         tail_prototypes = all_rows.tail_prototypes
         if tail_prototypes is not None:
             tail_prototypes = tail_prototypes._replace(prototype_ids=tail_prototypes.prototype_ids[rows])
         return all_rows._replace(offsets=all_rows.offsets[first : last + 1], tail=tail, tail_prototypes=tail_prototypes)
-
-
-TeacherChunks = LogitChunks | HeadChunks | SparseChunks
 
 
 def teacher_chunks(
@@ -158,6 +169,7 @@ class ChunkedRows:
         return self.coef.shape[1]
 
     def workspace(self) -> Workspace:
+        """Memory for chunks, on the loss's device."""
         return Workspace(self.coef.device)
 
     def times(self, upstream: Tensor) -> ChunkedRows:
@@ -165,7 +177,7 @@ class ChunkedRows:
         return replace(self, coef=scaled_coefficients(self.coef, upstream), want_parts=False)
 
     def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:
-        """(first row, last row, the teacher's buffer) of each."""
+        """The first row of each chunk, the row after its last, and the teacher's buffer."""
         bytes_per_row += self.teacher.bytes_per_row()
         if self.shard is not None:  # the same on every process, as their chunks must be
             bytes_per_row = KEPT_IN_GROUP * self.shard.widest * self.coef.element_size()
@@ -177,7 +189,7 @@ class ChunkedRows:
     def loss(
         self, logits: Tensor, first: int, last: int, buffer: Tensor | None, *, gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """Losses and parts of (last - first, V) logits. With ``gradient`` the losses' takes the logits' place."""
+        """Losses and parts of (last - first, V) logits, whose place their gradient takes if it is asked for."""
         teacher = self.teacher.chunk(first, last, buffer)
         targets, coef = self.targets.of_rows(slice(first, last)), self.coef[:, first:last].contiguous()
         if self.shard is not None:
@@ -189,13 +201,14 @@ class ChunkedRows:
 
 
 class Outcome:
-    """Losses and parts, chunk after chunk."""
+    """The losses and parts of all rows, which come chunk after chunk."""
 
     def __init__(self, rows: ChunkedRows) -> None:
         self.loss = rows.coef.new_empty(rows.count)
         self.parts = rows.coef.new_empty(4, rows.count if rows.want_parts else 0)
 
     def put(self, first: int, last: int, results: tuple[Tensor, Tensor]) -> None:
+        """Note a chunk's losses and parts."""
         loss, parts = results
         self.loss[first:last] = loss
         if parts.shape[1]:

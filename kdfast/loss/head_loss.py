@@ -17,7 +17,7 @@ __all__ = ["loss_by_chunks"]
 
 
 def loss_by_chunks(student: Tensor | Head, rows: ChunkedRows, backward: str, reduction: str) -> tuple[Tensor, Tensor]:
-    """The losses' sum, or (rows,) losses for ``reduction="none"``; and (4, rows) parts.
+    """The sum of the rows' losses, or (rows,) losses for ``reduction="none"``; and (4, rows) parts, if wanted.
 
     Args:
         student: (rows, V) logits, or a head with (rows, d) hidden states.
@@ -48,7 +48,7 @@ class _Student(NamedTuple):
     weight_grad: Tensor | None = None  # the caller's own
 
     def bytes_per_row(self, trains: bool) -> int:
-        """Logits, the slope of a cap, and the gradient in the weight's dtype."""
+        """Memory for a row of logits and, in training, the slope of a cap and the gradient in the weight's dtype."""
         wide, narrow = self.dtype.itemsize, self.hidden.element_size() * (self.hidden.dtype != self.dtype)
         capped = self.layer.softcap is not None
         return self.layer.weight.shape[0] * (wide + trains * (narrow + wide * capped))
@@ -61,7 +61,7 @@ class _Gradients(NamedTuple):
 
 
 def _losses(student: _Student, rows: ChunkedRows) -> Outcome:
-    """Without a gradient: one matrix product."""
+    """Losses and parts without a gradient: one matrix product."""
     out, logits = Outcome(rows), None
     with rows.workspace() as space:
         for first, last, buffer in rows.chunks(student.bytes_per_row(trains=False), space):
@@ -74,7 +74,7 @@ def _losses(student: _Student, rows: ChunkedRows) -> Outcome:
 
 
 def _gradients(student: _Student, rows: ChunkedRows, wanted: tuple[bool, bool, bool]) -> tuple[Outcome, _Gradients]:
-    """With the gradients of the losses' sum, hidden states', weight's and bias's as ``wanted``: three products."""
+    """Losses and parts, and the gradients of their sum for hidden states, weight and bias as ``wanted``: 3 products."""
     out, backward = Outcome(rows), None
     with rows.workspace() as space:
         for first, last, buffer in rows.chunks(student.bytes_per_row(trains=True), space):
@@ -94,7 +94,7 @@ def _gradients(student: _Student, rows: ChunkedRows, wanted: tuple[bool, bool, b
 
 
 class _Backward:
-    """From the logits' gradient to that of what made them, chunk after chunk of at most ``chunk`` rows."""
+    """Turns the logits' gradient into that of what made them, chunk after chunk of at most ``chunk`` rows."""
 
     def __init__(
         self, student: _Student, chunk: int, rows: int, wanted: tuple[bool, bool, bool], space: Workspace
@@ -114,11 +114,12 @@ class _Backward:
         )
 
     def before(self, logits: Tensor) -> None:
-        """Keeps of the logits what their gradient, which takes their place, is missing."""
+        """Note what the gradient will need of the logits, whose place it takes."""
         if self._slope is not None and self._layer.softcap is not None:
             slope_of_cap(logits, self._layer.softcap, self._slope[: len(logits)])
 
     def add(self, grad: Tensor, hidden: Tensor, first: int, last: int) -> None:
+        """Take in a chunk's gradient, which is overwritten."""
         if self._slope is not None:
             grad *= self._slope[: len(grad)]
         if self._layer.scale != 1.0:
@@ -133,6 +134,7 @@ class _Backward:
             self._weight.add(grad, hidden)
 
     def take(self) -> _Gradients:
+        """The gradients, once all chunks are in."""
         weight = None if self._weight is None else self._weight.take()
         bias = None if self._bias is None or self._layer.bias is None else self._bias.to(self._layer.bias.dtype)
         return _Gradients(self._hidden, weight, bias)
@@ -199,7 +201,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _gradient_of_logits(logits: Tensor, rows: ChunkedRows, grad: Tensor) -> Outcome:
-    """Into ``grad``, which may be the logits' own memory."""
+    """Losses and parts; the gradient of their sum goes into ``grad``, which may be the logits' own memory."""
     out = Outcome(rows)
     with rows.workspace() as space:
         for first, last, buffer in rows.chunks(0, space):

@@ -24,7 +24,7 @@ __all__ = ["KDLoss", "LossParts", "kd_loss"]
 
 
 class LossParts(NamedTuple):
-    """Detached by-products of the sweep: per row for ``reduction="none"``, else the mean over the counted rows."""
+    """Detached by-products of a loss: per row for ``reduction="none"``, else the mean over the counted rows."""
 
     kd: Tensor  # the divergence, nats, unweighted and without tau^2
     ce: Tensor  # cross-entropy with label smoothing, nats, unweighted

@@ -14,7 +14,7 @@ WIDENED = 4096
 
 
 def multiply_out(layer: OutputLayer, hidden: Tensor, out: Tensor) -> None:
-    """(rows, V) logits into ``out``, in whose dtype the products are summed: it may be wider than the weight's."""
+    """Write (rows, V) logits into ``out``, in whose dtype products are summed: it may be wider than the weight's."""
     _products(hidden, layer.weight, out)
     if layer.bias is not None:
         out += layer.bias
@@ -25,7 +25,7 @@ def multiply_out(layer: OutputLayer, hidden: Tensor, out: Tensor) -> None:
 
 
 def slope_of_cap(logits: Tensor, softcap: float, out: Tensor) -> None:
-    """d logits / dx of capped logits."""
+    """Write the derivative of ``softcap * tanh(x / softcap)`` into ``out``, given its (rows, V) values."""
     torch.div(logits, softcap, out=out)
     out.square_().neg_().add_(1.0)
 
@@ -60,7 +60,7 @@ class WeightGrad:
             self._sum = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
 
     def add(self, grad: Tensor, hidden: Tensor) -> None:
-        """``grad.T @ hidden`` of a chunk: (rows, V) and (rows, d) of the weight's dtype."""
+        """Add ``grad.T @ hidden`` of a chunk: (rows, V) and (rows, d) of the weight's dtype."""
         if self._sum is None:
             self._sum = grad.T @ hidden
         elif self._sum.dtype == grad.dtype:
@@ -72,7 +72,7 @@ class WeightGrad:
                 self._sum[first : first + WIDENED] += grad[:, first : first + WIDENED].T @ hidden
 
     def take(self) -> Tensor | None:
-        """In the weight's dtype; None where the caller's own has it."""
+        """The sum in the weight's dtype; None where it was added to the caller's own gradient."""
         if self._into is not None or self._sum is None:
             return None
         return self._sum.to(self._dtype)

@@ -36,7 +36,7 @@ class Targets(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the sweep knows anyway, (rows,) each, unweighted and without tau^2; 0 in rows that are not counted."""
+    """By-products of the losses, (rows,) each, unweighted and without tau^2; 0 in rows that are not counted."""
 
     kd: Tensor
     ce: Tensor
@@ -237,7 +237,7 @@ def _alpha_beta(x: Tensor, y: Tensor, a: float, b: float) -> Tensor:
 
 
 def _alpha_beta_lone(lp: Tensor, lq: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
-    """The summand where q = 0, and where p = 0."""
+    """The alpha-beta summand where q = 0, and where p = 0."""
     c, inf = a + b, torch.full_like(lp, math.inf)
     lone_p = (c * lp).exp() / (b * c) if b > 0.0 and c > 0.0 else inf
     lone_q = (c * lq).exp() / (a * c) if a > 0.0 and c > 0.0 else inf
@@ -258,7 +258,7 @@ def _dkd(s: Tensor, t: Tensor, index: Tensor, alpha: float, beta: float, v: Voca
 
 
 def _log_odds(target: Tensor, rest: Tensor, v: Vocabulary) -> Tensor:
-    """Of the target against the rest; +inf where nothing else is possible."""
+    """Log-odds of the target against the rest; +inf where nothing else is possible."""
     alone = ~_has_finite(rest, v)
     return torch.where(alone, math.inf, target - v.logsumexp(torch.where(alone[:, None], 0.0, rest)))
 

@@ -22,7 +22,7 @@ def in_group(
     """(rows,) losses, the same on every process, and (4, rows) parts.
 
     Args:
-        logits: (rows, V) of this process's columns. With ``gradient`` the losses' takes their place.
+        logits: (rows, V) of this process's columns. With ``gradient`` they are overwritten by their gradient.
         targets: with probabilities of (rows, V), if any.
     """
     leaf = logits.detach().requires_grad_(gradient)
@@ -58,7 +58,11 @@ def _rows(
 
 
 def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head | SoftLabels:
-    """What a process needs of a teacher that is shared out like the student, or whole."""
+    """The part of a teacher that this process needs. It may be shared out like the student, or whole.
+
+    Raises:
+        ValueError: a teacher with another number of columns.
+    """
     here = slice(shard.first, shard.first + shard.width)
     if isinstance(teacher, SoftLabels):
         if teacher.vocab_size != shard.columns:

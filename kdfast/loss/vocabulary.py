@@ -23,7 +23,7 @@ class Vocabulary:
     columns: int | None = None  # of the whole vocabulary, where that is not what a row has
 
     def total(self, x: Tensor) -> Tensor:
-        """Of the processes' partial sums."""
+        """The sum of the processes' partial sums ``x``."""
         return x
 
     def sum(self, x: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class Vocabulary:
         return torch.log_softmax(x, -1)
 
     def pick(self, x: Tensor, column: Tensor) -> Tensor:
-        """(rows,): of each row the column that has this number."""
+        """(rows,) the value of each row at the column of this number."""
         return x.gather(1, column[:, None])[:, 0]
 
     def mask(self, x: Tensor, column: Tensor) -> Tensor:
-        """Where ``pick`` looks."""
+        """(rows, V) bool: true at the column of each row that has this number."""
         return torch.arange(self.first, self.first + x.shape[1], device=x.device) == column[:, None]
 
 
@@ -57,7 +57,9 @@ WHOLE = Vocabulary()
 
 
 class Shard(Vocabulary):
-    """Every process of a group has some columns, in the order of ranks, and calls the same reductions.
+    """Reductions of rows of which every process of a group has some columns, in the order of ranks.
+
+    All processes must call the same ones.
 
     What they sum up is used by every one of them, so that its gradient is the sum of theirs: that of a loss which all
     compute comes out as often as there are processes.
@@ -102,7 +104,7 @@ class Shard(Vocabulary):
         return self.sum(torch.where(self.mask(x, column), x, 0.0))
 
     def add_up(self, grad: Tensor) -> Tensor:
-        """Of what every process has of a gradient, summed in float32 at least."""
+        """The sum of the processes' shares of a gradient, in float32 at least."""
         return _sum_over(grad.to(torch.promote_types(grad.dtype, torch.float32)), self.group).to(grad.dtype)
 
     def _largest(self, x: Tensor) -> Tensor:
@@ -128,12 +130,12 @@ def _sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
-# Of a group that is still there: held any longer its threads would outlive it.
+# By group, while it is there: held any longer its threads would outlive it.
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[int, list[int]]] = WeakKeyDictionary()
 
 
 def _widths(group: dist.ProcessGroup, width: int) -> list[int]:
-    """Of all processes' shards. They ask once: a vocabulary's shards do not change without all of them changing."""
+    """The widths of all processes' shards, which are exchanged once: one changes only where all of them do."""
     known = _known.setdefault(group, {})
     if width not in known:
         widths: list[Any] = [None] * dist.get_world_size(group)

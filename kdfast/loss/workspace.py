@@ -15,7 +15,11 @@ _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def workspace_bytes() -> int:
-    """KDFAST_WORKSPACE, such as "256MiB" or a number of bytes: what the logits of a chunk may take. 512 MiB without."""
+    """The bytes that a chunk's logits may take: KDFAST_WORKSPACE, such as "256MiB" or a number; else 512 MiB.
+
+    Raises:
+        ValueError: KDFAST_WORKSPACE is no size.
+    """
     text = os.environ.get("KDFAST_WORKSPACE", "512MiB")
     match = re.fullmatch(r"(\d+)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE)
     unit = None if match is None else _UNITS.get((match[2] or "").upper())
@@ -25,7 +29,7 @@ def workspace_bytes() -> int:
 
 
 class Workspace:
-    """``torch.empty`` for a while: what it has given is taken back at the end of the ``with`` block.
+    """Gives uninitialised memory for a while: it is taken back at the end of the ``with`` block.
 
     The pages of fresh logits take a training step longer than a sweep over them does. On the CPU up to
     ``workspace_bytes`` of what is taken back is kept; on other devices PyTorch's allocator does the same.
@@ -43,7 +47,7 @@ class Workspace:
         self._blocks = []
 
     def empty(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """(rows, columns)."""
+        """An uninitialised (rows, columns) tensor, to be used inside the ``with`` block."""
         if self._device.type != "cpu":
             return torch.empty(rows, columns, dtype=dtype, device=self._device)
         nbytes = rows * columns * dtype.itemsize
@@ -53,7 +57,7 @@ class Workspace:
 
 
 def release() -> None:
-    """Give what is kept back to the system."""
+    """Give the memory that is kept for the next loss back to the system."""
     _POOL.release()
 
 

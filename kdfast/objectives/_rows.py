@@ -30,7 +30,7 @@ def whole_rows(student: Tensor | Head, teacher: Teacher) -> Tensor | SoftLabels:
 
 
 def check_classes(student: Tensor | Head, classes: int) -> None:
-    """Raise ``ValueError`` unless the teacher has the student's."""
+    """Raise ``ValueError`` unless the teacher has as many classes as the student, ``classes``."""
     if classes != student.shape[-1]:
         raise ValueError(f"student has {student.shape[-1]} classes, teacher {classes}: they must agree")
 
@@ -69,6 +69,7 @@ class CountedRows:
         self.student = self.select(student)
 
     def select(self, x: Tensor) -> Tensor:
+        """(rows, C) of (..., C) numbers, 0 in rows that do not count."""
         rows = x.reshape(self.counted.numel(), x.shape[-1]).to(self._rows.dtype)
         return torch.where(self.counted[:, None], rows, 0.0)
 
@@ -79,7 +80,7 @@ class CountedRows:
 
 
 class PairedRows(CountedRows):
-    """Those of student and teacher, which needs whole rows: logits, or labels of kind dense or hidden.
+    """The rows of a student's (..., C) logits beside a teacher's whole rows: logits, or dense or hidden labels.
 
     ``student_log_probs`` and ``teacher_log_probs`` are (rows, C) log-probabilities at ``temperature``.
 

@@ -38,7 +38,7 @@ def check_mask(mask: Tensor, positions: torch.Size) -> None:
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32 at least: a sum of squares leaves the range of narrow types."""
+    """``x`` in float32 at least: a sum of squares leaves the range of narrow types."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -59,7 +59,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def mean_of(values: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The mean over what counts; 0, with a graph, over nothing."""
+    """The mean of ``values`` over those that count; 0, with a graph, if none do."""
     if counted is None:
         return values.sum() / max(values.numel(), 1)
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)

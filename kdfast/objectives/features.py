@@ -35,10 +35,12 @@ class Projector(nn.Module):
         self.map: nn.Module = nn.Identity() if same else nn.Linear(student_width, teacher_width)
 
     def forward(self, features: Tensor) -> Tensor:
+        """The student's features at the teacher's width, in the same layout."""
         self.check(features, "student", self.student_width)
         return self.map(features.movedim(self.dim, -1)).movedim(-1, self.dim)
 
     def check(self, features: Tensor, name: str, width: int) -> None:
+        """Raise ``ValueError`` unless ``features`` have this width in the dimension that holds them."""
         if features.shape[self.dim :][:1] != (width,):
             raise ValueError(f"{name} must have {width} features in dimension {self.dim}, got {tuple(features.shape)}")
 
