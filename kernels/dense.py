@@ -26,8 +26,9 @@ from kdfast.kernels.launch import (
     tile_for,
 )
 from kdfast.kernels.moments import moments
-from kdfast.kernels.parts import best_of, entropy
 from kdfast.kernels.rowmath import INF, LOG2E, Parameters
+from kdfast.kernels.rows import Row, load_row, row_offset
+from kdfast.kernels.softmax import best_of, entropy
 from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics, statistics_of_held
 from kdfast.kernels.sweeps import (
     Backward,
@@ -41,8 +42,7 @@ from kdfast.kernels.sweeps import (
     gradient_of_held,
     settle,
 )
-from kdfast.kernels.tiles import Row, load_row, row_offset
-from kdfast.kernels.truth import Softmax, slopes_of, softmax_beyond, truth_of
+from kdfast.kernels.targets import Softmax, slopes_of, softmax_beyond, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "dense_rows"]

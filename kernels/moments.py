@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF
+from kdfast.kernels.rows import columns_of_tile
 from kdfast.kernels.statistics import origin_of
-from kdfast.kernels.tiles import columns_of_tile
 
 __all__ = ["moments"]
 

@@ -37,12 +37,12 @@ from kdfast.kernels.launch import (
     row_arguments,
     tile_for,
 )
-from kdfast.kernels.parts import best_of, best_outside, entropy
 from kdfast.kernels.rowmath import INF, LN2, LOG2E, Parameters
+from kdfast.kernels.rows import Row, columns_of_tile, row_offset
+from kdfast.kernels.softmax import best_of, best_outside, entropy
 from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics
 from kdfast.kernels.sweeps import Backward, Ground, Link, Weights, elements, first_value, gradient, gradient_beyond
-from kdfast.kernels.tiles import Row, columns_of_tile, row_offset
-from kdfast.kernels.truth import Softmax, merge, slopes_of, softmax_beyond, truth_of
+from kdfast.kernels.targets import Softmax, merge, slopes_of, softmax_beyond, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "sparse_rows"]

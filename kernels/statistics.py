@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LOG2E
-from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
+from kdfast.kernels.rows import columns_of_tile, load_labels, load_tile, teacher_side
 
 __all__ = ["Labelled", "Scale", "Statistics", "ZScores", "at_one", "origin_of", "statistics"]
 __all__ += ["statistics_of_held", "z_gap"]

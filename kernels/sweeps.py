@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LN2, LOG2E, element, sum_of_values
+from kdfast.kernels.rows import columns_of_tile, load_labels, load_tile, teacher_side
 from kdfast.kernels.statistics import origin_of, z_gap
-from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
 
 __all__ = ["Backward", "Ground", "Link", "Weights", "elements", "first_value", "gradient", "gradient_beyond"]
 __all__ += ["gradient_of_held", "settle"]

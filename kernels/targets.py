@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LOG2E
+from kdfast.kernels.rows import columns_of_tile, load_labels
 from kdfast.kernels.statistics import Labelled, origin_of
-from kdfast.kernels.tiles import columns_of_tile, load_labels
 
 __all__ = ["Softmax", "Truth", "merge", "slopes_of", "softmax_beyond", "truth_of"]
 
