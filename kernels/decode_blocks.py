@@ -286,6 +286,7 @@ VARIANTS = [
         },
         {"COLUMNS": columns, "BY_TOTAL": by_total},
         warps=1,
+        gathers=True,
     )
     for columns, by_total in ((1, False), (1, True), (2, False), (2, True), (3, False))
 ]

@@ -164,6 +164,7 @@ VARIANTS = [
         },
         {"COLUMNS": columns, "CLASSES": classes},
         warps=1,
+        gathers=True,
     )
     for columns in (1, 2, 3)
     for classes in (False, True)

@@ -11,8 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast._calls import DenseCall
-from kdfast.kernels.coefficients import coefficients, label_of, store_parts, total
-from kdfast.kernels.dkd import log_odds, two_classes
 from kdfast.kernels.launch import (
     KINDS,
     check_rows,
@@ -25,14 +23,13 @@ from kdfast.kernels.launch import (
     strides,
     tile_for,
 )
-from kdfast.kernels.moments import moments
-from kdfast.kernels.parts import best_of, entropy
-from kdfast.kernels.rowmath import INF, LOG2E, Parameters
-from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics, statistics_of_held
+from kdfast.kernels.rowmath import INF, LOG2E, Parameters, log_odds, two_classes
+from kdfast.kernels.rows import Row, coefficients, load_row, row_offset, store_parts, total
+from kdfast.kernels.softmax import Link, Scale, Softmax, best_of, entropy, origin_of
+from kdfast.kernels.statistics import ZScores, moments, statistics, statistics_of_held
 from kdfast.kernels.sweeps import (
     Backward,
     Ground,
-    Link,
     Weights,
     elements,
     first_value,
@@ -41,8 +38,7 @@ from kdfast.kernels.sweeps import (
     gradient_of_held,
     settle,
 )
-from kdfast.kernels.tiles import Row, load_row, row_offset
-from kdfast.kernels.truth import Softmax, slopes_of, softmax_beyond, truth_of
+from kdfast.kernels.targets import label_of, slopes_of, softmax_beyond, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "dense_rows"]

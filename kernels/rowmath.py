@@ -12,7 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["INF", "LN2", "LOG2E", "Parameters", "element", "log1p", "log2_or_lowest", "log_sigmoid", "sum_of_values"]
+__all__ = ["INF", "LN2", "LOG2E", "Parameters", "element", "log1p", "log2_or_lowest", "log_odds", "log_sigmoid"]
+__all__ += ["sum_of_values", "two_classes"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -166,3 +167,26 @@ def sum_of_values(values, slopes, KIND: tl.constexpr):
     unaligned rows, sm_90 and above).
     """
     return values + slopes if KIND == "jsd" else values
+
+
+# dkd's term of two classes, the target and the rest, from its log-odds on both sides.
+
+
+@triton.jit
+def log_odds(exponent, z):
+    """Of the target, whose exponent (bits) has the rest's origin, against the rest; +inf where nothing else is."""
+    return tl.where(z == 0.0, INF, exponent * LN2 - tl.log(tl.where(z == 0.0, 1.0, z)))
+
+
+@triton.jit
+def _binary_kl(odds_p, odds_q):
+    log_p = log_sigmoid(odds_p)
+    return tl.where(log_p == -INF, 0.0, tl.exp(log_p) * (log_p - log_sigmoid(odds_q)))
+
+
+@triton.jit
+def two_classes(odds_s, odds_t):
+    """(divergence, gap of the target's probabilities), the gap on the side where neither is close to 1."""
+    sign = tl.where(odds_s > 0.0, -1.0, 1.0)
+    gap = sign * (1.0 / (1.0 + tl.exp(-sign * odds_s)) - 1.0 / (1.0 + tl.exp(-sign * odds_t)))
+    return _binary_kl(odds_t, odds_s) + _binary_kl(-odds_t, -odds_s), gap

@@ -83,7 +83,12 @@ class Rows:
 
 
 def row_variants(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], name: str = "", warps: int = WARPS
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    name: str = "",
+    warps: int = WARPS,
+    gathers: bool = False,
 ) -> list[Variant]:
     """A kernel over rows for every dtype of logits, with rows that are aligned and with others."""
     place = {"inner": "i32", "outer_stride": "i64", "inner_stride": "i64", "columns": "i32"}
@@ -96,6 +101,7 @@ def row_variants(
             constants,
             aligned=("logits", *pointers, *aligned),
             warps=warps,
+            gathers=gathers,
         )
         for dtype in ("bf16", "fp16", "fp32")
         for aligned in (("outer_stride", "inner_stride", "columns"), ())

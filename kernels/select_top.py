@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.select_row import BLOCK, LOWEST, WARPS, Rows, load_tile, row_variants, start_of_row, weigh_tile
-from kdfast.kernels.sort_candidates import MOST, NONE, SMALL, key_of, sort_candidates
 
 __all__ = ["MOST", "VARIANTS", "select_top"]
 
+MOST = 64  # columns per row
+SMALL = 8  # up to here, half of a warp's lanes hold them
+NONE = tl.constexpr(-(1 << 63))  # worse than any column
 GROUPS_EACH = tl.constexpr(4)  # groups per column: of random rows a third of k too many columns are noted
 
 
@@ -80,6 +82,68 @@ def _note_candidates(
     tl.store(sums + row * 3 + 2, top)
 
 
+@triton.jit
+def key_of(x, id):
+    """What orders columns: the logit, then the smaller id."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - id).to(tl.int64)
+
+
+@triton.jit
+def id_of(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def logit_of(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sort_candidates(
+    logits,
+    inner,
+    outer_stride,
+    inner_stride,
+    columns,
+    bits,
+    k,
+    capacity,
+    noted,
+    counts,
+    sums,
+    ids,
+    probs,
+    rests,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits = start_of_row(logits, row, inner, outer_stride, inner_stride)
+    noted += row.to(tl.int64) * capacity
+    z, rest, top = tl.load(sums + row * 3), tl.load(sums + row * 3 + 1), tl.load(sums + row * 3 + 2)
+    count = tl.load(counts + row)
+    place = tl.arange(0, WIDTH)
+    # The best so far come first; the others are added to the rest, and make room for new ones.
+    keys = tl.full([WIDTH], NONE, tl.int64)
+    for begin in range(0, count, WIDTH - SLOTS):
+        at = begin + place - SLOTS
+        new = (place >= SLOTS) & (at < count)
+        id = tl.load(noted + at, mask=new, other=0)
+        x = tl.load(logits + id, mask=new, other=0.0).to(tl.float32)
+        keys = tl.sort(tl.where(new, key_of(x, id), keys), descending=True)
+        lost = (place >= k) & (keys != NONE)
+        rest += tl.sum(tl.where(lost, tl.exp2((logit_of(keys) - top) * bits), 0.0), 0)
+        keys = tl.where(place < k, keys, NONE)
+    there = keys != NONE
+    share = tl.where(there, tl.exp2((logit_of(keys) - top) * bits) / z, 0.0)
+    tl.store(ids + row * k + place, tl.where(there, id_of(keys), 0), mask=place < k)
+    tl.store(probs + row * k + place, share.to(tl.float64), mask=place < k)
+    tl.store(rests + row, tl.where(z > 0.0, rest / z, 0.0).to(tl.float64))
+
+
 def select_top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ids, probs, rest, lse) of (outer, inner, columns) logits; k from 1 to ``MOST``."""
     rows = Rows(logits, temperature)
@@ -106,7 +170,7 @@ def select_top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tens
             GROUPS=groups,
             num_warps=WARPS,
         )
-        sort_candidates[(rows.count,)](
+        _sort_candidates[(rows.count,)](
             *rows.place,
             rows.bits,
             k,
@@ -142,4 +206,27 @@ VARIANTS = [
         {"BLOCK": BLOCK, "GROUPS": slots * GROUPS_EACH.value},
         name=f"{slots} ",
     )
+]
+
+# Logits are gathered one by one: neither their dtype nor their alignment makes another kernel.
+VARIANTS += [
+    row_variants(
+        _sort_candidates,
+        {
+            "bits": "fp32",
+            "k": "i32",
+            "capacity": "i32",
+            "noted": "*i32",
+            "counts": "*i32",
+            "sums": "*fp32",
+            "ids": "*i32",
+            "probs": "*fp64",
+            "rests": "*fp64",
+        },
+        {"SLOTS": slots, "WIDTH": 2 * slots},
+        name=f"sort {slots} ",
+        warps=1,
+        gathers=True,
+    )[0]
+    for slots in (SMALL, MOST)
 ]

@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast._calls import SparseCall
-from kdfast.kernels.coefficients import coefficients, label_of, store_parts, total
-from kdfast.kernels.dkd import log_odds, two_classes
 from kdfast.kernels.entries import (
     EntryLink,
     EntryWeights,
@@ -37,12 +35,20 @@ from kdfast.kernels.launch import (
     row_arguments,
     tile_for,
 )
-from kdfast.kernels.parts import best_of, best_outside, entropy
-from kdfast.kernels.rowmath import INF, LN2, LOG2E, Parameters
-from kdfast.kernels.statistics import Scale, ZScores, origin_of, statistics
-from kdfast.kernels.sweeps import Backward, Ground, Link, Weights, elements, first_value, gradient, gradient_beyond
-from kdfast.kernels.tiles import Row, columns_of_tile, row_offset
-from kdfast.kernels.truth import Softmax, merge, slopes_of, softmax_beyond, truth_of
+from kdfast.kernels.rowmath import INF, LN2, LOG2E, Parameters, log_odds, two_classes
+from kdfast.kernels.rows import Row, coefficients, columns_of_tile, row_offset, store_parts, total
+from kdfast.kernels.softmax import Link, Scale, Softmax, best_of, best_outside, entropy, merge, origin_of
+from kdfast.kernels.statistics import ZScores, statistics
+from kdfast.kernels.sweeps import (
+    Backward,
+    Ground,
+    Weights,
+    elements,
+    first_value,
+    gradient,
+    gradient_beyond,
+)
+from kdfast.kernels.targets import label_of, slopes_of, softmax_beyond, truth_of
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "sparse_rows"]

@@ -13,19 +13,11 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LOG2E
-from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
+from kdfast.kernels.rows import columns_of_tile, load_labels, load_tile, teacher_side
+from kdfast.kernels.softmax import at_one, origin_of
+from kdfast.kernels.targets import Labelled, add_labelled, labelled_over_groups
 
-__all__ = ["Labelled", "Scale", "Statistics", "ZScores", "at_one", "origin_of", "statistics"]
-__all__ += ["statistics_of_held", "z_gap"]
-
-
-class Scale(NamedTuple):
-    """log2(e) / tau of each side, and what makes the tempered exponentials those at temperature 1."""
-
-    student: tl.tensor
-    teacher: tl.tensor
-    squared: tl.tensor
-    separate: tl.tensor
+__all__ = ["Statistics", "ZScores", "moments", "statistics", "statistics_of_held", "z_gap"]
 
 
 class Statistics(NamedTuple):
@@ -40,15 +32,6 @@ class Statistics(NamedTuple):
     cross_s: tl.tensor  # sum e_s (u - v) where the teacher is alive
     both: tl.tensor  # sum e_s there
     gap: tl.tensor  # the largest of these gaps: +inf makes the divergence infinite
-
-
-class Labelled(NamedTuple):
-    """What smoothing and class probabilities need: logits relative to the student's origin."""
-
-    count: tl.tensor  # finite columns
-    total: tl.tensor  # sum of their logits
-    mass: tl.tensor  # sum y
-    dot: tl.tensor  # sum y x
 
 
 class ZScores(NamedTuple):
@@ -66,18 +49,48 @@ def z_gap(x, y, z):
     return (x - z.mean_s) * z.inverse_s - (y - z.mean_t) * z.inverse_t
 
 
-@triton.jit
-def origin_of(top):
-    return tl.where(top == -INF, 0.0, top)
+class _Moments(NamedTuple):
+    count: tl.tensor
+    mean: tl.tensor
+    squares: tl.tensor  # of the deviations from the mean
 
 
 @triton.jit
-def at_one(e, x, scale):
-    """Exponentials at temperature 1 of logits `x` that lie above their origin, from the tempered ones."""
-    one = tl.where(scale.squared, e * e, e)
-    if scale.separate:
-        one = tl.exp2(x * LOG2E)
-    return one
+def _moments_of_tile(x):
+    live = x > -INF
+    # Relative to the largest, so that a constant row has no deviations at all. NaN must count.
+    live = live | (x != x)
+    high = origin_of(tl.max(x, 1))
+    count = tl.sum(tl.where(live, 1.0, 0.0), 1)
+    mean = high + tl.sum(tl.where(live, x - high[:, None], 0.0), 1) / tl.maximum(count, 1.0)
+    gap = tl.where(live, x - mean[:, None], 0.0)
+    return _Moments(count, mean, tl.sum(gap * gap, 1))
+
+
+@triton.jit
+def _merge_moments(a, b):
+    count = tl.maximum(a.count + b.count, 1.0)
+    gap, share = b.mean - a.mean, b.count / count
+    weight = a.count * share
+    squares = a.squares + b.squares + tl.where(weight == 0.0, 0.0, gap * gap * weight)
+    return _Moments(a.count + b.count, a.mean + tl.where(share == 0.0, 0.0, gap * share), squares)
+
+
+@triton.jit
+def moments(row, bound, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(mean, 1 / standard deviation, count) of the first `bound` logits; 0 for the second in a constant row."""
+    zero = tl.zeros([BLOCK // WIDTH], tl.float32)
+    m = _Moments(zero, zero, zero)
+    for start in range(0, bound, BLOCK):
+        column = start + columns_of_tile(BLOCK, WIDTH)
+        m = _merge_moments(m, _moments_of_tile(tl.load(row + column, mask=column < bound, other=-INF).to(tl.float32)))
+    some = tl.max(tl.where(m.count > 0.0, m.mean, -INF), 0)
+    count = tl.sum(m.count, 0)
+    whole = tl.maximum(count, 1.0)
+    mean = origin_of(some) + tl.sum(tl.where(m.count > 0.0, m.count * (m.mean - some), 0.0), 0) / whole
+    gap = tl.where(m.count > 0.0, m.mean - mean, 0.0)
+    squares = tl.sum(m.squares + m.count * gap * gap, 0)
+    return mean, tl.where(squares == 0.0, 0.0, 1.0 / tl.sqrt(squares / whole)), count
 
 
 @triton.jit
@@ -186,32 +199,6 @@ def _add_exponentials(
 
 
 @triton.jit
-def _add_labelled(sums, raw, y, down, origin, SMOOTH: tl.constexpr, PROBS: tl.constexpr):
-    """One more tile; its origin lies `down` from that of the sums."""
-    count, total, mass, dot = sums.count, sums.total, sums.mass, sums.dot
-    x = raw - origin[:, None]
-    if SMOOTH:
-        live = raw > -INF
-        total += count * down + tl.sum(tl.where(live, x, 0.0), 1)
-        count += tl.sum(tl.where(live, 1.0, 0.0), 1)
-    if PROBS:
-        dot += mass * down + tl.sum(tl.where(y == 0.0, 0.0, y * x), 1)
-        mass += tl.sum(y, 1)
-    return Labelled(count, total, mass, dot)
-
-
-@triton.jit
-def _labelled_over_groups(sums, origins, origin):
-    down = origins - origin
-    return Labelled(
-        tl.sum(sums.count, 0),
-        tl.sum(sums.total + sums.count * down, 0),
-        tl.sum(sums.mass, 0),
-        tl.sum(sums.dot + sums.mass * down, 0),
-    )
-
-
-@triton.jit
 def _over_groups(s):
     """The row's sums, from those of its groups, which have one origin."""
     return Statistics(
@@ -266,10 +253,10 @@ def statistics(
             if at.probs is not None:
                 y = load_labels(at, start + columns_of_tile(BLOCK, WIDTH))
             origin = origin_of(s.top_s)
-            labelled = _add_labelled(labelled, tile.raw, y, before - origin, origin, SMOOTH, at.probs is not None)
+            labelled = add_labelled(labelled, tile.raw, y, before - origin, origin, SMOOTH, at.probs is not None)
     before = origin_of(s.top_s)
     s = _raise_origin(s, tl.max(s.top_s, 0), tl.max(s.top_t, 0), scale, KIND, FAMILY, TEACHER)
-    labelled = _labelled_over_groups(labelled, before, origin_of(s.top_s))
+    labelled = labelled_over_groups(labelled, before, origin_of(s.top_s))
     return _over_groups(s), labelled
 
 

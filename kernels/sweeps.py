@@ -11,23 +11,12 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LN2, LOG2E, element, sum_of_values
-from kdfast.kernels.statistics import origin_of, z_gap
-from kdfast.kernels.tiles import columns_of_tile, load_labels, load_tile, teacher_side
+from kdfast.kernels.rows import columns_of_tile, load_labels, load_tile, teacher_side
+from kdfast.kernels.softmax import origin_of
+from kdfast.kernels.statistics import z_gap
 
-__all__ = ["Backward", "Ground", "Link", "Weights", "elements", "first_value", "gradient", "gradient_beyond"]
+__all__ = ["Backward", "Ground", "Weights", "elements", "first_value", "gradient", "gradient_beyond"]
 __all__ += ["gradient_of_held", "settle"]
-
-
-class Link(NamedTuple):
-    """What turns a row's exponentials into probabilities, and their exponents into logarithms (nats)."""
-
-    top_s: tl.tensor
-    top_t: tl.tensor
-    q: tl.tensor
-    p: tl.tensor
-    log_q: tl.tensor
-    log_p: tl.tensor
-    gap: tl.tensor  # log_p - log_q, with fewer roundings
 
 
 class Ground(NamedTuple):

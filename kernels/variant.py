@@ -33,6 +33,7 @@ class Variant:
         warps: of each program.
         ctas: thread blocks that are one program, as a cluster.
         registers: at most so many per thread.
+        gathers: each lane reads what is at its own place, so that no load is wide.
         everyday: compiled by every run of the tests; the others by ``make full``.
     """
 
@@ -45,6 +46,7 @@ class Variant:
     ctas: int = 1
     everyday: bool = True
     registers: int | None = None
+    gathers: bool = False
 
     @classmethod
     def of_call(cls, name: str, kernel: Any, arguments: Mapping[str, Any], everyday: bool = True) -> Variant:

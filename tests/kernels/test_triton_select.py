@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from kdfast import _triton
 from kdfast.cache.selection import select
-from kdfast.kernels import select_threshold, select_top, sort_candidates
+from kdfast.kernels import select_threshold, select_top
 from support.select_checks import assert_threshold_row, assert_top, probabilities, rows_of
 from support.triton_device import DEVICE
 
@@ -236,7 +236,7 @@ def test_the_ops_on_a_gpu_are_the_kernels(monkeypatch):
     for run in runs:
         run(logits.double())
     assert len(ran) == 2
-    assert select.MOST_IN_KERNEL == sort_candidates.MOST
+    assert select.MOST_IN_KERNEL == select_top.MOST
     monkeypatch.setattr(select, "kernel", lambda name: None)
     for run, out in zip(runs, whole, strict=True):
         assert torch.equal(run(logits)[0], out[0])

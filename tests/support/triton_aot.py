@@ -31,7 +31,8 @@ def main() -> None:
             if variant.ctas > 1 and not (HAS_CLUSTERS and capability in (90, 100)):
                 continue
             ptx = variant.compile(capability).asm["ptx"]
-            print(json.dumps({"variant": variant.name, "capability": capability, **report(ptx)}), flush=True)
+            which = {"variant": variant.name, "capability": capability, "gathers": variant.gathers}
+            print(json.dumps({**which, **report(ptx)}), flush=True)
 
 
 def report(ptx: str) -> dict[str, int]:

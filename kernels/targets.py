@@ -8,17 +8,20 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LOG2E
-from kdfast.kernels.statistics import Labelled, origin_of
-from kdfast.kernels.tiles import columns_of_tile, load_labels
+from kdfast.kernels.rows import columns_of_tile, load_labels
+from kdfast.kernels.softmax import Softmax, merge, origin_of
 
-__all__ = ["Softmax", "Truth", "merge", "slopes_of", "softmax_beyond", "truth_of"]
+__all__ = ["Labelled", "Truth", "add_labelled", "label_of", "labelled_over_groups", "slopes_of", "softmax_beyond"]
+__all__ += ["truth_of"]
 
 
-class Softmax(NamedTuple):
-    """A largest logit and the sum of the exponentials relative to it."""
+class Labelled(NamedTuple):
+    """What smoothing and class probabilities need: logits relative to the student's origin."""
 
-    top: tl.tensor
-    z: tl.tensor
+    count: tl.tensor  # finite columns
+    total: tl.tensor  # sum of their logits
+    mass: tl.tensor  # sum y
+    dot: tl.tensor  # sum y x
 
 
 class Truth(NamedTuple):
@@ -32,11 +35,38 @@ class Truth(NamedTuple):
 
 
 @triton.jit
-def merge(a, b, bits):
-    """The softmax over two sets of columns."""
-    top = tl.maximum(a.top, b.top)
-    origin = origin_of(top)
-    return Softmax(top, a.z * tl.exp2((a.top - origin) * bits) + b.z * tl.exp2((b.top - origin) * bits))
+def label_of(label, row, student, columns, counts):
+    """(column, its logit, whether it is one of the row's): -1 and -inf where not, and nothing is read."""
+    column = tl.load(label + row)
+    inside = (column >= 0) & (column < columns)
+    column = tl.where(inside, column, -1).to(tl.int32)
+    return column, tl.load(student + column, mask=inside & counts, other=-INF).to(tl.float32), inside
+
+
+@triton.jit
+def add_labelled(sums, raw, y, down, origin, SMOOTH: tl.constexpr, PROBS: tl.constexpr):
+    """One more tile; its origin lies `down` from that of the sums."""
+    count, total, mass, dot = sums.count, sums.total, sums.mass, sums.dot
+    x = raw - origin[:, None]
+    if SMOOTH:
+        live = raw > -INF
+        total += count * down + tl.sum(tl.where(live, x, 0.0), 1)
+        count += tl.sum(tl.where(live, 1.0, 0.0), 1)
+    if PROBS:
+        dot += mass * down + tl.sum(tl.where(y == 0.0, 0.0, y * x), 1)
+        mass += tl.sum(y, 1)
+    return Labelled(count, total, mass, dot)
+
+
+@triton.jit
+def labelled_over_groups(sums, origins, origin):
+    down = origins - origin
+    return Labelled(
+        tl.sum(sums.count, 0),
+        tl.sum(sums.total + sums.count * down, 0),
+        tl.sum(sums.mass, 0),
+        tl.sum(sums.dot + sums.mass * down, 0),
+    )
 
 
 @triton.jit

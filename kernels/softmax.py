@@ -1,4 +1,6 @@
-"""The parts that only a log wants: the student's entropy at its temperature, and where each side is largest."""
+"""A running softmax: its origin, its temperatures, two of them merged; and of a whole row its entropy and where it is
+largest, which only a log wants.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,60 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.kernels.rowmath import INF, LN2
-from kdfast.kernels.statistics import origin_of
-from kdfast.kernels.tiles import columns_of_tile, load_tile
+from kdfast.kernels.rowmath import INF, LN2, LOG2E
+from kdfast.kernels.rows import columns_of_tile, load_tile
 
-__all__ = ["Best", "best_of", "best_outside", "entropy"]
+__all__ = ["Best", "Link", "Scale", "Softmax", "at_one", "best_of", "best_outside", "entropy", "merge", "origin_of"]
+
+
+class Scale(NamedTuple):
+    """log2(e) / tau of each side, and what makes the tempered exponentials those at temperature 1."""
+
+    student: tl.tensor
+    teacher: tl.tensor
+    squared: tl.tensor
+    separate: tl.tensor
+
+
+class Softmax(NamedTuple):
+    """A largest logit and the sum of the exponentials relative to it."""
+
+    top: tl.tensor
+    z: tl.tensor
+
+
+class Link(NamedTuple):
+    """What turns a row's exponentials into probabilities, and their exponents into logarithms (nats)."""
+
+    top_s: tl.tensor
+    top_t: tl.tensor
+    q: tl.tensor
+    p: tl.tensor
+    log_q: tl.tensor
+    log_p: tl.tensor
+    gap: tl.tensor  # log_p - log_q, with fewer roundings
+
+
+@triton.jit
+def origin_of(top):
+    return tl.where(top == -INF, 0.0, top)
+
+
+@triton.jit
+def at_one(e, x, scale):
+    """Exponentials at temperature 1 of logits `x` that lie above their origin, from the tempered ones."""
+    one = tl.where(scale.squared, e * e, e)
+    if scale.separate:
+        one = tl.exp2(x * LOG2E)
+    return one
+
+
+@triton.jit
+def merge(a, b, bits):
+    """The softmax over two sets of columns."""
+    top = tl.maximum(a.top, b.top)
+    origin = origin_of(top)
+    return Softmax(top, a.z * tl.exp2((a.top - origin) * bits) + b.z * tl.exp2((b.top - origin) * bits))
 
 
 class Best(NamedTuple):
