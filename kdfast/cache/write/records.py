@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from kdfast.cache.format.meta import RANGE
 from kdfast.cache.format.shard import ONE_ROW_EACH
 from kdfast.cache.format.targets import Targets
 from kdfast.cache.format.view import VIEW_BYTES, View, pack_views
-from kdfast.labels import SoftLabels
+from kdfast.labels import Hidden, SoftLabels
 
 __all__ = ["Attachments", "Record", "RecordColumns", "Tables", "check_labels", "check_logits", "check_views", "select"]
 
@@ -221,4 +221,6 @@ def check_views(views: Sequence[View], rows: int) -> NDArray[np.uint8]:
 
 
 def _copy(labels: SoftLabels) -> SoftLabels:
-    return labels.map_tensors(lambda part: part.detach().clone())
+    """``labels`` in memory of their own. Hidden ones lose their head: a cache stores none, its reader is given it."""
+    copy = labels.map_tensors(lambda part: part.detach().clone())
+    return replace(copy, head=None) if isinstance(copy, Hidden) else copy

@@ -193,3 +193,17 @@ def test_head_is_the_layer_with_its_input():
     head = Head(HIDDEN[None], WEIGHT, BIAS, scale=2.0, softcap=5.0)
     expected = 5.0 * torch.tanh(2.0 * (HIDDEN @ WEIGHT.T + BIAS) / 5.0)
     torch.testing.assert_close(head.logits(), expected[None])
+
+
+def test_labels_with_their_head_survive_a_failing_writer(tmp_path):
+    """What is in no block yet goes to the journal, which takes no output layer: the reader gives it."""
+    labels = SoftLabels.hidden(HIDDEN.bfloat16(), HEAD)
+    options = {"vocab_size": VOCAB, "codec": "hidden", "width": WIDTH, "head": HEAD.fingerprint, "teacher": "t"}
+    with pytest.raises(RuntimeError, match="stopped"), kdfast.cache.Writer(tmp_path, **options) as writer:
+        writer.add_labels("a", labels)
+        raise RuntimeError("stopped")
+    with kdfast.cache.Writer(tmp_path, **options) as writer:
+        writer.add_labels("b", labels)
+    cache = kdfast.cache.open(tmp_path, head=HEAD)
+    assert torch.equal(cache["a"].values.bfloat16(), labels.values)
+    assert torch.equal(cache["b"].values, cache["a"].values)
