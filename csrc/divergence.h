@@ -6,18 +6,21 @@
 namespace kdfast {
 
 // X(Enumerator, name, family). A divergence's place in the list is its number.
-#define KDFAST_DIVERGENCES(X)                \
-  X(ForwardKl, forward_kl, Forward)          \
-  X(SoftCe, soft_ce, Forward)                \
-  X(ReverseKl, reverse_kl, Element)          \
-  X(SymmetricKl, symmetric_kl, Element)      \
-  X(Jsd, jsd, Element)                       \
-  X(SkewForwardKl, skew_forward_kl, Element) \
-  X(SkewReverseKl, skew_reverse_kl, Element) \
-  X(Tvd, tvd, Element)                       \
-  X(AlphaBeta, alpha_beta, Element)          \
-  X(Dkd, dkd, Special)                       \
-  X(LogitMse, logit_mse, Special)
+#define KDFAST_DIVERGENCES(X)                     \
+  X(ForwardKl, forward_kl, Forward)               \
+  X(SoftCe, soft_ce, Forward)                     \
+  X(ReverseKl, reverse_kl, Element)               \
+  X(SymmetricKl, symmetric_kl, Element)           \
+  X(Jsd, jsd, Element)                            \
+  X(SkewForwardKl, skew_forward_kl, Element)      \
+  X(SkewReverseKl, skew_reverse_kl, Element)      \
+  X(Tvd, tvd, Element)                            \
+  X(AlphaBeta, alpha_beta, Element)               \
+  X(Dkd, dkd, Special)                            \
+  X(LogitMse, logit_mse, Special)                 \
+  X(SquaredHellinger, squared_hellinger, Element) \
+  X(PearsonChi2, pearson_chi2, Element)           \
+  X(NeymanChi2, neyman_chi2, Element)
 
 enum class Kind : int {
 #define KDFAST_ENUMERATOR(Enumerator, name, family) k##Enumerator,

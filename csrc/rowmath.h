@@ -4,7 +4,7 @@
 // two numbers per column: its value and h. p is the teacher, q the student, d = log p - log q; a side's logit of -inf
 // makes its probability 0 and d infinite or NaN, so every product with d is selected, never multiplied, to 0.
 //
-// V is a scalar or SIMD type with arithmetic, comparisons, select, max, abs, exp, log1p found by its namespace.
+// V is a scalar or SIMD type with arithmetic, comparisons, select, min, abs, exp, log1p found by its namespace.
 
 #if defined(KDFAST_ROWMATH_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_ROWMATH_H_
@@ -162,6 +162,58 @@ KD_INLINE Element<V> alpha_beta(const Column<V>& c, double a, double b, const Li
   return {value, select(has_p, select(has_q, both.h, V(0)), select(has_q, lone_q.h, V(0)))};
 }
 
+// e^x - 1 without cancellation: the rounding of e^x is divided out again by its own logarithm (Kahan).
+template <typename V>
+KD_INLINE V exp_minus_1(V x) {
+  const V one(1), y = exp(x), z = y - one;
+  return select(abs(x) > one, z, select(z == V(0), x, z * (x / log1p(z))));
+}
+
+// (sqrt p - sqrt q)^2 / 2, as the larger probability times a function of the gap.
+template <typename V>
+KD_INLINE Element<V> squared_hellinger(const Column<V>& c) {
+  const V zero(0), half(0.5), one(1), larger = select(c.d > zero, c.p, c.q);
+  const V e = exp_minus_1(-half * abs(c.d));  // sqrt(smaller / larger) - 1
+  const V h = half * e * select(c.d > zero, c.p * (one + e), -c.q);
+  return {select(larger > zero, half * larger * e * e, zero), select(larger > zero, h, zero)};
+}
+
+// Of two probabilities: (a - b)^2 / b, a (a - b) / b and a - b, from log a and the gap log(a / b).
+template <typename V>
+struct ChiSquared {
+  V value, slope, difference;
+};
+
+// A large a / b is a quotient: its gap's rounding would grow with its exponential. Where either underflows, a^2 / b is
+// the exponential of its own logarithm.
+template <typename V>
+KD_INLINE ChiSquared<V> chi_squared(V a, V b, V log_a, V gap) {
+  const V one(1), tiny(1.2e-38), square = exp(log_a + gap);
+  const auto far = gap > one;
+  const auto plain = (a > tiny) & (b > tiny);
+  const V m = select(far, a / b - one, exp_minus_1(gap)), difference = select(far, a - b, b * m);
+  return {select(plain, difference * m, square - V(2) * a + b), select(plain, a * m, square - a), difference};
+}
+
+// (p - q)^2 / q, infinite where only the student is masked.
+template <typename V>
+KD_INLINE Element<V> pearson_chi2(const Column<V>& c, const Limits<V>& limits) {
+  const V zero(0);
+  const ChiSquared<V> chi = chi_squared(c.p, c.q, c.log_p, c.d);
+  const auto has_p = c.log_p > limits.lowest, has_q = c.log_q > limits.lowest;
+  const V h = -(chi.slope + chi.difference);  // q - p^2 / q
+  return {select(has_q, chi.value, select(has_p, limits.inf, zero)), select(has_q, h, zero)};
+}
+
+// (p - q)^2 / p, infinite where only the teacher is masked.
+template <typename V>
+KD_INLINE Element<V> neyman_chi2(const Column<V>& c, const Limits<V>& limits) {
+  const V zero(0);
+  const ChiSquared<V> chi = chi_squared(c.q, c.p, c.log_q, -c.d);
+  const auto has_p = c.log_p > limits.lowest, has_q = c.log_q > limits.lowest;
+  return {select(has_p, chi.value, select(has_q, limits.inf, zero)), select(has_p, V(2) * chi.slope, zero)};
+}
+
 // A divergence's parameters, and -log a and -log(1 - a) for those whose `a` is a mixture's weight.
 template <typename V>
 struct Parameters {
@@ -180,6 +232,9 @@ KD_INLINE Element<V> element(const Column<V>& c, const Parameters<V>& by, const 
   if constexpr (kKind == Kind::kSkewReverseKl) return skew_reverse_kl(c, by.a, by.minus_log_a, by.minus_log_rest);
   if constexpr (kKind == Kind::kTvd) return tvd(c);
   if constexpr (kKind == Kind::kAlphaBeta) return alpha_beta(c, by.a, by.b, limits);
+  if constexpr (kKind == Kind::kSquaredHellinger) return squared_hellinger(c);
+  if constexpr (kKind == Kind::kPearsonChi2) return pearson_chi2(c, limits);
+  if constexpr (kKind == Kind::kNeymanChi2) return neyman_chi2(c, limits);
 }
 
 }  // namespace rowmath

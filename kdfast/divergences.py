@@ -16,6 +16,9 @@ name                   D                                                        
 ``alpha_beta``         -sum(p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)) / (a b)                ABKD 2025
 ``dkd``                alpha TCKD + beta NCKD, split at the label                               DKD 2022
 ``logit_mse``          mean over the valid vocabulary of (z_s - z_t)^2, no temperature          Ba & Caruana 2014
+``squared_hellinger``  sum (sqrt p - sqrt q)^2 / 2                                              f-GAN 2016
+``pearson_chi2``       sum (p - q)^2 / q                                                        f-GAN 2016
+``neyman_chi2``        sum (p - q)^2 / p                                                        f-GAN 2016
 =====================  =======================================================================  ==================
 """
 
@@ -47,6 +50,9 @@ _DEFAULTS: dict[str, tuple[float, float]] = {
     "alpha_beta": (0.2, 0.7),
     "dkd": (1.0, 8.0),
     "logit_mse": (0.0, 0.0),
+    "squared_hellinger": (0.0, 0.0),
+    "pearson_chi2": (0.0, 0.0),
+    "neyman_chi2": (0.0, 0.0),
 }
 
 DIVERGENCES: tuple[str, ...] = tuple(_DEFAULTS)

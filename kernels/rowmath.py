@@ -144,6 +144,54 @@ def _alpha_beta(d, log_p, log_q, by, CASE: tl.constexpr):
 
 
 @triton.jit
+def _exp_minus_1(x):
+    """e^x - 1 without cancellation: the rounding of e^x is divided out again by its own logarithm (Kahan)."""
+    y = tl.exp(x)
+    z = y - 1.0
+    return tl.where(tl.abs(x) > 1.0, z, tl.where(z == 0.0, x, z * (x / log1p(z))))
+
+
+@triton.jit
+def _squared_hellinger(p, q, d):
+    """(sqrt p - sqrt q)^2 / 2, as the larger probability times a function of the gap."""
+    larger = tl.where(d > 0.0, p, q)
+    e = _exp_minus_1(-0.5 * tl.abs(d))  # sqrt(smaller / larger) - 1
+    h = 0.5 * e * tl.where(d > 0.0, p * (1.0 + e), -q)
+    return tl.where(larger > 0.0, 0.5 * larger * e * e, 0.0), tl.where(larger > 0.0, h, 0.0)
+
+
+@triton.jit
+def _chi_squared(a, b, log_a, gap):
+    """(a - b)^2 / b, a (a - b) / b and a - b, from log a and the gap log(a / b).
+
+    A large a / b is a quotient: its gap's rounding would grow with its exponential. Where either underflows, a^2 / b is
+    the exponential of its own logarithm.
+    """
+    square = tl.exp(log_a + gap)
+    far, plain = gap > 1.0, (a > TINY) & (b > TINY)
+    m = tl.where(far, a / b - 1.0, _exp_minus_1(gap))
+    difference = tl.where(far, a - b, b * m)
+    value = tl.where(plain, difference * m, square - 2.0 * a + b)
+    return value, tl.where(plain, a * m, square - a), difference
+
+
+@triton.jit
+def _pearson_chi2(p, q, d, log_p, log_q):
+    """(p - q)^2 / q, infinite where only the student is masked."""
+    value, slope, difference = _chi_squared(p, q, log_p, d)
+    alone = tl.where(log_p > -INF, INF, 0.0)
+    return tl.where(log_q > -INF, value, alone), tl.where(log_q > -INF, -(slope + difference), 0.0)
+
+
+@triton.jit
+def _neyman_chi2(p, q, d, log_p, log_q):
+    """(p - q)^2 / p, infinite where only the teacher is masked."""
+    value, slope, _ = _chi_squared(q, p, log_q, -d)
+    alone = tl.where(log_q > -INF, INF, 0.0)
+    return tl.where(log_p > -INF, value, alone), tl.where(log_p > -INF, 2.0 * slope, 0.0)
+
+
+@triton.jit
 def element(p, q, d, log_p, log_q, by, KIND: tl.constexpr, CASE: tl.constexpr):
     """(value, h) of one column: p is the teacher, q the student, d = log p - log q."""
     if KIND == "jsd":
@@ -154,6 +202,12 @@ def element(p, q, d, log_p, log_q, by, KIND: tl.constexpr, CASE: tl.constexpr):
         value, h = _skew_reverse_kl(p, q, d, by, CASE == "near_q")
     elif KIND == "tvd":
         value, h = _tvd(p, q)
+    elif KIND == "squared_hellinger":
+        value, h = _squared_hellinger(p, q, d)
+    elif KIND == "pearson_chi2":
+        value, h = _pearson_chi2(p, q, d, log_p, log_q)
+    elif KIND == "neyman_chi2":
+        value, h = _neyman_chi2(p, q, d, log_p, log_q)
     else:
         value, h = _alpha_beta(d, log_p, log_q, by, CASE)
     return value, h

@@ -206,6 +206,12 @@ def _by_name(p: Tensor, q: Tensor, d: Tensor, lq: Tensor, div: Divergence) -> tu
         return 0.5 * (p - q) * d, inf, inf
     if div.name == "tvd":
         return 0.5 * (p - q).abs(), 0.5 * p, 0.5 * q
+    if div.name == "squared_hellinger":
+        return 0.5 * (p.sqrt() - (0.5 * lq).exp()).square(), 0.5 * p, 0.5 * q
+    if div.name == "pearson_chi2":
+        return (lq + 2.0 * d).exp() - 2.0 * p + q, inf, q  # p^2 / q - 2 p + q
+    if div.name == "neyman_chi2":
+        return (lq - d).exp() - 2.0 * q + p, p, inf  # q^2 / p - 2 q + p
     if div.name == "skew_forward_kl":
         return -p * _log_mix(lam, -d), -p * lam.log(), zero
     if div.name == "skew_reverse_kl":
