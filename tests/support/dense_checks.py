@@ -32,7 +32,10 @@ DIVERGENCES = [
     *(Divergence(name, standardize=True) for name in _C.divergences()),
 ]
 # Finite divergence whatever the teacher masks.
-TEACHER_MAY_MASK = {"forward_kl", "soft_ce", "jsd", "skew_forward_kl", "tvd", "dkd", "logit_mse"}
+TEACHER_MAY_MASK = {
+    *("forward_kl", "soft_ce", "jsd", "skew_forward_kl", "tvd", "dkd", "logit_mse"),
+    *("squared_hellinger", "pearson_chi2"),
+}
 
 
 def coefficients(rows, dtype, tau_s=1.0, tau_t=1.5):

@@ -15,6 +15,7 @@ DIVERGENCES = [
     jsd(0.1, normalize=True),
 ]
 OTHERS = [skew_forward_kl(0.2), skew_reverse_kl(0.2), Divergence("tvd"), alpha_beta(0.4, 0.6), Divergence("dkd")]
+OTHERS += [Divergence(name) for name in ("squared_hellinger", "pearson_chi2", "neyman_chi2")]
 ROWS = 7
 
 
