@@ -117,7 +117,7 @@ class Divergence:
         return _NAMED[divergence] if divergence in _NAMED else cls(divergence)
 
     def canonical(self) -> Divergence:
-        """The same divergence with its limits spelt out, so that no kernel divides by beta = 0."""
+        """Spell out the divergence's limits: jsd at beta = 0 is forward KL, and no kernel divides by 0."""
         if self.name == "jsd" and self.normalize and self.a in (0.0, 1.0):
             return replace(self, name="reverse_kl" if self.a else "forward_kl", a=0.0, b=0.0, normalize=False)
         if self.name.startswith("skew_") and self.a == 0.0:

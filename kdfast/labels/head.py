@@ -142,7 +142,7 @@ class Head:
         return OutputLayer(self.weight, self.bias, scale=self.scale, softcap=self.softcap)
 
     def shard(self, columns: slice) -> Head:
-        """The same hidden states with the layer of some columns of the vocabulary."""
+        """Return the hidden states with some columns of the output layer."""
         return replace(self, weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns])
 
     # Tensor-like attributes of the logits.

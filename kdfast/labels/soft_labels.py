@@ -292,18 +292,18 @@ class SoftLabels(ABC):
         return self.present
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same labels on another device."""
+        """Return the labels on another device."""
         return self.map_tensors(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this.
+        """Return the labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this.
 
         A table of prototypes stays where it is: a copy per batch would cost more than the batch.
         """
         return self.map_tensors(lambda x: x.pin_memory())
 
     def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Self:
-        """The same labels with ``move(x)`` in the place of every tensor of their rows. What rows share stays."""
+        """Return labels with ``move(x)`` for every tensor of the rows. What rows share, a table or a head, stays."""
         own = {name: x for name, x in self._fields().items() if isinstance(x, Tensor) and name not in self.shared}
         moved: dict[str, Any] = {name: move(x) for name, x in own.items()}
         return replace(self, **moved)

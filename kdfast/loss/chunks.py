@@ -173,7 +173,7 @@ class ChunkedRows:
         return Workspace(self.coef.device)
 
     def times(self, upstream: Tensor) -> ChunkedRows:
-        """The same rows with the coefficients of losses that are multiplied by ``upstream``, one number per row."""
+        """Return the rows with their losses multiplied by ``upstream``, (rows,)."""
         return replace(self, coef=scaled_coefficients(self.coef, upstream), want_parts=False)
 
     def chunks(self, bytes_per_row: int, space: Workspace) -> Iterator[tuple[int, int, Tensor | None]]:

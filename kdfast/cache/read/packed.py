@@ -76,13 +76,13 @@ class PackedLabels:
         return replace(self, wanted=self.wanted[index], present=present)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedLabels:
-        """The same labels on another device."""
+        """Return the labels on another device."""
         present = None if self.present is None else self.present.to(device, non_blocking=non_blocking)
         data, units, wanted = (x.to(device, non_blocking=non_blocking) for x in (self.data, self.units, self.wanted))
         return replace(self, data=data, units=units, wanted=wanted, present=present)
 
     def pin_memory(self) -> PackedLabels:
-        """The same labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        """Return the labels in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
         present = None if self.present is None else self.present.pin_memory()
         data, units, wanted = (x.pin_memory() for x in (self.data, self.units, self.wanted))
         return replace(self, data=data, units=units, wanted=wanted, present=present)
