@@ -76,7 +76,7 @@ class _Entries:
         turn = torch.arange(total, device=self.device) - (counts.cumsum(0) - counts)[row]
         at = self.places[row] + 32 * turn
         ids = self._ids(self.decoded.ranks[at], row)
-        values = self.decoded.values[at]
+        values = self.decoded.entry_values[at]
         if self.codec.levels is not None:
             values = table_on(self.codec.level_table, self.device)[values.long()]
         return self.codec.to_labels(self.columns, ids, values)
