@@ -27,10 +27,6 @@ class Variant:
     everyday: bool = True
     gathers: bool = False
 
-    @classmethod
-    def of_call(cls, name: str, kernel: Any, call: Mapping[str, Any], everyday: bool = True) -> Variant:
-        return cls(name, kernel, call, everyday)
-
     @property
     def ctas(self) -> int:
         """Thread blocks that are one program, as a cluster."""
