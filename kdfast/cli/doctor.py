@@ -64,7 +64,7 @@ def _accelerators() -> dict[str, str]:
 
 def _plan(columns: int) -> str:
     """Which kernel takes rows of so many bfloat16 columns, where both kinds are there."""
-    sizes = {op: cluster.plan(op, columns, torch.bfloat16) for op in cluster.HELD}
+    sizes = {op: cluster.plan(op, columns, torch.bfloat16) for op in cluster.ROWS_ON_CHIP}
     kernels = {op: f"one read, clusters of {size}" if size else "Triton" for op, size in sizes.items()}
     return ", ".join(f"{op.removesuffix('_rows')}: {kernel}" for op, kernel in kernels.items())
 

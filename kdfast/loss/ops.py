@@ -206,7 +206,7 @@ def _gpu_kernels(name: str, student: Tensor, arguments: tuple[Any, ...]) -> Any:
     wanted = os.environ.get("KDFAST_GPU")
     if wanted is not None and wanted not in _GPU_KERNELS:
         raise ValueError(f"KDFAST_GPU must be one of {', '.join(_GPU_KERNELS)}, got {wanted!r}")
-    if wanted in (None, "cluster") and cluster.takes(name, student, arguments):
+    if wanted in (None, "cluster") and cluster.supports(name, student, arguments):
         return cluster
     if wanted == "cluster":
         raise ValueError(f"KDFAST_GPU=cluster: the one-read kernels do not take this call of {name}")
