@@ -1,4 +1,8 @@
-"""``dense_rows`` and its gradient forms: student logits against teacher logits, CE and z-loss in the same sweeps."""
+"""``dense_rows`` and its gradient forms: student logits against teacher logits, cross-entropy and z-loss beside them.
+
+A row is swept twice, for its statistics and for its gradient, and a third time in between where the divergence needs
+probabilities before it can be summed. Where a cluster of thread blocks holds the row, it is read once.
+"""
 
 from __future__ import annotations
 
@@ -14,294 +18,260 @@ from kdfast._calls import DenseCall
 from kdfast.kernels.launch import (
     KINDS,
     check_rows,
-    constants_of,
-    holds_rows,
+    cost_of_column,
     launch,
-    load_of,
     programs_for,
     row_arguments,
-    strides,
+    spec_of,
+    supports_one_read,
     tile_for,
 )
-from kdfast.kernels.rowmath import INF, LOG2E, Parameters, log_odds, two_classes
-from kdfast.kernels.rows import Row, coefficients, load_row, row_offset, store_parts, total
-from kdfast.kernels.softmax import Link, Scale, Softmax, best_of, entropy, origin_of
-from kdfast.kernels.statistics import ZScores, moments, statistics, statistics_of_held
+from kdfast.kernels.rowmath import INF, LOG2E, log_odds, two_classes
+from kdfast.kernels.rows import Row, Sizes, load_row, loss_of, row_pointer, strided, with_bounds
+from kdfast.kernels.softmax import Softmax, SoftmaxStats, Temperatures, argmax, origin_of, store_parts
+from kdfast.kernels.statistics import no_zscores, statistics, statistics_on_chip, zscores_of
 from kdfast.kernels.sweeps import (
     Backward,
-    Ground,
     Weights,
     elements,
-    first_value,
     gradient,
-    gradient_beyond,
-    gradient_of_held,
+    gradient_on_chip,
+    gradient_student_only,
     settle,
+    value_of_sums,
 )
-from kdfast.kernels.targets import label_of, slopes_of, softmax_beyond, truth_of
+from kdfast.kernels.targets import (
+    add_student_only,
+    at_left_out_label,
+    known_cross_entropy,
+    open_row,
+    target_gradient,
+    target_terms,
+    with_origin,
+)
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "dense_rows"]
 
 
-@triton.jit
-def _z_scores(at, STANDARDIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    z = ZScores(0.0, 1.0, 1.0, 0.0, 1.0)
-    if STANDARDIZE:
-        mean_s, inverse_s, count_s = moments(at.student, at.bound_t, BLOCK, WIDTH)
-        mean_t, inverse_t, _ = moments(at.teacher, at.bound_t, BLOCK, WIDTH)
-        z = ZScores(mean_s, inverse_s, count_s, mean_t, inverse_t)
-    return z
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _scale(c, z, FAMILY: tl.constexpr, STANDARDIZE: tl.constexpr):
+def _temperatures(c, zscores, spec):
     """Standardized logits are logits at another temperature; a constant row's differences are 0 at any."""
-    bits_s, bits_t = LOG2E / c.tau_s, LOG2E / c.tau_t
-    if STANDARDIZE:
-        bits_s *= tl.where(z.inverse_s == 0.0, 1.0, z.inverse_s)
-        bits_t *= tl.where(z.inverse_t == 0.0, 1.0, z.inverse_t)
-    if FAMILY == "mse":
-        bits_s = bits_s * 0.0 + LOG2E
-    squared = bits_s == 0.5 * LOG2E
-    has_truth = (c.ce != 0.0) | (c.z != 0.0)
-    return Scale(bits_s, bits_t, squared, has_truth & (bits_s != LOG2E) & (bits_s != 0.5 * LOG2E))
+    scale_log2_s, scale_log2_t = LOG2E / c.tau_s, LOG2E / c.tau_t
+    if spec.STANDARDIZE:
+        scale_log2_s *= tl.where(zscores.inverse_s == 0.0, 1.0, zscores.inverse_s)
+        scale_log2_t *= tl.where(zscores.inverse_t == 0.0, 1.0, zscores.inverse_t)
+    if spec.FAMILY == "mse":
+        scale_log2_s = scale_log2_s * 0.0 + LOG2E
+    squared = scale_log2_s == 0.5 * LOG2E
+    has_terms = (c.ce != 0.0) | (c.z_weight != 0.0)
+    separate = has_terms & (scale_log2_s != LOG2E) & (scale_log2_s != 0.5 * LOG2E)
+    return Temperatures(scale_log2_s, scale_log2_t, squared, separate)
 
 
 @triton.jit
-def _link(s):
-    """Probabilities from the first sweep's sums; 1 where a side has none, whose weights are all 0."""
-    dead = (s.z_s == 0.0) | (s.z_t == 0.0)
-    z_s, z_t = tl.where(dead, 1.0, s.z_s), tl.where(dead, 1.0, s.z_t)
-    return dead, Link(s.top_s, s.top_t, 1.0 / z_s, 1.0 / z_t, -tl.log(z_s), -tl.log(z_t), tl.log(z_s / z_t))
+def _softmax_stats(s):
+    """(whether a side has no finite logit, SoftmaxStats): such a side's weights are all 0."""
+    dead = (s.sum_exp_s == 0.0) | (s.sum_exp_t == 0.0)
+    sum_s, sum_t = tl.where(dead, 1.0, s.sum_exp_s), tl.where(dead, 1.0, s.sum_exp_t)
+    log_norm_q, log_norm_p, gap = -tl.log(sum_s), -tl.log(sum_t), tl.log(sum_s / sum_t)
+    return dead, SoftmaxStats(s.row_max_s, s.row_max_t, 1.0 / sum_s, 1.0 / sum_t, log_norm_q, log_norm_p, gap)
 
 
 @triton.jit
-def _divergence(
-    at,
-    s,
-    scale,
-    c,
-    x_label,
-    y_label,
-    by,
-    factor,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """(value, Link, Weights) of a row, from its first sweep's sums."""
-    dead, link = _link(s)
-    kd, zero = c.kd * factor / c.tau_s, c.kd * 0.0
-    student, teacher, target, mean, both = kd * link.q, kd * link.p, zero, zero, zero
-    if KIND == "dkd":
-        u, v = (x_label - origin_of(s.top_s)) * scale.student, (y_label - origin_of(s.top_t)) * scale.teacher
-        value, gap = two_classes(log_odds(u, s.z_s), log_odds(v, s.z_t))
-        value = by.a * value + tl.where(dead, 0.0, by.b * first_value(s, link, KIND, FAMILY))
+def _statistics(row, tiles, c, spec):
+    """(Statistics, TargetSums, Temperatures, ZScores) of a row."""
+    zscores = no_zscores()
+    if spec.STANDARDIZE:
+        zscores = zscores_of(row, spec)
+    tau = _temperatures(c, zscores, spec)
+    if spec.TILES_ON_CHIP > 0:
+        s, sums = statistics_on_chip(tiles, tau, zscores, spec)
+    else:
+        s, sums = statistics(row, tau, zscores, spec)
+    return s, sums, tau, zscores
+
+
+# ---- value -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _divergence(row, s, tau, c, label, y_target, by, spec):
+    """(value, SoftmaxStats, Weights) of a row, from its first sweep's sums; ``y_target`` is the teacher's at dkd's."""
+    dead, stats = _softmax_stats(s)
+    kd, zero = c.kd * by.scale / c.tau_s, c.kd * 0.0
+    student, teacher, target, mean, both = kd * stats.norm_q, kd * stats.norm_p, zero, zero, zero
+    if spec.KIND == "dkd":
+        u = (label.logit - origin_of(s.row_max_s)) * tau.scale_log2_s
+        v = (y_target - origin_of(s.row_max_t)) * tau.scale_log2_t
+        value, gap = two_classes(log_odds(u, s.sum_exp_s), log_odds(v, s.sum_exp_t))
+        value = by.a * value + tl.where(dead, 0.0, by.b * value_of_sums(s, stats, spec))
         target, rest = kd * by.a * gap, tl.where(dead, 0.0, kd * by.b)
-        student, teacher = (rest - target) * link.q, rest * link.p
-        dead = ((s.z_s == 0.0) & (x_label == -INF)) | ((s.z_t == 0.0) & (y_label == -INF))
-    elif FAMILY == "mse":
+        student, teacher = (rest - target) * stats.norm_q, rest * stats.norm_p
+        dead = ((s.sum_exp_s == 0.0) & (label.logit == -INF)) | ((s.sum_exp_t == 0.0) & (y_target == -INF))
+    elif spec.FAMILY == "mse":
         valid = tl.maximum(s.both, 1.0)
         value, kd, dead = s.cross_t / valid, 2.0 * c.kd / valid, s.both == 0.0
-    elif FAMILY == "element":
-        value, mean = elements(at, link, scale, by, KIND, CASE, "logits", BLOCK, WIDTH)
+    elif spec.FAMILY == "element":
+        value, mean = elements(row, stats, tau, by, spec)
     else:
-        value = first_value(s, link, KIND, FAMILY)
-        mean, both = link.q * s.cross_s, link.q * s.both
-    if FAMILY != "mse":
-        z = s.z_s + s.z_t
-        value = tl.where(z != z, float("nan"), value)
+        value = value_of_sums(s, stats, spec)
+        mean, both = stats.norm_q * s.cross_s, stats.norm_q * s.both
+    if spec.FAMILY != "mse":
+        sums = s.sum_exp_s + s.sum_exp_t
+        value = tl.where(sums != sums, float("nan"), value)
     off = dead | (c.kd == 0.0)
-    value = tl.where(c.is_bad, float("nan"), tl.where(dead, 0.0, factor * value))
+    value = tl.where(c.is_bad, float("nan"), tl.where(dead, 0.0, by.scale * value))
     student, teacher, target = tl.where(off, 0.0, student), tl.where(off, 0.0, teacher), tl.where(off, 0.0, target)
-    weights = Weights(tl.where(off, 0.0, kd), student, teacher, mean, both, target, zero, zero)
-    return value, link, weights
+    return value, stats, Weights(tl.where(off, 0.0, kd), student, teacher, mean, both, target, zero, zero)
+
+
+# ---- gradient --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _dense(
-    student,
-    teacher,
-    grad,
-    label,
-    probs,
-    coef,
-    loss,
-    parts,
-    rows,
-    inner,
-    outer_s,
-    inner_s,
-    outer_t,
-    inner_t,
-    outer_g,
-    inner_g,
-    outer_p,
-    inner_p,
-    columns,
-    shared,
-    smoothing,
-    a,
-    b,
-    rest,
-    minus_log_a,
-    minus_log_rest,
-    factor,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    LABELS: tl.constexpr = label is not None
-    PARTS: tl.constexpr = parts is not None
+def _write_gradient(to, sizes, student_only, tiles, back, softmax_tau1, label, spec):
+    """Writes the row's gradient, the student's lone columns first."""
+    targets, weights = back.targets, back.weights
+    if spec.STANDARDIZE:
+        weights = settle(back, spec)
+    at_column = targets.at_column
+    if spec.KIND == "dkd":
+        at_column = at_left_out_label(targets, softmax_tau1, label.logit)
+    if spec.TILES_ON_CHIP == 0:
+        row_max = softmax_tau1.row_max
+        gradient_student_only(to, sizes.shared, sizes.columns, student_only, row_max, targets, spec)
+    targets = with_origin(targets, softmax_tau1, back.stats.row_max_s, at_column)
+    back = Backward(back.row, back.stats, weights, back.tau, back.zscores, back.by, targets)
+    if spec.TILES_ON_CHIP > 0:
+        gradient_on_chip(to, sizes.shared, tiles, back, spec)
+    else:
+        gradient(to, sizes.shared, back, spec)
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dense_row(row_id, student, teacher, grad, targets, coef, results, sizes, by, spec):
+    """Computes one row."""
+    c, logits, probs, label = open_row(row_id, student, targets, coef, sizes, spec)
+    teacher = row_pointer(teacher, row_id, sizes.inner)
+    # A row that does not count is not read, nor is the teacher's where the divergence does not.
+    bound, bound_kd = tl.where(c.counts, sizes.shared, 0), tl.where(c.kd != 0.0, sizes.shared, 0)
+    bound_t = bound if results.parts is not None else bound_kd
+    row = Row(logits, teacher, probs, logits, bound, bound_t, label.column)
+    student_only = with_bounds(row, tl.where(c.counts, sizes.columns, 0), 0)
+    tiles = ()
+    if spec.TILES_ON_CHIP > 0:
+        tiles = load_row(row, spec)
+
+    s, sums, tau, zscores = _statistics(row, tiles, c, spec)
+    softmax_tau1 = Softmax(s.row_max_s, s.sum_exp_tau1)
+    if spec.TILES_ON_CHIP == 0:
+        softmax_tau1, sums = add_student_only(softmax_tau1, sums, student_only, sizes.shared, spec)
+    # dkd's target, which the sweeps leave out.
+    x_target, y_target = tl.full((), -INF, tl.float32), -INF
+    if spec.KIND == "dkd":
+        x_target = tl.where(label.column < sizes.shared, label.logit, -INF)
+        inside = label.found & (label.column < bound_t)
+        y_target = tl.load(teacher + label.column, mask=inside, other=-INF).to(tl.float32)
+    left_out = Softmax(x_target, 1.0)
+    softmax_tau1, terms = target_terms(softmax_tau1, sums, left_out, c, label, targets.smoothing, spec)
+
+    kd, stats, weights = _divergence(with_bounds(row, bound_t, bound_t), s, tau, c, label, y_target, by, spec)
+    if spec.KIND == "dkd":
+        kd = tl.where(label.found & (label.column < sizes.shared), kd, float("nan"))
+    loss = loss_of(c, kd, terms)
+    tl.store(results.loss + row_id, loss)
+    if results.parts is not None:
+        ce, column_t = known_cross_entropy(terms, label, spec), argmax(teacher, bound, spec).column
+        store_parts(results.parts, row_id, sizes.rows, row, c, kd, ce, column_t, spec)
+    if grad is not None:
+        of_targets = target_gradient(softmax_tau1, terms, label, loss)
+        back = Backward(with_bounds(row, bound, bound_kd), stats, weights, tau, zscores, by, of_targets)
+        to = row_pointer(grad, row_id, sizes.inner)
+        _write_gradient(to, sizes, student_only, tiles, back, softmax_tau1, label, spec)
+
+
+@triton.jit
+def _dense(student, teacher, grad, targets, coef, results, sizes, by, spec):
+    """Every n-th row of n programs; where a cluster holds a row, one row a program."""
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    by = Parameters(a, b, rest, minus_log_a, minus_log_rest)
-    for turn in range(1 if HELD else tl.cdiv(rows - tl.program_id(0), step)):
-        row = first + turn * step
-        c = coefficients(coef, row, rows, True, LABELS or probs is not None)
-        x_row = student + row_offset(row, inner, outer_s, inner_s)
-        y_row = teacher + row_offset(row, inner, outer_t, inner_t)
-        p_row = probs
-        if probs is not None:
-            p_row = probs + row_offset(row, inner, outer_p, inner_p)
-        target, x_label, has_label = -1, -INF, False
-        if LABELS:
-            target, x_label, has_label = label_of(label, row, x_row, columns, c.counts)
-        # A row that does not count is not read, nor is the teacher's where the divergence does not.
-        bound = tl.where(c.counts, shared, 0)
-        bound_kd = tl.where(c.kd != 0.0, shared, 0)
-        bound_t = bound if PARTS else bound_kd
-        at = Row(x_row, y_row, p_row, None, bound, bound_t, target)
-        held = None
-        if HELD:
-            held = load_row(at, KIND, HELD, BLOCK, WIDTH)
-        at = Row(x_row, y_row, p_row, None, bound, bound_t, target, held)
-        z = _z_scores(at, STANDARDIZE, BLOCK, WIDTH)
-        scale = _scale(c, z, FAMILY, STANDARDIZE)
-        if HELD:
-            s, labelled = statistics_of_held(at, scale, z, KIND, FAMILY, HELD, BLOCK // WIDTH)
-        else:
-            s, labelled = statistics(at, scale, z, KIND, FAMILY, "logits", SMOOTH, BLOCK, WIDTH)
-        # dkd's target, which the sweeps leave out.
-        target_logit = tl.full((), -INF, tl.float32)
-        if KIND == "dkd":
-            target_logit = tl.where(target < shared, x_label, -INF)
-        whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, target)
-        apart = Softmax(target_logit, 1.0)
-        one, beyond = Softmax(s.top_s, s.z_one), labelled
-        if not HELD:
-            one, beyond = softmax_beyond(one, labelled, whole, shared, SMOOTH, BLOCK, WIDTH)
-        one, truth = truth_of(one, beyond, probs, apart, c, x_label, has_label, smoothing, SMOOTH)
-        y_label = -INF
-        if KIND == "dkd":
-            y_label = tl.load(y_row + target, mask=has_label & (target < bound_t), other=-INF).to(tl.float32)
-        at = Row(x_row, y_row, p_row, None, bound_t, bound_t, target, held)
-        value, link, weights = _divergence(
-            at, s, scale, c, x_label, y_label, by, factor, KIND, FAMILY, CASE, BLOCK, WIDTH
-        )
-        if KIND == "dkd":
-            value = tl.where(has_label & (target < shared), value, float("nan"))
-        result = total(c, value, truth)
-        tl.store(loss + row, result)
-        if PARTS:
-            ce = truth.ce
-            if LABELS:
-                ce = tl.where(has_label, ce, 0.0)
-            elif probs is None:
-                ce = 0.0
-            agree = best_of(x_row, bound, BLOCK, WIDTH).column == best_of(y_row, bound, BLOCK, WIDTH).column
-            store_parts(parts, row, rows, c.counts, value, ce, entropy(x_row, bound, c.bits, BLOCK, WIDTH), agree)
-        if grad is not None:
-            g_row = grad + row_offset(row, inner, outer_g, inner_g)
-            at = Row(x_row, y_row, p_row, None, bound, bound_kd, target, held)
-            if STANDARDIZE:
-                weights = settle(at, link, weights, scale, z, by, KIND, FAMILY, CASE, BLOCK, WIDTH)
-            slope, at_column = slopes_of(one, truth, x_label, KIND == "dkd")
-            poison = tl.where(result != result, float("nan"), 0.0)
-            ground = Ground(slope, truth.share, truth.label, target, -truth.label, poison)
-            if not HELD:
-                gradient_beyond(g_row, shared, columns, whole, one.top, ground, LABELS, BLOCK, WIDTH)
-            # The shared columns' exponentials have an origin of their own.
-            down = tl.exp2((origin_of(link.top_s) - origin_of(one.top)) * LOG2E)
-            ground = Ground(slope * down, truth.share, truth.label, target, at_column, poison)
-            backward = Backward(at, link, weights, scale, z, by, ground)
-            if HELD:
-                gradient_of_held(g_row, shared, backward, KIND, FAMILY, LABELS, HELD, BLOCK, WIDTH)
-            else:
-                gradient(g_row, shared, backward, KIND, FAMILY, CASE, "logits", STANDARDIZE, LABELS, BLOCK, WIDTH)
+    for turn in range(1 if spec.TILES_ON_CHIP else tl.cdiv(sizes.rows - tl.program_id(0), step)):
+        _dense_row(first + turn * step, student, teacher, grad, targets, coef, results, sizes, by, spec)
 
 
-def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall, once: bool) -> tuple[dict[str, Any], int]:
-    """(the kernel's, its number of warps among them, and its programs)."""
+# ---- launch ----------------------------------------------------------------------------------------------------------
+
+
+def _arguments(student: Tensor, grad: Tensor | None, call: DenseCall, one_read: bool) -> tuple[dict[str, Any], int]:
+    """(the kernel's arguments and options, programs); ``one_read``: rows are read once where that is possible."""
     check_rows(student=student, teacher=call.teacher, label_probs=call.label_probs)
-    rows, columns = student.shape[0] * student.shape[1], student.shape[2]
-    constants = {
-        **constants_of(call.kind, call.a, call.b),
-        "STANDARDIZE": call.standardize,
-        "SMOOTH": call.smoothing != 0.0,
-    }
-    read = student, call.teacher, call.label_probs, grad
-    load = load_of(constants, columns, call.label_probs is not None, *read)
-    load = "held" if once and holds_rows(student, call, constants, load) else load
-    shape, width = tile_for(load, columns, student, call.teacher)
-    given = {
+    outer, inner, columns = student.shape
+    cost = cost_of_column(call, call.standardize, student, call.teacher, call.label_probs, grad)
+    cost = "on_chip" if one_read and supports_one_read(student, call, cost) else cost
+    tile, width = tile_for(cost, columns, student, call.teacher)
+    arguments = {
         **row_arguments(student, grad, call),
-        "teacher": call.teacher,
-        **strides("t", call.teacher),
-        "shared": min(columns, call.teacher.shape[2]),
-        **constants,
-        "HELD": shape.tiles,
-        "BLOCK": shape.block,
-        "WIDTH": width,
-        **shape.options(),
+        "teacher": strided(call.teacher),
+        "sizes": Sizes(outer * inner, inner, columns, min(columns, call.teacher.shape[2])),
+        "spec": spec_of(call, tile, width, "logits", standardize=call.standardize),
+        **tile.options(),
     }
-    return given, rows if shape.tiles else programs_for(rows, student.device, shape.programs)
+    return arguments, outer * inner if tile.tiles else programs_for(outer * inner, student.device, tile.programs)
 
 
 def dense_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """(rows,) losses and (4, rows) parts of ``torch.ops.kdfast.dense_rows``' arguments.
+    """The losses of student rows against teacher rows, and their gradient.
 
-    The gradient of the losses' sum goes to ``grad``, which may be the student's own memory.
+    Args:
+        student: (outer, inner, vocabulary) bfloat16, float16 or float32, of unit stride along the vocabulary.
+        grad: like ``student``, where the gradient of the losses' sum goes; it may be the student's own memory. None:
+            no gradient is wanted.
+        arguments: the others of ``torch.ops.kdfast.dense_rows``, which ``kdfast._calls.DenseCall`` names.
+
+    Returns:
+        (rows,) float32 losses, and (4, rows) float32 parts, (4, 0) where the call does not want them.
+
+    Raises:
+        ValueError: rows whose stride along the vocabulary is not 1.
     """
-    # Nobody has run that on a GPU; until then it is not the default.
-    once = os.environ.get("KDFAST_GPU") == "once"
-    return launch(_dense, *_arguments(student, grad, DenseCall(*arguments), once))
+    # Reading rows once has not been timed on a GPU; until then it is not the default.
+    one_read = os.environ.get("KDFAST_GPU") == "once"
+    return launch(_dense, *_arguments(student, grad, DenseCall(*arguments), one_read))
+
+
+# ---- forms that are compiled ahead of time ---------------------------------------------------------------------------
 
 
 def _variant(
     student: torch.dtype, teacher: torch.dtype, columns: int, divergence: str, everyday: bool = False, **options: Any
 ) -> Variant:
-    """A call's, by its dtypes, vocabulary and divergence; `options` are what it does beside."""
+    """The form of a call, by its dtypes, vocabulary and divergence, and by what it does besides."""
     sides = [torch.empty(64, 64, columns, dtype=dtype, device="meta") for dtype in (student, teacher)]
-    labels = torch.empty(4096, dtype=torch.int64, device="meta")
-    probs = sides[0] if options.get("probs") else None
-    coef = torch.empty(5, 4096, device="meta")
-    kind, smoothing, standardize = KINDS.index(divergence), options.get("smoothing", 0.0), "standardize" in options
+    label = torch.empty(4096, dtype=torch.int64, device="meta")
     call = DenseCall(
-        sides[1],
-        coef,
-        None if probs is not None else labels,
-        probs,
-        smoothing,
-        kind,
-        options.get("a", 0.5),
-        0.25,
-        1.0,
-        standardize,
-        "parts" in options,
+        teacher=sides[1],
+        coef=torch.empty(5, 4096, device="meta"),
+        label=None if options.get("probs") else label,
+        label_probs=sides[0] if options.get("probs") else None,
+        smoothing=options.get("smoothing", 0.0),
+        kind=KINDS.index(divergence),
+        a=options.get("a", 0.5),
+        b=0.25,
+        scale=1.0,
+        standardize="standardize" in options,
+        want_parts="parts" in options,
     )
     arguments, _ = _arguments(sides[0], sides[0], call, "once" in options)
     width = "odd" if columns % 8 else "aligned"
-    said = [f"{key}={value}" for key, value in options.items()]
-    name = "-".join([str(student)[6:], str(teacher)[6:], divergence, str(columns), width, *said])
-    return Variant.of_call(name, _dense, arguments, everyday)
+    others = [f"{key}={value}" for key, value in options.items()]
+    name = "-".join([str(student)[6:], str(teacher)[6:], divergence, str(columns), width, *others])
+    return Variant(name, _dense, arguments, everyday)
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32

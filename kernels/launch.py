@@ -1,47 +1,42 @@
-"""What every row op's launch decides: its tile, its grid, and how a divergence reaches the kernel."""
+"""What the launch of a row op decides: its tile, how many programs run, and what its kernel is compiled for."""
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 import kdfast._C as _C
 from kdfast._calls import DenseCall, SparseCall
+from kdfast.kernels.rowmath import ONE_READ, case_of, family_of, parameters_of
+from kdfast.kernels.rows import Results, Spec, strided
+from kdfast.kernels.targets import Targets
 
 __all__ = [
     "HAS_CLUSTERS",
     "KINDS",
-    "Shape",
+    "TILE_CONFIGS",
+    "TileConfig",
     "check_rows",
-    "constants_of",
+    "cost_of_column",
     "has_clusters",
-    "holds_rows",
     "launch",
-    "load_of",
     "programs_for",
     "row_arguments",
-    "strides",
+    "spec_of",
+    "supports_one_read",
     "tile_for",
 ]
 
 KINDS: tuple[str, ...] = _C.divergences()
-_FAMILIES = {
-    "forward_kl": "forward",
-    "soft_ce": "forward",
-    "dkd": "forward",
-    "reverse_kl": "reverse",
-    "symmetric_kl": "reverse",
-    "logit_mse": "mse",
-}
 
 
-class Shape(NamedTuple):
-    """Columns of a tile, its warps, programs per multiprocessor, thread blocks of each, and tiles that it holds."""
+class TileConfig(NamedTuple):
+    """Columns of a tile, its warps, programs per multiprocessor, thread blocks of each, and tiles held on the chip."""
 
     block: int
     warps: int
@@ -58,14 +53,14 @@ class Shape(NamedTuple):
 # By the most columns that it is for. Two rows' tiles of 16 columns a thread fit the registers where a column is two
 # exponentials and their product ("light"), 8 where it is more ("heavy"), 4 where each has an address ("odd"). Few
 # programs leave few rows in flight, whose second reads the second-level cache still holds. A cluster of programs may
-# hold the whole row ("held"), 8 columns of each of its tiles a thread.
-SHAPES = {
-    "light": ((1024, Shape(1024, 4, 4)), (2048, Shape(2048, 4, 4)), (1 << 31, Shape(4096, 8, 2))),
-    "heavy": ((1024, Shape(1024, 4, 4)), (1 << 31, Shape(2048, 8, 2))),
-    "odd": ((512, Shape(512, 4, 4)), (1 << 31, Shape(1024, 8, 2))),
-    "held": (
-        *((8192 * n, Shape(4096 * n, 16, 1, n, 2)) for n in (1, 2, 4, 8, 16)),
-        (196608, Shape(65536, 16, 1, 16, 3)),
+# hold the whole row ("on_chip"), 8 columns of each of its tiles a thread.
+TILE_CONFIGS = {
+    "light": ((1024, TileConfig(1024, 4, 4)), (2048, TileConfig(2048, 4, 4)), (1 << 31, TileConfig(4096, 8, 2))),
+    "heavy": ((1024, TileConfig(1024, 4, 4)), (1 << 31, TileConfig(2048, 8, 2))),
+    "odd": ((512, TileConfig(512, 4, 4)), (1 << 31, TileConfig(1024, 8, 2))),
+    "on_chip": (
+        *((8192 * n, TileConfig(4096 * n, 16, 1, n, 2)) for n in (1, 2, 4, 8, 16)),
+        (196608, TileConfig(65536, 16, 1, 16, 3)),
     ),
 }
 # Before, a reduction over several thread blocks does not compile.
@@ -74,41 +69,42 @@ HAS_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 INTERPRETED_PROGRAMS = 3
 
 
-def load_of(constants: dict[str, Any], columns: int, labelled: bool, *rows: Tensor | None) -> str:
-    """What a column weighs: the key of its shapes. Loads of unaligned rows need an address per column.
+# ---- tiles and programs ----------------------------------------------------------------------------------------------
 
-    Class probabilities as labels are one more row to hold.
+
+def cost_of_column(call: DenseCall | SparseCall, standardize: bool, *rows: Tensor | None) -> str:
+    """What a column costs a thread, as a key of TILE_CONFIGS; ``rows`` are what the kernel reads and writes.
+
+    Loads of unaligned rows need an address per column. Class probabilities as targets are one more row to hold.
     """
-    strided = [x for x in rows if x is not None]
-    aligned = columns % 8 == 0 and all(stride % 8 == 0 for x in strided for stride in x.stride()[:2])
-    narrow = all(x.element_size() == 2 for x in strided)
-    plain = constants["FAMILY"] == "forward" and not (constants["STANDARDIZE"] or constants["SMOOTH"] or labelled)
+    present = [x for x in rows if x is not None]
+    strides = [stride for x in present for stride in x.stride()[:2]]
+    aligned = all(x % 8 == 0 for x in (*strides, present[0].shape[2]))
+    narrow = all(x.element_size() == 2 for x in present)
+    forward = family_of(KINDS[call.kind]) == "forward"
+    plain = forward and not (standardize or call.smoothing != 0.0 or call.label_probs is not None)
     return "odd" if not aligned else "light" if plain and narrow else "heavy"
 
 
-def holds_rows(student: Tensor, call: DenseCall, constants: dict[str, Any], load: str) -> bool:
-    """Whether clusters of thread blocks can hold the rows in their registers and read them once.
-
-    Other divergences would spill.
-    """
-    if load == "odd" or not has_clusters(student.device):
+def supports_one_read(student: Tensor, call: DenseCall, cost: str) -> bool:
+    """Whether clusters of thread blocks can hold the rows of a call in their registers and read them once."""
+    if cost == "odd" or not has_clusters(student.device):
         return False
-    columns, widest = student.shape[2], SHAPES["held"][-1][0]
-    plain = not (call.standardize or call.want_parts or constants["SMOOTH"]) and call.label_probs is None
-    forward = constants["KIND"] in ("forward_kl", "soft_ce")
-    return forward and plain and columns == call.teacher.shape[2] <= widest
+    columns, widest = student.shape[2], TILE_CONFIGS["on_chip"][-1][0]
+    plain = not (call.standardize or call.want_parts or call.smoothing != 0.0) and call.label_probs is None
+    return KINDS[call.kind] in ONE_READ and plain and columns == call.teacher.shape[2] <= widest
 
 
 @cache
 def has_clusters(device: torch.device) -> bool:
-    """The interpreter needs none."""
+    """Whether a program may be a cluster of thread blocks; the interpreter needs none."""
     return device.type != "cuda" or (HAS_CLUSTERS and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
-def tile_for(load: str, columns: int, *rows: Tensor) -> tuple[Shape, int]:
-    """(Shape, columns that a thread loads at once): 16 bytes of the widest dtype."""
-    shape = next(shape for most, shape in SHAPES[load] if columns <= most)
-    return shape, 16 // max(x.element_size() for x in rows)
+def tile_for(cost: str, columns: int, *rows: Tensor) -> tuple[TileConfig, int]:
+    """(TileConfig, columns that a thread loads at once): 16 bytes of the widest dtype."""
+    tile = next(tile for most, tile in TILE_CONFIGS[cost] if columns <= most)
+    return tile, 16 // max(x.element_size() for x in rows)
 
 
 @cache
@@ -124,40 +120,15 @@ def programs_for(rows: int, device: torch.device, per_multiprocessor: int) -> in
     return min(rows, _multiprocessors(index) * per_multiprocessor)
 
 
-def row_arguments(student: Tensor, grad: Tensor | None, call: DenseCall | SparseCall) -> dict[str, Any]:
-    """What both row ops' kernels take."""
-    outer, inner, columns = student.shape
-    rows = outer * inner
-    return {
-        "student": student,
-        "grad": grad,
-        "label": call.label,
-        "probs": call.label_probs,
-        "coef": call.coef.contiguous(),
-        "loss": call.coef.new_empty(rows),
-        "parts": call.coef.new_empty(4, rows) if call.want_parts else None,
-        "rows": rows,
-        "inner": inner,
-        **strides("s", student),
-        **strides("g", grad),
-        **strides("p", call.label_probs),
-        "columns": columns,
-        "smoothing": call.smoothing,
-        **numbers_of(call.kind, call.a, call.b, call.scale),
-    }
-
-
-def launch(kernel: Any, arguments: dict[str, Any], programs: int) -> tuple[Tensor, Tensor]:
-    """Runs a row kernel by keyword. (rows,) losses and (4, rows) parts, or (4, 0) where nobody wants them."""
-    if programs:
-        with torch.cuda.device_of(arguments["student"]):
-            kernel[(programs,)](**arguments)
-    parts = arguments["parts"]
-    return arguments["loss"], arguments["coef"].new_empty(4, 0) if parts is None else parts
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def check_rows(**tensors: Tensor | None) -> None:
-    """What a kernel cannot check: rows that it reads lie along the vocabulary."""
+    """What a kernel cannot check: rows that it reads lie along the vocabulary.
+
+    Raises:
+        ValueError: they do not.
+    """
     for name, x in tensors.items():
         if x is not None and (x.dim() != 3 or (x.shape[2] > 1 and x.stride(2) != 1)):
             raise ValueError(
@@ -166,33 +137,40 @@ def check_rows(**tensors: Tensor | None) -> None:
             )
 
 
-def strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """The two strides before the vocabulary, as the kernels name them."""
-    outer, inner = (0, 0) if x is None else x.stride()[:2]
-    return {f"outer_{name}": outer, f"inner_{name}": inner}
+def spec_of(
+    call: DenseCall | SparseCall,
+    tile: TileConfig,
+    width: int,
+    teacher: str,
+    standardize: bool = False,
+    entries: int = 0,
+) -> Spec:
+    """What the kernel of a call is compiled for."""
+    name = KINDS[call.kind]
+    divergence = name, family_of(name), case_of(name, call.a, call.b)
+    targets = call.label is not None, call.label_probs is not None, call.smoothing != 0.0
+    return Spec(
+        *map(tl.constexpr, (*divergence, teacher, standardize, *targets, tile.block, width, tile.tiles, entries))
+    )
 
 
-def constants_of(kind: int, a: float, b: float) -> dict[str, Any]:
-    """What of a divergence a kernel is compiled for."""
-    name = KINDS[kind]
-    case = ""
-    if name == "alpha_beta":
-        zeros = {"a=b=0": a == b == 0.0, "b=0": b == 0.0, "a=0": a == 0.0, "a+b=0": a + b == 0.0}
-        case = next((case for case, holds in zeros.items() if holds), "")
-    elif name in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
-        beta = 1.0 - a if name == "skew_reverse_kl" else a
-        case = "near_q" if beta <= 0.5 else ""
-    return {"KIND": name, "FAMILY": _FAMILIES.get(name, "element"), "CASE": case}
-
-
-def numbers_of(kind: int, a: float, b: float, scale: float) -> dict[str, float]:
-    """Its parameters; logarithms that only mixtures have, and only they are in range of."""
-    mixes = KINDS[kind] in ("jsd", "skew_forward_kl", "skew_reverse_kl")
+def row_arguments(student: Tensor, grad: Tensor | None, call: DenseCall | SparseCall) -> dict[str, Any]:
+    """The arguments that the kernels of both row ops take."""
+    rows = student.shape[0] * student.shape[1]
     return {
-        "a": a,
-        "b": b,
-        "rest": 1.0 - a,
-        "minus_log_a": -math.log(a) if mixes else 0.0,
-        "minus_log_rest": -math.log1p(-a) if mixes else 0.0,
-        "factor": scale,
+        "student": strided(student),
+        "grad": strided(grad),
+        "targets": Targets(call.label, strided(call.label_probs), call.smoothing),
+        "coef": call.coef.contiguous(),
+        "results": Results(call.coef.new_empty(rows), call.coef.new_empty(4, rows) if call.want_parts else None),
+        "by": parameters_of(KINDS[call.kind], call.a, call.b, call.scale),
     }
+
+
+def launch(kernel: Any, arguments: dict[str, Any], programs: int) -> tuple[Tensor, Tensor]:
+    """Runs a row op's kernel. (rows,) losses and (4, rows) parts, or (4, 0) where nobody wants them."""
+    results = arguments["results"]
+    if programs:
+        with torch.cuda.device_of(results.loss):
+            kernel[(programs,)](**arguments)
+    return results.loss, results.loss.new_empty(4, 0) if results.parts is None else results.parts

@@ -1,24 +1,49 @@
-"""What one column adds to a divergence and to its gradient, as ``csrc/rowmath.h`` has it, and the functions that needs.
+"""The divergences of the Triton kernels: each one's formula for a column, and how a kernel computes it from a row.
 
-With u the student's tempered logits, dD/du_j = h_j - q_j sum_k h_k where h_j = q_j dD/dq_j. So a divergence is two
-numbers per column, its value and h. A side's logit of -inf makes its probability 0 and the gap infinite or NaN, so
-every product with the gap is selected, never multiplied, to 0.
+A divergence that is a sum over columns (the "element" family) is two numbers per column, as in ``csrc/rowmath.h``: its
+value and h. With u the student's tempered logits, dD/du_j = h_j - q_j sum_k h_k where h_j = q_j dD/dq_j. A side's logit
+of -inf makes its probability 0 and the log-ratio infinite or NaN, so every product with the log-ratio is selected,
+never multiplied, to 0.
+
+To add such a divergence, write its formula here and its branch in ``element``. No other file of the Triton kernels
+names a divergence of this family.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-__all__ = ["INF", "LN2", "LOG2E", "Parameters", "element", "log1p", "log2_or_lowest", "log_odds", "log_sigmoid"]
-__all__ += ["sum_of_values", "two_classes"]
+__all__ = ["INF", "LN2", "LOG2E", "ONE_READ", "WITHOUT_PROTOTYPES", "Parameters", "case_of", "element", "family_of"]
+__all__ += ["log1p", "log2_or_lowest", "log_odds", "log_sigmoid", "parameters_of", "sum_of_values", "two_classes"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 TINY = tl.constexpr(1.1754943508222875e-38)
+
+# ---- how a kernel computes a divergence ------------------------------------------------------------------------------
+
+# Divergences whose value and gradient follow from sums over the row, which the first sweep makes: over the teacher's
+# probabilities ("forward"), over the student's as well ("reverse"), or of squared logit gaps ("mse"). Every other one
+# is an "element": it needs the probabilities first, and then a value and an h per column.
+_FAMILIES = {
+    "forward_kl": "forward",
+    "soft_ce": "forward",
+    "dkd": "forward",
+    "reverse_kl": "reverse",
+    "symmetric_kl": "reverse",
+    "logit_mse": "mse",
+}
+# Divergences from a mixture of p and q, by the weight of p in it.
+_MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+# What the one-read form of the dense kernel takes: others would spill registers.
+ONE_READ = ("forward_kl", "soft_ce")
+# What a cached row can be compared by when only the mass of its tail is known, not the tail's distribution.
+WITHOUT_PROTOTYPES = ("forward_kl", "soft_ce")
 
 
 class Parameters(NamedTuple):
@@ -26,9 +51,35 @@ class Parameters(NamedTuple):
 
     a: tl.tensor
     b: tl.tensor
-    rest: tl.tensor  # 1 - a, from the host's float64
-    minus_log_a: tl.tensor
-    minus_log_rest: tl.tensor
+    one_minus_a: tl.tensor  # from the host's float64
+    minus_log_a: tl.tensor  # the logarithms are a mixture's, and 0 for others
+    minus_log_one_minus_a: tl.tensor
+    scale: tl.tensor  # a factor of value and gradient
+
+
+def family_of(name: str) -> str:
+    """How a kernel computes the divergence: "forward", "reverse", "mse" or "element"."""
+    return _FAMILIES.get(name, "element")
+
+
+def case_of(name: str, a: float, b: float) -> str:
+    """Which special case of its formula a kernel is compiled for; "" for the general one."""
+    if name == "alpha_beta":
+        zeros = {"a=b=0": a == b == 0.0, "b=0": b == 0.0, "a=0": a == 0.0, "a+b=0": a + b == 0.0}
+        return next((case for case, holds in zeros.items() if holds), "")
+    if name in _MIXTURES:
+        weight_of_p = 1.0 - a if name == "skew_reverse_kl" else a
+        return "near_q" if weight_of_p <= 0.5 else ""
+    return ""
+
+
+def parameters_of(name: str, a: float, b: float, scale: float) -> Parameters:
+    """The parameters of a launch."""
+    mixes = name in _MIXTURES
+    return Parameters(a, b, 1.0 - a, -math.log(a) if mixes else 0.0, -math.log1p(-a) if mixes else 0.0, scale)
+
+
+# ---- functions that the formulas need --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -40,7 +91,7 @@ def log1p(x):
 
 @triton.jit
 def log2_or_lowest(x):
-    """Of what is not negative: -inf at 0, right below the normal range, where a GPU's logarithm sees 0."""
+    """log2 of x >= 0: -inf at 0, and right below the normal range, where a GPU's logarithm sees 0."""
     small = x < TINY
     y = tl.log2(tl.where(x > 0.0, tl.where(small, x * 18446744073709551616.0, x), 1.0))
     return tl.where(x == 0.0, -INF, tl.where(x > 0.0, tl.where(small, y - 64.0, y), float("nan")))
@@ -51,42 +102,45 @@ def log_sigmoid(x):
     return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
 
 
+# ---- mixtures --------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _log_near(x, y, w):
-    """log(x / m) where m is nearer to x, weighing y with w <= 1/2; harmless where x is negligible."""
+    """log(x / m) of a mixture m = (1 - w) x + w y with w <= 1/2; harmless where x is negligible."""
     return -log1p(w * tl.minimum(1e30, (y - x) / x))
 
 
 @triton.jit
-def _log_far(x, y, w, rest, log_x, gap, minus_log_w):
-    """log(y / m) from log(x / m) and the gap log(y / x).
+def _log_far(x, y, w, one_minus_w, log_x, gap, minus_log_w):
+    """log(y / m) of the same mixture, from log(x / m) and the gap log(y / x).
 
     Where x is negligible, m = w y, and their sum would only bring out the gap's rounding.
     """
-    return tl.where(rest * x > 1e-8 * w * y, gap + log_x, minus_log_w)
+    return tl.where(one_minus_w * x > 1e-8 * w * y, gap + log_x, minus_log_w)
 
 
 @triton.jit
-def _mixture_logs(p, q, d, beta, rest, minus_log_beta, minus_log_rest, NEAR_Q: tl.constexpr):
-    """log(p / m) and log(q / m) of m = beta p + (1 - beta) q: one logarithm serves both.
+def _mixture_logs(p, q, d, beta, one_minus_beta, minus_log_beta, minus_log_one_minus_beta, NEAR_Q: tl.constexpr):
+    """log(p / m) and log(q / m) of m = beta p + (1 - beta) q.
 
-    It is taken on the side that m is near to (q up to beta = 1/2): what divides by beta or 1 - beta would bring out the
-    other side's rounding.
+    One logarithm is taken on the side closer to m (q up to beta = 1/2), the other derived from the gap d = log(p / q):
+    dividing by beta or 1 - beta would amplify the other side's rounding.
     """
     if NEAR_Q:
         log_q = _log_near(q, p, beta)
-        log_p = _log_far(q, p, beta, rest, log_q, d, minus_log_beta)
+        log_p = _log_far(q, p, beta, one_minus_beta, log_q, d, minus_log_beta)
     else:
-        log_p = _log_near(p, q, rest)
-        log_q = _log_far(p, q, rest, beta, log_p, -d, minus_log_rest)
+        log_p = _log_near(p, q, one_minus_beta)
+        log_q = _log_far(p, q, one_minus_beta, beta, log_p, -d, minus_log_one_minus_beta)
     return log_p, log_q
 
 
 @triton.jit
 def _jsd(p, q, d, by, NEAR_Q: tl.constexpr):
-    """The teacher's half of the value, and h, which is the student's: sum_of_values() adds them."""
-    log_p, log_q = _mixture_logs(p, q, d, by.a, by.rest, by.minus_log_a, by.minus_log_rest, NEAR_Q)
-    return tl.where(p > 0.0, by.a * p * log_p, 0.0), tl.where(q > 0.0, by.rest * q * log_q, 0.0)
+    """The teacher's half of the value, and h, which is the student's half: sum_of_values() adds them."""
+    log_p, log_q = _mixture_logs(p, q, d, by.a, by.one_minus_a, by.minus_log_a, by.minus_log_one_minus_a, NEAR_Q)
+    return tl.where(p > 0.0, by.a * p * log_p, 0.0), tl.where(q > 0.0, by.one_minus_a * q * log_q, 0.0)
 
 
 # The skew divergences' h is only defined up to a multiple of q; this multiple makes it 0 where p = q.
@@ -94,18 +148,21 @@ def _jsd(p, q, d, by, NEAR_Q: tl.constexpr):
 
 @triton.jit
 def _skew_forward_kl(p, q, d, by, NEAR_Q: tl.constexpr):
-    log_p, _ = _mixture_logs(p, q, d, by.a, by.rest, by.minus_log_a, by.minus_log_rest, NEAR_Q)
-    mixture = by.a * p + by.rest * q
-    h = tl.where(mixture > 0.0, by.rest * by.rest * q * ((q - p) / mixture), 0.0)
+    log_p, _ = _mixture_logs(p, q, d, by.a, by.one_minus_a, by.minus_log_a, by.minus_log_one_minus_a, NEAR_Q)
+    mixture = by.a * p + by.one_minus_a * q
+    h = tl.where(mixture > 0.0, by.one_minus_a * by.one_minus_a * q * ((q - p) / mixture), 0.0)
     return tl.where(p > 0.0, p * log_p, 0.0), h
 
 
 @triton.jit
 def _skew_reverse_kl(p, q, d, by, NEAR_Q: tl.constexpr):
-    _, log_q = _mixture_logs(p, q, d, by.rest, by.a, by.minus_log_rest, by.minus_log_a, NEAR_Q)
-    mixture = by.a * q + by.rest * p
+    _, log_q = _mixture_logs(p, q, d, by.one_minus_a, by.a, by.minus_log_one_minus_a, by.minus_log_a, NEAR_Q)
+    mixture = by.a * q + by.one_minus_a * p
     value = tl.where(q > 0.0, q * log_q, 0.0)
-    return value, tl.where(mixture > 0.0, value + by.a * by.rest * q * ((p - q) / mixture), 0.0)
+    return value, tl.where(mixture > 0.0, value + by.a * by.one_minus_a * q * ((p - q) / mixture), 0.0)
+
+
+# ---- others ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -116,7 +173,7 @@ def _tvd(p, q):
 
 @triton.jit
 def _alpha_beta(d, log_p, log_q, by, CASE: tl.constexpr):
-    """The summand with its limits at a = 0, b = 0 and a + b = 0, and its lone columns (``csrc/rowmath.h``)."""
+    """The summand with its limits at a = 0, b = 0 and a + b = 0, and where only one side has the column."""
     a, b, total = by.a, by.b, by.a + by.b
     # Not the column's d: the value is flat in d around 0 only together with the logarithms it is the difference of.
     gap = log_p - log_q
@@ -134,13 +191,16 @@ def _alpha_beta(d, log_p, log_q, by, CASE: tl.constexpr):
     else:
         value = (a / total * p_s + b / total * q_s - cross) / (a * b)
     has_p, has_q = log_p > -INF, log_q > -INF
-    alone_p = tl.where((total > 0.0) & (b > 0.0), p_s / (b * total), INF)
-    # Their limits at a = 0 are infinite; there is nothing to divide by.
+    only_p = tl.where((total > 0.0) & (b > 0.0), p_s / (b * total), INF)
+    # The limits of the student's lone columns at a = 0 are infinite; there is nothing to divide by.
     finite_q = (total > 0.0) & (a > 0.0)
-    alone_q = tl.where(finite_q, q_s / (a * total), INF)
+    only_q = tl.where(finite_q, q_s / (a * total), INF)
     slope_q = tl.where(finite_q, q_s / a, 0.0)
-    value = tl.where(has_p, tl.where(has_q, value, alone_p), tl.where(has_q, alone_q, 0.0))
+    value = tl.where(has_p, tl.where(has_q, value, only_p), tl.where(has_q, only_q, 0.0))
     return value, tl.where(has_q, tl.where(has_p, h, slope_q), 0.0)
+
+
+# ---- the column of any of them ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -193,7 +253,7 @@ def _neyman_chi2(p, q, d, log_p, log_q):
 
 @triton.jit
 def element(p, q, d, log_p, log_q, by, KIND: tl.constexpr, CASE: tl.constexpr):
-    """(value, h) of one column: p is the teacher, q the student, d = log p - log q."""
+    """(value, h) of one column: p is the teacher's probability, q the student's, d = log p - log q."""
     if KIND == "jsd":
         value, h = _jsd(p, q, d, by, CASE == "near_q")
     elif KIND == "skew_forward_kl":
@@ -215,21 +275,23 @@ def element(p, q, d, log_p, log_q, by, KIND: tl.constexpr, CASE: tl.constexpr):
 
 @triton.jit
 def sum_of_values(values, slopes, KIND: tl.constexpr):
-    """The divergence over columns, from element()'s two sums.
+    """The divergence over columns, from the sums of element()'s two numbers.
 
-    jsd's value holds its h. Added column by column, with both summed, they crash LLVM's vectoriser (Triton 3.9,
-    unaligned rows, sm_90 and above).
+    jsd's value is the sum of both: adding them column by column, with both summed, crashes LLVM's vectoriser (Triton
+    3.9, unaligned rows, sm_90 and above).
     """
     return values + slopes if KIND == "jsd" else values
 
 
-# dkd's term of two classes, the target and the rest, from its log-odds on both sides.
+# ---- dkd's term of two classes, the target and the rest --------------------------------------------------------------
 
 
 @triton.jit
-def log_odds(exponent, z):
-    """Of the target, whose exponent (bits) has the rest's origin, against the rest; +inf where nothing else is."""
-    return tl.where(z == 0.0, INF, exponent * LN2 - tl.log(tl.where(z == 0.0, 1.0, z)))
+def log_odds(exponent, sum_exp):
+    """Log-odds of the target against the rest, from its exponent of 2 relative to the rest's origin and the rest's sum
+    of exponentials; +inf where the rest is nothing.
+    """
+    return tl.where(sum_exp == 0.0, INF, exponent * LN2 - tl.log(tl.where(sum_exp == 0.0, 1.0, sum_exp)))
 
 
 @triton.jit
@@ -240,7 +302,10 @@ def _binary_kl(odds_p, odds_q):
 
 @triton.jit
 def two_classes(odds_s, odds_t):
-    """(divergence, gap of the target's probabilities), the gap on the side where neither is close to 1."""
+    """(KL between the two classes' probabilities, gap of the target's), from the target's log-odds on both sides.
+
+    The gap is taken on the side where neither is close to 1.
+    """
     sign = tl.where(odds_s > 0.0, -1.0, 1.0)
     gap = sign * (1.0 / (1.0 + tl.exp(-sign * odds_s)) - 1.0 / (1.0 + tl.exp(-sign * odds_t)))
     return _binary_kl(odds_t, odds_s) + _binary_kl(-odds_t, -odds_s), gap

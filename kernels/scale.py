@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,20 +27,27 @@ def _scale(x, factor, count, BLOCK: tl.constexpr):
     tl.store(x + at, y.to(x.dtype.element_ty), mask=inside)
 
 
+def _arguments(x: Tensor, factor: Tensor) -> dict[str, Any]:
+    return {"x": x, "factor": factor, "count": x.numel(), "BLOCK": BLOCK}
+
+
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """``x.mul_(factor)`` for a contiguous ``x`` and one number ``factor``; a factor of 1 costs no memory traffic."""
+    """``x.mul_(factor)`` in place, without memory traffic where the factor is 1.
+
+    Args:
+        x: contiguous, of dtype bfloat16, float16 or float32.
+        factor: one number of any floating-point dtype, on the device of ``x``.
+    """
     if x.numel():
-        _scale[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK)
+        _scale[(triton.cdiv(x.numel(), BLOCK),)](**_arguments(x, factor))
 
 
 VARIANTS = [
     Variant(
-        f"{dtype}{'' if aligned else '-odd'}",
+        f"{str(dtype)[6:]}{'' if count % 16 == 0 else '-odd'}",
         _scale,
-        {"x": f"*{dtype}", "factor": "*fp32", "count": "i64"},
-        {"BLOCK": BLOCK},
-        aligned=("x", "factor", *aligned),
+        _arguments(torch.empty(count, dtype=dtype, device="meta"), torch.empty((), device="meta")),
     )
-    for dtype in ("bf16", "fp16", "fp32")
-    for aligned in (("count",), ())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for count in (1 << 32, (1 << 32) + 1)
 ]

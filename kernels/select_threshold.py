@@ -8,13 +8,15 @@ a hit's place among its row's entries is known without counting the hits.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels.select_row import BLOCK, WARPS, Rows, load_tile, row_variants, start_of_row, weigh
+from kdfast.kernels.select_row import BLOCK, WARPS, Logits, forms, load_tile, start_of_row, weigh
+from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "select_threshold"]
 
@@ -22,6 +24,16 @@ __all__ = ["VARIANTS", "select_threshold"]
 FRACTION = tl.constexpr(40)
 UNIT = tl.constexpr(1 << 40)
 ABOVE = tl.constexpr(1 << 52)
+
+
+class Entries(NamedTuple):
+    """A kernel's argument: where the chosen columns go."""
+
+    ids: tl.tensor  # (rows, capacity) int32
+    probs: tl.tensor  # likewise, float32
+    counts: tl.tensor  # (rows,) int32
+    lse: tl.tensor  # (rows,) float32
+    capacity: tl.tensor
 
 
 @triton.jit
@@ -40,103 +52,107 @@ def uniform_bits(seed, row):
     return mix(stream + golden)
 
 
-@triton.jit(do_not_specialize=["seed", "first_row"])
-def _select_threshold(
-    logits,
-    inner,
-    outer_stride,
-    inner_stride,
-    columns,
-    bits,
-    inverse,
-    tau,
-    seed,
-    first_row,
-    capacity,
-    ids,
-    probs,
-    counts,
-    lse,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    logits = start_of_row(logits, row, inner, outer_stride, inner_stride)
-    ids += row.to(tl.int64) * capacity
-    probs += row.to(tl.int64) * capacity
-    top, total = weigh(logits, columns, bits, BLOCK)
-    sound = total > 0.0
-    tl.store(lse + row, tl.where(sound, top * inverse + tl.log(total), float("nan")))
-    columns = tl.where(sound, columns, 0)
-    limit = total * tau
-    per_unit = tl.minimum(1.0 / limit, 3e38)
-    # The sum begins where it passes a multiple of a unit as it exceeds the first point.
-    phase = (UNIT - 1) - (uniform_bits(seed, first_row + row) >> (64 - FRACTION)).to(tl.int64)
-    count = 0
-    for begin in range(0, columns, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        x = load_tile(logits, at, columns)
-        e = tl.exp2((x - top) * bits)
-        above = e > limit
-        low = (tl.minimum(e * per_unit, 1.0) * UNIT).to(tl.int64)
-        own = tl.where(above, ABOVE, low)
-        end = phase + tl.cumsum(own, 0)
-        start = end - own
-        before, behind = passed(start), passed(end)
-        inside = (behind > before) & (count + before < capacity)
-        tl.store(ids + count + before, at, mask=inside)
-        tl.store(probs + count + before, tl.where(above, e / total, tau), mask=inside)
-        sum = phase + tl.sum(own, 0)
-        count += passed(sum)
-        phase = sum & (UNIT - 1)
-    # What rounding has left behind the row's last column: a row without an entry above tau has one on the grid.
-    columns = tl.where(count == 0, columns, 0)
-    last = -1
-    for begin in range(0, columns, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        x = load_tile(logits, at, columns)
-        last = tl.maximum(last, tl.max(tl.where(tl.exp2((x - top) * bits) > 0.0, at, -1), 0))
-    tl.store(ids, last, mask=last >= 0)
-    tl.store(probs, tau, mask=last >= 0)
-    tl.store(counts + row, tl.where(last >= 0, 1, tl.minimum(count, capacity)))
-
-
 @triton.jit
-def passed(sum):
+def entries_in(sum):
     """How many entries a sum stands for."""
     points = sum >> FRACTION
     return ((points & 4095) + (points >> 12)).to(tl.int32)
 
 
+@triton.jit
+def _choose(row, columns, row_max, total, scale_log2, tau, random, ids, probs, capacity, BLOCK: tl.constexpr):
+    """Writes a row's entries; how many there are, even of those that have no room."""
+    limit = total * tau
+    per_unit = tl.minimum(1.0 / limit, 3e38)
+    # The sum begins where it passes a multiple of a unit as it exceeds the first point.
+    phase = (UNIT - 1) - (random >> (64 - FRACTION)).to(tl.int64)
+    count = 0
+    for begin in range(0, columns, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        e = tl.exp2((load_tile(row, at, columns) - row_max) * scale_log2)
+        above = e > limit
+        own = tl.where(above, ABOVE, (tl.minimum(e * per_unit, 1.0) * UNIT).to(tl.int64))
+        end = phase + tl.cumsum(own, 0)
+        before, behind = entries_in(end - own), entries_in(end)
+        inside = (behind > before) & (count + before < capacity)
+        tl.store(ids + count + before, at, mask=inside)
+        tl.store(probs + count + before, tl.where(above, e / total, tau), mask=inside)
+        sum = phase + tl.sum(own, 0)
+        count += entries_in(sum)
+        phase = sum & (UNIT - 1)
+    return count
+
+
+@triton.jit
+def _last_column(row, columns, row_max, scale_log2, BLOCK: tl.constexpr):
+    """A row's last column with a probability above 0; -1 where there is none."""
+    last = -1
+    for begin in range(0, columns, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        x = load_tile(row, at, columns)
+        last = tl.maximum(last, tl.max(tl.where(tl.exp2((x - row_max) * scale_log2) > 0.0, at, -1), 0))
+    return last
+
+
+@triton.jit(do_not_specialize=["seed", "first_row"])
+def _select_threshold(logits, tau, seed, first_row, out, BLOCK: tl.constexpr):
+    row_id = tl.program_id(0)
+    row = start_of_row(logits, row_id)
+    ids, probs = out.ids + row_id.to(tl.int64) * out.capacity, out.probs + row_id.to(tl.int64) * out.capacity
+    row_max, total = weigh(row, logits.columns, logits.scale_log2, BLOCK)
+    sound = total > 0.0
+    tl.store(out.lse + row_id, tl.where(sound, row_max * logits.inverse_tau + tl.log(total), float("nan")))
+    columns = tl.where(sound, logits.columns, 0)
+    random = uniform_bits(seed, first_row + row_id)
+    count = _choose(row, columns, row_max, total, logits.scale_log2, tau, random, ids, probs, out.capacity, BLOCK)
+    # What rounding has left behind the row's last column: a row without an entry above tau has one on the grid.
+    last = _last_column(row, tl.where(count == 0, columns, 0), row_max, logits.scale_log2, BLOCK)
+    tl.store(ids, last, mask=last >= 0)
+    tl.store(probs, tau, mask=last >= 0)
+    tl.store(out.counts + row_id, tl.where(last >= 0, 1, tl.minimum(count, out.capacity)))
+
+
+def _arguments(logits: Tensor, temperature: float, tau: float, seed: int, first_row: int) -> dict[str, Any]:
+    rows, columns = logits.shape[0] * logits.shape[1], logits.shape[2]
+    capacity = min(columns, math.ceil(1.0 / tau) + 2 if tau * columns > 1.0 else columns)
+    entries = Entries(
+        logits.new_empty(rows, capacity, dtype=torch.int32),
+        logits.new_empty(rows, capacity, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.int32),
+        logits.new_empty(rows, dtype=torch.float32),
+        capacity,
+    )
+    argument = Logits.of(logits, temperature)
+    choice = {"tau": tau, "seed": seed, "first_row": first_row}
+    return {"logits": argument, **choice, "out": entries, "BLOCK": BLOCK, "num_warps": WARPS}
+
+
 def select_threshold(
     logits: Tensor, temperature: float, tau: float, seed: int, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids, probs, counts, lse) of (outer, inner, columns) logits in ascending order of columns."""
-    rows = Rows(logits, temperature)
-    capacity = min(rows.columns, math.ceil(1.0 / tau) + 2 if tau * rows.columns > 1.0 else rows.columns)
-    ids = rows.new(rows.count, capacity, dtype=torch.int32)
-    probs = rows.new(rows.count, capacity, dtype=torch.float32)
-    counts, lse = rows.new(rows.count, dtype=torch.int32), rows.new(rows.count, dtype=torch.float32)
-    if rows.count:
-        numbers = (rows.bits, rows.inverse, tau, seed, first_row, capacity)
-        _select_threshold[(rows.count,)](*rows.place, *numbers, ids, probs, counts, lse, BLOCK=BLOCK, num_warps=WARPS)
+    """The columns of each row that the threshold sampler keeps, as ``torch.ops.kdfast.select_threshold`` does.
+
+    Args:
+        logits: (outer, inner, columns) bfloat16, float16 or float32, of unit stride along the columns.
+        temperature: of the softmax.
+        tau: probabilities above it are kept, others by systematic sampling with probability p / tau.
+        seed, first_row: what the random offset of the first row is derived from; later rows count up.
+
+    Returns:
+        (entries,) int32 ids and float32 probabilities, a row's after another's and ascending by id; (rows,) int32
+        counts of each row's; (rows,) float32 log-sum-exps. A row with a NaN, +inf or no finite logit has no entries
+        and a log-sum-exp of NaN.
+    """
+    arguments = _arguments(logits, temperature, tau, seed, first_row)
+    ids, probs, counts, lse, capacity = arguments["out"]
+    if len(counts):
+        _select_threshold[(len(counts),)](**arguments)
     kept = torch.arange(capacity, device=counts.device) < counts[:, None]
     at = kept.view(-1).nonzero()[:, 0]
     return ids.view(-1)[at], probs.view(-1)[at], counts, lse
 
 
-VARIANTS = row_variants(
-    _select_threshold,
-    {
-        "bits": "fp32",
-        "inverse": "fp32",
-        "tau": "fp32",
-        "seed": "i64",
-        "first_row": "i64",
-        "capacity": "i32",
-        "ids": "*i32",
-        "probs": "*fp32",
-        "counts": "*i32",
-        "lse": "*fp32",
-    },
-    {"BLOCK": BLOCK},
-)
+VARIANTS = [
+    Variant(name, _select_threshold, _arguments(logits, 1.0, 0.02, 1 << 40, 1 << 40))
+    for name, logits in forms().items()
+]

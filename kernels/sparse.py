@@ -1,12 +1,12 @@
-"""``sparse_rows`` and its gradient forms: student logits against K (id, weight) entries, a tail, and the tail's shape.
+"""``sparse_rows`` and its gradient forms: student logits against K (id, weight) entries and a tail.
 
-A tail without a shape is one more class. With one, every column has a probability: a row of the table stands for the
-teacher's exponentials, and the dense sweeps read it.
+A tail without a prototype is one more class. With one, every column has a probability: the prototype, a row of a table
+of probabilities, says how the tail's mass is spread, and the dense sweeps read it in place of the teacher.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kdfast._calls import SparseCall
 from kdfast.kernels.entries import (
-    EntryLink,
+    EntryLists,
+    EntryStats,
     EntryWeights,
-    best_entry,
+    argmax_of_entries,
     entries_of,
     entry_gradient,
     entry_sums,
@@ -28,27 +29,43 @@ from kdfast.kernels.entries import (
 from kdfast.kernels.launch import (
     KINDS,
     check_rows,
-    constants_of,
+    cost_of_column,
     launch,
-    load_of,
     programs_for,
     row_arguments,
+    spec_of,
     tile_for,
 )
-from kdfast.kernels.rowmath import INF, LN2, LOG2E, Parameters, log_odds, two_classes
-from kdfast.kernels.rows import Row, coefficients, columns_of_tile, row_offset, store_parts, total
-from kdfast.kernels.softmax import Link, Scale, Softmax, best_of, best_outside, entropy, merge, origin_of
-from kdfast.kernels.statistics import ZScores, statistics
-from kdfast.kernels.sweeps import (
-    Backward,
-    Ground,
-    Weights,
-    elements,
-    first_value,
-    gradient,
-    gradient_beyond,
+from kdfast.kernels.rowmath import INF, LN2, LOG2E, WITHOUT_PROTOTYPES, log_odds, two_classes
+from kdfast.kernels.rows import (
+    Row,
+    Sizes,
+    loss_of,
+    per_group,
+    row_pointer,
+    tile_columns,
+    with_bounds,
 )
-from kdfast.kernels.targets import label_of, slopes_of, softmax_beyond, truth_of
+from kdfast.kernels.softmax import (
+    Softmax,
+    SoftmaxStats,
+    Temperatures,
+    argmax_outside_entries,
+    merge,
+    origin_of,
+    store_parts,
+)
+from kdfast.kernels.statistics import no_zscores, statistics
+from kdfast.kernels.sweeps import Backward, Weights, elements, gradient, gradient_student_only, value_of_sums
+from kdfast.kernels.targets import (
+    add_student_only,
+    at_left_out_label,
+    known_cross_entropy,
+    open_row,
+    target_gradient,
+    target_terms,
+    with_origin,
+)
 from kdfast.kernels.variant import Variant
 
 __all__ = ["VARIANTS", "sparse_rows"]
@@ -57,408 +74,425 @@ __all__ = ["VARIANTS", "sparse_rows"]
 ENTRIES = 128
 
 
+class Tails(NamedTuple):
+    """A kernel's argument: what the teacher leaves outside the entries of every row."""
+
+    log_mass: tl.tensor  # (rows,) float32; None: nothing
+    prototype_ids: tl.tensor  # (rows,) int64; None: one more class
+    prototypes: tl.tensor  # (count, vocab) probabilities
+    count: tl.tensor
+    vocab: tl.tensor  # the teacher's
+
+
+class Marks(NamedTuple):
+    """A kernel's argument: for each program a bit per column, up to whole tiles, all 0."""
+
+    words: tl.tensor
+    per_program: tl.tensor  # words of a program
+
+
+class _Tail(NamedTuple):
+    """One row's tail as it is before the sweep."""
+
+    log_mass: tl.tensor  # -inf: none
+    prototype: tl.tensor  # pointer to it; without one, the student's
+    good: tl.tensor  # the prototype is one of the table
+
+
+class _Spread(NamedTuple):
+    """How a row's tail is spread over its columns."""
+
+    log_mass: tl.tensor  # -inf: none
+    at_target: tl.tensor  # the prototype at dkd's target
+    outside: tl.tensor  # the prototype's sum over the columns that are no entries
+
+
+class _Loaded(NamedTuple):
+    """What is known of a row before its sweep."""
+
+    row: tl.tensor
+    student_only: tl.tensor  # the row with the columns that only the student has
+    entries: tl.tensor
+    label: tl.tensor
+    log_mass: tl.tensor
+    at_target: tl.tensor
+    wanted: tl.tensor  # the divergence counts, or the parts are wanted
+    bound_kd: tl.tensor  # columns that the divergence's gradient reads of the prototype
+    good: tl.tensor  # ids, offsets, prototype and label are in range
+
+
+class _Sums(NamedTuple):
+    """A row's sums, from which the divergence follows."""
+
+    columns: tl.tensor  # Statistics of the columns that are no entries
+    entries: tl.tensor  # EntrySums
+    whole: tl.tensor  # the student's Softmax over both
+
+
+class _Stats(NamedTuple):
+    """What makes probabilities of exponentials and weights."""
+
+    columns: tl.tensor  # SoftmaxStats of the columns that are no entries
+    entries: tl.tensor  # EntryStats
+    dead: tl.tensor  # a side has nothing
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def _mass_beyond(shape, first, vocab, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of a shape's columns that the student lacks."""
-    mass = tl.zeros([BLOCK // WIDTH], tl.float32)
-    for start in range(first, vocab, BLOCK):
-        column = start + columns_of_tile(BLOCK, WIDTH)
-        mass += tl.sum(tl.load(shape + column, mask=column < vocab, other=0.0).to(tl.float32), 1)
+def _tail_of(tails, row_id, c, logits, spec):
+    """A row's _Tail."""
+    log_mass, prototype, good = c.kd * 0.0 - INF, logits, c.counts | True
+    if tails.log_mass is not None:
+        log_mass = tl.load(tails.log_mass + row_id)
+    if spec.TEACHER == "prototype":
+        index = tl.load(tails.prototype_ids + row_id)
+        good = (index >= 0) & (index < tails.count)
+        prototype = tails.prototypes + tl.where(good, index, 0) * tails.vocab
+    return _Tail(log_mass, prototype, good)
+
+
+@triton.jit
+def _load(row_id, opened, lists, tails, marks, sizes, PARTS: tl.constexpr, spec):
+    """A row's _Loaded, with the entries' columns marked."""
+    c, logits, probs, label = opened
+    wanted = c.counts if PARTS else c.kd != 0.0
+    bound = tl.where(c.counts, sizes.shared, 0)
+    bound_t, bound_kd = tl.where(wanted, sizes.shared, 0), tl.where(c.kd != 0.0, sizes.shared, 0)
+    log_mass, prototype, good = _tail_of(tails, row_id, c, logits, spec)
+    if spec.TEACHER == "prototype":
+        read = good & (log_mass != -INF)
+        bound_t, bound_kd = tl.where(read, bound_t, 0), tl.where(read, bound_kd, 0)
+    excluded, at_target = -1, 0.0
+    if spec.KIND == "dkd":
+        excluded = label.column
+        good = good & label.found & (label.column < sizes.shared)
+        inside = label.found & (label.column < bound_t)
+        at_target = tl.load(prototype + label.column, mask=inside, other=0.0).to(tl.float32)
+    entries, whole = entries_of(lists, row_id, logits, marks, sizes.shared, excluded, wanted)
+    good = good & whole & (mark(entries, spec) == 0)
+    row = Row(logits, prototype, probs, marks, bound, bound_t, excluded)
+    student_only = with_bounds(row, tl.where(c.counts, sizes.columns, 0), 0)
+    return _Loaded(row, student_only, entries, label, log_mass, at_target, wanted, bound_kd, good)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _temperatures(c):
+    """The student's temperature for both sides: cached labels have the teacher's in them."""
+    has_terms = (c.ce != 0.0) | (c.z_weight != 0.0)
+    scale_log2, separate = LOG2E / c.tau_s, has_terms & (c.tau_s != 1.0) & (c.tau_s != 2.0)
+    return Temperatures(scale_log2, scale_log2, c.tau_s == 2.0, separate)
+
+
+@triton.jit
+def _prototype_beyond(prototype, first, vocab, spec):
+    """The sum of a prototype's columns that the student lacks."""
+    mass = per_group(0.0, spec)
+    for start in range(first, vocab, spec.BLOCK):
+        column = tile_columns(start, spec)
+        mass += tl.sum(tl.load(prototype + column, mask=column < vocab, other=0.0).to(tl.float32), 1)
     return tl.sum(mass, 0)
 
 
 @triton.jit
-def _links(s, sums, rest, scale, tail, outside, SHAPED: tl.constexpr):
-    """(Link of the columns outside the entries, EntryLink, whether either side has nothing).
+def _sums(loaded, c, tau, smoothing, vocab, sizes, spec):
+    """(_Sums, _Spread, the student's softmax at temperature 1, TargetTerms) of a row."""
+    label = loaded.label
+    s, target_sums = statistics(loaded.row, tau, no_zscores(), spec)
+    e = entry_sums(loaded.entries, tau, spec)
+    left_out = Softmax(e.row_max, e.sum_exp_tau1)
+    if spec.KIND == "dkd":
+        x_target = tl.where(label.column < sizes.shared, label.logit, -INF)
+        left_out = merge(left_out, Softmax(x_target, 1.0), LOG2E)
+    softmax_tau1 = Softmax(s.row_max_s, s.sum_exp_tau1)
+    softmax_tau1, target_sums = add_student_only(softmax_tau1, target_sums, loaded.student_only, sizes.shared, spec)
+    softmax_tau1, terms = target_terms(softmax_tau1, target_sums, left_out, c, label, smoothing, spec)
+    whole = merge(Softmax(s.row_max_s, s.sum_exp_s), Softmax(e.row_max, e.sum_exp), tau.scale_log2_s)
+    outside = s.sum_exp_t
+    if spec.TEACHER == "prototype":
+        vocab = tl.where(loaded.row.bound_t > 0, vocab, 0)
+        outside += _prototype_beyond(loaded.row.teacher, sizes.shared, vocab, spec)
+        outside += tl.where(e.has_target, 0.0, loaded.at_target)
+    return _Sums(s, e, whole), _Spread(loaded.log_mass, loaded.at_target, outside), softmax_tau1, terms
 
-    `outside` is the sum of the shape there, over which the tail's mass is spread; `rest` the student's softmax.
-    """
-    dead = rest.z == 0.0
-    z = tl.where(dead, 1.0, rest.z)
+
+@triton.jit
+def _stats(sums, spread, tau, spec):
+    """_Stats: the tail's mass is spread over the prototype's columns that are no entries."""
+    s, whole = sums.columns, sums.whole
+    dead = whole.sum_exp == 0.0
+    sum_exp = tl.where(dead, 1.0, whole.sum_exp)
     # Columns that the student masks altogether have no origin to be relative to.
-    down = tl.where(s.z_s == 0.0, 0.0, origin_of(s.top_s) - origin_of(rest.top)) * scale.student
-    q, log_q = tl.exp2(down) / z, down * LN2 - tl.log(z)
-    p, log_p, mass = rest.z * 0.0, rest.z * 0.0, rest.z * 0.0 + 1.0
-    if SHAPED:
-        none = (outside == 0.0) | (tail == -INF)
-        log_c = tl.where(none, 0.0, tail - tl.log(tl.where(none, 1.0, outside)))
+    down = tl.where(s.sum_exp_s == 0.0, 0.0, origin_of(s.row_max_s) - origin_of(whole.row_max)) * tau.scale_log2_s
+    q, log_q = tl.exp2(down) / sum_exp, down * LN2 - tl.log(sum_exp)
+    p, log_p, mass = whole.sum_exp * 0.0, whole.sum_exp * 0.0, whole.sum_exp * 0.0 + 1.0
+    if spec.TEACHER == "prototype":
+        none = (spread.outside == 0.0) | (spread.log_mass == -INF)
+        log_c = tl.where(none, 0.0, spread.log_mass - tl.log(tl.where(none, 1.0, spread.outside)))
         c = tl.where(none, 0.0, tl.exp(log_c))
-        mass = sums.mass + c * s.z_t
+        mass = sums.entries.mass + c * s.sum_exp_t
         dead = dead | (mass == 0.0)
         mass = tl.where(mass == 0.0, 1.0, mass)
         p, log_p = c / mass, log_c - tl.log(mass)
-    link = Link(s.top_s, s.top_t, q, p, log_q, log_p, log_p - log_q)
-    return link, EntryLink(origin_of(rest.top), scale.student, tl.log(z), mass), dead
+    columns = SoftmaxStats(s.row_max_s, s.row_max_t, q, p, log_q, log_p, log_p - log_q)
+    return _Stats(columns, EntryStats(origin_of(whole.row_max), tau.scale_log2_s, tl.log(sum_exp), mass), dead)
+
+
+# ---- value -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _classes(s, sums, link, entry_link, entries, dead, tail, kd, by, KIND: tl.constexpr, ENTRIES: tl.constexpr):
+def _against_classes(loaded, sums, stats, spread, kd, by, spec):
     """(value, Weights, EntryWeights) against the entries and, as one more class, the tail."""
-    value, _, _ = entry_values(entries, entry_link, by, KIND, "forward", "", ENTRIES)
-    tail_mass, z_tail = tl.exp(tail), tl.where(s.z_s == 0.0, 1.0, s.z_s)
+    value, _, _ = entry_values(loaded.entries, stats.entries, by, spec)
+    sum_exp = sums.columns.sum_exp_s
+    tail_mass, sum_tail = tl.exp(spread.log_mass), tl.where(sum_exp == 0.0, 1.0, sum_exp)
     # A tail without a column that the student leaves it is infinite.
-    gap = (0.0 if KIND == "soft_ce" else tail) - (tl.log(z_tail) + link.log_q)
-    value += tl.where(tail == -INF, 0.0, tl.where(s.z_s == 0.0, INF, tail_mass * gap))
-    value = tl.where(s.z_s + sums.z != s.z_s + sums.z, float("nan"), tl.where(dead, 0.0, value))
-    off = dead | (kd == 0.0)
+    gap = (0.0 if spec.KIND == "soft_ce" else spread.log_mass) - (tl.log(sum_tail) + stats.columns.log_norm_q)
+    value += tl.where(spread.log_mass == -INF, 0.0, tl.where(sum_exp == 0.0, INF, tail_mass * gap))
+    both = sum_exp + sums.entries.sum_exp
+    value = tl.where(both != both, float("nan"), tl.where(stats.dead, 0.0, value))
+    off = stats.dead | (kd == 0.0)
     zero = tl.where(off, 0.0, kd * 0.0)
-    kd, mass = tl.where(off, 0.0, kd), sums.mass + tail_mass
-    student = tl.where(off, 0.0, kd * (mass * link.q - tl.where(s.z_s == 0.0, 0.0, tail_mass / z_tail)))
-    weights = Weights(kd, student, zero, zero, zero, zero, zero, zero)
-    return value, weights, EntryWeights(kd, mass, 1.0, zero)
+    kd, mass = tl.where(off, 0.0, kd), sums.entries.mass + tail_mass
+    of_tail = tl.where(sum_exp == 0.0, 0.0, tail_mass / sum_tail)
+    student = tl.where(off, 0.0, kd * (mass * stats.columns.norm_q - of_tail))
+    return value, Weights(kd, student, zero, zero, zero, zero, zero, zero), EntryWeights(kd, mass, 1.0, zero)
 
 
 @triton.jit
-def _target_of(s, sums, link, entry_link, rest, dead, x_label, y_label, scale, tail, outside):
+def _two_classes(sums, stats, spread, tau, label):
     """dkd's term of the target and the rest: (value, gap of the target's probabilities, whether a side is dead)."""
-    mass = sums.mass + link.p * entry_link.mass * s.z_t
-    spread = tl.log(tl.where(outside == 0.0, 1.0, y_label)) + tail - tl.log(tl.where(outside == 0.0, 1.0, outside))
-    spread = tl.where((y_label > 0.0) & (outside > 0.0), spread, -INF)
-    weight = tl.where(sums.target == 0.0, -INF, tl.log(tl.where(sums.target == 0.0, 1.0, sums.target)))
-    log_p = tl.where(sums.has_target, weight, spread)
-    odds_s = log_odds((x_label - origin_of(rest.top)) * scale.student, rest.z)
-    odds_t = log_odds(log_p * LOG2E, mass)
-    value, gap = two_classes(odds_s, odds_t)
-    return value, gap, ((rest.z == 0.0) & (x_label == -INF)) | ((mass == 0.0) & (log_p == -INF))
+    e, whole, outside = sums.entries, sums.whole, spread.outside
+    mass = e.mass + stats.columns.norm_p * stats.entries.mass * sums.columns.sum_exp_t
+    log_spread = tl.log(tl.where(outside == 0.0, 1.0, spread.at_target)) + spread.log_mass
+    log_spread -= tl.log(tl.where(outside == 0.0, 1.0, outside))
+    log_spread = tl.where((spread.at_target > 0.0) & (outside > 0.0), log_spread, -INF)
+    weight = tl.where(e.target == 0.0, -INF, tl.log(tl.where(e.target == 0.0, 1.0, e.target)))
+    log_p = tl.where(e.has_target, weight, log_spread)
+    odds_s = log_odds((label.logit - origin_of(whole.row_max)) * tau.scale_log2_s, whole.sum_exp)
+    value, gap = two_classes(odds_s, log_odds(log_p * LOG2E, mass))
+    dead = ((whole.sum_exp == 0.0) & (label.logit == -INF)) | ((mass == 0.0) & (log_p == -INF))
+    return value, gap, dead
 
 
 @triton.jit
-def _spread(
-    at,
-    s,
-    sums,
-    link,
-    entry_link,
-    entries,
-    rest,
-    dead,
-    x_label,
-    y_label,
-    scale,
-    tail,
-    outside,
-    kd,
-    by,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """(value, Weights, EntryWeights) against the entries and a tail that has a shape."""
-    value, slope, both = entry_values(entries, entry_link, by, KIND, FAMILY, CASE, ENTRIES)
+def _against_prototype(loaded, sums, stats, spread, tau, kd, by, spec):
+    """(value, Weights, EntryWeights) against the entries and a tail that has a prototype."""
+    columns, dead, row = stats.columns, stats.dead, loaded.row
+    value, slope, both = entry_values(loaded.entries, stats.entries, by, spec)
     zero = kd * 0.0
     student, teacher, mean, target = 1.0 + zero, 1.0 + zero, zero, zero
-    if FAMILY == "element":
-        columns, of_columns = elements(at, link, scale, by, KIND, CASE, "shape", BLOCK, WIDTH)
-        value, slope = value + columns, slope + of_columns
+    if spec.FAMILY == "element":
+        row = with_bounds(row, tl.where(loaded.wanted, row.bound, 0), row.bound_t)
+        of_columns, slopes = elements(row, columns, tau, by, spec)
+        value, slope = value + of_columns, slope + slopes
         mean = slope
     else:
-        value += first_value(s, link, KIND, FAMILY)
-        if FAMILY == "reverse":
-            mean = link.q * s.cross_s + (slope + link.gap * both) / LN2
-            both += link.q * s.both
-            slope = mean * LN2 - link.gap * both
-    if KIND == "dkd":
-        term, gap, no_target = _target_of(s, sums, link, entry_link, rest, dead, x_label, y_label, scale, tail, outside)
+        value += value_of_sums(sums.columns, columns, spec)
+        if spec.FAMILY == "reverse":
+            mean = columns.norm_q * sums.columns.cross_s + (slope + columns.log_norm_gap * both) / LN2
+            both += columns.norm_q * sums.columns.both
+            slope = mean * LN2 - columns.log_norm_gap * both
+    if spec.KIND == "dkd":
+        term, gap, no_target = _two_classes(sums, stats, spread, tau, loaded.label)
         value = by.a * term + tl.where(dead, 0.0, by.b * value)
         target, teacher = by.a * gap, tl.where(dead, 0.0, by.b)
         student, dead = teacher - target, no_target
-    off = dead | (kd == 0.0)
-    broken = (outside != outside) | (outside == INF) | (entry_link.mass != entry_link.mass) | (rest.z != rest.z)
+    off, mass, sum_exp, outside = dead | (kd == 0.0), stats.entries.mass, sums.whole.sum_exp, spread.outside
+    broken = (outside != outside) | (outside == INF) | (mass != mass) | (sum_exp != sum_exp)
     value = tl.where(broken, float("nan"), tl.where(dead, 0.0, value))
     kd = tl.where(off, 0.0, kd)
-    by_e, by_r = tl.where(off, 0.0, kd * student * link.q), tl.where(off, 0.0, kd * teacher * link.p)
-    weights = Weights(kd, by_e, by_r, mean, both, tl.where(off, 0.0, kd * target), zero, zero)
+    by_e, by_p = tl.where(off, 0.0, kd * student * columns.norm_q), tl.where(off, 0.0, kd * teacher * columns.norm_p)
+    weights = Weights(kd, by_e, by_p, mean, both, tl.where(off, 0.0, kd * target), zero, zero)
     return value, weights, EntryWeights(kd, student, teacher, slope)
 
 
 @triton.jit
-def _sparse(
-    student,
-    ids,
-    weights,
-    offsets,
-    tail,
-    shape,
-    shapes,
-    marks,
-    grad,
-    label,
-    probs,
-    coef,
-    loss,
-    parts,
-    rows,
-    inner,
-    outer_s,
-    inner_s,
-    outer_g,
-    inner_g,
-    outer_p,
-    inner_p,
-    columns,
-    shared,
-    vocab,
-    shape_count,
-    entry_count,
-    words,
-    smoothing,
-    a,
-    b,
-    rest,
-    minus_log_a,
-    minus_log_rest,
-    factor,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    LABELS: tl.constexpr = label is not None
-    PARTS: tl.constexpr = parts is not None
-    SHAPED: tl.constexpr = shapes is not None
-    TEACHER: tl.constexpr = "shape" if shapes is not None else "none"
+def _argmax_of_teacher(loaded, stats, spec):
+    """The column where the teacher is largest: an entry's, or the prototype's best other one."""
+    weight, best = argmax_of_entries(loaded.entries, spec)
+    if spec.TEACHER == "prototype":
+        r = loaded.row
+        row = Row(r.student, r.teacher, r.probs, r.marks, r.bound, r.bound_t, -1)
+        other = argmax_outside_entries(row, spec)
+        best = tl.where(stats.columns.norm_p * stats.entries.mass * other.value > weight, other.column, best)
+    return best
+
+
+# ---- gradient --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _write_gradient(to, sizes, loaded, back, stats, entry_weights, softmax_tau1, spec):
+    """Writes the row's gradient: the student's lone columns, the shared ones, and then the entries over these."""
+    targets, label, row_max = back.targets, loaded.label, softmax_tau1.row_max
+    gradient_student_only(to, sizes.shared, sizes.columns, loaded.student_only, row_max, targets, spec)
+    shared = with_origin(targets, softmax_tau1, back.stats.row_max_s, targets.at_column)
+    back = Backward(back.row, back.stats, back.weights, back.tau, back.zscores, back.by, shared)
+    gradient(to, sizes.shared, back, spec)
+    entries, probs = loaded.entries, loaded.row.probs
+    entry_gradient(to, probs, entries, stats.entries, entry_weights, row_max, targets, back.by, spec)
+    if spec.KIND == "dkd":
+        g = back.weights.target + at_left_out_label(targets, softmax_tau1, label.logit) - targets.uniform
+        g = tl.where(label.logit == -INF, 0.0, g) + targets.poison
+        tl.store(to + label.column, g.to(to.dtype.element_ty), mask=label.found & (label.column < sizes.shared))
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sparse_row(row_id, student, grad, lists, tails, marks, targets, coef, results, sizes, by, spec):
+    """Computes one row; ``marks`` are its program's."""
+    opened = open_row(row_id, student, targets, coef, sizes, spec)
+    c, label = opened.coefficients, opened.label
+    loaded = _load(row_id, opened, lists, tails, marks, sizes, results.parts is not None, spec)
+    tau = _temperatures(c)
+    sums, spread, softmax_tau1, terms = _sums(loaded, c, tau, targets.smoothing, tails.vocab, sizes, spec)
+    stats = _stats(sums, spread, tau, spec)
+    kd_weight = c.kd * by.scale / c.tau_s
+    if spec.TEACHER == "prototype":
+        kd, weights, entry_weights = _against_prototype(loaded, sums, stats, spread, tau, kd_weight, by, spec)
+    else:
+        kd, weights, entry_weights = _against_classes(loaded, sums, stats, spread, kd_weight, by, spec)
+    kd = tl.where(loaded.good & (c.is_bad == 0), by.scale * kd, float("nan"))
+    loss = loss_of(c, kd, terms)
+    tl.store(results.loss + row_id, loss)
+    if results.parts is not None:
+        ce, column_t = known_cross_entropy(terms, label, spec), _argmax_of_teacher(loaded, stats, spec)
+        store_parts(results.parts, row_id, sizes.rows, loaded.row, c, kd, ce, column_t, spec)
+    if grad is not None:
+        row = with_bounds(loaded.row, loaded.row.bound, loaded.bound_kd)
+        of_targets = target_gradient(softmax_tau1, terms, label, loss)
+        back = Backward(row, stats.columns, weights, tau, no_zscores(), by, of_targets)
+        to = row_pointer(grad, row_id, sizes.inner)
+        _write_gradient(to, sizes, loaded, back, stats, entry_weights, softmax_tau1, spec)
+    unmark(loaded.entries, spec)
+
+
+@triton.jit
+def _sparse(student, grad, lists, tails, marks, targets, coef, results, sizes, by, spec):
+    """Every n-th row of n programs."""
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    by = Parameters(a, b, rest, minus_log_a, minus_log_rest)
-    marked = marks + first * words
-    for turn in range(tl.cdiv(rows - tl.program_id(0), step)):
-        row = first + turn * step
-        c = coefficients(coef, row, rows, False, LABELS or probs is not None)
-        x_row = student + row_offset(row, inner, outer_s, inner_s)
-        p_row = probs
-        if probs is not None:
-            p_row = probs + row_offset(row, inner, outer_p, inner_p)
-        target, x_label, has_label = -1, -INF, False
-        if LABELS:
-            target, x_label, has_label = label_of(label, row, x_row, columns, c.counts)
-        wanted = c.counts if PARTS else c.kd != 0.0
-        bound = tl.where(c.counts, shared, 0)
-        bound_t, bound_kd = tl.where(wanted, shared, 0), tl.where(c.kd != 0.0, shared, 0)
-        log_tail = c.kd * 0.0 - INF
-        if tail is not None:
-            log_tail = tl.load(tail + row)
-        good, y_row, y_label = c.counts | True, x_row, 0.0
-        if SHAPED:
-            index = tl.load(shape + row)
-            good = (index >= 0) & (index < shape_count)
-            y_row = shapes + tl.where(good, index, 0) * vocab
-            read = good & (log_tail != -INF)
-            bound_t, bound_kd = tl.where(read, bound_t, 0), tl.where(read, bound_kd, 0)
-        apart = -1
-        if KIND == "dkd":
-            apart = target
-            good = good & has_label & (target < shared)
-            y_label = tl.load(y_row + target, mask=has_label & (target < bound_t), other=0.0).to(tl.float32)
-        entries, whole_row = entries_of(ids, weights, offsets, row, entry_count, x_row, marked, shared, apart, wanted)
-        good = good & whole_row & (mark(entries, ENTRIES) == 0)
-
-        has_truth = (c.ce != 0.0) | (c.z != 0.0)
-        bits = LOG2E / c.tau_s
-        scale = Scale(bits, bits, c.tau_s == 2.0, has_truth & (c.tau_s != 1.0) & (c.tau_s != 2.0))
-        z = ZScores(0.0, 1.0, 1.0, 0.0, 1.0)
-        at = Row(x_row, y_row, p_row, marked, bound, bound_t, apart)
-        s, labelled = statistics(at, scale, z, KIND, FAMILY, TEACHER, SMOOTH, BLOCK, WIDTH)
-        sums = entry_sums(entries, scale, ENTRIES)
-        in_entries = Softmax(sums.top, sums.z_one)
-        if KIND == "dkd":
-            in_entries = merge(in_entries, Softmax(tl.where(target < shared, x_label, -INF), 1.0), LOG2E)
-        whole = Row(x_row, y_row, p_row, None, tl.where(c.counts, columns, 0), 0, apart)
-        one, labelled = softmax_beyond(Softmax(s.top_s, s.z_one), labelled, whole, shared, SMOOTH, BLOCK, WIDTH)
-        one, truth = truth_of(one, labelled, probs, in_entries, c, x_label, has_label, smoothing, SMOOTH)
-
-        over = merge(Softmax(s.top_s, s.z_s), Softmax(sums.top, sums.z), scale.student)
-        outside = s.z_t
-        if SHAPED:
-            outside += _mass_beyond(y_row, shared, tl.where(bound_t > 0, vocab, 0), BLOCK, WIDTH)
-            outside += tl.where(sums.has_target, 0.0, y_label)
-        link, entry_link, dead = _links(s, sums, over, scale, log_tail, outside, SHAPED)
-        kd = c.kd * factor / c.tau_s
-        if SHAPED:
-            at = Row(x_row, y_row, p_row, marked, tl.where(wanted, bound, 0), bound_t, apart)
-            value, slopes, entry_slopes = _spread(
-                at,
-                s,
-                sums,
-                link,
-                entry_link,
-                entries,
-                over,
-                dead,
-                x_label,
-                y_label,
-                scale,
-                log_tail,
-                outside,
-                kd,
-                by,
-                KIND,
-                FAMILY,
-                CASE,
-                BLOCK,
-                WIDTH,
-                ENTRIES,
-            )
-        else:
-            value, slopes, entry_slopes = _classes(
-                s, sums, link, entry_link, entries, dead, log_tail, kd, by, KIND, ENTRIES
-            )
-        value = tl.where(good & (c.is_bad == 0), factor * value, float("nan"))
-        result = total(c, value, truth)
-        tl.store(loss + row, result)
-        if PARTS:
-            ce = truth.ce
-            if LABELS:
-                ce = tl.where(has_label, ce, 0.0)
-            elif probs is None:
-                ce = 0.0
-            weight, best = best_entry(entries, ENTRIES)
-            if SHAPED:
-                at = Row(x_row, y_row, p_row, marked, bound, bound_t, -1)
-                other = best_outside(at, BLOCK, WIDTH)
-                best = tl.where(link.p * entry_link.mass * other.value > weight, other.column, best)
-            agree = best_of(x_row, bound, BLOCK, WIDTH).column == best
-            store_parts(parts, row, rows, c.counts, value, ce, entropy(x_row, bound, c.bits, BLOCK, WIDTH), agree)
-        if grad is not None:
-            g_row = grad + row_offset(row, inner, outer_g, inner_g)
-            slope, at_column = slopes_of(one, truth, x_label, KIND == "dkd")
-            poison = tl.where(result != result, float("nan"), 0.0)
-            ground = Ground(slope, truth.share, truth.label, target, -truth.label, poison)
-            gradient_beyond(g_row, shared, columns, whole, one.top, ground, LABELS, BLOCK, WIDTH)
-            down = tl.exp2((origin_of(link.top_s) - origin_of(one.top)) * LOG2E)
-            ground_shared = Ground(slope * down, truth.share, truth.label, target, -truth.label, poison)
-            at = Row(x_row, y_row, p_row, marked, bound, bound_kd, apart)
-            backward = Backward(at, link, slopes, scale, z, by, ground_shared)
-            gradient(g_row, shared, backward, KIND, FAMILY, CASE, TEACHER, False, LABELS, BLOCK, WIDTH)
-            entry_gradient(
-                g_row,
-                p_row,
-                entries,
-                entry_link,
-                entry_slopes,
-                one.top,
-                ground,
-                by,
-                KIND,
-                FAMILY,
-                CASE,
-                LABELS,
-                ENTRIES,
-            )
-            if KIND == "dkd":
-                g = tl.where(x_label == -INF, 0.0, slopes.target + at_column - truth.share) + poison
-                tl.store(g_row + target, g.to(grad.dtype.element_ty), mask=has_label & (target < shared))
-        unmark(entries, ENTRIES)
+    words = marks.words + first * marks.per_program
+    for turn in range(tl.cdiv(sizes.rows - tl.program_id(0), step)):
+        row_id = first + turn * step
+        _sparse_row(row_id, student, grad, lists, tails, words, targets, coef, results, sizes, by, spec)
 
 
-def _check(ids: Tensor, offsets: Tensor, rows: int, shape: Tensor | None, shapes: Tensor | None, kind: int) -> None:
+# ---- launch ----------------------------------------------------------------------------------------------------------
+
+
+def _check(call: SparseCall, rows: int) -> None:
     """What the kernel takes for granted; whether offsets and indices are in range it sees for itself."""
-    if offsets.numel() != rows + 1:
-        raise ValueError(f"offsets must be ({rows + 1},), got {tuple(offsets.shape)}")
-    if (shape is None) != (shapes is None):
-        raise ValueError("shape and shapes belong together")
-    if shapes is None and KINDS[kind] not in ("forward_kl", "soft_ce"):
-        raise ValueError(f"divergence {KINDS[kind]} needs the shapes of the tails")
-    if KINDS[kind] == "logit_mse":
+    name = KINDS[call.kind]
+    if call.offsets.numel() != rows + 1:
+        raise ValueError(f"offsets must be ({rows + 1},), got {tuple(call.offsets.shape)}")
+    if (call.prototype_ids is None) != (call.prototypes is None):
+        raise ValueError("prototype_ids and prototypes belong together")
+    if call.prototypes is None and name not in WITHOUT_PROTOTYPES:
+        raise ValueError(f"divergence {name} needs prototypes of the tails")
+    if name == "logit_mse":
         raise ValueError("logit_mse needs the teacher's logits")
 
 
 def _arguments(student: Tensor, grad: Tensor | None, call: SparseCall) -> tuple[dict[str, Any], int]:
-    """(the kernel's, its number of warps among them, and its programs)."""
+    """(the kernel's arguments and options, programs)."""
     check_rows(student=student, label_probs=call.label_probs)
-    rows, columns, shapes = student.shape[0] * student.shape[1], student.shape[2], call.prototypes
-    _check(call.ids, call.offsets, rows, call.prototype_ids, shapes, call.kind)
-    constants = {**constants_of(call.kind, call.a, call.b), "STANDARDIZE": False, "SMOOTH": call.smoothing != 0.0}
-    load = load_of(constants, columns, call.label_probs is not None, student, call.label_probs, grad)
-    if shapes is not None:  # a second row to read, with a logarithm per column
-        load = {"light": "heavy", "heavy": "heavy" if call.label_probs is None else "odd"}.get(load, load)
-    tile, width = tile_for(load, columns, student)
-    del constants["STANDARDIZE"]
-    programs = programs_for(rows, student.device, tile.programs)
-    # A bit per column for each program, up to whole tiles.
+    (outer, inner, columns), prototypes = student.shape, call.prototypes
+    _check(call, outer * inner)
+    cost = cost_of_column(call, False, student, call.label_probs, grad)
+    if prototypes is not None:  # a second row to read, with a logarithm per column
+        cost = {"light": "heavy", "heavy": "heavy" if call.label_probs is None else "odd"}.get(cost, cost)
+    tile, width = tile_for(cost, columns, student)
+    programs = programs_for(outer * inner, student.device, tile.programs)
     words = -(-columns // tile.block) * tile.block // 32
-    given = {
+    count = 0 if prototypes is None else prototypes.shape[0]
+    arguments = {
         **row_arguments(student, grad, call),
-        "ids": call.ids,
-        "weights": call.weights,
-        "offsets": call.offsets,
-        "tail": call.tail,
-        "shape": call.prototype_ids,
-        "shapes": shapes,
-        "marks": torch.zeros(programs * words, dtype=torch.int32, device=student.device),
-        "shared": min(columns, call.vocab),
-        "vocab": call.vocab,
-        "shape_count": 0 if shapes is None else shapes.shape[0],
-        "entry_count": call.ids.numel(),
-        "words": words,
-        **constants,
-        "BLOCK": tile.block,
-        "WIDTH": width,
-        "ENTRIES": ENTRIES,
+        "lists": EntryLists(call.ids, call.weights, call.offsets, call.ids.numel()),
+        "tails": Tails(call.tail, call.prototype_ids, prototypes, count, call.vocab),
+        "marks": Marks(torch.zeros(programs * words, dtype=torch.int32, device=student.device), words),
+        "sizes": Sizes(outer * inner, inner, columns, min(columns, call.vocab)),
+        "spec": spec_of(call, tile, width, "none" if prototypes is None else "prototype", entries=ENTRIES),
         **tile.options(),
     }
-    return given, programs
+    return arguments, programs
 
 
 def sparse_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """(rows,) losses and (4, rows) parts of ``torch.ops.kdfast.sparse_rows``' arguments.
+    """The losses of student rows against cached rows of entries and tails, and their gradient.
 
-    The gradient of the losses' sum goes to ``grad``, which may be the student's own memory.
+    Args:
+        student: (outer, inner, vocabulary) bfloat16, float16 or float32, of unit stride along the vocabulary.
+        grad: like ``student``, where the gradient of the losses' sum goes; it may be the student's own memory. None:
+            no gradient is wanted.
+        arguments: the others of ``torch.ops.kdfast.sparse_rows``, which ``kdfast._calls.SparseCall`` names.
+
+    Returns:
+        (rows,) float32 losses, and (4, rows) float32 parts, (4, 0) where the call does not want them. A row whose ids,
+        offsets, prototype or label are out of range has a loss of NaN.
+
+    Raises:
+        ValueError: rows whose stride along the vocabulary is not 1; offsets of another number of rows; a divergence
+            that cannot be computed from what the call has.
     """
     return launch(_sparse, *_arguments(student, grad, SparseCall(*arguments)))
+
+
+# ---- forms that are compiled ahead of time ---------------------------------------------------------------------------
 
 
 def _variant(
     dtype: torch.dtype, columns: int, divergence: str, table: torch.dtype | None, everyday: bool = False, **options: Any
 ) -> Variant:
-    """A call's, by the student's dtype and vocabulary, and the dtype of the tails' shapes; none: one more class."""
+    """The form of a call, by the student's dtype and vocabulary, and the prototypes' dtype; None: one more class."""
 
-    def of(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
-    rows, student, numbers = 4096, of(64, 64, columns, dtype=dtype), of(4096, dtype=torch.int64)
-    shape, shapes = (None, None) if table is None else (numbers, of(256, columns, dtype=table))
+    rows, student = 4096, meta(64, 64, columns, dtype=dtype)
     call = SparseCall(
-        of(rows * 64, dtype=torch.int32),
-        of(rows * 64),
-        of(rows + 1, dtype=torch.int64),
-        of(rows),
-        columns,
-        shape,
-        shapes,
-        KINDS.index(divergence),
-        0.5,
-        0.25,
-        1.0,
-        of(5, rows),
-        numbers,
-        student if "probs" in options else None,
-        options.get("smoothing", 0.0),
-        "parts" in options,
+        ids=meta(rows * 64, dtype=torch.int32),
+        weights=meta(rows * 64),
+        offsets=meta(rows + 1, dtype=torch.int64),
+        tail=meta(rows),
+        vocab=columns,
+        prototype_ids=None if table is None else meta(rows, dtype=torch.int64),
+        prototypes=None if table is None else meta(256, columns, dtype=table),
+        kind=KINDS.index(divergence),
+        a=0.5,
+        b=0.25,
+        scale=1.0,
+        coef=meta(5, rows),
+        label=meta(rows, dtype=torch.int64),
+        label_probs=student if "probs" in options else None,
+        smoothing=options.get("smoothing", 0.0),
+        want_parts="parts" in options,
     )
     arguments, _ = _arguments(student, student, call)
     odd = ["odd"] if columns % 8 else []
-    said = [f"{key}={value}" for key, value in options.items()]
-    name = "-".join(
-        [str(dtype)[6:], divergence, str(columns), "class" if table is None else str(table)[6:], *odd, *said]
-    )
-    return Variant.of_call(name, _sparse, arguments, everyday)
+    others = [f"{key}={value}" for key, value in options.items()]
+    tail = "class" if table is None else str(table)[6:]
+    name = "-".join([str(dtype)[6:], divergence, str(columns), tail, *odd, *others])
+    return Variant(name, _sparse, arguments, everyday)
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_SHAPED = [name for name in KINDS if name != "logit_mse"]
+_WITH_PROTOTYPES = [name for name in KINDS if name != "logit_mse"]
 VARIANTS = [
     _variant(_BF16, 128256, "forward_kl", None, True),
     _variant(_BF16, 50257, "forward_kl", None, True),
     _variant(_BF16, 128256, "forward_kl", _BF16, True),
     _variant(_BF16, 128256, "jsd", _BF16, True),
     *(_variant(dtype, columns, "soft_ce", None) for dtype in (_FP16, _FP32) for columns in (1000, 2000, 32000, 50257)),
-    *(_variant(_BF16, 128256, name, _FP32) for name in _SHAPED),
-    *(_variant(_FP32, 50257, name, _BF16) for name in _SHAPED),
+    *(_variant(_BF16, 128256, name, _FP32) for name in _WITH_PROTOTYPES),
+    *(_variant(_FP32, 50257, name, _BF16) for name in _WITH_PROTOTYPES),
     *(_variant(_BF16, 128256, "forward_kl", table, parts=True) for table in (None, _BF16)),
     *(_variant(_BF16, 128256, "forward_kl", table, smoothing=0.1) for table in (None, _BF16)),
     *(_variant(_BF16, 128256, "forward_kl", table, probs=True, smoothing=0.1) for table in (None, _BF16)),

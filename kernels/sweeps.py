@@ -11,23 +11,12 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.rowmath import INF, LN2, LOG2E, element, sum_of_values
-from kdfast.kernels.rows import columns_of_tile, load_labels, load_tile, teacher_side
+from kdfast.kernels.rows import load_probs, load_tile, per_group, teacher_side, tile_columns
 from kdfast.kernels.softmax import origin_of
-from kdfast.kernels.statistics import z_gap
+from kdfast.kernels.statistics import zscore_gap
 
-__all__ = ["Backward", "Ground", "Weights", "elements", "first_value", "gradient", "gradient_beyond"]
-__all__ += ["gradient_of_held", "settle"]
-
-
-class Ground(NamedTuple):
-    """The ground truth's gradient: slope * e - share - probs * y, and what one column gets beside."""
-
-    slope: tl.tensor  # of the exponentials at temperature 1
-    share: tl.tensor
-    probs: tl.tensor
-    column: tl.tensor
-    at_column: tl.tensor
-    poison: tl.tensor  # NaN in a row whose loss is NaN, else 0
+__all__ = ["Backward", "Weights", "elements", "gradient", "gradient_on_chip", "gradient_student_only", "settle"]
+__all__ += ["value_of_sums"]
 
 
 class Weights(NamedTuple):
@@ -36,7 +25,7 @@ class Weights(NamedTuple):
     kd: tl.tensor
     student: tl.tensor  # of e_s and -e_t where the gradient is no more than that
     teacher: tl.tensor
-    mean: tl.tensor  # what the mean over the row takes out: of the gap in bits, of the columns that have one, of h
+    mean: tl.tensor  # what the mean over the row takes out: of the gap in log2, of the columns that have one, of h
     both: tl.tensor
     target: tl.tensor  # at dkd's label
     mean_g: tl.tensor  # standardize: the gradient's mean, and that of its product with the z-scores
@@ -46,246 +35,176 @@ class Weights(NamedTuple):
 class Backward(NamedTuple):
     """What a row's gradient is made of."""
 
-    at: tl.tensor
-    link: tl.tensor
+    row: tl.tensor
+    stats: tl.tensor
     weights: tl.tensor
-    scale: tl.tensor
-    z: tl.tensor
-    by: tl.tensor
-    ground: tl.tensor
+    tau: tl.tensor
+    zscores: tl.tensor
+    by: tl.tensor  # the divergence's parameters
+    targets: tl.tensor  # TargetGradient
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def first_value(s, link, KIND: tl.constexpr, FAMILY: tl.constexpr):
+def value_of_sums(s, stats, spec):
     """The divergence of the forward and reverse families, from the first sweep; +inf where a mask makes it so."""
-    forward = link.p * (s.cross_t * LN2 + s.z_t * (-link.log_q if KIND == "soft_ce" else link.gap))
+    log_ratio = -stats.log_norm_q if spec.KIND == "soft_ce" else stats.log_norm_gap
+    forward = stats.norm_p * (s.cross_t * LN2 + s.sum_exp_t * log_ratio)
     value = forward
-    if FAMILY == "reverse":
-        value = link.q * (s.cross_s * LN2 - s.both * link.gap)
-        if KIND == "symmetric_kl":
+    if spec.FAMILY == "reverse":
+        value = stats.norm_q * (s.cross_s * LN2 - s.both * stats.log_norm_gap)
+        if spec.KIND == "symmetric_kl":
             value = 0.5 * (forward + value)
     return tl.where(s.gap == INF, INF, value)
 
 
 @triton.jit
-def _exponents(tile, link, scale, KIND: tl.constexpr, TEACHER: tl.constexpr):
-    u = (tile.x - origin_of(link.top_s)) * scale.student
+def _exponents(tile, stats, tau, spec):
+    """(u, v, e_s, e_t): both sides' exponents of 2 and exponentials."""
+    u = (tile.x - origin_of(stats.row_max_s)) * tau.scale_log2_s
     v, e_t = u, 0.0
-    if TEACHER != "none":
-        v, e_t = teacher_side(tile.y, origin_of(link.top_t), scale.teacher, KIND, TEACHER)
+    if spec.TEACHER != "none":
+        v, e_t = teacher_side(tile.y, origin_of(stats.row_max_t), tau.scale_log2_t, spec)
     return u, v, tl.exp2(u), e_t
 
 
 @triton.jit
-def _element(u, v, e_s, e_t, link, by, KIND: tl.constexpr, CASE: tl.constexpr):
-    q, p, d = e_s * link.q, e_t * link.p, (v - u) * LN2 + link.gap
-    value, h = element(p, q, d, v * LN2 + link.log_p, u * LN2 + link.log_q, by, KIND, CASE)
+def _element(u, v, e_s, e_t, stats, by, spec):
+    """(q, value, h) of columns."""
+    q, p, d = e_s * stats.norm_q, e_t * stats.norm_p, (v - u) * LN2 + stats.log_norm_gap
+    log_p, log_q = v * LN2 + stats.log_norm_p, u * LN2 + stats.log_norm_q
+    value, h = element(p, q, d, log_p, log_q, by, spec.KIND, spec.CASE)
     return q, value, h
 
 
 @triton.jit
-def elements(
-    at,
-    link,
-    scale,
-    by,
-    KIND: tl.constexpr,
-    CASE: tl.constexpr,
-    TEACHER: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """(sum of the values, sum of h) over the columns that no entry takes out."""
-    values, slopes = tl.zeros([BLOCK // WIDTH], tl.float32), tl.zeros([BLOCK // WIDTH], tl.float32)
-    for start in range(0, at.bound, BLOCK):
-        tile = load_tile(at, start, KIND, TEACHER, BLOCK, WIDTH)
-        u, v, e_s, e_t = _exponents(tile, link, scale, KIND, TEACHER)
-        _, value, h = _element(u, v, e_s, e_t, link, by, KIND, CASE)
+def elements(row, stats, tau, by, spec):
+    """(sum of the values, sum of h) of an element divergence over the columns that no entry takes out."""
+    values, slopes = per_group(0.0, spec), per_group(0.0, spec)
+    for start in range(0, row.bound, spec.BLOCK):
+        tile = load_tile(row, start, spec)
+        u, v, e_s, e_t = _exponents(tile, stats, tau, spec)
+        _, value, h = _element(u, v, e_s, e_t, stats, by, spec)
         values += tl.sum(value, 1)
         slopes += tl.sum(h, 1)
     slopes = tl.sum(slopes, 0)
-    return sum_of_values(tl.sum(values, 0), slopes, KIND), slopes
+    return sum_of_values(tl.sum(values, 0), slopes, spec.KIND), slopes
+
+
+# ---- gradient --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _kd_gradient(
-    tile,
-    column,
-    at,
-    link,
-    weights,
-    scale,
-    z,
-    by,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    TEACHER: tl.constexpr,
-):
+def _kd_gradient(tile, column, back, spec):
     """(the divergence's gradient in one tile, the student's exponentials)."""
-    u, v, e_s, e_t = _exponents(tile, link, scale, KIND, TEACHER)
-    if FAMILY == "forward":
+    stats, weights = back.stats, back.weights
+    u, v, e_s, e_t = _exponents(tile, stats, back.tau, spec)
+    if spec.FAMILY == "forward":
         g = weights.student * e_s - weights.teacher * e_t
-    elif FAMILY == "reverse":
+    elif spec.FAMILY == "reverse":
         alive = v > -INF
         excess = (tl.where(alive, u - v, 0.0) - weights.mean) * LN2
-        excess -= link.gap * (tl.where(alive, 1.0, 0.0) - weights.both)
-        q = e_s * link.q
+        excess -= stats.log_norm_gap * (tl.where(alive, 1.0, 0.0) - weights.both)
+        q = e_s * stats.norm_q
         g = q * excess
-        if KIND == "symmetric_kl":
-            g = 0.5 * (g + (q - e_t * link.p))
+        if spec.KIND == "symmetric_kl":
+            g = 0.5 * (g + (q - e_t * stats.norm_p))
         g = tl.where(weights.kd == 0.0, 0.0, weights.kd * g)
-    elif FAMILY == "mse":
+    elif spec.FAMILY == "mse":
         alive = (tile.x != -INF) & (tile.y != -INF)
-        g = tl.where(alive, weights.kd * z_gap(tile.x, tile.y, z), 0.0)
+        g = tl.where(alive, weights.kd * zscore_gap(tile.x, tile.y, back.zscores), 0.0)
     else:
-        q, _, h = _element(u, v, e_s, e_t, link, by, KIND, CASE)
+        q, _, h = _element(u, v, e_s, e_t, stats, back.by, spec)
         g = tl.where(weights.kd == 0.0, 0.0, weights.kd * (h - q * weights.mean))
-    if KIND == "dkd":
-        g = tl.where(column == at.target, weights.target, g)
+    if spec.KIND == "dkd":
+        g = tl.where(column == back.row.excluded, weights.target, g)
     return g, e_s
 
 
 @triton.jit
-def settle(
-    at,
-    link,
-    weights,
-    scale,
-    z,
-    by,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The weights, with the sums that lead back through the z-scores: dx = (g - mean(g) - z mean(g z)) / std."""
-    total, dot = tl.zeros([BLOCK // WIDTH], tl.float32), tl.zeros([BLOCK // WIDTH], tl.float32)
-    for start in range(0, at.bound, BLOCK):
-        column = start + columns_of_tile(BLOCK, WIDTH)
-        tile = load_tile(at, start, KIND, "logits", BLOCK, WIDTH)
-        g, _ = _kd_gradient(tile, column, at, link, weights, scale, z, by, KIND, FAMILY, CASE, "logits")
+def _zscore(raw, zscores):
+    return (raw - zscores.mean_s) * zscores.inverse_s
+
+
+@triton.jit
+def settle(back, spec):
+    """The Weights of standardized logits, with the sums that lead back through the z-scores.
+
+    dx = (g - mean(g) - z mean(g z)) / std, for the gradient g at the z-scores z.
+    """
+    total, dot = per_group(0.0, spec), per_group(0.0, spec)
+    for start in range(0, back.row.bound, spec.BLOCK):
+        tile = load_tile(back.row, start, spec)
+        g, _ = _kd_gradient(tile, tile_columns(start, spec), back, spec)
         g = tl.where(tile.raw == -INF, 0.0, g)
         total += tl.sum(g, 1)
-        dot += tl.sum(tl.where(tile.raw == -INF, 0.0, g * ((tile.raw - z.mean_s) * z.inverse_s)), 1)
-    count = tl.maximum(z.count_s, 1.0)
-    w = weights
-    return Weights(
-        w.kd, w.student, w.teacher, w.mean, w.both, w.target, tl.sum(total, 0) / count, tl.sum(dot, 0) / count
-    )
+        dot += tl.sum(tl.where(tile.raw == -INF, 0.0, g * _zscore(tile.raw, back.zscores)), 1)
+    count = tl.maximum(back.zscores.count_s, 1.0)
+    w, mean_g, mean_gz = back.weights, tl.sum(total, 0) / count, tl.sum(dot, 0) / count
+    return Weights(w.kd, w.student, w.teacher, w.mean, w.both, w.target, mean_g, mean_gz)
 
 
 @triton.jit
-def _finish(g, raw, column, at, ground, LABELS: tl.constexpr):
-    """The ground truth's share, label included; exact zeros where the student is masked; NaN in a row that failed."""
-    g -= ground.share
-    if LABELS:
-        g += tl.where(column == ground.column, ground.at_column, 0.0)
-    if at.probs is not None:
-        g -= ground.probs * load_labels(at, column)
-    return tl.where(raw == -INF, 0.0, g) + ground.poison
+def _finish(g, raw, column, row, targets, spec):
+    """The gradient with what is left of the targets': exact zeros where the student is masked; NaN in a failed row."""
+    g -= targets.uniform
+    if spec.LABELS:
+        g += tl.where(column == targets.column, targets.at_column, 0.0)
+    if spec.PROBS:
+        g -= targets.probs * load_probs(row, column)
+    return tl.where(raw == -INF, 0.0, g) + targets.poison
 
 
 @triton.jit
-def _write(
-    to,
-    width,
-    tile,
-    column,
-    row,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    LABELS: tl.constexpr,
-    SEPARATE: tl.constexpr,
-):
-    """The gradient of one tile, whose exponentials at temperature 1 may be ones of their own."""
-    at, link, weights, scale, z, by, ground = row
-    g, e_s = _kd_gradient(tile, column, at, link, weights, scale, z, by, KIND, FAMILY, CASE, TEACHER)
-    if STANDARDIZE:
-        g = (g - weights.mean_g - (tile.raw - z.mean_s) * z.inverse_s * weights.mean_gz) * z.inverse_s
+def _write(to, width, tile, column, back, spec, SEPARATE: tl.constexpr):
+    """Writes the gradient of one tile; its exponentials at temperature 1 may be ones of their own."""
+    g, e_s = _kd_gradient(tile, column, back, spec)
+    if spec.STANDARDIZE:
+        g = (g - back.weights.mean_g - _zscore(tile.raw, back.zscores) * back.weights.mean_gz) * back.zscores.inverse_s
     if SEPARATE:
-        g += ground.slope * tl.exp2((tile.x - origin_of(link.top_s)) * LOG2E)
+        g += back.targets.slope * tl.exp2((tile.x - origin_of(back.stats.row_max_s)) * LOG2E)
     else:
-        g += ground.slope * tl.where(scale.squared, e_s * e_s, e_s)
-    g = _finish(g, tile.raw, column, at, ground, LABELS)
-    if at.marks is not None:
+        g += back.targets.slope * tl.where(back.tau.squared, e_s * e_s, e_s)
+    g = _finish(g, tile.raw, column, back.row, back.targets, spec)
+    if spec.ENTRIES > 0:
         # Entries are written afterwards, in place from the logits that lie here.
-        g = tl.where(tile.taken, tile.raw, g)
+        g = tl.where(tile.left_out, tile.raw, g)
     tl.store(to + column, g.to(to.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
-def _write_tile(
-    to,
-    width,
-    tile,
-    column,
-    row,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    LABELS: tl.constexpr,
-):
-    # A branch around it all: inside, it would keep a tile of everything alive.
-    if row.scale.separate:
-        _write(to, width, tile, column, row, KIND, FAMILY, CASE, TEACHER, STANDARDIZE, LABELS, True)
-    else:
-        _write(to, width, tile, column, row, KIND, FAMILY, CASE, TEACHER, STANDARDIZE, LABELS, False)
-
-
-@triton.jit
-def gradient(
-    to,
-    width,
-    row,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    CASE: tl.constexpr,
-    TEACHER: tl.constexpr,
-    STANDARDIZE: tl.constexpr,
-    LABELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Writes the gradient of the first `width` columns, last tiles first."""
-    tiles = tl.cdiv(width, BLOCK)
+def gradient(to, width, back, spec):
+    """Writes the gradient of the first ``width`` columns, last tiles first."""
+    tiles = tl.cdiv(width, spec.BLOCK)
     for i in range(tiles):
-        start = (tiles - 1 - i) * BLOCK
-        column = start + columns_of_tile(BLOCK, WIDTH)
-        tile = load_tile(row.at, start, KIND, TEACHER, BLOCK, WIDTH)
-        _write_tile(to, width, tile, column, row, KIND, FAMILY, CASE, TEACHER, STANDARDIZE, LABELS)
+        start = (tiles - 1 - i) * spec.BLOCK
+        column = tile_columns(start, spec)
+        tile = load_tile(back.row, start, spec)
+        # A branch around it all: inside, it would keep a tile of everything alive.
+        if back.tau.separate:
+            _write(to, width, tile, column, back, spec, True)
+        else:
+            _write(to, width, tile, column, back, spec, False)
 
 
 @triton.jit
-def gradient_of_held(
-    to,
-    width,
-    row,
-    KIND: tl.constexpr,
-    FAMILY: tl.constexpr,
-    LABELS: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The same of a row in the registers."""
-    for i in tl.static_range(HELD):
-        column = i * BLOCK + columns_of_tile(BLOCK, WIDTH)
-        _write(to, width, row.at.held[i], column, row, KIND, FAMILY, "", "logits", False, LABELS, True)
+def gradient_on_chip(to, width, tiles, back, spec):
+    """Writes the gradient of a row in the registers."""
+    for i in tl.static_range(spec.TILES_ON_CHIP):
+        _write(to, width, tiles[i], tile_columns(i * spec.BLOCK, spec), back, spec, True)
 
 
 @triton.jit
-def gradient_beyond(to, first, width, at, top, ground, LABELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """The same for the columns from `first` to `width`, which only the student has; `top` is its origin there."""
-    for start in range(first, width, BLOCK):
-        column = start + columns_of_tile(BLOCK, WIDTH)
-        x = tl.load(at.student + column, mask=column < at.bound, other=-INF).to(tl.float32)
-        g = ground.slope * tl.exp2((x - origin_of(top)) * LOG2E)
-        g = _finish(g, x, column, at, ground, LABELS)
+def gradient_student_only(to, first, width, row, row_max, targets, spec):
+    """Writes the gradient of the columns from ``first`` to ``width``, which only the student has.
+
+    ``row_max`` is what its exponentials at temperature 1 are relative to.
+    """
+    for start in range(first, width, spec.BLOCK):
+        column = tile_columns(start, spec)
+        x = tl.load(row.student + column, mask=column < row.bound, other=-INF).to(tl.float32)
+        g = targets.slope * tl.exp2((x - origin_of(row_max)) * LOG2E)
+        g = _finish(g, x, column, row, targets, spec)
         tl.store(to + column, g.to(to.dtype.element_ty), mask=column < width)

@@ -6,88 +6,58 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 __all__ = ["Variant"]
-
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a launch specialises a kernel on.
+    """What a launch specialises a kernel on: one call of it, whose tensors may lie on the ``meta`` device.
 
     Args:
         name: tells it from the kernel's other variants.
         kernel: the ``@triton.jit`` function.
-        types: its run-time arguments' types, as Triton spells them: ``"*bf16"``, ``"i32"``, ``"fp32"``, ...
-        constants: its ``tl.constexpr`` arguments.
-        aligned: which run-time arguments are divisible by 16. Without that of a row's stride, its loads are narrow.
-        warps: of each program.
-        ctas: thread blocks that are one program, as a cluster.
-        registers: at most so many per thread.
-        gathers: each lane reads what is at its own place, so that no load is wide.
+        call: what a launch passes by keyword: the arguments, and Triton's options.
         everyday: compiled by every run of the tests; the others by ``make full``.
+        gathers: each lane reads what is at its own place, so that no load is wide.
     """
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    aligned: tuple[str, ...] = ()
-    warps: int = 4
-    ctas: int = 1
+    call: Mapping[str, Any]
     everyday: bool = True
-    registers: int | None = None
     gathers: bool = False
 
-    @classmethod
-    def of_call(cls, name: str, kernel: Any, arguments: Mapping[str, Any], everyday: bool = True) -> Variant:
-        """What Triton makes of a call by keyword: every tensor begins at a multiple of 16 bytes.
-
-        ``tl.constexpr`` arguments are the ones in capitals.
-        """
-        types, constants, aligned = {}, {}, []
-        for key, value in arguments.items():
-            if key in ("num_warps", "num_ctas", "maxnreg"):
-                continue
-            if value is None or key.isupper() or (isinstance(value, int) and value == 1):
-                constants[key] = value
-            elif isinstance(value, Tensor):
-                types[key] = "*" + _TYPES[value.dtype]
-                aligned.append(key)
-            else:
-                types[key] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
-                if isinstance(value, int) and value % 16 == 0:
-                    aligned.append(key)
-        return cls(
-            name,
-            kernel,
-            types,
-            constants,
-            tuple(aligned),
-            arguments["num_warps"],
-            arguments["num_ctas"],
-            everyday,
-            arguments["maxnreg"],
-        )
+    @property
+    def ctas(self) -> int:
+        """Thread blocks that are one program, as a cluster."""
+        return int(self.call.get("num_ctas", 1))
 
     def compile(self, capability: int) -> Any:
-        """Triton's compiled kernel for ``sm_<capability>``: its ``asm`` holds the PTX and the cubin."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+        """Triton's compiled kernel for ``sm_<capability>``: its ``asm`` holds the PTX and the cubin.
 
-        names = self.kernel.arg_names
-        signature = {name: self.types.get(name, "constexpr") for name in names}
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
-        source = ASTSource(self.kernel, signature, constexprs=dict(self.constants), attrs=attributes)
-        options = {"num_warps": self.warps, "num_ctas": self.ctas, "maxnreg": self.registers}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        Triton specialises the call as a launch does, but for a device that is not there. From then on the process can
+        launch no kernel.
+        """
+        from triton.runtime.driver import driver
+
+        driver.set_active(_AbsentGpu(capability))
+        return self.kernel.run(grid=(1,), warmup=True, **self.call)
+
+
+class _AbsentGpu:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        """A device of its own for each target: Triton keeps what it has compiled by device."""
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0

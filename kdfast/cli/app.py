@@ -95,7 +95,7 @@ def _accelerators() -> dict[str, str]:
 
 def _kernels_for(columns: int) -> str:
     """The kernel that each op runs for rows of ``columns`` bfloat16 values, if both kinds are there."""
-    sizes = {op: cluster.plan(op, columns, torch.bfloat16) for op in cluster.HELD}
+    sizes = {op: cluster.plan(op, columns, torch.bfloat16) for op in cluster.ROWS_ON_CHIP}
     kernels = {op: f"one read, clusters of {size}" if size else "Triton" for op, size in sizes.items()}
     return ", ".join(f"{op.removesuffix('_rows')}: {kernel}" for op, kernel in kernels.items())
 

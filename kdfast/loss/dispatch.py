@@ -78,7 +78,7 @@ def gpu_launcher(name: str, student: Tensor, arguments: tuple[Any, ...]) -> Laun
     wanted = os.environ.get("KDFAST_GPU")
     if wanted is not None and wanted not in GPU_KERNELS:
         raise ValueError(f"KDFAST_GPU must be one of {', '.join(GPU_KERNELS)}, got {wanted!r}")
-    if wanted in (None, "cluster") and cluster.takes(name, student, arguments):
+    if wanted in (None, "cluster") and cluster.supports(name, student, arguments):
         return ONE_READ[name]
     if wanted == "cluster":
         raise ValueError(f"KDFAST_GPU=cluster: the one-read kernels do not take this call of {name}")

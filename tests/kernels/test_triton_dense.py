@@ -28,8 +28,8 @@ SHAPES = [(280, 280), (257, 262), (300, 264)]
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    small = ((1 << 31, launch.Shape(256, 4, 1)),)
-    monkeypatch.setattr(launch, "SHAPES", dict.fromkeys(launch.SHAPES, small))
+    small = ((1 << 31, launch.TileConfig(256, 4, 1)),)
+    monkeypatch.setattr(launch, "TILE_CONFIGS", dict.fromkeys(launch.TILE_CONFIGS, small))
 
 
 def make(s, t, dtype, labels_below):
@@ -162,7 +162,7 @@ def in_registers(student, *arguments):
     """The op in clusters of thread blocks that hold the row; its parts, which they do not have, from the others."""
     call = dense.DenseCall(*arguments)._replace(want_parts=False)
     given, programs = dense._arguments(student, student, call, True)
-    assert (given["HELD"], given["num_ctas"], programs) == (2, 2, student.shape[1])
+    assert (given["spec"].TILES_ON_CHIP.value, given["num_ctas"], programs) == (2, 2, student.shape[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDFAST_GPU", "once")
         loss, grad, _ = OP(student, *call)
@@ -174,7 +174,7 @@ def in_registers(student, *arguments):
 class TestRowsInRegisters:
     @pytest.fixture(autouse=True)
     def _small_tiles(self, monkeypatch, _small_tiles):
-        monkeypatch.setitem(launch.SHAPES, "held", ((512, launch.Shape(256, 4, 1, 2, 2)),))
+        monkeypatch.setitem(launch.TILE_CONFIGS, "on_chip", ((512, launch.TileConfig(256, 4, 1, 2, 2)),))
 
     @pytest.mark.parametrize("tau", [1.0, 2.0, 3.3])
     def test_matches_oracle(self, divergence, tau):

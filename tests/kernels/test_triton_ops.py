@@ -1,7 +1,9 @@
 """Which kernel a CUDA call runs: Triton's, or the reference for what that does not serve."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from support import dense_checks as laws
 
 pytest.importorskip("triton")
 
-from kdfast import _triton
+from kdfast import _triton, kernels
 from kdfast.divergences import Divergence
 from kdfast.loss import dispatch, ops
 from kdfast.loss.reference import Targets
@@ -63,3 +65,8 @@ def test_the_reference_differentiates_below_autograd():
 def test_import_leaves_triton_alone():
     code = "import sys, kdfast; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_says_what_lies_where():
+    modules = {file.stem for file in Path(kernels.__file__).parent.glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"``(\w+)``", kernels.__doc__))

@@ -1,4 +1,4 @@
-"""The sparse Triton kernels keep the laws of the sparse row op: entries, tails, and tails that have a shape."""
+"""The sparse Triton kernels keep the laws of the sparse row op: entries, tails, and tails that have a prototype."""
 
 import math
 
@@ -26,8 +26,8 @@ ALL_SHAPED = [*shaped.DIVERGENCES, *shaped.OTHERS]
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    small = ((1 << 31, launch.Shape(256, 4, 1)),)
-    monkeypatch.setattr(launch, "SHAPES", dict.fromkeys(launch.SHAPES, small))
+    small = ((1 << 31, launch.TileConfig(256, 4, 1)),)
+    monkeypatch.setattr(launch, "TILE_CONFIGS", dict.fromkeys(launch.TILE_CONFIGS, small))
     # Loops over the entries turn, too.
     monkeypatch.setattr(sparse, "ENTRIES", 16)
 
@@ -58,7 +58,7 @@ def test_matches_oracle(tail, number):
 
 
 @pytest.mark.parametrize("number", range(len(ALL_SHAPED)), ids=[str(d) for d in ALL_SHAPED])
-def test_shaped_tails_match_the_oracle(number):
+def test_tails_with_prototypes_match_the_oracle(number):
     columns, vocab = SHAPES[number % 3]
     table = shaped.make_table(vocab, (torch.bfloat16, torch.float32)[number % 2])
     teacher = shaped.make_teacher(columns, vocab, ALL_SHAPED[number], table=table)
@@ -115,7 +115,7 @@ def test_bad_ids_and_offsets_make_their_own_row_nan(divergence):
         assert grad[~loss.isnan()].isfinite().all()
 
 
-@pytest.mark.parametrize("where", ["student", "shape", "shape beyond", "tail", "weight", "index"])
+@pytest.mark.parametrize("where", ["student", "prototype", "prototype beyond", "tail", "weight", "index"])
 def test_nan_reaches_its_row_only(where):
     table = shaped.make_table(310, torch.float32)
     teacher = shaped.make_teacher(300, 310, Divergence("forward_kl"), counts=[2, 2, 2], table=table)
@@ -124,8 +124,8 @@ def test_nan_reaches_its_row_only(where):
     free = next(j for j in range(300) if j not in teacher.ids)
     targets = {
         "student": (student, (1, free), math.nan),
-        "shape": (table, (1, free), math.nan),
-        "shape beyond": (table, (1, 309), math.inf),
+        "prototype": (table, (1, free), math.nan),
+        "prototype beyond": (table, (1, 309), math.inf),
         "tail": (teacher.tail, 1, math.nan),
         "weight": (teacher.weights, 2, math.nan),
         "index": (teacher.tail_prototypes.prototype_ids, 1, 3),
@@ -156,7 +156,7 @@ def test_the_gradient_may_take_the_students_place(divergence):
     assert torch.equal(student, expected[0])
 
 
-def test_a_shape_less_tail_serves_forward_divergences_only():
+def test_a_tail_without_a_prototype_serves_forward_divergences_only():
     arguments = plain.make_teacher(6, 300).arguments(torch.ones(5, 6), Targets())._replace(kind=2)
-    with pytest.raises(ValueError, match="divergence reverse_kl needs the shapes of the tails"):
+    with pytest.raises(ValueError, match="divergence reverse_kl needs prototypes of the tails"):
         OP(torch.randn(1, 6, 300), *arguments)

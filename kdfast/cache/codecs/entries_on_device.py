@@ -102,7 +102,7 @@ class _Entries:
         turn = torch.arange(total, device=self.device) - (counts.cumsum(0) - counts)[row]
         at = self.places[row] + 32 * turn
         ids = self._ids(self.decoded.ranks[at], row)
-        values = self.decoded.values[at]
+        values = self.decoded.entry_values[at]
         levels = self.codec.level_table
         if levels is not None:
             values = table_on(levels, self.device)[values.long()]
