@@ -425,7 +425,7 @@ ERRORS = {
     "logit mse": (
         lambda: kd_loss(torch.randn(2, 7), prototype(), divergence="logit_mse"),
         ValueError,
-        "prototype soft labels serve forward_kl, .*reverse_kl, .*jsd, .* and dkd, got divergence logit_mse",
+        "prototype soft labels serve forward_kl, .*reverse_kl, .*jsd, .* and neyman_chi2, got divergence logit_mse",
     ),
     "standardized": (
         lambda: kd_loss(torch.randn(2, 7), prototype(), divergence=Divergence("jsd", standardize=True)),
