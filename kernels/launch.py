@@ -149,9 +149,12 @@ def spec_of(
     name = KINDS[call.kind]
     divergence = name, family_of(name), case_of(name, call.a, call.b)
     targets = call.label is not None, call.label_probs is not None, call.smoothing != 0.0
-    return Spec(
-        *map(tl.constexpr, (*divergence, teacher, standardize, *targets, tile.block, width, tile.tiles, entries))
-    )
+    return _constants(*divergence, teacher, standardize, *targets, tile.block, width, tile.tiles, entries)
+
+
+@cache
+def _constants(*fields: str | bool | int) -> Spec:
+    return Spec(*map(tl.constexpr, fields))
 
 
 def row_arguments(student: Tensor, grad: Tensor | None, call: DenseCall | SparseCall) -> dict[str, Any]:
