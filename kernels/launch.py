@@ -36,24 +36,25 @@ KINDS: tuple[str, ...] = _C.divergences()
 
 
 class TileConfig(NamedTuple):
-    """Columns of a tile, its warps, programs per multiprocessor, thread blocks of each, and tiles held on the chip."""
+    """How a kernel takes a row apart."""
 
-    block: int
-    warps: int
-    programs: int
-    ctas: int = 1
-    tiles: int = 0
+    block: int  # columns of a tile
+    warps: int  # of a thread block
+    programs: int  # per multiprocessor
+    ctas: int = 1  # thread blocks of a program
+    tiles: int = 0  # that hold a whole row on the chip; 0: rows are swept
 
     def options(self) -> dict[str, int]:
-        """As Triton takes them: without the bound, ptxas spills some registers for more programs than there are."""
+        """Triton's options. Without the bound of registers, ptxas spills to make room for more programs than run."""
         most = 65536 // (32 * self.warps * self.programs)
         return {"num_warps": self.warps, "num_ctas": self.ctas, "maxnreg": min(most, 255)}
 
 
-# By the most columns that it is for. Two rows' tiles of 16 columns a thread fit the registers where a column is two
-# exponentials and their product ("light"), 8 where it is more ("heavy"), 4 where each has an address ("odd"). Few
-# programs leave few rows in flight, whose second reads the second-level cache still holds. A cluster of programs may
-# hold the whole row ("on_chip"), 8 columns of each of its tiles a thread.
+# For each cost of a column, the tile for rows of at most so many columns. Registers set its size: two rows' tiles of 16
+# columns a thread fit where a column is two exponentials and their product ("light"), 8 where it is more ("heavy"), 4
+# where each column has an address of its own ("odd"). With few programs few rows are in flight, so that a row's second
+# read still hits the second-level cache. "on_chip": a cluster of thread blocks holds the whole row, 8 columns of each
+# of its tiles a thread.
 TILE_CONFIGS = {
     "light": ((1024, TileConfig(1024, 4, 4)), (2048, TileConfig(2048, 4, 4)), (1 << 31, TileConfig(4096, 8, 2))),
     "heavy": ((1024, TileConfig(1024, 4, 4)), (1 << 31, TileConfig(2048, 8, 2))),
@@ -63,9 +64,9 @@ TILE_CONFIGS = {
         (196608, TileConfig(65536, 16, 1, 16, 3)),
     ),
 }
-# Before, a reduction over several thread blocks does not compile.
+# Before Triton 3.9 a reduction over several thread blocks does not compile.
 HAS_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-# The interpreter's: enough for programs to have several rows.
+# Programs in the interpreter: few, so that each has several rows.
 INTERPRETED_PROGRAMS = 3
 
 
@@ -149,9 +150,12 @@ def spec_of(
     name = KINDS[call.kind]
     divergence = name, family_of(name), case_of(name, call.a, call.b)
     targets = call.label is not None, call.label_probs is not None, call.smoothing != 0.0
-    return Spec(
-        *map(tl.constexpr, (*divergence, teacher, standardize, *targets, tile.block, width, tile.tiles, entries))
-    )
+    return _constants(*divergence, teacher, standardize, *targets, tile.block, width, tile.tiles, entries)
+
+
+@cache
+def _constants(*fields: str | bool | int) -> Spec:
+    return Spec(*map(tl.constexpr, fields))
 
 
 def row_arguments(student: Tensor, grad: Tensor | None, call: DenseCall | SparseCall) -> dict[str, Any]:
