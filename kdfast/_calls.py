@@ -9,9 +9,9 @@ from torch import Tensor
 import kdfast._C as _C
 from kdfast.divergences import Divergence
 
-__all__ = ["DenseCall", "DivergenceNumbers", "SparseCall"]
+__all__ = ["KINDS", "DenseCall", "DivergenceNumbers", "SparseCall"]
 
-KINDS: tuple[str, ...] = _C.divergences()
+KINDS: tuple[str, ...] = _C.divergences()  # a divergence's place here is its number
 
 
 class DivergenceNumbers(NamedTuple):

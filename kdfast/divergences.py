@@ -20,6 +20,9 @@ name                   D                                                        
 ``pearson_chi2``       sum (p - q)^2 / q                                                        f-GAN 2016
 ``neyman_chi2``        sum (p - q)^2 / p                                                        f-GAN 2016
 =====================  =======================================================================  ==================
+
+The chi-squared divergences grow with the square of a ratio of probabilities. Where that leaves the range of the loss's
+dtype (in float32, logits some 88 nats apart) the loss is +inf and the gradient is not finite.
 """
 
 from __future__ import annotations

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 import kdfast._C as _C
-from kdfast._calls import DenseCall, SparseCall
+from kdfast._calls import KINDS, DenseCall, SparseCall
 
 __all__ = ["ROWS_ON_CHIP", "dense_rows", "fullest", "is_built", "plan", "size_for", "sparse_rows", "supports"]
 
-KINDS: tuple[str, ...] = _C.divergences()
 # Divergences that are no sums over a row's columns; the kernels compute every other one.
 UNSUPPORTED = ("dkd", "logit_mse")
 ROWS_ON_CHIP = {"dense_rows": 2, "sparse_rows": 1}  # rows that a cluster holds for each of the student's

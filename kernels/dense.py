@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast._calls import DenseCall
+from kdfast._calls import KINDS, DenseCall
 from kdfast.kernels.launch import (
-    KINDS,
     check_rows,
     cost_of_column,
     launch,

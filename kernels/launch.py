@@ -10,15 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import kdfast._C as _C
-from kdfast._calls import DenseCall, SparseCall
+from kdfast._calls import KINDS, DenseCall, SparseCall
 from kdfast.kernels.rowmath import ONE_READ, case_of, family_of, parameters_of
 from kdfast.kernels.rows import Results, Spec, strided
 from kdfast.kernels.targets import Targets
 
 __all__ = [
     "HAS_CLUSTERS",
-    "KINDS",
     "TILE_CONFIGS",
     "TileConfig",
     "check_rows",
@@ -31,8 +29,6 @@ __all__ = [
     "supports_one_read",
     "tile_for",
 ]
-
-KINDS: tuple[str, ...] = _C.divergences()
 
 
 class TileConfig(NamedTuple):

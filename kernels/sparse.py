@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast._calls import SparseCall
+from kdfast._calls import KINDS, SparseCall
 from kdfast.kernels.entries import (
     EntryLists,
     EntryStats,
@@ -27,7 +27,6 @@ from kdfast.kernels.entries import (
     unmark,
 )
 from kdfast.kernels.launch import (
-    KINDS,
     check_rows,
     cost_of_column,
     launch,

@@ -54,6 +54,6 @@ class Settings:
     speed_steps: int = 100
 
     def quick(self) -> Settings:
-        """These settings cut down to a few seconds, for tests: too short for the numbers to mean much."""
+        """Cut the settings down to a few seconds, for tests: too short for the numbers to mean much."""
         student, teacher = replace(self.student, epochs=4), replace(self.teacher, epochs=2)
         return replace(self, seeds=min(self.seeds, 2), student=student, teacher=teacher, speed_steps=5)

@@ -35,7 +35,7 @@ class Counting:
         return cls(options.get("ignore_index", -100), bool(options.get("shift", False)))
 
     def rows(self, batch: Any, fields: Fields, per_token: bool) -> Tensor:
-        """Which rows of a batch count: one bool per row of the student's logits, before the student has run.
+        """Mark the rows of a batch that count: a bool per row of the student's logits, before the student has run.
 
         Args:
             batch: the loader's batch.
@@ -60,7 +60,7 @@ class Counting:
         return counted
 
     def of_step(self, step: Step) -> Tensor:
-        """Which of the student's rows count, (...) bool. Whether the teacher has labels for them is not looked at."""
+        """Mark the student's rows that count, (...) bool, whether or not the teacher has labels for them."""
         counted = torch.ones(step.logits.shape[:-1], dtype=torch.bool, device=step.logits.device)
         if self.shift:
             counted[..., -1] = False
@@ -70,7 +70,7 @@ class Counting:
         return counted if real is None else counted & real.to(counted.device)
 
     def real(self, batch: Any, rows: torch.Size) -> Tensor | None:
-        """Which rows are not padding and, with ``shift``, do not predict padding: bool, of the shape ``rows``.
+        """Mark the rows that are not padding and, with ``shift``, do not predict padding: bool, of the shape ``rows``.
 
         None if the batch has no ``attention_mask`` of that shape.
         """
@@ -94,7 +94,7 @@ class Counting:
 
 
 def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = -100) -> Tensor:
-    """Which rows of a step count by ``kd_loss``'s rule: (...) bool.
+    """Mark the rows of a step that count by ``kd_loss``'s rule: (...) bool.
 
     A row counts if its label is not ``ignore_index``, the teacher's soft labels are present, and it is not padding.
     With ``shift`` a row's label is that of the next position.

@@ -114,7 +114,7 @@ def capture(
         raise ValueError(f'epochs must be positive and reuse "refine" or "replicas", got {epochs} and {reuse!r}')
     fields = Fields(inputs=inputs, outputs=outputs, key=key, targets=targets, mask=mask, views=views)
     source = _Source(model, loader, fields, open_storage(path), vocab_size, temperatures)
-    options = codecs.current_options(options)
+    options = codecs.current_options(codec, options)
     if codec == "auto":
         prototypes = "prototypes" in options or source.repeatable
         codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)

@@ -125,7 +125,7 @@ def _learns_first(
     """Whether this capture's codec first learns from its first rows, as what it needs is neither given nor stored."""
     if codec == "auto":
         codec = codecs.choose(vocab_size, temperatures, divergence, prototypes=True).name
-    return codecs.find(codec).learns_first(codecs.current_options(others), open_storage(path))
+    return codecs.find(codec).learns_first(codecs.current_options(codec, others), open_storage(path))
 
 
 def _everywhere(path: str | os.PathLike[str]) -> str:

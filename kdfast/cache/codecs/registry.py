@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from kdfast.cache.codecs.auto import choose
@@ -36,8 +37,13 @@ def names() -> list[str]:
     return sorted(_registry)
 
 
-def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A codec's options under their present names. Before 0.2 ``prototypes`` was called ``shapes``."""
+def current_options(codec: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A codec's options under their present names. Before 0.2 ``prototypes`` was called ``shapes``.
+
+    A codec from elsewhere that has an option ``shapes`` of its own keeps it. "auto" stands for none of these.
+    """
+    if codec != "auto" and "shapes" in signature(find(codec)).parameters:
+        return dict(options)
     return {"prototypes" if name == "shapes" else name: value for name, value in options.items()}
 
 
@@ -48,7 +54,7 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         ValueError: an unknown codec, or an option out of range.
         TypeError: an option that the codec does not have.
     """
-    options = current_options(options)
+    options = current_options(name, options)
     if name == "auto":
         name, chosen, _ = choose(vocab_size, temperatures)
         options = {**chosen, **options}

@@ -36,7 +36,7 @@ class Units(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """Which records a shard has."""
+    """The records of a shard: how many, and how they are numbered."""
 
     records: int
     first_record: int  # where keys are consecutive integers: that of the first record

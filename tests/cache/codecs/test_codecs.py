@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kdfast.cache import codecs
 from kdfast.testing import loss_and_gradient
+from support.caches import Toy
 
 TEMPERATURES = (0.5, 1.0, 2.0, 7.0)
 
@@ -307,3 +308,17 @@ def test_bytes_that_4_bits_and_hard_labels_never_write():
         decode(codecs.create("hard", 5, (1.0,), {}), b"\5\0", 1)
     with pytest.raises(ValueError, match=r"bits must be one of \[4, 8\], got 16"):
         codecs.create("dense", 3, (1.0,), {"bits": 16})
+
+
+def test_former_option_names_are_the_library_s_own():
+    class Shaped(Toy):
+        name = "shaped toy"
+
+        def __init__(self, vocab_size, temperatures, shapes=0):
+            super().__init__(vocab_size, temperatures)
+            self.shapes = shapes
+
+    codecs.register(Shaped)
+    assert codecs.create("shaped toy", 5, (1.0,), {"shapes": 3}).shapes == 3
+    assert codecs.current_options("prototype", {"shapes": 3, "k": 1}) == {"prototypes": 3, "k": 1}
+    assert codecs.current_options("auto", {"shapes": 3}) == {"prototypes": 3}
