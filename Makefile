@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test full bench lint format clean
+.PHONY: demo test full bench lint format clean trust fuzz sanitize soak faults
 
 demo: $(VENV)/built
 	$(BIN)/kdfast demo
@@ -20,6 +20,31 @@ full: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/kdfast bench loss
 	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds
+
+# What looks for faults that no test names: SECONDS for each. tests/trust says what each does; without --seconds they
+# run to their own ends.
+SECONDS ?= 60
+TRUST := OMP_NUM_THREADS=1 $(BIN)/python tests/trust
+
+trust: fuzz faults soak sanitize
+
+# Native decoders, Python's reader, every bit of a shard; and kd_loss against formulas written out.
+fuzz: $(VENV)/built
+	$(TRUST)/fuzz.py --seconds $(SECONDS)
+	$(TRUST)/reader_fuzz.py --seconds $(SECONDS)
+	$(TRUST)/bits.py --seconds $(SECONDS)
+	$(TRUST)/differential.py --seconds $(SECONDS)
+
+# Processes killed, and disks that fail, at every step.
+faults: $(VENV)/built
+	$(TRUST)/kills.py --seconds $(SECONDS)
+	$(TRUST)/disk_faults.py --seconds $(SECONDS)
+
+soak: $(VENV)/built
+	$(TRUST)/soak.py --seconds $(SECONDS)
+
+sanitize: $(VENV)/built
+	$(TRUST)/sanitize.py --seconds $(SECONDS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

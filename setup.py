@@ -34,6 +34,13 @@ def strict(headers):
     return ["-Wall", "-Wextra", "-Werror", *(f"-isystem{path}" for path in headers)]
 
 
+def sanitizers():
+    """With KDFAST_SANITIZE=1 undefined behaviour, or an access outside of what was allocated, ends the process."""
+    if os.environ.get("KDFAST_SANITIZE") != "1":
+        return []
+    return ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
+
+
 def extension():
     import pybind11
 
@@ -42,6 +49,7 @@ def extension():
         *CXX,
         "-fvisibility=hidden",
         *strict([pybind11.get_include(), sysconfig.get_path("include"), *include_paths()]),
+        *sanitizers(),
     ]
     patterns = ["*.cpp", *(["*.cu"] if cuda else [])]
     sources = sorted(str(path) for pattern in patterns for path in Path("csrc").rglob(pattern))
@@ -51,6 +59,7 @@ def extension():
         include_dirs=[pybind11.get_include()],
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
         extra_compile_args={"cxx": cxx, "nvcc": NVCC},
+        extra_link_args=sanitizers(),
     )
 
 
