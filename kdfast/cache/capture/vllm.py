@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from kdfast._progress import Progress
 from kdfast.cache.capture.fingerprint import with_tokenizer
 from kdfast.cache.capture.lm import windows
 from kdfast.cache.capture.vllm_client import Server, prompt_of, record_of
@@ -80,7 +81,7 @@ def capture_vllm(
         timeout: seconds to wait for an answer.
         retries: how often to ask again after a lost connection or an answer 429, 502 or 503.
         api_key: the server's ``--api-key``.
-        progress: show a bar.
+        progress: show how far it is on standard error: a bar on a terminal, elsewhere a line a minute.
         options: the ``Writer``'s: ``writer``, ``shard_bytes``, ...
 
     Raises:
@@ -102,8 +103,9 @@ def capture_vllm(
             lacking = _lacking(corpus, writer)
             report.duplicates = len(corpus) - len(lacking)
             ask = partial(_ask, server, model, corpus, k)
-            with closing(_in_order(ask, lacking, concurrency)) as records, _bar(len(lacking), progress) as bar:
-                store_records(records, cut, writer, report, progress=bar.update)
+            bar = Progress("capture", total=len(lacking), unit="windows", shown=progress)
+            with closing(_in_order(ask, lacking, concurrency)) as records, bar:
+                store_records(records, cut, writer, report, progress=bar.advance)
     return report
 
 
@@ -150,9 +152,3 @@ def _in_order(work: Callable[[int], T], numbers: Iterable[int], concurrency: int
             yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _bar(windows: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=windows, desc="capture", unit=" windows", disable=not shown)
