@@ -14,6 +14,7 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from kdfast._optional import lazy_attributes as _lazy_attributes
+from kdfast._record_keys import record_keys
 from kdfast.cache.capture.capture import CaptureReport, capture
 from kdfast.cache.capture.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.capture.lm import capture_lm, output_layer, windows
@@ -66,6 +67,7 @@ __all__ = [
     "output_layer",
     "pack_spans",
     "ray_capture",
+    "record_keys",
     "replica_key",
     "salvage",
     "windows",

@@ -43,7 +43,7 @@ def batches():
 class Teacher(nn.Module):
     """Tells how often it has been called."""
 
-    def __init__(self, tell):
+    def __init__(self, tell=lambda count: None):
         super().__init__()
         torch.manual_seed(3)
         self.embed, self.head = nn.Embedding(VOCAB, 4), nn.Linear(4, VOCAB)
