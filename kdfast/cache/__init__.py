@@ -26,7 +26,7 @@ from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheInfo, CacheReader
 from kdfast.cache.read.reader import open_cache as open
-from kdfast.cache.read.spans import pack_spans
+from kdfast.cache.read.spans import mask_spans, pack_spans
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.write.salvage import salvage
@@ -63,6 +63,7 @@ __all__ = [
     "head_fingerprint",
     "learn_prototypes",
     "learn_shapes",
+    "mask_spans",
     "open",
     "output_layer",
     "pack_spans",

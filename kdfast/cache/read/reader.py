@@ -235,11 +235,11 @@ class CacheReader:
                     "the data is shifted, tokenised otherwise, or another"
                 )
 
-    def target_checksums(self, keys: Iterable[Any]) -> NDArray[np.int64]:
+    def target_checksums(self, keys: Iterable[Any] | RecordIndex) -> NDArray[np.int64]:
         """(n,) the CRC-32C of each record's targets, as ``FORMAT.md`` defines it; -1 where there is none, or no record.
 
         Args:
-            keys: some records' keys. They need not be in the cache.
+            keys: some records' keys, which need not be in the cache, or what ``index`` has made of them.
         """
         records, owners = self._owners(keys)
         checksums = np.full(len(records), -1)
@@ -249,14 +249,17 @@ class CacheReader:
                 checksums[places] = shard.targets[records[places] - self._gatherer.starts[owner]]
         return checksums
 
-    def row_counts(self, keys: Iterable[Any]) -> NDArray[np.int64]:
-        """(n,) how many rows the record of each key has; -1 where there is no record."""
+    def row_counts(self, keys: Iterable[Any] | RecordIndex) -> NDArray[np.int64]:
+        """(n,) how many rows the record of each key has; -1 where there is no record. ``keys``: as above."""
         records, owners = self._owners(keys)
         return np.where(owners < 0, -1, self._gatherer.spans(records)[1][:, 1])
 
-    def _owners(self, keys: Iterable[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _owners(self, keys: Iterable[Any] | RecordIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) record numbers, and (n,) the shards that hold them; -1 where there is none."""
-        records = self._lookup.find(keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys))
+        if isinstance(keys, RecordIndex):
+            records = keys.records
+        else:
+            records = self._lookup.find(keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys))
         return records, np.searchsorted(self._gatherer.starts, records, side="right") - 1
 
     # ---- keys -------------------------------------------------------------------------------------------------------
