@@ -91,9 +91,16 @@ class Teachers:
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
             mask = self._fields.mask and self._fields.mask(batch)
-            given = {"mask": mask, "labels": self._to_compare(batch), "ignore_index": self._ignore_index}
             try:
-                labels = look_up(member, self._fields.keys(batch), batch, logits_of(student).shape[:-1], **given)
+                labels = look_up(
+                    member,
+                    self._fields.keys(batch),
+                    batch,
+                    logits_of(student).shape[:-1],
+                    mask=mask,
+                    labels=self._to_compare(batch),
+                    ignore_index=self._ignore_index,
+                )
             except CacheMismatchError:  # the records of these keys are other ones
                 if strict:
                     raise

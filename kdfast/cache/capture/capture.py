@@ -175,11 +175,14 @@ class _Run:
             self._repeats.count(keys, known, self._fields.marks(batch, keys))
             self._skipped += 1
             return
-        parts = self._fields.parts(self._model, batch, keys)
-        stored = [self._add(part) for part in parts]
-        parts, known = ([x for x, kept in zip(y, stored, strict=True) if kept] for y in (parts, known))
-        marks = [[Mark(part.targets, len(part.logits))] for part in parts]
-        self._repeats.count([part.key for part in parts], known, marks, [part.logits for part in parts])
+        pairs = zip(self._fields.parts(self._model, batch, keys), known, strict=True)
+        stored = [(part, had) for part, had in pairs if self._add(part)]
+        self._repeats.count(
+            [part.key for part, _ in stored],
+            [had for _, had in stored],
+            [[Mark(part.targets, len(part.logits))] for part, _ in stored],
+            [part.logits for part, _ in stored],
+        )
         self._ran += 1
 
     def _add(self, part: Part) -> bool:

@@ -74,9 +74,10 @@ def check_labels(
 
 def _one_each(labels: Tensor, stored: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(records,) whether records of one row each agree. Few classes need few checksums."""
-    values, places = labels[:, 0].unique(return_inverse=True)
-    checksums = np.array([targets_crc(value[None]) for value in values])
-    agrees: NDArray[np.bool_] = (checksums[places.numpy()] == stored) | (stored < 0) | (labels[:, 0].numpy() < 0)
+    own = labels[:, 0].numpy()
+    values, places = np.unique(own, return_inverse=True)
+    checksums = np.array([targets_crc(torch.tensor([value])) for value in values.tolist()])
+    agrees: NDArray[np.bool_] = (checksums[places] == stored) | (stored < 0) | (own < 0)
     return agrees
 
 
