@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast._record_keys import NON_MODEL_FIELDS, record_keys
+
 __all__ = [
     "NON_MODEL_FIELDS",
     "BatchFields",
@@ -22,7 +24,6 @@ __all__ = [
     "move",
 ]
 
-NON_MODEL_FIELDS = ("key", "labels")  # of a batch that is a mapping: all others are the model's keywords
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -33,7 +34,7 @@ class BatchFields:
     Args:
         inputs: the model's argument, tuple of arguments, or mapping of keywords. By default a mapping's fields but
             ``key`` and ``labels``, the first item of a tuple or list, or the batch itself.
-        key: a key per record. By default the field ``key``, or each row of ``input_ids`` without its padding.
+        key: a key per record. By default the field ``key``, or what the model is given of the record: ``record_keys``.
     """
 
     inputs: Callable[[Any], Any] | None = None
@@ -51,15 +52,15 @@ class BatchFields:
         """One key per record of ``batch``.
 
         Raises:
-            ValueError: the batch has no key and no ids, and no function was given.
+            ValueError: the batch has no key and no ids, or more than ids of which nothing tells whose it is, and no
+                function was given.
         """
         if self.key is not None:
             return _each(self.key(batch))
         if isinstance(batch, Mapping) and "key" in batch:
             return _each(batch["key"])
         if isinstance(batch, Mapping) and "input_ids" in batch:
-            real = batch.get("attention_mask")
-            return [ids if real is None else ids[real[i].bool()] for i, ids in enumerate(batch["input_ids"])]
+            return record_keys(batch, self.arguments(batch))
         raise ValueError(
             f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
             "gives one key per record"

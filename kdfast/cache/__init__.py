@@ -14,6 +14,7 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from kdfast._optional import lazy_attributes as _lazy_attributes
+from kdfast._record_keys import record_keys
 from kdfast.cache.capture.capture import CaptureReport, capture
 from kdfast.cache.capture.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.capture.lm import capture_lm, output_layer, windows
@@ -25,7 +26,7 @@ from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheInfo, CacheReader
 from kdfast.cache.read.reader import open_cache as open
-from kdfast.cache.read.spans import pack_spans
+from kdfast.cache.read.spans import mask_spans, pack_spans
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.write.salvage import salvage
@@ -62,10 +63,12 @@ __all__ = [
     "head_fingerprint",
     "learn_prototypes",
     "learn_shapes",
+    "mask_spans",
     "open",
     "output_layer",
     "pack_spans",
     "ray_capture",
+    "record_keys",
     "replica_key",
     "salvage",
     "windows",

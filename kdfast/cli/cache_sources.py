@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,9 +14,11 @@ from rich.console import Console
 
 import kdfast.cache
 from kdfast._optional import import_optional
-from kdfast.cache import CacheError, windows
+from kdfast.cache import CacheError
+from kdfast.cache.capture.corpus import cut
 from kdfast.cache.capture.ranks import Ranks, capture_share
-from kdfast.cli.terminal import exit_on_error, progress_bar
+from kdfast.cli.documents import documents
+from kdfast.cli.terminal import check_choice, exit_on_error, progress_bar
 
 if TYPE_CHECKING:
     from kdfast.cache.convert import BiasReport, Source
@@ -25,11 +26,18 @@ if TYPE_CHECKING:
 __all__ = ["capture", "capture_vllm", "convert"]
 
 Texts = Annotated[
-    list[Path], typer.Argument(metavar="TEXTS...", help=".jsonl files, or other files of one document each.")
+    list[Path],
+    typer.Argument(
+        metavar="TEXTS...", help=".jsonl and .parquet files, or other files of one document each. .gz is unpacked."
+    ),
 ]
 Destination = Annotated[str, typer.Option(help="The cache's directory or URL.", show_default=False)]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens per window.")]
-Field = Annotated[str, typer.Option(help="The field of a .jsonl line that holds the document.")]
+Field = Annotated[
+    str | None,
+    typer.Option(help="The field of a row that holds the document. Default: the one of text, messages and input_ids."),
+]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def capture(
@@ -41,8 +49,17 @@ def capture(
     temperature: Annotated[list[float] | None, typer.Option(help="The student's; may be repeated. Default: 1.")] = None,
     max_length: MaxLength = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per batch.")] = 8,
-    dtype: Annotated[str, typer.Option(help="The teacher's dtype: auto, float32, bfloat16 or float16.")] = "auto",
-    field: Field = "text",
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from one window to the next. Default: windows do not overlap.")
+    ] = None,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Begin every window with BOS, not only a document's first.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help=f"The teacher's dtype: {', '.join(DTYPES)}.")] = "auto",
+    on_bad: Annotated[
+        str, typer.Option(help="Records with NaN in a row: 'raise', or 'skip' and count them.")
+    ] = "raise",
+    field: Field = None,
 ) -> None:
     """Run a language model over documents and store its soft labels. A capture that was stopped is resumed.
 
@@ -50,9 +67,12 @@ def capture(
     processes may change from one start to the next.
     """
     ranks = Ranks.of_environment()
+    check_choice(dtype, DTYPES)
+    options = dict(parse_option(text) for text in option or ())
     with exit_on_error(ValueError, TypeError, ImportError):
         teacher, tokenizer = _load(model, dtype)
-        corpus = windows(tokenizer, documents(texts, field), max_length)
+        shown = ranks.rank == 0
+        corpus = cut(tokenizer, documents(texts, field), max_length, stride=stride, bos=bos, progress=shown)
         report = capture_share(
             teacher,
             tokenizer,
@@ -63,13 +83,11 @@ def capture(
             temperatures=tuple(temperature or (1.0,)),
             max_length=max_length,
             batch_size=batch_size,
-            progress=ranks.rank == 0,
-            **dict(parse_option(text) for text in option or ()),
+            on_bad=on_bad,
+            progress=shown,
+            **options,
         )
-    Console().print(
-        f"process {ranks.rank} of {ranks.world}: {report.records:,} records, {report.rows:,} rows added; "
-        f"{report.skipped:,} batches were stored already"
-    )
+    Console().print(f"process {ranks.rank} of {ranks.world}: {report.text()}", soft_wrap=True)
 
 
 def capture_vllm(
@@ -87,7 +105,7 @@ def capture_vllm(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 600.0,
     retries: Annotated[int, typer.Option(min=0, help="Retries when the connection is lost or the server is busy.")] = 5,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's API key.")] = None,
-    field: Field = "text",
+    field: Field = None,
 ) -> None:
     """Store top-k log-probabilities of documents from a vLLM server. A capture that was stopped is resumed."""
     options = dict(parse_option(text) for text in option or ())
@@ -171,24 +189,6 @@ def load_tokenizer(name: str) -> Any:
     """Load a Hugging Face tokenizer. Raises ``ImportError`` if transformers is not installed."""
     transformers = import_optional("transformers", "a language model", extra="lm")
     return transformers.AutoTokenizer.from_pretrained(name)
-
-
-def documents(files: Sequence[Path], field: str) -> Iterator[str]:
-    """Iterate over documents: one per file, or per line of a .jsonl file, by its ``field``.
-
-    Raises:
-        CacheError: a line without ``field``.
-    """
-    for file in files:
-        if file.suffix != ".jsonl":
-            yield file.read_text()
-            continue
-        with file.open() as lines:
-            for number, line in enumerate(lines, 1):
-                record = json.loads(line)
-                if field not in record:
-                    raise CacheError(f"{file}, line {number}: there is no {field!r}, only {', '.join(record)}")
-                yield record[field]
 
 
 def _recompress(source: Path, destination: Path, **options: Any) -> BiasReport:

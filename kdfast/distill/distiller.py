@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdfast.distill.arguments import FitOptions, check_arguments
+from kdfast.distill.counting import Counting
 from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, frozen_norms
@@ -57,6 +58,11 @@ class Distiller:
         freeze: patterns of the student's parameters to freeze, as ``kdfast.distill.freeze`` takes them.
         inputs, labels, key: functions of a batch that return the models' arguments, the class indices or
             probabilities, and the records' keys in the cache.
+        mask: for a cache that was captured with ``mask``: the same function, of a batch, which says what rows a record
+            has.
+        compare_targets: compare the batch's labels with the targets that a cache was captured with, and raise if they
+            are not the same. On another device than the CPU that is done for the first batches. False for labels that
+            are meant to differ, such as noisy ones.
         amp: the dtype of autocast for student and teacher: torch.bfloat16, or torch.float16 with gradient scaling.
         accumulate: the number of batches of an optimiser step. The gradient is that of one batch with all their rows.
             Rows that a boolean ``row_weight`` excludes still count in a batch's share of these rows.
@@ -84,6 +90,8 @@ class Distiller:
         inputs: Callable[[Any], Any] | None = None,
         labels: Callable[[Any], Tensor | None] | None = None,
         key: Callable[[Any], Sequence[Any]] | None = None,
+        mask: Callable[[Any], Any] | None = None,
+        compare_targets: bool = True,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -95,8 +103,10 @@ class Distiller:
         check_arguments(student, objective, amp, accumulate, clip_norm, options)
         self.student = student
         self.objective: Objective = KD(**options) if objective is None else objective
-        self.fields = Fields(inputs=inputs, labels=labels, key=key)
-        self.teachers = Teachers(teacher, student, self.fields)
+        self.fields = Fields(inputs=inputs, labels=labels, key=key, mask=mask)
+        ignored = Counting.of(self.objective).ignore_index
+        ignored = ignored if isinstance(ignored, int) else -100
+        self.teachers = Teachers(teacher, student, self.fields, ignore_index=ignored, compare_targets=compare_targets)
         for model in (student, self.objective, *map(owner, self.teachers.members)) if device is not None else ():
             if isinstance(model, nn.Module):
                 model.to(device)

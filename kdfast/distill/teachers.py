@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdfast.cache import CacheError, CacheReader, PackedLabels
+from kdfast._record_keys import InputsKey
+from kdfast.cache import CacheError, CacheMismatchError, CacheReader, PackedLabels, mask_spans
+from kdfast.cache.format.keys import describe
+from kdfast.cache.read.agreement import check_labels
 from kdfast.distill.fields import Fields, split, tensors, to_device
 from kdfast.models import call, device_of, evaluating, logits_of
 
 __all__ = ["Teachers", "look_up", "owner"]
+
+COMPARED_ON_DEVICE = 8  # batches
 
 
 class Teachers:
@@ -28,13 +34,24 @@ class Teachers:
         teacher: a module, a function, a ``CacheReader``, a tuple or list of these, or None.
         student: the student, which must not be among the teachers.
         fields: finds the batch's parts.
+        ignore_index: a label that is none.
+        compare_targets: whether labels are compared with the targets that a cache has of the records.
 
     Raises:
         TypeError: a teacher of another kind, naming its type.
         ValueError: the student is its own teacher.
     """
 
-    def __init__(self, teacher: Any, student: nn.Module, fields: Fields) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        student: nn.Module,
+        fields: Fields,
+        *,
+        ignore_index: int = -100,
+        compare_targets: bool = True,
+    ) -> None:
+        self._ignore_index, self._compare, self._compared = ignore_index, compare_targets, 0
         self.several = isinstance(teacher, (tuple, list))
         self.members: list[Any] = list(teacher) if self.several else [] if teacher is None else [teacher]
         self._fields = fields
@@ -60,6 +77,7 @@ class Teachers:
 
         Raises:
             KeyError: a record is not in the cache.
+            CacheMismatchError: the batch's labels are not the targets with which its records were stored.
             ValueError: an output requires grad, or a batch brings labels from a cache besides a teacher.
         """
         inner, cached = split(batch)
@@ -72,8 +90,21 @@ class Teachers:
 
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
+            mask = self._fields.mask and self._fields.mask(batch)
             try:
-                labels = look_up(member, self._fields.keys(batch), batch, logits_of(student).shape[:-1])
+                labels = look_up(
+                    member,
+                    self._fields.keys(batch),
+                    batch,
+                    logits_of(student).shape[:-1],
+                    mask=mask,
+                    labels=self._to_compare(batch),
+                    ignore_index=self._ignore_index,
+                )
+            except CacheMismatchError:  # the records of these keys are other ones
+                if strict:
+                    raise
+                return None
             except CacheError:
                 raise
             except (LookupError, ValueError):
@@ -88,6 +119,16 @@ class Teachers:
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
         return output if own == device else to_device(output, device)
 
+    def _to_compare(self, batch: Any) -> Tensor | None:
+        """The batch's labels, if they are to be compared with a cache's targets."""
+        if not self._compare:
+            return None
+        labels = self._fields.labels_of(batch)
+        if labels is not None and labels.device.type != "cpu":
+            self._compared += 1  # fetching labels waits for the device: a run that is amiss shows at its beginning
+            return labels if self._compared <= COMPARED_ON_DEVICE else None
+        return labels
+
 
 def owner(teacher: Any) -> Any:
     """The module that a bound method belongs to; any other teacher is returned as it is."""
@@ -95,7 +136,16 @@ def owner(teacher: Any) -> Any:
     return module if isinstance(module, nn.Module) else teacher
 
 
-def look_up(cache: CacheReader, keys: Sequence[Any], batch: Any, rows: torch.Size) -> PackedLabels:
+def look_up(
+    cache: CacheReader,
+    keys: Sequence[Any],
+    batch: Any,
+    rows: torch.Size,
+    *,
+    mask: Any = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> PackedLabels:
     """Look a batch's keys up in a cache, with the labels laid out as the student's rows.
 
     There is one row per record, or (records, length) with an absent row for each padding token. Padding is where a
@@ -106,20 +156,49 @@ def look_up(cache: CacheReader, keys: Sequence[Any], batch: Any, rows: torch.Siz
         keys: a key per record.
         batch: the batch, for its ``attention_mask``.
         rows: the shape of the student's rows.
+        mask: (records, length) which rows the capture has stored; None: all.
+        labels: the batch's, to compare with the cache's targets; None compares nothing.
+        ignore_index: a label that is none.
 
     Raises:
         KeyError: a key is not in the cache.
-        ValueError: a record has fewer rows than the batch has tokens of it.
+        CacheMismatchError: the labels are not the targets with which the records were stored.
+        ValueError: a record has fewer rows than the batch has tokens of it, or other ones than ``mask`` says.
     """
+    index = cache.index(keys)
     real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if len(rows) < 2 or real is None:
-        return cache.pack(keys)
-    return cache.pack([span for key, row in zip(keys, real.bool(), strict=True) for span in _spans(key, row)])
+    kept = None if len(rows) < 2 or (real is None and mask is None) else _kept(real, mask)
+    if kept is not None:
+        _check_rows(cache.row_counts(index), kept.sum(1), keys, mask is not None)
+    if labels is not None:
+        certain = all(isinstance(key, (Tensor, np.ndarray, InputsKey)) for key in keys)
+        check_labels(cache, index, keys, labels, batch, kept, ignore_index, certain)
+    if kept is None:
+        return cache.pack(index)
+    return cache.pack([span for key, row in zip(keys, kept, strict=True) for span in mask_spans(key, row)])
 
 
-def _spans(key: Any, real: Tensor) -> Iterator[tuple[Any, int, int]]:
-    start = 0
-    for kept, run in groupby(real.tolist()):
-        count = len(list(run))
-        yield (key, start, count) if kept else (None, 0, count)
-        start += count if kept else 0
+def _kept(real: Tensor | None, mask: Any) -> NDArray[np.bool_]:
+    """(records, length) the rows that a batch has labels of: those that are no padding and that ``mask`` says."""
+    if mask is None:
+        assert real is not None
+        return np.asarray(real.bool().cpu())
+    given = torch.stack([torch.as_tensor(row).cpu() for row in mask])
+    if given.dtype != torch.bool:
+        raise ValueError(f"mask must give a bool per row, got {given.dtype} {tuple(given.shape)}")
+    return np.asarray(given if real is None else given & real.bool().cpu())
+
+
+def _check_rows(stored: NDArray[np.int64], wanted: NDArray[np.int64], keys: Sequence[Any], exact: bool) -> None:
+    """Raise ``ValueError`` for a record that has not the rows that are ``wanted``, or, unless ``exact``, fewer."""
+    for at in np.flatnonzero(stored != wanted if exact else stored < wanted)[:1]:
+        cause = (
+            "the capture had another mask"
+            if exact
+            else "if it was captured with mask=, Distiller(..., mask=...) takes the same function; else its key names "
+            "another text, or one that was cut"
+        )
+        raise ValueError(
+            f"the record of {describe(keys[at])} has {stored[at]} rows, the batch {wanted[at]} "
+            f"{'that mask keeps' if exact else 'tokens of it'}: {cause}"
+        )

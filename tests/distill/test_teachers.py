@@ -1,5 +1,6 @@
 """Modules, functions and caches as teachers give the same outputs, and are unchanged afterwards."""
 
+import functools
 from collections import UserDict
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import kdfast.cache
 from kdfast import Distiller, PackedLabels, kd_loss
+from kdfast.cache import CacheMismatchError, mask_spans
 from kdfast.distill import KD
 from kdfast.distill.fields import to_device
 from support.distillers import CLASSES, FEATURES, data, student, teacher
@@ -190,3 +192,146 @@ def test_batches_and_outputs_stay_what_they_are():
 def test_the_device_is_the_weights():
     model = student()
     assert Distiller(model, device="cpu:0").device == next(model.parameters()).device
+
+
+# ---- labels and targets --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shuffled(tmp_path):
+    """A capture keyed by position in the loader's order, which was shuffled, and one keyed by what the images are."""
+    x, y = data(64)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    for name, keys in (("positions", range(64)), ("names", order.tolist())):
+        loader = [(x[order[i : i + 16]], y[order[i : i + 16]], list(keys[i : i + 16])) for i in range(0, 64, 16)]
+        kdfast.cache.capture(
+            teacher(), loader, tmp_path / name, vocab_size=CLASSES, codec="dense", progress=False,
+            key=lambda b: b[2], targets=lambda b: b[1],
+        )  # fmt: skip
+    return {name: kdfast.cache.open(tmp_path / name) for name in ("positions", "names")}, x, y
+
+
+def test_labels_are_compared_with_the_targets_of_their_records(shuffled):
+    caches, x, y = shuffled
+    batch = {"key": torch.arange(32), "input": x[:32], "labels": y[:32]}
+    wrong = Distiller(student(), caches["positions"])
+    with pytest.raises(CacheMismatchError, match=r"labels of 0 are not the targets .* compare_targets=False"):
+        wrong.step(batch)
+    assert wrong.forward(batch, strict=False).teacher is None
+    right = Distiller(student().eval(), caches["names"]).step(batch)
+    torch.testing.assert_close(right, Distiller(student().eval(), teacher().eval()).step(batch), rtol=1e-3, atol=1e-3)
+    one = {**batch, "labels": batch["labels"].where(torch.arange(32) != 9, (y[9] + 1) % CLASSES)}
+    with pytest.raises(CacheMismatchError, match=r"labels of 9 are not .* with 1 of 32 records"):
+        Distiller(student(), caches["names"]).step(one)
+    assert Distiller(student(), caches["names"], compare_targets=False).step(one).isfinite()
+
+
+def test_labels_that_are_none_or_are_mixed_are_not_compared(shuffled):
+    caches, x, y = shuffled
+    batch = {"key": torch.arange(8), "input": x[:8]}
+    few = y[:8].where(torch.arange(8) < 2, -100)  # the others have no label
+    mixed = torch.full((8, CLASSES), 1 / CLASSES)
+    for labels in (few, mixed):
+        assert Distiller(student(), caches["names"]).step({**batch, "labels": labels}).isfinite()
+    assert Distiller(student(), caches["names"], ce_weight=0.0).step(batch).isfinite()
+    other = few.masked_fill(few < 0, 0)
+    other[:2] = few[:2]
+    assert Distiller(student(), caches["names"], ignore_index=0).step({**batch, "labels": other}).isfinite()
+
+
+def test_a_dataset_compares_labels_too(shuffled):
+    caches, x, y = shuffled
+    pairs = [(x[i], y[i]) for i in range(64)]
+    for examples in (pairs, [{"input": x, "labels": y} for x, y in pairs]):
+        dataset = kdfast.cache.CacheDataset(caches["positions"], range(64), examples)
+        with pytest.raises(CacheMismatchError, match="labels of record 0 of the batch"):
+            dataset.collate([dataset[i] for i in range(16)])
+        dataset = kdfast.cache.CacheDataset(caches["positions"], range(64), examples, compare_targets=False)
+        assert len(dataset.collate([dataset[i] for i in range(16)])[1]) == 16
+        dataset = kdfast.cache.CacheDataset(caches["names"], range(64), examples)
+        assert len(dataset.collate([dataset[i] for i in range(16)])[1]) == 16
+
+
+def texts(side, masked=False):
+    """Three documents, padded on one side; labels are the ids, those of a prompt of two tokens ignored."""
+    generator = torch.Generator().manual_seed(4)
+    ids, mask = torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.long)
+    for i, length in enumerate((5, 3, 6)):
+        where = slice(6 - length, 6) if side == "left" else slice(0, length)
+        ids[i, where], mask[i, where] = torch.randint(1, VOCAB, (length,), generator=generator), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    if masked:
+        labels = labels.masked_fill(mask.cumsum(1) <= 2, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def next_labels(batch):
+    following = batch["labels"].roll(-1, 1)
+    following[:, -1] = -100
+    return following
+
+
+CONVENTIONS = {"as they are": lambda b: b["labels"], "the next": next_labels}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("targets", [*CONVENTIONS])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tokens_are_compared_however_they_are_shifted(tmp_path, side, targets, masked):
+    batch = {**texts(side), "key": ["a", "b", "c"]}
+    capture = functools.partial(
+        kdfast.cache.capture, vocab_size=VOCAB, codec="dense", progress=False, targets=CONVENTIONS[targets]
+    )
+    capture(LanguageModel(), [batch], tmp_path)
+    learner = Distiller(LanguageModel(), kdfast.cache.open(tmp_path), shift=True, temperature=1.0)
+    student_s = {**batch, "labels": texts(side, masked)["labels"]}
+    assert learner.step(student_s).isfinite()
+    with pytest.raises(CacheMismatchError, match="labels of 'a' are not the targets"):
+        learner.step({**student_s, "key": ["a", "b", "c"], **rolled(student_s)})
+
+
+def rolled(batch):
+    """Other ids of the same lengths under the same keys."""
+    ids = torch.where(batch["attention_mask"] > 0, batch["input_ids"] % (VOCAB - 1) + 1, 0)
+    return {"input_ids": ids, "labels": torch.where(batch["labels"] >= 0, ids, -100)}
+
+
+# ---- caches of some rows -------------------------------------------------------------------------------------------
+
+
+def answers(batch):
+    """The rows that predict an answer's tokens: position i predicts token i + 1."""
+    return next_labels(batch) >= 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_of_the_supervised_rows_serves_with_the_mask_of_the_capture(tmp_path, side):
+    torch.manual_seed(0)
+    model, batch = LanguageModel(), texts(side, masked=True)
+    kdfast.cache.capture(
+        model, [batch], tmp_path, vocab_size=VOCAB, codec="topk", k=VOCAB, value_dtype="float32", progress=False,
+        temperatures=(2.0,), mask=answers, targets=next_labels,
+    )  # fmt: skip
+    cache = kdfast.cache.open(tmp_path)
+    assert cache.info.rows == (next_labels(batch) >= 0).sum() < batch["attention_mask"].sum()
+    weights = []
+    for given, options in ((model, {}), (cache, {"mask": answers})):
+        torch.manual_seed(1)
+        learner = LanguageModel()
+        Distiller(learner, given, shift=True, **options).step(batch).backward()
+        weights.append([x.grad for x in learner.parameters()])
+    for cached, live in zip(weights[1], weights[0], strict=True):
+        torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-6)
+    spans = [
+        span
+        for ids, real, row in zip(batch["input_ids"], batch["attention_mask"].bool(), answers(batch), strict=True)
+        for span in mask_spans(ids[real], row)
+    ]
+    labels = cache.gather(spans)
+    assert torch.equal(labels.present, answers(batch).flatten())
+    with pytest.raises(ValueError, match=r"has 3 rows, the batch 5 tokens of it: if it was captured with mask="):
+        Distiller(LanguageModel(), cache, shift=True).step(batch)
+    with pytest.raises(ValueError, match=r"has 3 rows, the batch 5 that mask keeps: the capture had another mask"):
+        Distiller(LanguageModel(), cache, shift=True, mask=lambda b: b["attention_mask"] > 0).step(batch)
+    with pytest.raises(ValueError, match=r"mask must give a bool per row, got torch.int64"):
+        Distiller(LanguageModel(), cache, shift=True, mask=lambda b: b["attention_mask"]).step(batch)

@@ -31,36 +31,34 @@ CAPTURES = {
 }
 
 
-class Batches:
-    """Batches of ids of several lengths, which tells how many it has given."""
-
-    def __init__(self, tell):
-        self.tell, self.given = tell, 0
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(2)
-        for _ in range(CAPTURE_BATCHES):
-            self.given += 1
-            self.tell(self.given)
-            ids = torch.randint(0, VOCAB, (3, 9), generator=generator)
-            lengths = torch.randint(1, 10, (3, 1), generator=generator)
-            yield {"input_ids": ids, "attention_mask": (torch.arange(9) < lengths).long()}
+def batches():
+    """Batches of ids of several lengths."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(CAPTURE_BATCHES):
+        ids = torch.randint(0, VOCAB, (3, 9), generator=generator)
+        lengths = torch.randint(1, 10, (3, 1), generator=generator)
+        yield {"input_ids": ids, "attention_mask": (torch.arange(9) < lengths).long()}
 
 
 class Teacher(nn.Module):
-    def __init__(self):
+    """Tells how often it has been called."""
+
+    def __init__(self, tell=lambda count: None):
         super().__init__()
         torch.manual_seed(3)
         self.embed, self.head = nn.Embedding(VOCAB, 4), nn.Linear(4, VOCAB)
+        self.tell, self.calls = tell, 0
 
     def forward(self, input_ids, attention_mask):
+        self.calls += 1
+        self.tell(self.calls)
         return self.head(self.embed(input_ids).cumsum(1))
 
 
 def capture_and_tell(path, name, tell):
-    """A capture that writes small blocks and shards. ``tell`` hears of every batch, those of learning included."""
+    """A capture that writes small blocks and shards. ``tell`` hears of every teacher pass, learning's included."""
     options = {"block_rows": 16, "shard_bytes": 900, "progress": False, **CAPTURES[name]}
-    return capture(Teacher(), Batches(tell), path, vocab_size=VOCAB, **options)
+    return capture(Teacher(tell), batches(), path, vocab_size=VOCAB, **options)
 
 
 def capture_until_killed(path, name, pipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast.cache.format.view import View
 from kdfast.models import BatchFields, call, device_of, logits_of, move
 
-__all__ = ["Fields", "Part"]
+__all__ = ["Fields", "Mark", "Part", "bad_row"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,20 @@ class Part:
     logits: Tensor  # (rows, vocab)
     targets: Tensor | None  # (rows,)
     views: Sequence[View] | None
+
+
+class Mark(NamedTuple):
+    """What tells whether a record is the one that is stored under its key."""
+
+    targets: Tensor | None  # of the rows that are stored
+    rows: int | None
+
+    @classmethod
+    def of(cls, targets: Tensor | None, kept: Tensor | None, length: int | None) -> Mark:
+        """The mark of a record of ``length`` rows, of which those of ``kept`` are stored, None standing for all."""
+        if kept is None:
+            return cls(targets, length)
+        return cls(None if targets is None else targets[kept], int(kept.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,25 @@ class Fields(BatchFields):
             for i, key in enumerate(keys)
         ]
 
+    def marks(self, batch: Any, keys: list[Any]) -> list[list[Mark]]:
+        """Per record what is known without the teacher of its targets and rows: several marks where it may be either.
+
+        Only the teacher's output tells whether an ``attention_mask`` is over the rows, or over what an encoder reads.
+        """
+        masks, targets = (None if f is None else f(batch) for f in (self.mask, self.targets))
+        real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        found = []
+        for i in range(len(keys)):
+            ids = None if targets is None else torch.as_tensor(targets[i]).reshape(-1).cpu()
+            kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
+            length = next((len(x) for x in (kept, ids) if x is not None), None)
+            either = [Mark.of(ids, kept, length)]
+            if real is not None and length is not None and tuple(real[i].shape) == (length,):
+                own = real[i].bool().cpu()
+                either.append(Mark.of(ids, own if kept is None else own & kept, length))
+            found.append(either)
+        return found
+
     def _mask(self, batch: Any, logits: Any) -> Any:
         """Per record the rows to store: those of ``mask``, without the padding that an ``attention_mask`` tells."""
         given = None if self.mask is None else self.mask(batch)
@@ -83,6 +116,16 @@ def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: An
     targets = None if targets is None else targets[kept.to(targets.device)]
     views = None if views is None else [view for view, keep in zip(views, kept.tolist(), strict=True) if keep]
     return Part(key, rows[kept.to(rows.device)], targets, views)
+
+
+def bad_row(logits: Tensor) -> str:
+    """Which row of (rows, vocab) ``logits`` cannot be stored, and why; empty if all can."""
+    # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
+    largest = logits.detach().amax(1) if logits.numel() else logits.new_zeros(0)
+    for row in (~largest.isfinite()).nonzero().flatten().tolist()[:1]:
+        value = float(largest[row])
+        return f"row {row} has {'no finite value' if value == -torch.inf else f'a value of {value}'}"
+    return ""
 
 
 def _require(count: int, keys: list[Any], what: str) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
+from kdfast._progress import Progress
 from kdfast.cache import codecs
-from kdfast.cache.capture.batches import Fields
+from kdfast.cache.capture.batches import Fields, Mark, Part, bad_row
 from kdfast.cache.capture.fingerprint import fingerprint
+from kdfast.cache.capture.report import CaptureReport, Repeats
+from kdfast.cache.capture.stream import Stream
 from kdfast.cache.codecs.base import PREPARE_ROWS
-from kdfast.cache.format.keys import replica_key
+from kdfast.cache.errors import CacheError
+from kdfast.cache.format.keys import describe, replica_key
+from kdfast.cache.format.meta import RANGE
 from kdfast.cache.format.storage import Storage, open_storage
 from kdfast.cache.write.writer import Writer
 from kdfast.divergences import Divergence
@@ -23,14 +27,7 @@ from kdfast.models import evaluating
 
 __all__ = ["CaptureReport", "capture"]
 
-
-class CaptureReport(NamedTuple):
-    """What one call of ``capture`` did."""
-
-    batches: int  # run through the teacher
-    skipped: int  # batches whose records were all there
-    records: int  # added
-    rows: int  # added
+ON_BAD_HINT = 'on_bad="skip" leaves such records out and counts them'
 
 
 def capture(
@@ -51,6 +48,7 @@ def capture(
     views: Callable[[Any], Any] | None = None,
     epochs: int = 1,
     reuse: str = "refine",
+    on_bad: str = "raise",
     progress: bool = True,
     **options: Any,
 ) -> CaptureReport:
@@ -60,6 +58,8 @@ def capture(
     whole, for the shape of a batch is part of the numbers, and only the missing records are added. So with the same
     batches in the same order a capture that was stopped and resumed leaves the files of one that was not, bit for bit.
     The teacher runs in evaluation mode without gradients, and gets its modules' training flags back, also on an error.
+
+    The loader is iterated over once, so that it may be a stream: whatever is read of it is stored.
 
     Images, with augmentations that the student's loader can repeat::
 
@@ -82,7 +82,7 @@ def capture(
 
     Args:
         model: an ``nn.Module`` or any callable.
-        loader: batches, in an order that is the same each time.
+        loader: batches, in an order that is the same each time a capture is begun or resumed.
         path: the cache's directory.
         vocab_size: columns of the logits.
         codec: a codec's name, or "auto": see ``codecs.choose``.
@@ -93,30 +93,44 @@ def capture(
             fields but ``key`` and ``labels``, a tuple's first item, or the batch, on the model's device.
         outputs: of the model's output and the batch: (records, vocab) logits, (records, rows, vocab), or a list of
             (rows, vocab). By default the output or its ``logits``. For the ``hidden`` codec: the hidden states.
-        key: of a batch: a key per record. By default the field ``key``, or each row of ``input_ids`` without padding.
+        key: of a batch: a key per record. By default the field ``key``, or what the model is given of the record:
+            ``record_keys`` says how. For text alone it is the row of ``input_ids`` without padding.
         targets: of a batch: per record the ids that its rows predict, negative where there is none.
         mask: of a batch: per record a bool per row; only True rows are stored. Rows at which a field
             ``attention_mask`` is 0 never are.
         views: of a batch: per record its ``View``, or one per row.
         epochs: how many epochs the labels will serve.
         reuse: "refine" or "replicas".
-        progress: show a bar with rows per second and the time left.
+        on_bad: what to do with a record that has a row with NaN or +inf, or with no finite value: "raise" ends the
+            capture, "skip" leaves the record out and counts it as ``bad`` in the report. It is then not in the cache.
+        progress: show how far it is on standard error: a bar on a terminal, elsewhere a line a minute.
         options: the codec's and the writer's: ``k``, ``draws``, ``writer``, ``keys``, ``shard_bytes``, ... For
-            ``prototype``, ``prototypes`` is a table or how many to learn from the first rows (256): the loader is
-            then iterated more than once.
+            ``prototype``, ``prototypes`` is a table or how many to learn (256). It learns from the first 65,536 rows,
+            and holds their batches in memory meanwhile, or from as many as 2 GiB of batches have.
+
+    A teacher's answer is one tensor per row: several hidden layers of each token, as speculative decoding with EAGLE-3
+    takes them, make as many caches, each with its ``outputs``.
+
+    Returns:
+        How many batches were run and records added; which records were known, and whether some came again with other
+        targets or logits, of which the first is also warned of by name: their keys do not tell them apart.
 
     Raises:
-        ValueError: no fingerprint for a callable, no key, or parts of a batch that do not fit one another.
-        CacheMismatchError: ``path`` holds another teacher's cache, or one with other options.
+        ValueError: no fingerprint for a callable, no key, parts of a batch that do not fit one another, or a row that
+            cannot be stored. The message names record and row.
+        CacheMismatchError: ``path`` holds another teacher's cache, one with other options, or one in which records have
+            other rows, because ``mask`` was another.
         OSError: a shard cannot be written.
     """
     if epochs < 1 or reuse not in ("refine", "replicas"):
         raise ValueError(f'epochs must be positive and reuse "refine" or "replicas", got {epochs} and {reuse!r}')
+    _check_on_bad(on_bad, options.get("keys"))
     fields = Fields(inputs=inputs, outputs=outputs, key=key, targets=targets, mask=mask, views=views)
-    source = _Source(model, loader, fields, open_storage(path), vocab_size, temperatures)
+    stream = loader if isinstance(loader, Stream) else Stream(loader)
+    source = _Source(model, stream, fields, open_storage(path), vocab_size, temperatures, on_bad)
     options = codecs.current_options(codec, options)
     if codec == "auto":
-        prototypes = "prototypes" in options or source.repeatable
+        prototypes = "prototypes" in options or not isinstance(loader, Iterator)
         codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
         options = {**chosen, **options}
     wanted = codecs.find(codec)
@@ -127,19 +141,76 @@ def capture(
         options = wanted.refined(options, epochs)
     teacher = _teacher_of(model, teacher)
     writer = Writer(path, vocab_size=vocab_size, codec=codec, temperatures=temperatures, teacher=teacher, **options)
-    with writer, evaluating(model), _bar(loader, progress) as advance:
-        ran = skipped = 0
-        for batch in loader:
-            keys = fields.keys(batch)
-            if any(name not in writer for key in keys for name in _names(key, replicas)):
-                for part in fields.parts(model, batch, keys):
-                    for name in _names(part.key, replicas):  # the writer keeps what it has
-                        writer.add(name, part.logits, targets=part.targets, views=part.views)
-                ran += 1
-            else:
-                skipped += 1
-            advance(writer.rows)
-    return CaptureReport(ran, skipped, writer.records, writer.rows)
+    bar = Progress("capture", total=_length(loader), unit="batches", shown=progress)
+    with writer, evaluating(model), bar:
+        run = _Run(model, fields, writer, Repeats(source.files), replicas, on_bad)
+        start = time.monotonic()
+        for batch in stream:
+            run.store(batch)
+            bar.advance(note=f"{writer.rows / max(time.monotonic() - start, 1e-9):,.0f} rows/s")
+    return run.report()
+
+
+class _Run:
+    """A capture under way: stores batch after batch, and counts what comes of it."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        fields: Fields,
+        writer: Writer,
+        repeats: Repeats,
+        replicas: int,
+        on_bad: str,
+    ) -> None:
+        self._model, self._fields, self._writer = model, fields, writer
+        self._repeats, self._replicas, self._on_bad = repeats, replicas, on_bad
+        self._ran = self._skipped = self._bad = 0
+
+    def store(self, batch: Any) -> None:
+        """Run the teacher on a batch, unless all its records are known, and add those that are not."""
+        keys = self._fields.keys(batch)
+        known = [all(name in self._writer for name in _names(key, self._replicas)) for key in keys]
+        if all(known):
+            self._repeats.count(keys, known, self._fields.marks(batch, keys))
+            self._skipped += 1
+            return
+        pairs = zip(self._fields.parts(self._model, batch, keys), known, strict=True)
+        stored = [(part, had) for part, had in pairs if self._add(part)]
+        self._repeats.count(
+            [part.key for part, _ in stored],
+            [had for _, had in stored],
+            [[Mark(part.targets, len(part.logits))] for part, _ in stored],
+            [part.logits for part, _ in stored],
+        )
+        self._ran += 1
+
+    def _add(self, part: Part) -> bool:
+        """Add a record, of which the writer keeps what it has. False if it has a bad row, and such are left out."""
+        try:
+            for name in _names(part.key, self._replicas):
+                self._writer.add(name, part.logits, targets=part.targets, views=part.views)
+        except ValueError as error:
+            if isinstance(error, CacheError) or not bad_row(part.logits):
+                raise
+            if self._on_bad == "raise":
+                raise ValueError(f"{error}; {ON_BAD_HINT}") from error
+            self._bad += 1
+            return False
+        return True
+
+    def report(self) -> CaptureReport:
+        counts, writer = self._repeats, self._writer
+        return CaptureReport(
+            self._ran,
+            self._skipped,
+            writer.records,
+            writer.rows,
+            known=counts.known,
+            duplicates=counts.duplicates,
+            conflicts=counts.conflicts,
+            bad=self._bad,
+        )
 
 
 @dataclass(frozen=True)
@@ -147,25 +218,42 @@ class _Source:
     """A capture as its codec sees it before it begins; see ``codecs.base.CaptureSource``."""
 
     model: Callable[..., Any]
-    loader: Iterable[Any]
+    stream: Stream
     fields: Fields
     files: Storage
     vocab_size: int
     temperatures: Sequence[float]
-
-    @property
-    def repeatable(self) -> bool:
-        return not isinstance(self.loader, Iterator)
+    on_bad: str
 
     def first_rows(self) -> Iterator[Tensor]:
         rows = 0
-        for batch in self.loader:
+        for batch in self.stream.first():
             for part in self.fields.parts(self.model, batch, self.fields.keys(batch)):
-                logits = part.logits.reshape(-1, part.logits.shape[-1])[: PREPARE_ROWS - rows, : self.vocab_size]
+                problem = bad_row(part.logits[:, : self.vocab_size])
+                if problem and self.on_bad == "raise":
+                    raise ValueError(f"{describe(part.key)}: {problem}; {ON_BAD_HINT}")
+                if problem:
+                    continue
+                logits = part.logits[: PREPARE_ROWS - rows, : self.vocab_size]
                 rows += len(logits)
                 yield logits
             if rows >= PREPARE_ROWS:
                 return
+
+
+def _length(loader: Any) -> int | None:
+    """The number of batches; None if the loader does not know, though it may have a method that says so."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _check_on_bad(on_bad: str, keys: Any) -> None:
+    if on_bad not in ("raise", "skip"):
+        raise ValueError(f'on_bad must be "raise" or "skip", got {on_bad!r}')
+    if on_bad == "skip" and keys == RANGE:
+        raise ValueError('on_bad="skip" leaves records out, and keys="range" are consecutive: give keys="hash"')
 
 
 def _names(key: Any, replicas: int) -> list[Any]:
@@ -182,22 +270,3 @@ def _teacher_of(model: Any, teacher: str | None) -> str:
             "whatever changes its answers"
         )
     return fingerprint(model)
-
-
-@contextmanager
-def _bar(loader: Iterable[Any], shown: bool) -> Iterator[Callable[[int], None]]:
-    """A context with a progress bar over batches. It gives a function to call after each, with the rows so far."""
-    if not shown:
-        yield lambda rows: None
-        return
-    from tqdm import tqdm
-
-    start = time.monotonic()
-    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} batches [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=len(loader) if isinstance(loader, Sized) else None, desc="capture", bar_format=layout) as bar:
-
-        def advance(rows: int) -> None:
-            bar.set_postfix_str(f"{rows / max(time.monotonic() - start, 1e-9):,.0f} tokens/s", refresh=False)
-            bar.update()
-
-        yield advance

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.cache import codecs
-from kdfast.cache.capture.capture import CaptureReport, capture
+from kdfast.cache.capture.capture import capture
+from kdfast.cache.capture.corpus import Corpus, Document, cut
 from kdfast.cache.capture.fingerprint import fingerprint, with_tokenizer
+from kdfast.cache.capture.report import CaptureReport
+from kdfast.cache.capture.suitable import check_causal, check_fits
 from kdfast.divergences import Divergence
 from kdfast.labels.head import OutputLayer
 from kdfast.models import call, device_of, evaluating
@@ -25,11 +28,16 @@ AGREEMENT = 0.02  # of the largest logit: bfloat16 through an output layer
 def capture_lm(
     model: nn.Module,
     tokenizer: Any,
-    documents: Iterable[str | Sequence[int] | Tensor],
+    documents: Iterable[Document],
     path: str | os.PathLike[str],
     *,
     max_length: int,
     batch_size: int,
+    stride: int | None = None,
+    bos: bool = False,
+    field: str | None = None,
+    vocab_size: int | None = None,
+    causal: bool = True,
     codec: str = "auto",
     temperatures: Sequence[float] = (1.0,),
     divergence: str | Divergence | None = None,
@@ -38,6 +46,7 @@ def capture_lm(
     teacher: str | None = None,
     epochs: int = 1,
     reuse: str = "refine",
+    on_bad: str = "raise",
     progress: bool = True,
     **options: Any,
 ) -> CaptureReport:
@@ -52,8 +61,8 @@ def capture_lm(
         cache = kdfast.cache.open(path)
         labels = cache.gather(ids[:8])  # row by row what the teacher says after each token
 
-    The ids of the whole corpus are held in memory, 4 bytes each. Batches are right-padded runs of consecutive windows;
-    padding is never stored.
+    The ids of the whole corpus are held in memory, 4 bytes each and 16 a window. Batches are right-padded runs of
+    consecutive windows; padding is never stored.
 
     With ``codec="hidden"`` (or "auto", where it comes to that) the last hidden states are stored, and a cache is opened
     with ``head=output_layer(model)``. That the two give the model's logits is checked on the first window.
@@ -62,25 +71,47 @@ def capture_lm(
         model: takes ``input_ids`` and ``attention_mask`` and returns something with ``logits``; for hidden states a
             Hugging Face model, with ``base_model`` and ``get_output_embeddings``.
         tokenizer: a Hugging Face tokenizer; None if the documents are ids.
-        documents: texts, or sequences of ids. Empty ones have no record.
+        documents: any iterable of texts, of ids, of chats, which are lists of messages and go through the tokenizer's
+            chat template, or of rows, as the data sets of Hugging Face give them. Empty documents have no record.
         path: the cache's directory.
         max_length: of a window, in tokens. Longer documents are cut into windows that follow one another without
             overlap: the first token of a window sees no context.
         batch_size: windows in a batch.
-        codec, temperatures, divergence, epochs, reuse, progress, options: as ``capture`` takes them.
+        stride: from one window of a document to the next; less than a window makes them overlap, so that tokens have
+            more context in the second one. Each window is a record of its own, whole.
+        bos: begin every window with the tokenizer's BOS, which takes one of its tokens; not only a document's first.
+        field: of a row: which field is the document. By default the one of text, messages and input_ids that it has.
+        vocab_size: columns of the logits to store, the first ones, where the model has more than its tokenizer.
+        causal: False takes a model whose rows see the tokens after them, too. It is tried on the first window.
+        codec, temperatures, divergence, epochs, reuse, on_bad, progress, options: as ``capture`` takes them.
         add_special_tokens: the tokenizer's policy. It is a part of the fingerprint.
         mask: of a window's ids: which rows to store, a bool each (position i's row predicts token i + 1).
         teacher: a fingerprint to take instead of the weights'. The tokenizer's is added to it.
 
     Raises:
-        ValueError: no tokenizer for texts, bad sizes, or a model whose hidden states do not give its logits.
+        TypeError: documents that are one text, or of no kind that is known.
+        ValueError: no tokenizer for texts, bad sizes, ids or windows beyond the model's, a model that is not causal, or
+            one whose hidden states do not give its logits.
         CacheMismatchError: ``path`` holds the cache of another teacher, tokenizer or options.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    corpus = windows(tokenizer, documents, max_length, add_special_tokens=add_special_tokens)
+    corpus = cut(
+        tokenizer,
+        documents,
+        max_length,
+        stride=stride,
+        bos=bos,
+        add_special_tokens=add_special_tokens,
+        field=field,
+        progress=progress,
+    )
+    check_fits(model, corpus)
     layer = _layer(model)
-    size = layer.vocab_size if layer is not None else _vocab_size(model)
+    if vocab_size is not None:
+        width = vocab_size if layer is None else layer.vocab_size
+        options = _narrowed(options, vocab_size, width)
+    size = vocab_size or (layer.vocab_size if layer is not None else _vocab_size(model))
     if codec == "auto":
         codec, chosen, _ = codecs.choose(size, temperatures, divergence, prototypes=True)
         options = {**chosen, **options}
@@ -90,8 +121,12 @@ def capture_lm(
         layer = output_layer(model)
         options = wanted.for_head(options, layer)
         runs, outputs = _Causal(model.base_model), _last_hidden
+        if vocab_size is not None and vocab_size != layer.vocab_size:
+            raise ValueError(f"codec 'hidden' stores no logits: its vocab_size is {layer.vocab_size}, got {vocab_size}")
         if corpus:
             _check_agreement(model, layer, corpus[0])
+    if causal:
+        check_causal(model, corpus, _Causal(model))
     with evaluating(model):
         return capture(
             runs,
@@ -106,6 +141,7 @@ def capture_lm(
             mask=None if mask is None else lambda batch: _masks(batch, mask),
             epochs=epochs,
             reuse=reuse,
+            on_bad=on_bad,
             progress=progress,
             **options,
         )
@@ -113,31 +149,25 @@ def capture_lm(
 
 def windows(
     tokenizer: Any,
-    documents: Iterable[str | Sequence[int] | Tensor],
+    documents: Iterable[Document],
     max_length: int,
     *,
+    stride: int | None = None,
+    bos: bool = False,
     add_special_tokens: bool = True,
+    field: str | None = None,
 ) -> list[Tensor]:
     """The ids of each window of each document, (length,) int32: the keys of the records that ``capture_lm`` writes.
 
     Args:
-        tokenizer, documents, max_length, add_special_tokens: as ``capture_lm`` takes them.
+        tokenizer, documents, max_length, stride, bos, add_special_tokens, field: as ``capture_lm`` takes them.
 
     Raises:
-        ValueError: ``max_length`` is not positive, or there is no tokenizer for a text.
+        TypeError: ``documents`` is one text, or one of them is of no kind that is known.
+        ValueError: sizes that do not fit, there is no tokenizer for a text, or a row has no document.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length must be positive, got {max_length}")
-    parts: list[Tensor] = []
-    for document in documents:
-        if isinstance(document, str):
-            if tokenizer is None:
-                raise ValueError("documents that are texts need a tokenizer, got None")
-            # verbose: a document longer than the model's context is no cause for a warning, for it will be cut.
-            document = tokenizer(document, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        ids = torch.as_tensor(document, dtype=torch.int32)
-        parts.extend(ids[start : start + max_length] for start in range(0, len(ids), max_length))
-    return parts
+    options: dict[str, Any] = {"stride": stride, "bos": bos, "add_special_tokens": add_special_tokens, "field": field}
+    return list(cut(tokenizer, documents, max_length, **options))
 
 
 def next_tokens(ids: Tensor) -> Tensor:
@@ -179,6 +209,13 @@ def _vocab_size(model: Any) -> int:
     if size is None:
         raise ValueError(f"a {type(model).__name__} has neither get_output_embeddings() nor config.vocab_size")
     return int(size)
+
+
+def _narrowed(options: dict[str, Any], vocab_size: int, width: int) -> dict[str, Any]:
+    """``options`` for a writer that stores the first ``vocab_size`` of ``width`` columns."""
+    if vocab_size > width:
+        raise ValueError(f"vocab_size must be at most the model's {width}, got {vocab_size}")
+    return {**options, "teacher_vocab_size": width} if vocab_size < width else options
 
 
 def _check_agreement(model: Any, layer: OutputLayer, ids: Tensor) -> None:
@@ -225,7 +262,7 @@ class _Causal:
 class _Batches:
     """Batches of consecutive windows, right-padded with id 0, which the attention mask hides."""
 
-    def __init__(self, corpus: list[Tensor], batch_size: int, device: torch.device | None) -> None:
+    def __init__(self, corpus: Corpus | list[Tensor], batch_size: int, device: torch.device | None) -> None:
         self._corpus, self._size, self._device = corpus, batch_size, device
 
     def __len__(self) -> int:
@@ -233,7 +270,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self._corpus), self._size):
-            rows = self._corpus[start : start + self._size]
+            rows = list(self._corpus[start : start + self._size])
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
             real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).long()
             yield {"input_ids": ids.to(self._device), "attention_mask": real.to(self._device)}

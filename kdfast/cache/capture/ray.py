@@ -57,7 +57,7 @@ def ray_capture(
 
     Args:
         make_teacher: called once in each worker; returns an ``nn.Module`` or any callable.
-        dataset: of one row per record. It is read once more, from the start, if prototypes are learned.
+        dataset: of one row per record. Its first rows are read once more if prototypes are learned.
         path: the cache: a URL that fsspec knows, or a folder that all nodes see. Of a worker that died, the shard that
             it was writing to a URL is found again only by a worker on that node.
         workers: how many. The dataset is read on what they leave of the cluster's CPUs.
@@ -93,7 +93,7 @@ def ray_capture(
     finally:
         for one in actors:
             ray.kill(one)
-    return CaptureReport(*map(sum, zip(*reports, strict=True)))
+    return CaptureReport.total(reports)
 
 
 def _run(ray: Any, actors: list[Any], parts: list[Any]) -> list[CaptureReport]:

@@ -9,12 +9,12 @@ from re import sub
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-import ray
 import torch
 from ray.data import DataIterator
 
 from kdfast.cache.capture.capture import CaptureReport, capture
 from kdfast.cache.capture.ranks import Ranks
+from kdfast.cache.capture.stream import Stream
 from kdfast.cache.format.storage import LocalStorage, open_storage
 from kdfast.cache.write.salvage import salvage
 
@@ -49,18 +49,18 @@ class Worker:
 
     def learn(self, blocks: DataIterator) -> CaptureReport:
         """Let the codec learn from the first records of the dataset, and store these, and with them what it learned."""
-        return self._capture(Replayed(batches_of(blocks, self._batch_size)))
+        return self._capture(Stream(Tensors(batches_of(blocks, self._batch_size)), only_first=True))
 
     def run(self, blocks: DataIterator) -> CaptureReport:
         """Store this worker's part of the dataset, until it ends or ``stop`` is called; then seal the last shard."""
-        return self._capture(Stoppable(batches_of(blocks, self._batch_size), self._stopped))
+        return self._capture(Tensors(Stoppable(batches_of(blocks, self._batch_size), self._stopped)))
 
     def stop(self) -> None:
         """End ``run`` after its current batch."""
         self._stopped.set()
 
     def _capture(self, batches: Iterable[ColumnBatch]) -> CaptureReport:
-        return capture(self._teacher, Tensors(batches), self._path, **self._options)
+        return capture(self._teacher, batches, self._path, **self._options)
 
 
 def _writer_name(path: str, ranks: Ranks) -> str:
@@ -97,25 +97,6 @@ class Tensors:
                 name: torch.tensor(column) if column.dtype.kind in "biuf" else column.tolist()
                 for name, column in batch.items()
             }
-
-
-class Replayed:
-    """Batches that every pass yields as the first one did: read again, a dataset may come in another order.
-
-    They are kept in Ray's object store, which moves to disk what does not fit.
-    """
-
-    def __init__(self, batches: Iterable[ColumnBatch]) -> None:
-        self._batches = batches
-        self._kept: list[Any] = []
-
-    def __iter__(self) -> Iterator[ColumnBatch]:
-        if self._kept:
-            yield from map(ray.get, self._kept)
-            return
-        for batch in self._batches:
-            self._kept.append(ray.put(batch))
-            yield batch
 
 
 class _End(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from kdfast._progress import Progress
+from kdfast.cache.capture.corpus import Document, cut
 from kdfast.cache.capture.fingerprint import with_tokenizer
-from kdfast.cache.capture.lm import windows
 from kdfast.cache.capture.vllm_client import Server, prompt_of, record_of
 from kdfast.cache.convert.importing import TOLERANCE, store_records
 from kdfast.cache.convert.report import BiasReport
@@ -30,7 +31,7 @@ AHEAD = 2  # answers per connection that may wait for an earlier one: a slow req
 
 def capture_vllm(
     url: str,
-    documents: Iterable[str | Sequence[int] | Tensor],
+    documents: Iterable[Document],
     path: str | os.PathLike[str],
     *,
     vocab_size: int,
@@ -66,7 +67,7 @@ def capture_vllm(
 
     Args:
         url: the server: ``http://host:8000``.
-        documents: texts, or sequences of ids.
+        documents: as ``capture_lm`` takes them.
         path: the cache's directory.
         vocab_size: of the teacher's logits. The server does not tell.
         teacher: a fingerprint: a text that changes with whatever changes the answers, for the server does not show its
@@ -80,7 +81,7 @@ def capture_vllm(
         timeout: seconds to wait for an answer.
         retries: how often to ask again after a lost connection or an answer 429, 502 or 503.
         api_key: the server's ``--api-key``.
-        progress: show a bar.
+        progress: show how far it is on standard error: a bar on a terminal, elsewhere a line a minute.
         options: the ``Writer``'s: ``writer``, ``shard_bytes``, ...
 
     Raises:
@@ -90,11 +91,11 @@ def capture_vllm(
         OSError: the server does not answer, or a shard cannot be written.
     """
     _check(vocab_size=vocab_size, teacher=teacher, k=k, concurrency=concurrency, timeout=timeout, retries=retries)
-    corpus = windows(tokenizer, documents, max_length, add_special_tokens=add_special_tokens)
+    corpus = cut(tokenizer, documents, max_length, add_special_tokens=add_special_tokens, progress=progress)
     _check_ids(corpus, vocab_size)
     stored: dict[str, Any] = {"codec": "topk", "temperatures": (1.0,), "k": k, "value_dtype": value_dtype}
     fingerprint = with_tokenizer(teacher, tokenizer, add_special_tokens)
-    cut = partial(to_rows, vocab_size=vocab_size, k=k, value_dtype=value_dtype, tolerance=TOLERANCE)
+    select = partial(to_rows, vocab_size=vocab_size, k=k, value_dtype=value_dtype, tolerance=TOLERANCE)
     report = BiasReport(f"the vLLM server {url}")
     with Server(url, concurrency=concurrency, timeout=timeout, retries=retries, api_key=api_key) as server:
         model = server.choose_model(model, max(map(len, corpus), default=0))
@@ -102,8 +103,9 @@ def capture_vllm(
             lacking = _lacking(corpus, writer)
             report.duplicates = len(corpus) - len(lacking)
             ask = partial(_ask, server, model, corpus, k)
-            with closing(_in_order(ask, lacking, concurrency)) as records, _bar(len(lacking), progress) as bar:
-                store_records(records, cut, writer, report, progress=bar.update)
+            bar = Progress("capture", total=len(lacking), unit="windows", shown=progress)
+            with closing(_in_order(ask, lacking, concurrency)) as records, bar:
+                store_records(records, select, writer, report, progress=bar.advance)
     return report
 
 
@@ -150,9 +152,3 @@ def _in_order(work: Callable[[int], T], numbers: Iterable[int], concurrency: int
             yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _bar(windows: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=windows, desc="capture", unit=" windows", disable=not shown)

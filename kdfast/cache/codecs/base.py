@@ -67,12 +67,11 @@ class CaptureSource(Protocol):
     def files(self) -> Files:
         """The cache's files, which an earlier session of the capture may have left."""
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether ``first_rows`` can be called: the loader gives its batches more than once."""
-
     def first_rows(self) -> Iterator[Tensor]:
-        """Run the teacher over the first ``PREPARE_ROWS`` rows: (rows, vocab_size) logits, one record after another."""
+        """Run the teacher over the first ``PREPARE_ROWS`` rows: (rows, vocab_size) logits, one record after another.
+
+        It can be called any number of times, and gives the same records each time.
+        """
 
 
 class Codec(ABC):

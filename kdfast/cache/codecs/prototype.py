@@ -105,10 +105,6 @@ class Prototype(EntryCodec):
             raise ValueError(f"prototypes must be a table or a positive number, got {wanted!r}")
         table = _stored_table(source.files)
         if table is None:
-            if not source.repeatable:
-                raise ValueError(
-                    "learning prototypes takes several passes over the first batches, and this loader has one"
-                )
             table = learn_prototypes(
                 source.first_rows,
                 count=wanted,

@@ -11,7 +11,7 @@ for epoch in range(epochs):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from kdfast.cache.read.agreement import check_labels
 from kdfast.cache.read.gather import ranges
 from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
@@ -47,10 +48,16 @@ class CacheDataset(Dataset[_Item]):
         examples: what belongs to each key, such as token ids or an image: anything with a length and positions. The
             position stands for the example if None.
         collate: makes a batch of a list of examples.
+        compare_targets: compare the labels of a batch, the field ``labels`` of a mapping or the second item of a tuple,
+            with the targets that the cache was captured with. False for labels that are meant to differ.
+
+    A batch's labels are concatenated, without padding: of padded tokens the student's rows are taken by
+    ``attention_mask.bool()``, or each example's keys are ``mask_spans(key, mask)``, which pad to the mask's length.
 
     Raises:
         KeyError: a key is not in the cache.
         ValueError: keys and examples differ in number, or a span goes beyond its record.
+        CacheMismatchError: from ``collate``: labels are not the targets of their records.
     """
 
     def __init__(
@@ -59,8 +66,10 @@ class CacheDataset(Dataset[_Item]):
         keys: Iterable[Any] | RecordIndex,
         examples: Sequence[Any] | Dataset[Any] | Tensor | None = None,
         collate: Callable[[list[Any]], Any] = default_collate,
+        *,
+        compare_targets: bool = True,
     ) -> None:
-        self._cache, self._examples, self._collate = cache, examples, collate
+        self._cache, self._examples, self._collate, self._compare = cache, examples, collate, compare_targets
         self._index, self._first = _look_up(cache, keys)
         size = len(self)
         if examples is not None and len(examples) != size:  # type: ignore[arg-type]
@@ -78,7 +87,20 @@ class CacheDataset(Dataset[_Item]):
         if self._first is not None:
             begin = self._first[positions]
             positions = ranges(begin, self._first[positions + 1] - begin)
-        return self._collate([example for example, _ in items]), self._cache.pack(self._index[positions])
+        batch, index = self._collate([example for example, _ in items]), self._index[positions]
+        if self._compare and self._first is None and index.spans is None:
+            _compare(self._cache, index, batch)
+        return batch, self._cache.pack(index)
+
+
+def _compare(cache: CacheReader, index: RecordIndex, batch: Any) -> None:
+    """Compare a batch's labels with the targets of its records, which are whole."""
+    if isinstance(batch, Mapping):
+        labels, real = batch.get("labels"), batch.get("attention_mask")
+    else:
+        labels, real = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None, None
+    same = isinstance(labels, Tensor) and isinstance(real, Tensor) and labels.shape == real.shape
+    check_labels(cache, index, None, labels, batch, real.bool().cpu().numpy() if same and real is not None else None)
 
 
 def _look_up(cache: CacheReader, keys: Iterable[Any] | RecordIndex) -> tuple[RecordIndex, NDArray[np.int64] | None]:

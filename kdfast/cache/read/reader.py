@@ -27,7 +27,7 @@ from kdfast.cache.format.storage import open_storage
 from kdfast.cache.format.targets import targets_crc
 from kdfast.cache.format.view import View, unpack_views
 from kdfast.cache.read.decoder import Decoder
-from kdfast.cache.read.gather import RowGatherer, ranges
+from kdfast.cache.read.gather import RowGatherer, groups, ranges
 from kdfast.cache.read.lookup import HashLookup, Lookup, RangeLookup, RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.spans import check_spans, split_spans
@@ -234,6 +234,33 @@ class CacheReader:
                     f"the targets of {describe(entries[at])} are not those that {shard.path} was written with: "
                     "the data is shifted, tokenised otherwise, or another"
                 )
+
+    def target_checksums(self, keys: Iterable[Any] | RecordIndex) -> NDArray[np.int64]:
+        """(n,) the CRC-32C of each record's targets, as ``FORMAT.md`` defines it; -1 where there is none, or no record.
+
+        Args:
+            keys: some records' keys, which need not be in the cache, or what ``index`` has made of them.
+        """
+        records, owners = self._owners(keys)
+        checksums = np.full(len(records), -1)
+        for owner, places in groups(owners):
+            shard = self._shards[owner]
+            if owner >= 0 and shard.targets is not None:
+                checksums[places] = shard.targets[records[places] - self._gatherer.starts[owner]]
+        return checksums
+
+    def row_counts(self, keys: Iterable[Any] | RecordIndex) -> NDArray[np.int64]:
+        """(n,) how many rows the record of each key has; -1 where there is no record. ``keys``: as above."""
+        records, owners = self._owners(keys)
+        return np.where(owners < 0, -1, self._gatherer.spans(records)[1][:, 1])
+
+    def _owners(self, keys: Iterable[Any] | RecordIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(n,) record numbers, and (n,) the shards that hold them; -1 where there is none."""
+        if isinstance(keys, RecordIndex):
+            records = keys.records
+        else:
+            records = self._lookup.find(keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys))
+        return records, np.searchsorted(self._gatherer.starts, records, side="right") - 1
 
     # ---- keys -------------------------------------------------------------------------------------------------------
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kdfast.cache.format.keys import describe
 
-__all__ = ["Span", "check_spans", "pack_spans", "split_spans"]
+__all__ = ["Span", "check_spans", "mask_spans", "pack_spans", "split_spans"]
 
 # A key, a first row, and a number of rows. The key None stands for rows that are absent.
 Span = tuple[Any, int, int]
@@ -99,6 +101,29 @@ class _BinPacker:
     def _enter(self, row: int) -> None:
         self._by_free.setdefault(self.free[row], []).append(row)
         self._sizes |= 1 << self.free[row]
+
+
+def mask_spans(key: Any, mask: Sequence[bool] | NDArray[np.bool_] | Tensor) -> list[Span]:
+    """The spans that lay the rows of one record out at the True positions of ``mask``, with absent rows elsewhere.
+
+    So the labels of a padded batch are those of its ``attention_mask``, and those of a cache that was captured with a
+    ``mask``, which stores the rows of its True positions alone, are laid out by that mask again::
+
+        spans = [span for key, mask in zip(keys, masks) for span in mask_spans(key, mask)]
+        labels = cache.gather(spans)  # as many rows as the masks have positions
+
+    Args:
+        key: the record's.
+        mask: (positions,) bool, as many True as the record has rows.
+    """
+    values = mask.tolist() if isinstance(mask, (Tensor, np.ndarray)) else mask
+    spans: list[Span] = []
+    start = 0
+    for kept, run in groupby(map(bool, values)):
+        count = sum(1 for _ in run)
+        spans.append((key, start, count) if kept else (None, 0, count))
+        start += count if kept else 0
+    return spans
 
 
 def split_spans(entries: Any) -> tuple[Any, NDArray[np.int64] | None, NDArray[np.bool_]]:

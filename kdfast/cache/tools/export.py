@@ -41,13 +41,15 @@ def export(
 
     Args:
         path: the cache's directory.
-        out: the file, which appears when it is whole.
+        out: the file, which appears when it is whole: a name that ends in .parquet.
         progress: called with the number of records written since it was called last.
 
     Raises:
         CacheError: pyarrow is not installed, the cache is empty, or its labels are of a kind that no column can hold.
         OSError: the file cannot be written.
     """
+    if Path(out).suffix not in ("", ".parquet", ".pq"):
+        raise CacheError(f"{out} would be a Parquet file: give it a name that ends in .parquet")
     arrow, parquet = (optional_package(name, "writing Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     cache = open_cache(path)
     records = 0

@@ -2,16 +2,22 @@
 
 import functools
 import multiprocessing
+import pickle
 import random
+import re
 import signal
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import kdfast.cache
+from kdfast import _progress
 from kdfast.cache import CacheMismatchError, View, capture, codecs, replica_key
+from kdfast.cache.capture import capture as capture_module
+from kdfast.cache.capture import stream as stream_module
 from kdfast.cache.codecs.auto import LARGE_VOCAB, SMALL_VOCAB
 from kdfast.divergences import DIVERGENCES
 from kdfast.labels import SoftLabels
@@ -100,35 +106,32 @@ def test_a_resumed_capture_leaves_the_files_of_an_uninterrupted_one(tmp_path, te
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
 
 
-class Again:
-    """The batches, any number of times; stops after so many in all."""
+class Stops(Teacher):
+    """Fails at its call after ``limit`` ones."""
 
     def __init__(self, limit=10**9):
-        self.left = limit
+        super().__init__()
+        self.limit = limit
 
-    def __iter__(self):
-        return self._batches()
-
-    def _batches(self):
-        for batch in batches():
-            if not self.left:
-                raise Stopped
-            self.left -= 1
-            yield batch
+    def forward(self, input_ids, attention_mask=None):
+        if self.calls == self.limit:
+            raise Stopped
+        return super().forward(input_ids, attention_mask)
 
 
 @pytest.mark.parametrize("stop", [3, 18, 20, 23])  # the prototypes are learned in three passes over six batches
 @pytest.mark.parametrize("sizes", [{}, {"shard_bytes": 60, "block_rows": 4}])
-def test_a_resumed_capture_of_prototypes_keeps_its_table(tmp_path, teacher, stop, sizes):
+@pytest.mark.parametrize("again", [list, iter])
+def test_a_resumed_capture_of_prototypes_keeps_its_table(tmp_path, stop, sizes, again):
     options = {"codec": "prototype", "k": 2, **sizes}
-    run(teacher, Again(), tmp_path / "whole", **options)
+    run(Stops(), again(list(batches())), tmp_path / "whole", **options)
     with pytest.raises(Stopped):
-        run(teacher, Again(stop), tmp_path / "resumed", **options)
-    calls = teacher.calls
-    run(teacher, Again(), tmp_path / "resumed", **options)
+        run(Stops(stop), again(list(batches())), tmp_path / "resumed", **options)
+    last = Stops()
+    run(last, again(list(batches())), tmp_path / "resumed", **options)
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
     if stop == 23:
-        assert teacher.calls - calls <= 6
+        assert last.calls <= 6
     cache = kdfast.cache.open(tmp_path / "whole")
     assert {labels.kind for labels in map(cache.__getitem__, cache)} == {"prototype"}
 
@@ -186,11 +189,55 @@ def test_captures_killed_at_many_points(tmp_path, uninterrupted, seed):
     check_killed(tmp_path, name, [draw.randint(1, last) for _ in range(draw.choice([1, 1, 2]))], uninterrupted)
 
 
-def test_prototypes_need_a_loader_that_starts_again(tmp_path, teacher):
-    with pytest.raises(ValueError, match="learning prototypes takes several passes"):
-        run(teacher, batches(), tmp_path, codec="prototype")
+class Once(IterableDataset):
+    """Documents of a source that gives them once, as an open file, a queue or a socket does."""
+
+    def __init__(self, documents):
+        self.source = iter(documents)
+
+    def __iter__(self):
+        yield from self.source
+
+
+@pytest.mark.parametrize("count", [1, 7, 90])  # 90: more than learning takes
+def test_every_document_of_a_stream_is_stored_though_prototypes_are_learned_first(
+    tmp_path, teacher, monkeypatch, count
+):
+    monkeypatch.setattr(capture_module, "PREPARE_ROWS", 40 * LENGTH)
+    documents = list(torch.cartesian_prod(*[torch.arange(1, VOCAB)] * 3)[:count])
+    loader = DataLoader(Once([{"input_ids": ids} for ids in documents]), batch_size=4)
+    report = run(teacher, loader, tmp_path, codec="prototype", k=2)
+    cache = kdfast.cache.open(tmp_path)
+    assert (report.records, len(cache)) == (count, count)
+    assert all(ids in cache for ids in documents)
+    with torch.no_grad():
+        expected = teacher.eval()(documents[0][None])[0].topk(2).indices
+    assert torch.equal(cache[documents[0]].ids.view(-1, 2).sort().values.long(), expected.sort().values)
+
+
+def test_no_more_of_a_stream_is_kept_than_memory_allows(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(stream_module, "MOST_BYTES", 300)  # three of the batches, of 2 * 3 * 5 numbers
+    run(teacher, batches(), tmp_path, codec="prototype", k=2)
+    assert teacher.calls == 3 * 2 + 6
+    assert all(ids in kdfast.cache.open(tmp_path) for ids in records())
+
+
+def test_a_loader_may_fill_the_same_tensors_again(tmp_path, teacher):
+    def reusing():
+        buffer = torch.zeros(3, LENGTH, dtype=torch.long)
+        for batch in batches():
+            buffer.copy_(batch["input_ids"])
+            yield {**batch, "input_ids": buffer}
+
+    run(teacher, reusing(), tmp_path, codec="prototype", k=2)
+    assert all(ids in kdfast.cache.open(tmp_path) for ids in records())
+
+
+def test_an_empty_loader_has_nothing_to_learn_prototypes_of(tmp_path, teacher):
+    with pytest.raises(ValueError, match="256 prototypes of 0 rows"):
+        run(teacher, [], tmp_path, codec="prototype")
     with pytest.raises(ValueError, match="prototypes must be a table or a positive number, got 0"):
-        run(teacher, Again(), tmp_path, codec="prototype", prototypes=0)
+        run(teacher, batches(), tmp_path, codec="prototype", prototypes=0)
 
 
 @pytest.mark.parametrize(("codec", "options"), [("sample", {"draws": 5}), ("threshold", {"tau": 0.2})])
@@ -400,11 +447,12 @@ def test_what_does_not_fit_is_named(tmp_path, teacher, change, error, message):
         run(**arguments)
 
 
-def test_the_bar_tells_batches_and_tokens(tmp_path, teacher, capsys):
+def test_the_bar_tells_batches_and_rows(tmp_path, teacher, capsys, monkeypatch):
+    monkeypatch.setattr(_progress, "INTERVAL", 0.0)  # a line at each batch
     capture(teacher, list(batches()), tmp_path, vocab_size=VOCAB, codec="dense")
-    shown = capsys.readouterr().err
-    assert "6/6 batches" in shown
-    assert "tokens/s" in shown
+    assert re.fullmatch(
+        r"(capture: \d/6 batches, [\d,]+ rows/s, after 0:00:0\d(, 0:00:0\d left)?\n){7}", capsys.readouterr().err
+    )
 
 
 # ---- codec="auto" ---------------------------------------------------------------------------------------------------
@@ -448,7 +496,7 @@ def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergen
         assert "soft_ce" in why
 
 
-def test_auto_learns_shapes_only_of_a_loader_that_can_be_iterated_again(tmp_path):
+def test_auto_learns_prototypes_unless_the_loader_is_an_iterator(tmp_path):
     size, batch = SMALL_VOCAB + 1, {"input_ids": torch.arange(6).view(2, 3)}
 
     def teacher(input_ids):
@@ -466,3 +514,114 @@ def test_integer_keys_can_be_the_numbers_of_a_range(tmp_path):
     cache = kdfast.cache.open(tmp_path)
     assert cache.info.keys == "range"
     assert (cache.gather([5, 0]).values - x[[5, 0]].log_softmax(1)).abs().max() < 0.05
+
+
+# ---- what a capture meets again -------------------------------------------------------------------------------------
+
+
+def pictures(teacher, path, names, x, y, **options):
+    """A capture of images, keyed by ``names``, four to a batch."""
+    at = [slice(i, i + 4) for i in range(0, len(names), 4)]
+    loader = [(x[rows], y[rows], names[rows]) for rows in at]
+    return run(teacher, loader, path, key=lambda b: b[2], **{"teacher": "t", "targets": lambda b: b[1], **options})
+
+
+@pytest.fixture
+def folder():
+    generator = torch.Generator().manual_seed(3)
+    names = [f"{side}/{i}.png" for i in range(8) for side in ("cat", "dog")]
+    x = torch.randn(16, VOCAB, generator=generator) * 3
+    return names, x, torch.tensor([0, 1] * 8)
+
+
+def test_images_that_share_a_name_are_counted_and_warned_of(tmp_path, folder):
+    names, x, y = folder
+    with pytest.warns(UserWarning, match=r"'0.png' came again with other targets or logits.*key=\(lambda batch"):
+        report = pictures(lambda x: x, tmp_path / "names", [name[4:] for name in names], x, y)
+    assert report[:4] == (4, 0, 8, 8)
+    assert (report.known, report.duplicates, report.conflicts, report.bad) == (0, 8, 8, 0)
+    assert report.text() == (
+        "8 records, 8 rows added; 0 records were stored already; 8 came again; 8 came with other targets or logits"
+    )
+    report = pictures(lambda x: x, tmp_path / "paths", names, x, y)
+    assert (report.records, report.duplicates, report.conflicts) == (16, 0, 0)
+
+
+def test_other_logits_are_noticed_where_there_are_no_targets_or_equal_ones(tmp_path, folder):
+    names, x, y = folder
+    for targets, path in ((None, "a"), (lambda b: torch.zeros_like(b[1]), "b")):
+        with pytest.warns(UserWarning, match=r"'0.png' came again"):
+            report = pictures(lambda x: x, tmp_path / path, [name[4:] for name in names], x, y, targets=targets)
+        assert report.duplicates == 8
+        assert report.conflicts >= 7  # all that are not alike
+
+
+def test_a_record_that_comes_again_as_it_was_is_no_conflict(tmp_path, folder):
+    names, x, y = folder
+    noise = iter(torch.randn(8, 4, VOCAB) * 0.03)  # another batch around it, in half precision
+    report = pictures(lambda x: x + next(noise), tmp_path, [*names, *names], torch.cat([x, x]), torch.cat([y, y]))
+    assert (report.batches, report.skipped) == (4, 4)
+    assert (report.records, report.duplicates, report.conflicts) == (16, 16, 0)
+    one = [(torch.cat([x[:2], x[:2] + 0.01]), torch.cat([y[:2], y[:2]]), [*names[:2], *names[:2]])]
+    report = run(lambda x: x, one, tmp_path / "one", key=lambda b: b[2], teacher="t")
+    assert (report.records, report.duplicates, report.conflicts) == (2, 2, 0)
+
+
+def test_other_targets_than_the_cache_s_are_noticed_without_a_teacher_pass(tmp_path, folder):
+    names, x, y = folder
+    pictures(lambda x: x, tmp_path, names, x, y)
+    report = pictures(None, tmp_path, names, x, y)
+    assert (report.skipped, report.known, report.conflicts) == (4, 16, 0)
+    with pytest.warns(UserWarning, match=r"'cat/3.png' came again"):
+        report = pictures(None, tmp_path, names, x, y.where(torch.arange(16) != 6, 5))
+    assert (report.known, report.duplicates, report.conflicts) == (16, 0, 1)
+
+
+def test_another_mask_than_the_records_were_stored_with_is_refused(tmp_path, teacher):
+    def even(batch):
+        return batch["input_ids"] % 2 == 0
+
+    run(teacher, batches(), tmp_path / "masked", mask=even)
+    run(teacher, batches(), tmp_path / "whole")
+    assert run(teacher, batches(), tmp_path / "masked", mask=even).skipped == 6
+    with pytest.raises(CacheMismatchError, match=r"is in the cache with \d rows, and has \d now: .* another mask="):
+        run(teacher, batches(), tmp_path / "whole", mask=even)
+
+
+def test_reports_add_up_and_survive_pickling():
+    a = kdfast.cache.CaptureReport(1, 2, 3, 4, known=5, conflicts=6)
+    total = kdfast.cache.CaptureReport.total([a, pickle.loads(pickle.dumps(a))])
+    assert (*total, total.known, total.duplicates, total.conflicts, total.bad) == (2, 4, 6, 8, 10, 0, 12, 0)
+
+
+# ---- rows that cannot be stored -------------------------------------------------------------------------------------
+
+
+class Spoils(Teacher):
+    """Gives NaN in row 1 of every record that begins with the id 4."""
+
+    def forward(self, input_ids, attention_mask=None):
+        logits = super().forward(input_ids, attention_mask)
+        logits[input_ids[:, 0] == 4, 1, 2] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("codec", ["dense", "prototype", "topk"])
+def test_a_row_that_is_not_finite_is_named_or_its_record_is_left_out(tmp_path, codec):
+    bad = [ids for ids in records() if ids[0] == 4]
+    assert 0 < len(bad) < 18
+    with pytest.raises(ValueError, match=r"ids \[4, .*row 1 has a value of nan.*on_bad=\"skip\""):
+        run(Spoils(), batches(), tmp_path / "raise", codec=codec)
+    report = run(Spoils(), batches(), tmp_path / "skip", codec=codec, on_bad="skip")
+    assert (report.bad, report.records) == (len(bad), 18 - len(bad))
+    cache = kdfast.cache.open(tmp_path / "skip")
+    assert [ids in cache for ids in records()] == [ids[0] != 4 for ids in records()]
+    again = run(Spoils(), batches(), tmp_path / "skip", codec=codec, on_bad="skip")
+    assert (again.bad, again.records) == (len(bad), 0)
+
+
+def test_what_on_bad_may_be(tmp_path, teacher):
+    with pytest.raises(ValueError, match=r"on_bad must be .*, got 'drop'"):
+        run(teacher, batches(), tmp_path, on_bad="drop")
+    with pytest.raises(ValueError, match='keys="range" are consecutive'):
+        run(teacher, batches(), tmp_path, on_bad="skip", keys="range")

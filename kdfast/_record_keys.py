@@ -1,0 +1,180 @@
+"""The default keys of a batch's records: whatever the model is given of a record tells it from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["InputsKey", "record_keys"]
+
+NON_MODEL_FIELDS = ("key", "labels")  # of a batch that is a mapping: all others are the model's keywords
+# Fields that say what a model takes for granted, where they hold these values.
+ZERO_BY_DEFAULT = ("token_type_ids",)
+COUNTED_BY_DEFAULT = ("position_ids", "cache_position")
+PER_TOKEN_DIMS = 3  # a tensor of more is an image, whatever its first sizes are
+
+
+class InputsKey(bytes):
+    """A record's key where more than its ids is the model's: a digest, which says in messages what it is of."""
+
+    parts: str
+
+    @classmethod
+    def of(cls, ids: Any, rows: Mapping[str, Any]) -> InputsKey:
+        digest = blake2b(digest_size=16, person=b"kdfast:inputs")
+        for name, row in [("input_ids", ids), *sorted(rows.items())]:
+            digest.update(_canonical(name, row))
+        key = cls(digest.digest())
+        key.parts = f"the record of ids {[int(i) for i in ids[:4]]} ({len(ids)} in all), {', '.join(sorted(rows))}"
+        return key
+
+    def __repr__(self) -> str:
+        return getattr(self, "parts", super().__repr__())
+
+
+def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
+    """The default key of each record of a batch with ``input_ids``, as ``capture`` stores and ``Distiller`` looks up.
+
+    Of text alone it is the record's row of ``input_ids`` without padding. Where the model is given more that tells
+    records apart, such as ``pixel_values``, ``decoder_input_ids`` or segment ids, it is a digest of the ids and of all
+    that. Padding is no part of a key: where the ``attention_mask`` is 0, and in a decoder's fields where the
+    ``decoder_attention_mask`` is 0, or else the ``labels`` are negative.
+
+    Args:
+        batch: a mapping.
+        arguments: what the model is called with for it, a mapping, a tuple or one argument: by default every field but
+            ``key`` and ``labels``.
+
+    Raises:
+        ValueError: an argument of which nothing tells what belongs to which record, naming it.
+    """
+    if arguments is None:
+        arguments = {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
+    ids, real = batch["input_ids"], _mask(batch, "attention_mask", batch["input_ids"])
+    keys = [row if real is None else row[real[i]] for i, row in enumerate(ids)]
+    more = dict(_more(arguments, batch))
+    if not more:
+        return keys
+    masks = {"": real, "decoder_": _decoder_mask(arguments, batch)}
+    rows = {name: list(_rows(name, value, masks, len(keys))) for name, value in more.items()}
+    return [_key(key, {name: row[i] for name, row in rows.items() if row[i] is not None}) for i, key in enumerate(keys)]
+
+
+def _key(ids: Any, rows: Mapping[str, Any]) -> Any:
+    return InputsKey.of(ids, rows) if rows else ids
+
+
+def _more(arguments: Any, batch: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each argument by name that may tell records with the same ids apart."""
+    if isinstance(arguments, Mapping):
+        named: list[tuple[str, Any]] = list(arguments.items())
+    else:
+        named = [(f"input {i}", x) for i, x in enumerate(arguments if isinstance(arguments, tuple) else (arguments,))]
+    for name, value in named:
+        # Flags such as use_cache choose what is returned.
+        if value is None or isinstance(value, bool) or _same(value, batch["input_ids"]):
+            continue
+        if name == "decoder_attention_mask" or _same(value, batch.get("attention_mask")):
+            if _is_padding_mask(value):
+                continue
+        elif name == "attention_mask" and _is_padding_mask(value):
+            continue
+        yield name, value
+
+
+def _rows(name: str, value: Any, masks: Mapping[str, Any], count: int) -> Iterator[Any]:
+    """What ``value`` has of each record; None where it is what a model takes for granted."""
+    if isinstance(value, (int, float, str, bytes)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0):
+        yield from [value] * count
+        return
+    shared = isinstance(value, (Tensor, np.ndarray)) and value.shape[0] == 1 != count
+    if name in COUNTED_BY_DEFAULT and isinstance(value, Tensor) and (shared or value.dim() == 1):
+        value, shared = value.reshape(1, -1).expand(count, -1), False
+    if not isinstance(value, (Tensor, np.ndarray, list, tuple)) or not (shared or len(value) == count):
+        size = f" with {len(value)} entries" if hasattr(value, "__len__") else ""
+        raise ValueError(
+            f"the model is given {name}, a {type(value).__name__}{size}, for {count} records, so that nothing tells "
+            "what is whose: give key=(lambda batch: ...), which gives one key per record"
+        )
+    mask = masks["decoder_" if name.startswith("decoder_") else ""]
+    for i in range(count):
+        row = value[0 if shared else i]
+        if mask is not None and isinstance(value, Tensor) and value.dim() <= PER_TOKEN_DIMS:
+            row = row[mask[i]] if value.shape[:2] == mask.shape else row
+        yield None if _granted(name, row) else _without_end(row) if name == "labels" else row
+
+
+def _granted(name: str, row: Any) -> bool:
+    if not isinstance(row, Tensor):
+        return False
+    if name in ZERO_BY_DEFAULT:
+        return not bool(row.any())
+    return name in COUNTED_BY_DEFAULT and torch.equal(row.cpu(), torch.arange(len(row), dtype=row.dtype))
+
+
+def _without_end(labels: Any) -> Any:
+    """A record's labels without the negative ones that pad them."""
+    kept = (torch.as_tensor(labels) >= 0).nonzero().flatten()
+    return labels[: int(kept[-1]) + 1 if len(kept) else 0]
+
+
+def _mask(fields: Mapping[str, Any], name: str, ids: Any) -> Tensor | None:
+    """The field ``name`` as bool, if it is a mask of the tokens ``ids``."""
+    if fields.get(name) is None:
+        return None
+    mask = torch.as_tensor(fields[name])
+    return mask.bool() if mask.shape == getattr(ids, "shape", mask.shape) else None
+
+
+def _decoder_mask(arguments: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which of a decoder's tokens are no padding: by its mask, else by the labels; None if neither tells."""
+    fields = {**batch, **arguments} if isinstance(arguments, Mapping) else batch
+    ids = fields.get("decoder_input_ids")
+    if ids is None:
+        return None
+    mask, labels = _mask(fields, "decoder_attention_mask", ids), fields.get("labels")
+    if mask is None and labels is not None and tuple(labels.shape) == tuple(ids.shape):
+        return torch.as_tensor(labels) >= 0
+    return mask
+
+
+def _is_padding_mask(mask: Any) -> bool:
+    """Whether a mask tells padding alone: of two dimensions, and of 0 and 1, not of segments' numbers."""
+    mask = torch.as_tensor(mask)
+    return mask.dim() == 2 and bool(((mask == 0) | (mask == 1)).all())
+
+
+def _same(value: Any, other: Any) -> bool:
+    if value is other:
+        return True
+    tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
+    return tensors and value.shape == other.shape and torch.equal(value.cpu(), other.cpu())
+
+
+def _canonical(name: str, row: Any) -> bytes:
+    """Bytes that differ wherever name, shape or values do, the same on every device and for every width of integer."""
+    if isinstance(row, (str, bytes)):
+        data, kind = row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row, type(row).__name__
+        return f"{name}\0{kind}\0{len(data)}\0".encode() + data
+    if isinstance(row, Sequence):
+        return f"{name}\0{len(row)}\0".encode() + b"".join(_canonical(name, item) for item in row)
+    array = _array(row)
+    return f"{name}\0{array.dtype.str}\0{array.shape}\0".encode() + array.tobytes()
+
+
+def _array(row: Any) -> NDArray[Any]:
+    if isinstance(row, Tensor):
+        row = row.detach().cpu()
+        row = row.float().numpy() if row.dtype in (torch.float16, torch.bfloat16) else row.numpy()
+    array = np.asarray(row)
+    if array.dtype.kind in "biu":
+        return array.astype("<i8")
+    if array.dtype.kind == "f":
+        return array.astype("<f4" if array.dtype.itemsize <= 4 else "<f8")
+    raise ValueError(f"a key cannot be made of {array.dtype} values: give key=(lambda batch: ...)")
