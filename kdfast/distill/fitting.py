@@ -19,6 +19,7 @@ from kdfast.distill.checkpoint import Best, Checkpointer, monitored
 from kdfast.distill.evaluation import evaluate, peak_memory
 from kdfast.distill.fields import samples, split, to_device
 from kdfast.distill.freezing import training
+from kdfast.distill.identity import Identity, SupportsIdentity
 from kdfast.distill.log import Log, plot_curves
 from kdfast.distill.optimizer import Schedule, constant
 from kdfast.distill.state import Position, Record, TrainState
@@ -29,13 +30,11 @@ __all__ = ["Fit", "SupportsFit"]
 CURVES = "curves.png"
 
 
-class SupportsFit(SupportsUpdate, Protocol):
+class SupportsFit(SupportsUpdate, SupportsIdentity, Protocol):
     """The part of ``Distiller`` that a run uses. The run sets ``epoch`` and ``progress``, which every ``Step`` has."""
 
     schedule: Schedule
-    accumulate: int
     folder: Path | None
-    frozen_norms: list[nn.Module]
     epoch: int
     progress: float
 
@@ -65,18 +64,23 @@ class Fit:
         folder = distiller.folder if parallel.is_first() else None
         self.best = Best(parallel.unwrap(distiller.student), options.monitor, options.patience, distiller.folder)
         self.state = TrainState()
+        # Before the schedule is made, which changes the learning rates.
+        described = distiller.folder is not None and parallel.is_first()
+        identity = Identity(distiller, loader, eval_loader, options) if described else None
         self.update = Update(distiller, distiller.schedule(distiller.optimizer, self.steps or 1, options.epochs))
         self._check_plateau()
         self.checkpointer = Checkpointer(
             distiller.folder,
             distiller.student,
             self.position,
+            identity=identity,
+            epochs=options.epochs,
+            train_state=self.state,
             objective=distiller.objective,
             optimizer=distiller.optimizer,
             scheduler=self.update.scheduler,
             scaler=self.update.scaler,
             best=self.best,
-            train_state=self.state,
         )
         if options.resume:
             self.checkpointer.resume()

@@ -121,8 +121,7 @@ class Position:
             set_random_state(self._began, self.generators)
         batches = iter(self._loader)
         skipped = sum(1 for _ in islice(batches, skip)) if self._stateful is None else skip
-        if skipped < skip:
-            raise ValueError(f"the loader has {skipped} batches, and {skip} were trained on: it is another one")
+        _check_skipped(skipped, skip)
         set_random_state(here, self.generators)
         return batches
 
@@ -141,14 +140,25 @@ class Position:
         own = None if self._stateful is None else self._stateful.state_dict()
         return {"consumed": self._consumed, "began": self._began, "own": own}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Move to the place of ``state_dict``. Raises ``ValueError`` if the loader's sampler is of another kind."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if the state of ``state_dict`` is no place in this loader."""
         if (state["own"] is None) != (self._stateful is None):
             raise ValueError("of the two loaders' samplers one has a state_dict, the other has none")
+        if self._stateful is None and hasattr(self._loader, "__len__"):
+            _check_skipped(min(len(self._loader), state["consumed"]), state["consumed"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Move to the place of ``state_dict``. Raises ``ValueError`` if it is none of this loader."""
+        self.check_state(state)
         self._consumed = self._skip = state["consumed"]
         self._began = state["began"]
         if self._stateful is not None:
             self._stateful.load_state_dict(state["own"])
+
+
+def _check_skipped(skipped: int, trained: int) -> None:
+    if skipped < trained:
+        raise ValueError(f"the loader has {skipped} batches, and {trained} were trained on: it is another one")
 
 
 def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:

@@ -124,6 +124,26 @@ def test_a_loader_of_fewer_batches_is_refused(tmp_path):
         Distiller(student(), folder=tmp_path).fit(batches[:3], epochs=1, progress=False)
 
 
+def test_an_unknown_number_of_batches_that_has_shrunk_is_refused(tmp_path):
+    class Stream:
+        def __init__(self, path):
+            self.path = path
+
+        def __iter__(self):
+            for seed in range(6):
+                if (self.path / "last.pt").exists() and seed == 5 - 2 * (self.path / "less").exists():
+                    return
+                yield data(8, seed)
+                if seed == 4:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Distiller(student(), folder=tmp_path).fit(Stream(tmp_path), epochs=1, checkpoint_every=1, progress=False)
+    (tmp_path / "less").touch()
+    with pytest.raises(ValueError, match="has 3 batches, and 5 were trained on"):
+        Distiller(student(), folder=tmp_path).fit(Stream(tmp_path), epochs=1, progress=False)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     run(tmp_path, "default")
     before = (tmp_path / "last.pt").read_bytes()
@@ -150,14 +170,9 @@ def test_a_checkpoint_of_an_older_layout_resumes(tmp_path):
     model, calls = student(7), []
     model.register_forward_pre_hook(lambda *_: calls.append(model[0].weight.clone()) if model.training else None)
     distiller = Distiller(model, teacher(), schedule="cosine", lr=0.01, folder=tmp_path)
-    history = distiller.fit(
-        [data(8, seed) for seed in range(6)],
-        epochs=2,
-        eval_loader=[data(16)],
-        metrics=["accuracy"],
-        patience=2,
-        progress=False,
-    )
+    options = {"eval_loader": [data(16)], "metrics": ["accuracy"], "patience": 2, "progress": False}
+    with pytest.warns(UserWarning, match=r"last.pt does not say which run it is of.*options, teacher and data"):
+        history = distiller.fit([data(8, seed) for seed in range(6)], epochs=2, **options)
     assert len(calls) == 4
     assert torch.equal(calls[0], held["student"]["0.weight"])
     assert history[:1] == held["tally"]["history"]
