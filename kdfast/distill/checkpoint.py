@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from kdfast._atomic import publish
 from kdfast.distill import parallel
 from kdfast.distill.identity import Identity, check_same_run, tell
-from kdfast.distill.state import Position, TrainState, random_state, set_random_state
+from kdfast.distill.position import Position
+from kdfast.distill.state import TrainState, random_state, set_random_state
 
 __all__ = ["Best", "CheckpointError", "Checkpointer", "load", "load_best", "monitored", "restore", "save"]
 
@@ -209,6 +210,11 @@ class Checkpointer:
         self._student, self._position = student, position
         parts = {"student": parallel.unwrap(student), **others, "train_state": train_state}
         self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint's file; None without a folder."""
+        return self._path
 
     def save(self) -> None:
         """Write the checkpoint. Raises ``OSError`` with the file's name; the last checkpoint is then unchanged."""
