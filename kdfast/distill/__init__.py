@@ -4,6 +4,7 @@ distiller = kdfast.Distiller(student, teacher, temperature=2.0, kd_weight=0.5, c
 history = distiller.fit(loader, epochs=20, eval_loader=test)
 """
 
+from kdfast.distill.checkpoint import CheckpointError, load_best
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.evaluation import Footprint, evaluate, footprint
 from kdfast.distill.freezing import freeze
@@ -14,6 +15,7 @@ from kdfast.distill.step import Objective, Step
 
 __all__ = [
     "KD",
+    "CheckpointError",
     "Distiller",
     "Footprint",
     "Objective",
@@ -24,5 +26,6 @@ __all__ = [
     "footprint",
     "freeze",
     "inverse_decay",
+    "load_best",
     "plot_curves",
 ]

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +20,155 @@ from torch import Tensor, nn
 
 from kdfast._atomic import publish
 from kdfast.distill import parallel
-from kdfast.distill.state import Position, random_state, set_random_state
+from kdfast.distill.identity import Identity, check_same_run, tell
+from kdfast.distill.position import Position
+from kdfast.distill.state import TrainState, random_state, set_random_state
 
-__all__ = ["Best", "Checkpointer", "load", "monitored", "restore", "save"]
+__all__ = ["Best", "CheckpointError", "Checkpointer", "load", "load_best", "monitored", "restore", "save"]
 
 LAST, BEST = "last.pt", "best.pt"
 VERSION = 1
 RENAMED = {"tally": "train_state"}  # parts by the names that older checkpoints have for them
 
+START_OVER = "; resume=False, or another folder, starts over"
 LESS_IS_BETTER = ("loss", "cross_entropy", "ece")
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+# A checkpoint is a zip file; the comment at its end holds a checksum of all bytes before the comment.
+MARK, DIGEST_BYTES = b"kdfast blake2b ", 16
+COMMENT_BYTES = len(MARK) + 2 * DIGEST_BYTES
+LENGTH_BYTES = 2  # of the comment's length, which are a zip file's last bytes where it has no comment
+PIECE_BYTES = 2**24  # of a file that is read for its checksum
+CHECKED = "checked"  # is in a checkpoint that has a checksum
+
+
+class CheckpointError(ValueError):
+    """Raised for a checkpoint that is damaged, or no checkpoint. The message names the file and says what to do."""
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint: tensors, numbers, strings, and lists, tuples and dicts of these.
+
+    ``torch.load(path, weights_only=True)`` reads it, too, without looking at its checksum.
 
     Raises:
         OSError: it cannot be written, with the file's name. The file that was there before is unchanged.
     """
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, **content}, buffer)
+    torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    publish(path, [buffer.getvalue()])
+    body: Any = buffer.getbuffer()[:-LENGTH_BYTES]
+    length = COMMENT_BYTES.to_bytes(LENGTH_BYTES, "little")
+    checksum = blake2b(body, digest_size=DIGEST_BYTES)
+    checksum.update(length)
+    publish(path, [body, length, MARK + checksum.hexdigest().encode()])
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises ``ValueError`` for a file that is none, or an unknown version."""
+    """Read a checkpoint onto the CPU, and check that it is undamaged.
+
+    Raises:
+        CheckpointError: it is damaged, no checkpoint, or one of an unknown version.
+        OSError: it cannot be read.
+    """
+    content = _read(path)
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} is not a checkpoint of version {VERSION}{START_OVER}")
+    return content
+
+
+def load_best(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a run's best student, and check that they are undamaged::
+
+        student.load_state_dict(kdfast.distill.load_best("run"))
+
+    Args:
+        path: a run's folder, or its ``best.pt``.
+
+    Returns:
+        The student's ``state_dict``, on the CPU.
+
+    Raises:
+        CheckpointError: the file is damaged, or no checkpoint.
+        FileNotFoundError: there is none: ``fit`` writes it with a ``folder``, an ``eval_loader`` or a monitored loss.
+    """
+    path = Path(path)
+    content = _read(path / BEST if path.is_dir() else path)
+    old = set(content) == {"version", "student", "record"}  # the form before 1.0
+    return content["student"] if old else content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    checked = _has_right_checksum(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint: {error}") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise ValueError(f"{path} is not a checkpoint of version {VERSION}")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        if not path.exists():
+            raise
+        raise CheckpointError(f"{path} is not a checkpoint, or one that was cut: {error}{START_OVER}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}{START_OVER}")
+    if content.pop(CHECKED, False) and not checked:
+        raise CheckpointError(f"{path} is damaged: its checksum is missing{START_OVER}")
     return content
+
+
+def _has_right_checksum(path: Path) -> bool:
+    """Whether a file has a checksum, which is then right. Older files have the zip format's own, part by part.
+
+    Raises:
+        CheckpointError: a checksum is wrong.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - COMMENT_BYTES))
+        comment = file.read()
+        if not comment.startswith(MARK):
+            file.seek(0)
+            if zipfile.is_zipfile(file):
+                _check_parts(path)
+            return False
+        file.seek(0)
+        checksum = blake2b(digest_size=DIGEST_BYTES)
+        for piece in _pieces(file, size - COMMENT_BYTES):
+            checksum.update(piece)
+    if comment != MARK + checksum.hexdigest().encode():
+        raise CheckpointError(f"{path} is damaged: its checksum does not fit what it holds{START_OVER}")
+    return True
+
+
+def _pieces(file: Any, size: int) -> Iterator[bytes]:
+    while size > 0:
+        piece = file.read(min(size, PIECE_BYTES))
+        if not piece:
+            return
+        size -= len(piece)
+        yield piece
+
+
+def _check_parts(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}{START_OVER}") from error
+    if bad is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of its part {bad} is wrong{START_OVER}")
 
 
 def restore(what: str, holder: Any, state: Any, path: Path) -> None:
     """Call ``holder.load_state_dict(state)``. Raises ``ValueError`` if it does not fit, naming file and part."""
-    try:
+    with _naming(what, path):
         holder.load_state_dict(state)
+
+
+@contextmanager
+def _naming(what: str, path: Path) -> Iterator[None]:
+    """A context whose errors say that ``path`` is of another ``what``."""
+    try:
+        yield
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} is of another {what} ({error}); resume=False, or another folder, starts over"
-        ) from error
+        raise ValueError(f"{path} is of another {what} ({error}){START_OVER}") from error
 
 
 def _copy_of(state: Any) -> Any:
@@ -76,14 +188,33 @@ class Checkpointer:
         folder: the run's folder, or None.
         student: the student as it is called, wrapped in DDP if it is.
         position: the place in the loader.
+        identity: which run it is; of the first process alone.
+        epochs: the number of epochs that the run was asked for.
+        train_state: how far it is.
         others: the run's other parts by name. Parts without a ``state_dict`` are left out.
     """
 
-    def __init__(self, folder: Path | None, student: nn.Module, position: Position, **others: Any) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        student: nn.Module,
+        position: Position,
+        *,
+        identity: Identity | None,
+        epochs: int,
+        train_state: TrainState,
+        **others: Any,
+    ) -> None:
         self._path = None if folder is None else folder / LAST
+        self._identity, self._epochs, self._state = identity, epochs, train_state
         self._student, self._position = student, position
-        parts = {"student": parallel.unwrap(student), **others}
+        parts = {"student": parallel.unwrap(student), **others, "train_state": train_state}
         self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint's file; None without a folder."""
+        return self._path
 
     def save(self) -> None:
         """Write the checkpoint. Raises ``OSError`` with the file's name; the last checkpoint is then unchanged."""
@@ -94,28 +225,62 @@ class Checkpointer:
         processes = parallel.all_gather_object(mine)
         if parallel.is_first():
             parts = {name: part.state_dict() for name, part in self._parts.items()}
-            save(self._path, {**parts, "processes": processes})
+            about = {"version": VERSION, CHECKED: True, "description": self._texts()}
+            save(self._path, {**about, **parts, "processes": processes})
 
     def resume(self) -> None:
         """Restore the run's parts from the checkpoint, if there is one.
 
         Raises:
-            ValueError: the checkpoint is of another student, objective, optimizer or loader, naming file and part.
+            CheckpointError: the checkpoint is damaged.
+            ValueError: it is of another run, naming the file and all that differs.
         """
         if self._path is None or not parallel.broadcast_object(self._path.exists()):
             return
         content = {RENAMED.get(name, name): part for name, part in load(self._path).items()}
-        if set(self._parts) != set(content) - {"version", "processes"}:
+        held = set(content) - {"version", "processes", "description"}
+        if set(self._parts) != held:
             raise ValueError(
-                f"{self._path} holds {', '.join(content)}, but this run has {', '.join(self._parts)}: it is of "
-                "another run; resume=False, or another folder, starts over"
+                f"{self._path} holds {', '.join(sorted(held))}, but this run has {', '.join(sorted(self._parts))}: it "
+                f"is of another run{START_OVER}"
             )
-        for name, part in self._parts.items():
-            restore(name, part, content[name], self._path)
         processes = content["processes"]
         mine = processes[parallel.rank() % len(processes)]
+        with _naming("loader", self._path):
+            self._position.check_state(mine["position"])
+        self._check_same_run(self._path, content)
+        for name, part in self._parts.items():
+            restore(name, part, content[name], self._path)
         restore("loader", self._position, mine["position"], self._path)
         set_random_state(mine["random"], self._position.generators)
+        state, epochs = self._state, self._epochs
+        place = f", step {state.step}" if state.updates else ""
+        left = ": nothing left to train" if state.epoch >= epochs else ": stopped early" if state.stopped else ""
+        tell(f"resumed {self._path} at epoch {state.epoch + bool(state.updates)} of {epochs}{place}{left}")
+
+    def _check_same_run(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Compare descriptions in the first process, which has written the other one; all raise what it finds."""
+        message = None
+        if parallel.is_first():
+            state = TrainState(**content["train_state"])
+            then = content.get("description")
+            if then is None:
+                warnings.warn(
+                    f"{path} does not say which run it is of, as checkpoints before 1.0: it is resumed without a "
+                    "comparison of options, teacher and data",
+                    stacklevel=2,
+                )
+            now = self._texts()
+            try:
+                check_same_run(path, now if then is None else then, now, state, self._epochs)
+            except ValueError as error:
+                message = str(error)
+        message = parallel.broadcast_object(message)
+        if message is not None:
+            raise ValueError(message)
+
+    def _texts(self) -> dict[str, str]:
+        return {} if self._identity is None else self._identity.texts()
 
     def describe(self) -> str:
         """Where the last checkpoint is, as a clause of an error message."""
@@ -159,7 +324,7 @@ class Best:
         self.stale += 1
         if value == value and (self.value is None or value > self.value):
             self.value, self.stale = value, 0
-            self._keep(record)
+            self._keep()
 
     @property
     def out_of_patience(self) -> bool:
@@ -174,13 +339,13 @@ class Best:
             self._student.load_state_dict(self._kept)
         else:
             parallel.barrier()
-            restore("student", self._student, load(self._path)["student"], self._path)
+            restore("student", self._student, load_best(self._path), self._path)
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _keep(self) -> None:
         if self._path is None:
             self._kept = _copy_of(self._student.state_dict()) if self._patience is not None else None
         elif parallel.is_first():
-            save(self._path, {"student": self._student.state_dict(), "record": record})
+            save(self._path, self._student.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, and the number of evaluations since then."""

@@ -26,6 +26,8 @@ from kdfast.models import apply, device_of
 
 __all__ = ["Distiller"]
 
+SCHEDULED = ("lr", "momentum", "betas")  # the options of an optimizer that PyTorch's schedulers change
+
 
 class Distiller:
     """Trains ``student`` to match the outputs of ``teacher``::
@@ -187,8 +189,12 @@ class Distiller:
         """Train the student.
 
         With a ``folder``, ``fit`` writes ``last.pt``, ``best.pt``, ``log.jsonl`` and ``curves.png`` there. A run that
-        was stopped or killed resumes from ``last.pt``, and ends with the same weights bit for bit. Without a folder a
-        second call continues training, with a schedule that starts over.
+        was stopped or killed resumes from ``last.pt``, says so on standard error, and ends with the same weights bit by
+        bit. A run of other options, of another teacher or on other data is refused; the number of epochs may grow, and
+        the student's initial weights, the device, workers and what is logged may differ. What objects of one's own
+        count in training belongs in their ``state_dict``. ``best.pt`` is the best student's ``state_dict``, which
+        ``kdfast.distill.load_best(folder)`` reads and checks. Without a folder a second call continues training, with a
+        schedule that starts over.
 
         Args:
             loader: batches to train on; an epoch is one pass over them.
@@ -213,19 +219,21 @@ class Distiller:
         Raises:
             FloatingPointError: a loss that is not finite, with the epoch, the step and the last checkpoint. The
                 student's weights are as before that step; its running statistics have seen the batch.
-            ValueError: an empty loader, a checkpoint of another run, persistent workers with a ``folder``,
-                ``ReduceLROnPlateau`` without a number to monitor, or a batch that does not fit.
+            ValueError: an empty loader, a checkpoint of another run, with all that differs, persistent workers with a
+                ``folder``, ``ReduceLROnPlateau`` without a number to monitor, or a batch that does not fit.
+            CheckpointError: ``last.pt`` is damaged.
             ImportError: torchmetrics is not installed, and there is an ``eval_loader``.
         """
         options = FitOptions(
             epochs, eval_every, patience, monitor, metrics, checkpoint_every, log_every, resume, progress, on_epoch
         )
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        before = [{name: group[name] for name in SCHEDULED if name in group} for group in groups]
         try:
             return Fit(self, loader, eval_loader, options).run()
         finally:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            for group, values in zip(self.optimizer.param_groups, before, strict=True):
+                group.update(values)
                 group.pop("initial_lr", None)
 
 

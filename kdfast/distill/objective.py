@@ -12,6 +12,7 @@ from kdfast.cache import PackedLabels
 from kdfast.distill.counting import Counting, without_padding
 from kdfast.distill.fields import split
 from kdfast.distill.step import Step
+from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 from kdfast.loss.checks import look_like_probabilities
 from kdfast.loss.kd_loss import kd_loss
@@ -62,6 +63,12 @@ class KD:
             options |= {"kd_weight": 0.0, "ce_weight": 1.0}
             return kd_loss(step.logits, step.logits.detach(), step.labels, **options)  # type: ignore[no-any-return]
         return kd_loss(step.logits, teacher_of(step), step.labels, **options)  # type: ignore[no-any-return]
+
+    def described(self) -> dict[str, Any]:
+        """All options by name, defaults included: what a checkpoint compares."""
+        defaults = {name: value for name, value in (kd_loss.__kwdefaults__ or {}).items() if name not in _OURS}
+        options = {**defaults, **self.options}
+        return {**options, "divergence": Divergence.of(options["divergence"])}
 
     def __repr__(self) -> str:
         return f"KD({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"

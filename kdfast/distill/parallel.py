@@ -21,6 +21,7 @@ __all__ = [
     "broadcast_module",
     "broadcast_object",
     "is_first",
+    "maximum",
     "rank",
     "reduces_itself",
     "unwrap",
@@ -76,6 +77,17 @@ def all_gather_object(value: Any) -> list[Any]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def maximum(*values: int) -> Any:
+    """The largest of all processes' values, value by value: a number for one, a list for several."""
+    found = list(values)
+    if world_size() > 1:
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+        tensor = torch.tensor(found, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        found = tensor.tolist()
+    return found if len(found) > 1 else found[0]
 
 
 def barrier() -> None:

@@ -1,5 +1,8 @@
 """Several processes end with the parameters that one process of the whole batches has."""
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -108,3 +111,64 @@ def test_two_processes_end_where_one_with_whole_batches_does(tmp_path):
         names = {path.name for path in (tmp_path / kind).iterdir()}
         assert names == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
         assert len((tmp_path / kind / "log.jsonl").read_text().splitlines()) == 2
+
+
+class Stream:
+    """Batches whose number nobody knows before they end; ``broken`` is the place of one that cannot be read."""
+
+    def __init__(self, batches, broken=None):
+        self.of, self.broken = batches, broken
+
+    def __iter__(self):
+        for number, batch in enumerate(self.of):
+            if number == self.broken:
+                raise OSError("the disk")
+            yield batch
+
+
+def unequal(rank, world, folder):
+    mine = batches(rank, world)
+
+    def fit(loader, **options):
+        return Distiller(make(1), make(2), **options).fit(loader, epochs=2, progress=False)
+
+    with pytest.raises(ValueError, match=r"different numbers of batches, 3 in process 0, 2 in process 1: each must"):
+        fit(mine[: 3 - rank])
+    with pytest.raises(ValueError, match=r"3 in process 0, None in process 1"):
+        fit(mine if rank == 0 else Stream(mine))
+    with pytest.raises(ValueError, match=r"3 in process 0, 0 in process 1"):
+        fit(mine if rank == 0 else [])
+    with pytest.raises(ValueError, match=r"epoch 1, step 3: some processes have 1 batches and some 0: each must"):
+        fit(Stream(mine[: 3 - rank]))
+    with pytest.raises(ValueError, match=r"epoch 1, step 1: another .*|the loader is empty in epoch 1"):
+        fit(Stream(mine if rank == 0 else []))
+    with pytest.raises(OSError if rank else ValueError, match=r"the disk|step 2: another process could not read"):
+        fit(Stream(mine, broken=1 if rank else None))
+
+    class Interrupting(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if rank == 1 and self.calls == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x)
+
+    def interrupted(folder, kind):
+        torch.manual_seed(1)
+        model = kind(FEATURES, CLASSES, dtype=torch.double)
+        Distiller(model, make(2), folder=folder).fit(mine, epochs=1, progress=False)
+        return model
+
+    whole = interrupted(f"{folder}/whole", nn.Linear)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(f"{folder}/part", Interrupting)
+    # The class is a part of the description; what is compared here is the state.
+    Interrupting.calls = 5
+    again = interrupted(f"{folder}/part", Interrupting)
+    assert again.calls < 5 + 3
+    assert torch.equal(again.weight, whole.weight)
+
+
+def test_processes_of_unequal_loaders_are_refused_and_stop_together(tmp_path):
+    processes.run(unequal, 2, str(tmp_path))

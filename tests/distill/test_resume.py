@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from kdfast import Distiller
 from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
@@ -124,6 +126,26 @@ def test_a_loader_of_fewer_batches_is_refused(tmp_path):
         Distiller(student(), folder=tmp_path).fit(batches[:3], epochs=1, progress=False)
 
 
+def test_an_unknown_number_of_batches_that_has_shrunk_is_refused(tmp_path):
+    class Stream:
+        def __init__(self, path):
+            self.path = path
+
+        def __iter__(self):
+            for seed in range(6):
+                if (self.path / "last.pt").exists() and seed == 5 - 2 * (self.path / "less").exists():
+                    return
+                yield data(8, seed)
+                if seed == 4:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Distiller(student(), folder=tmp_path).fit(Stream(tmp_path), epochs=1, checkpoint_every=1, progress=False)
+    (tmp_path / "less").touch()
+    with pytest.raises(ValueError, match="has 3 batches, and 5 were trained on"):
+        Distiller(student(), folder=tmp_path).fit(Stream(tmp_path), epochs=1, progress=False)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     run(tmp_path, "default")
     before = (tmp_path / "last.pt").read_bytes()
@@ -150,14 +172,9 @@ def test_a_checkpoint_of_an_older_layout_resumes(tmp_path):
     model, calls = student(7), []
     model.register_forward_pre_hook(lambda *_: calls.append(model[0].weight.clone()) if model.training else None)
     distiller = Distiller(model, teacher(), schedule="cosine", lr=0.01, folder=tmp_path)
-    history = distiller.fit(
-        [data(8, seed) for seed in range(6)],
-        epochs=2,
-        eval_loader=[data(16)],
-        metrics=["accuracy"],
-        patience=2,
-        progress=False,
-    )
+    options = {"eval_loader": [data(16)], "metrics": ["accuracy"], "patience": 2, "progress": False}
+    with pytest.warns(UserWarning, match=r"last.pt does not say which run it is of.*options, teacher and data"):
+        history = distiller.fit([data(8, seed) for seed in range(6)], epochs=2, **options)
     assert len(calls) == 4
     assert torch.equal(calls[0], held["student"]["0.weight"])
     assert history[:1] == held["tally"]["history"]
@@ -165,3 +182,107 @@ def test_a_checkpoint_of_an_older_layout_resumes(tmp_path):
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert "tally" not in saved
     assert saved["train_state"]["epoch"] == 2
+
+
+# ---- skipping what was trained on -----------------------------------------------------------------------------------
+
+
+class Read(Dataset):
+    """A dataset that counts what it decodes, with augmentation or without."""
+
+    def __init__(self, augment=False):
+        (self.x, self.y), self.augment, self.read = data(40), augment, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return self.x[i] + (0.1 * torch.randn(FEATURES) if self.augment else 0.0), self.y[i]
+
+
+class Drawing(Sampler):
+    """A sampler that draws from the global generator between its items."""
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        for _ in range(40):
+            yield int(torch.randint(40, ()))
+
+
+SAMPLERS = {
+    "shuffled": lambda dataset, **options: DataLoader(dataset, 5, shuffle=True, **options),
+    "in order": lambda dataset, **options: DataLoader(dataset, 5, **options),
+    "own generator": lambda dataset, **options: DataLoader(
+        dataset, 5, shuffle=True, generator=torch.Generator().manual_seed(3), **options
+    ),
+    "replacement": lambda dataset, **options: DataLoader(
+        dataset, 5, sampler=RandomSampler(dataset, replacement=True, num_samples=40), **options
+    ),
+    "weighted": lambda dataset, **options: DataLoader(
+        dataset, 5, sampler=WeightedRandomSampler(torch.arange(1.0, 41), 40), **options
+    ),
+    "one by one": lambda dataset, **options: DataLoader(dataset, None, shuffle=True, **options),
+    "drawing": lambda dataset, **options: DataLoader(dataset, 5, sampler=Drawing(), **options),
+    "workers": lambda dataset, **options: DataLoader(dataset, 5, shuffle=True, num_workers=1, **options),
+}
+STOP = 5
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_and_resumed(tmp_path, make, augment):
+    """Batches of a run that is stopped after some, and of its second part; what the second part has read."""
+
+    def fit(folder, dataset, stop):
+        torch.manual_seed(5)
+        model, seen = nn.Linear(FEATURES, CLASSES), []
+
+        def look(module, arguments):
+            if len(seen) == stop:
+                raise Stop
+            seen.append(arguments[0].clone())
+
+        model.register_forward_pre_hook(look)
+        with suppress(Stop):
+            Distiller(model, folder=folder).fit(make(dataset), epochs=1, checkpoint_every=1, progress=False)
+        return seen
+
+    whole = fit(tmp_path / "whole", Read(augment), None)
+    fit(tmp_path / "part", Read(augment), STOP)
+    dataset = Read(augment)
+    rest = fit(tmp_path / "part", dataset, None)
+    return whole, rest, dataset.read
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_skipped_samples_are_not_decoded_and_the_order_stays(tmp_path, kind, augment):
+    whole, rest, read = stopped_and_resumed(tmp_path, SAMPLERS[kind], augment)
+    assert len(rest) == len(whole) - STOP
+    assert all(torch.equal(a, b) for a, b in zip(whole[STOP:], rest, strict=True))
+    if kind != "workers":
+        trained_on = STOP * (1 if kind == "one by one" else 5)
+        # A sampler that draws between its items has an order that depends on what the samples draw.
+        assert len(read) == 40 - (0 if kind == "drawing" else trained_on)
+
+
+def test_batches_of_another_size_are_refused(tmp_path):
+    class Stream:
+        def __iter__(self):
+            for part in zip(*(x.split(len(sizes) and sizes[-1]) for x in data(40)), strict=True):
+                if calls and len(calls) == 4:
+                    raise KeyboardInterrupt
+                calls.append(part)
+                yield part
+
+    sizes, calls = [8], []
+    with pytest.raises(KeyboardInterrupt):
+        Distiller(student(), folder=tmp_path).fit(Stream(), epochs=1, checkpoint_every=1, progress=False)
+    sizes, calls = [4], []
+    with pytest.raises(ValueError, match="first 4 batches have 16 samples, and 32 were trained on"):
+        Distiller(student(), folder=tmp_path).fit(Stream(), epochs=1, progress=False)
