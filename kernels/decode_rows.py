@@ -58,8 +58,9 @@ def take_rank(packed, bit, rank_bits, CLASSES: tl.constexpr):
     return rank, width
 
 
-@triton.jit(do_not_specialize=["widths"])  # a width of 1 would be a constant that cannot be shifted like a tensor
-def _decode_rows(packed, units, rows, widths, fields, limits, out, COLUMNS: tl.constexpr, CLASSES: tl.constexpr):
+# A width of 1 would be a constant that cannot be shifted like a tensor.
+@triton.jit(do_not_specialize=["widths", "total"])
+def _decode_rows(packed, units, rows, widths, fields, total, limits, out, COLUMNS: tl.constexpr, CLASSES: tl.constexpr):
     group = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     row = group * LANES + lane
@@ -79,6 +80,7 @@ def _decode_rows(packed, units, rows, widths, fields, limits, out, COLUMNS: tl.c
     fault = tl.where(count > limits.max_entries, TOO_MANY, 0)
     count = tl.minimum(count, limits.max_entries)
     lowest = tl.zeros_like(lane)
+    spent = tl.zeros_like(lane)
     for t in range(tl.max(count, 0)):
         active = t < count
         rank, taken = take_rank(packed, bit, fields.rank_bits, CLASSES)
@@ -89,8 +91,11 @@ def _decode_rows(packed, units, rows, widths, fields, limits, out, COLUMNS: tl.c
         tl.store(out.entry_values + at + t * LANES, value, mask=active & good)
         bit += tl.where(active, taken + fields.value_bits, 0)
         lowest = rank + 1
+        spent += tl.where(active, value + 1, 0)
+    fault = tl.where((fault == 0) & inside & (total > 0) & (spent != total), OUT_OF_BOUNDS, fault)
     fault = tl.where((fault == 0) & (bit > end), CUT_SHORT, fault)
-    fault = tl.where((fault == 0) & (end - bit >= 8), LEFT_OVER, fault)
+    spare = take_bits(packed, bit, tl.maximum(tl.minimum(end - bit, 8), 0).to(tl.int32))  # zeros fill the last byte up
+    fault = tl.where((fault == 0) & ((end - bit >= 8) | (spare != 0)), LEFT_OVER, fault)
     tl.store(out.status + row, fault, mask=inside)
 
 
@@ -99,13 +104,14 @@ def _arguments(
     units: Tensor,
     column_bits: Sequence[int],
     fields: Fields,
+    total: int,
     limits: Limits,
     out: Decoded,
     classes: bool,
 ) -> dict[str, Any]:
     widths = sum(bits << WIDTH_BITS.value * c for c, bits in enumerate(column_bits))
-    given = {"packed": packed, "units": units, "rows": len(units), "widths": widths, "fields": fields, "limits": limits}
-    return {**given, "out": out, "COLUMNS": len(column_bits), "CLASSES": classes, "num_warps": 1}
+    given = {"packed": packed, "units": units, "rows": len(units), "widths": widths, "fields": fields, "total": total}
+    return {**given, "limits": limits, "out": out, "COLUMNS": len(column_bits), "CLASSES": classes, "num_warps": 1}
 
 
 def decode_rows(
@@ -115,6 +121,7 @@ def decode_rows(
     rank_bits: int,
     value_bits: int,
     classes: bool,
+    total: int,
     max_entries: int,
     max_rank: int,
     value_limit: int,
@@ -126,6 +133,7 @@ def decode_rows(
         units: (rows, 3): each one's first byte, its length in bytes, 1: all within ``data``.
         column_bits, rank_bits, value_bits: the fields' widths, 18, 24 and 18 at most.
         classes: ranks come as a class and its own width; else all have ``rank_bits``.
+        total: what a row's values, each plus 1, add up to; 0: that varies.
         max_entries: of a row.
         max_rank: ranks are below it.
         value_limit: values are below it.
@@ -138,7 +146,7 @@ def decode_rows(
     packed, table = Stream.of(data), torch.from_numpy(np.ascontiguousarray(units)).to(data.device)
     fields, limits = Fields(rank_bits, value_bits), Limits(max_entries, max_rank, value_limit)
     if rows:
-        _decode_rows[(groups,)](**_arguments(packed, table, column_bits, fields, limits, out, classes))
+        _decode_rows[(groups,)](**_arguments(packed, table, column_bits, fields, total, limits, out, classes))
     return out
 
 
@@ -146,7 +154,7 @@ def _variant(columns: int, classes: bool) -> Variant:
     packed = Stream(torch.empty(99, dtype=torch.int32, device="meta"), 97)
     units = torch.empty(33, 3, dtype=torch.int64, device="meta")
     out = Decoded.room(33, 2, 33, columns, 50, units.device)
-    call = _arguments(packed, units, [6, 5, 3][:columns], Fields(17, 5), Limits(50, 50257, 99), out, classes)
+    call = _arguments(packed, units, [6, 5, 3][:columns], Fields(17, 5), 13, Limits(50, 50257, 99), out, classes)
     return Variant(f"columns={columns}{' classes' if classes else ''}", _decode_rows, call, gathers=True)
 
 

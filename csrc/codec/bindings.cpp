@@ -11,6 +11,7 @@
 
 #include "entry_block.h"
 #include "row_block.h"
+#include "top_rows.h"
 
 namespace py = pybind11;
 
@@ -90,17 +91,19 @@ struct Bounds {
   int32_t value_limit;
   Ints order;     // (orders, vocab): ids by rank; with several orders, field 1 is a row's order
   Floats levels;  // (value_limit,): what values stand for; empty: themselves
+  int32_t total;  // what a row's values, each plus 1, add up to; 0: that varies
 
   int32_t vocab() const { return int32_t(order.shape(1)); }
 };
 
 Bounds make_bounds(int32_t max_entries, std::vector<int32_t> field_limits, int32_t value_limit, Ints order,
-                   std::optional<Floats> levels) {
+                   std::optional<Floats> levels, int32_t total) {
   if (order.ndim() != 2 || field_limits.empty() || (order.shape(0) > 1 && field_limits.size() < 2))
     throw std::invalid_argument("order must be (orders, vocab), and a column tells which where there are several");
   if (levels && (levels->ndim() != 1 || levels->size() != value_limit))
     throw std::invalid_argument("levels must be (value_limit,)");
-  return {max_entries, std::move(field_limits), value_limit, std::move(order), levels.value_or(Floats(0))};
+  if (total < 0) throw std::invalid_argument("total must not be negative");
+  return {max_entries, std::move(field_limits), value_limit, std::move(order), levels.value_or(Floats(0)), total};
 }
 
 void check_limits(const DecodedEntries& rows, const Bounds& bounds) {
@@ -192,11 +195,22 @@ py::bytes encode_entries(const Model& model, const Ints& fields, const Ints& ran
 }
 
 py::tuple decode_entries(const Model& model, const Bytes& data, const Longs& units, const Bounds& bounds) {
-  if (bounds.field_limits.size() != model.fields()) throw std::invalid_argument("bounds and model differ in columns");
+  if (bounds.field_limits.size() != model.fields() || (bounds.total && uint32_t(bounds.total) != model.total()))
+    throw std::invalid_argument("bounds and model differ in columns or total");
   return decode_units(data, units, bounds,
                       [&](const uint8_t* at, size_t length, size_t, int64_t rows, DecodedEntries& out) {
                         decode_block(at, length, rows, model, bounds.max_entries, bounds.vocab(), out);
                       });
+}
+
+py::array_t<uint8_t> decode_field_of(const Model& model, const Bytes& data, int64_t rows, uint32_t field) {
+  if (rows < 0 || field >= model.fields() || model.total())
+    throw std::invalid_argument("a field of rows without entries is wanted, one that the model has");
+  py::array_t<uint8_t> out(rows);
+  uint8_t* const target = out.mutable_data();
+  py::gil_scoped_release release;
+  decode_field(data.data(), size_t(data.size()), rows, model, field, target);
+  return out;
 }
 
 py::bytes encode_rows(const RowLayout& layout, const Ints& fields, const Ints& ranks, const Ints& values) {
@@ -215,7 +229,7 @@ py::tuple decode_rows(const RowLayout& layout, const Bytes& data, const Longs& u
   return decode_units(data, units, bounds,
                       [&](const uint8_t* at, size_t length, size_t readable, int64_t rows, DecodedEntries& out) {
                         if (rows != 1) throw std::invalid_argument("a unit of a row block is one row");
-                        decode_row(at, length, readable, layout, bounds.max_entries, bounds.vocab(), out);
+                        decode_row(at, length, readable, layout, bounds.max_entries, bounds.vocab(), bounds.total, out);
                       });
 }
 
@@ -233,6 +247,22 @@ Longs locate_rows(const Bytes& payload, const Longs& blocks, const Longs& rows) 
   return out;
 }
 
+void check_indexes(const Bytes& payload, const Longs& blocks) {
+  const Units units = check_units(payload, blocks);
+  py::gil_scoped_release release;
+  for (py::ssize_t i = 0; i < units.count; ++i) {
+    const int64_t* unit = units.table + 3 * i;
+    check_index(units.data + unit[0], unit[1], unit[2]);
+  }
+}
+
+int64_t first_bad_top_of(const Ints& ids, const Floats& values, int32_t vocab) {
+  if (ids.ndim() != 2 || values.ndim() != 2 || ids.shape(0) != values.shape(0) || ids.shape(1) != values.shape(1))
+    throw std::invalid_argument("ids and values must both be (rows, k)");
+  py::gil_scoped_release release;
+  return first_bad_top(ids.data(), values.data(), ids.shape(0), ids.shape(1), vocab);
+}
+
 RowLayout make_layout(std::vector<uint32_t> field_bits, uint32_t value_bits, uint32_t rank_bits, bool classes) {
   if (field_bits.empty() || field_bits.size() > kMaxFields || value_bits > 18 || rank_bits > 24)
     throw std::invalid_argument("a row layout has 1 to 8 columns, values of up to 18 bits, ranks of up to 24");
@@ -247,7 +277,9 @@ void bind(py::module_& m) {
   py::class_<Model>(m, "EntryModel", "The frequencies that entry blocks are coded with.")
       .def(py::init(&make_model), py::arg("columns"), py::arg("total"), py::arg("frequencies"))
       .def("encode", &encode_entries)
-      .def("decode", &decode_entries, py::arg("data"), py::arg("units"), py::arg("bounds"));
+      .def("decode", &decode_entries, py::arg("data"), py::arg("units"), py::arg("bounds"))
+      .def("decode_field", &decode_field_of, py::arg("data"), py::arg("rows"), py::arg("column"),
+           "One column, below 256, of a block of rows without entries, as (rows,) uint8.");
   py::class_<RowLayout>(m, "RowLayout", "The fields of a row block's rows.")
       .def(py::init(&make_layout), py::arg("column_bits"), py::arg("value_bits"), py::arg("rank_bits"),
            py::arg("classes"))
@@ -255,9 +287,13 @@ void bind(py::module_& m) {
       .def("decode", &decode_rows, py::arg("data"), py::arg("units"), py::arg("bounds"));
   py::class_<Bounds>(m, "RowBounds", "What decoded rows must lie within, and the orders of their ids.")
       .def(py::init(&make_bounds), py::arg("max_entries"), py::arg("column_limits"), py::arg("value_limit"),
-           py::arg("order"), py::arg("levels") = py::none());
+           py::arg("order"), py::arg("levels") = py::none(), py::arg("total") = 0);
   m.def("count_symbols", &count, "How often each symbol occurs in each context.");
   m.def("locate_rows", &locate_rows, "Where rows of row blocks lie.");
+  m.def("first_bad_top", &first_bad_top_of, py::arg("ids"), py::arg("values"), py::arg("vocab"),
+        "The first of some rows of top-k entries that is none, or -1.");
+  m.def("check_indexes", &check_indexes, py::arg("payload"), py::arg("blocks"),
+        "Raises ValueError unless the indexes of whole row blocks are such as an encoder writes.");
 }
 
 }  // namespace kdfast::codec

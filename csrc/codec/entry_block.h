@@ -77,4 +77,7 @@ std::vector<uint8_t> encode_block(const EntriesView& rows, const Model& model);
 void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
                   int32_t max_rank, DecodedEntries& out);
 
+// Writes one field, which must be below 256, of each row of a block without entries to `out`, (rows,). Likewise safe.
+void decode_field(const uint8_t* data, size_t length, int64_t rows, const Model& model, uint32_t field, uint8_t* out);
+
 }  // namespace kdfast::codec

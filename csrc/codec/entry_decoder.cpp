@@ -140,7 +140,8 @@ class RawBits {
   }
 
   bool overrun() const { return at_ > end_; }
-  bool finished() const { return end_ - at_ < 8; }
+  // Nothing is left but the zeros that fill the last byte up. The padding is zeros too.
+  bool finished() const { return end_ - at_ < 8 && (peek() & 0xff) == 0; }
 
  private:
   static constexpr size_t kPadding = 8 * kLanes;  // a step takes at most 8 + 23 + 8 + 14 bits per lane
@@ -170,6 +171,7 @@ class Group {
 
   void decode(int32_t* row_fields, uint32_t lanes, DecodedEntries& out) {
     uint32_t active[kLanes], n = 0;
+    size_t used = 0;
     for (uint32_t lane = 0; lane < lanes; ++lane) {
       rows_[lane] = {};
       expect(rows_[lane], kFirstEntry, total_ ? total_ : uint32_t(row_fields[lane * fields_]));
@@ -177,9 +179,11 @@ class Group {
     }
     for (size_t t = 0; n; ++t) {
       if (t >= max_entries_) corrupt("holds a row with too many entries");
-      if (entries_.size() < (t + 1) * kLanes) entries_.resize(2 * (t + 1) * kLanes);
+      if (entries_.size() < used + kLanes) entries_.resize(2 * (used + kLanes));
       advance_ranks(active, n);
-      n = step(entries_.data() + t * kLanes, active, n);
+      const uint32_t taken = n;
+      n = step(entries_.data() + used, active, n);
+      used += taken;
     }
     append(row_fields, lanes, out);
   }
@@ -213,8 +217,8 @@ class Group {
     }
   }
 
-  // Decodes one entry of each active row, whose rank symbol is known. Returns how many rows have more; they stay
-  // active.
+  // Decodes one entry of each active row, whose rank symbol is known, one after another. Returns how many rows have
+  // more; they stay active.
   uint32_t step(Entry* entries, uint32_t* active, uint32_t n) {
     uint32_t still = 0;
     bool good = true;
@@ -229,7 +233,7 @@ class Group {
       const uint32_t rank = lowest + raw_.below(ascends ? part.end - lowest : 1), value = raw_.number(symbol);
       const uint32_t taken = total_ ? value + 1 : 1;
       good &= ascends && rank < max_rank_ && taken <= row.left;
-      entries[lane] = {int32_t(rank), int32_t(value)};
+      entries[i] = {int32_t(rank), int32_t(value)};
       ++row.count;
       row.lowest = rank + 1;
       expect(row, part.octave, row.left - taken);
@@ -243,17 +247,27 @@ class Group {
   }
 
   void append(int32_t* row_fields, uint32_t lanes, DecodedEntries& out) {
-    size_t at = out.ranks.size(), total = at;
-    for (uint32_t lane = 0; lane < lanes; ++lane) total += rows_[lane].count;
-    out.ranks.resize(total);
-    out.values.resize(total);
+    size_t at[kLanes], total = out.ranks.size();
+    uint32_t active[kLanes], n = 0;
     for (uint32_t lane = 0; lane < lanes; ++lane) {
       row_fields[lane * fields_] = int32_t(rows_[lane].count);
-      const Entry* entry = entries_.data() + lane;
-      for (uint32_t t = rows_[lane].count; t > 0; --t, entry += kLanes, ++at) {
-        out.ranks[at] = entry->rank;
-        out.values[at] = entry->value;
+      at[lane] = total;
+      total += rows_[lane].count;
+      if (rows_[lane].count) active[n++] = lane;
+    }
+    out.ranks.resize(total);
+    out.values.resize(total);
+    const Entry* entry = entries_.data();
+    for (uint32_t t = 1; n; ++t) {  // as they were decoded: the first of every row, then the second of every row, ...
+      uint32_t still = 0;
+      for (uint32_t i = 0; i < n; ++i, ++entry) {
+        const uint32_t lane = active[i];
+        out.ranks[at[lane]] = entry->rank;
+        out.values[at[lane]++] = entry->value;
+        active[still] = lane;
+        still += rows_[lane].count > t;
       }
+      n = still;
     }
   }
 
@@ -265,10 +279,10 @@ class Group {
   std::vector<Entry> entries_;
 };
 
-}  // namespace
-
-void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
-                  int32_t max_rank, DecodedEntries& out) {
+// Decodes a block group by group, and calls visit(first row, rows) after each. What is decoded is appended to `out`.
+template <typename Visit>
+void decode_groups(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
+                   int32_t max_rank, DecodedEntries& out, Visit&& visit) {
   const uint32_t fields = model.fields();
   Coders coders(data, length, uint32_t(std::min<int64_t>(kLanes, rows)));
   RawBits raw(data + coders.bytes(), length - coders.bytes());
@@ -283,8 +297,28 @@ void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model&
       if (coders.overrun() || raw.overrun()) corrupt("is cut short");
     }
     group.decode(out.fields.data() + base, lanes, out);
+    visit(first, lanes);
   }
   if (!coders.finished() || !raw.finished()) corrupt("does not end where it should");
+}
+
+}  // namespace
+
+void decode_block(const uint8_t* data, size_t length, int64_t rows, const Model& model, int32_t max_entries,
+                  int32_t max_rank, DecodedEntries& out) {
+  decode_groups(data, length, rows, model, max_entries, max_rank, out, [](int64_t, uint32_t) {});
+}
+
+void decode_field(const uint8_t* data, size_t length, int64_t rows, const Model& model, uint32_t field, uint8_t* out) {
+  DecodedEntries group;
+  decode_groups(data, length, rows, model, 0, 1, group, [&](int64_t first, uint32_t lanes) {
+    for (uint32_t lane = 0; lane < lanes; ++lane) {
+      const int32_t number = group.fields[lane * model.fields() + field];
+      if (number > UINT8_MAX) corrupt("holds a number beyond a byte");
+      out[first + lane] = uint8_t(number);
+    }
+    group.fields.clear();
+  });
 }
 
 }  // namespace kdfast::codec

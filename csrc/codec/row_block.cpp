@@ -44,6 +44,7 @@ class RowReader {
   void finish() const {
     if (at_ > bits_) bad("is cut short");
     if (bits_ - at_ >= 8) bad("has a row with bytes left over");
+    if (peek() & ((1u << (bits_ - at_)) - 1)) bad("has a row that is not filled up with zeros");
   }
 
  private:
@@ -117,8 +118,24 @@ Span locate_row(const uint8_t* data, int64_t length, int64_t rows, int64_t row) 
   return {head + begin, end - begin};
 }
 
+void check_index(const uint8_t* data, int64_t length, int64_t rows) {
+  const int64_t width = length > 0 ? data[0] : 0;
+  if (width != 2 && width != 4) bad("has no index");
+  const int64_t head = 1 + width * rows;
+  if (head > length) bad("is cut short");
+  if ((length - head < kNarrow) != (width == 2)) bad("has an index of another width than its length asks for");
+  int64_t before = 0;
+  bool ascends = true;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t end = load(data + 1 + width * row, size_t(width));
+    ascends &= end >= before;
+    before = end;
+  }
+  if (!ascends || head + before != length) bad("has an index whose rows do not follow one another to its end");
+}
+
 void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLayout& layout, int32_t max_entries,
-                int32_t max_rank, DecodedEntries& out) {
+                int32_t max_rank, int32_t total, DecodedEntries& out) {
   RowReader in(data, length, readable);
   const size_t base = out.fields.size();
   for (uint32_t bits : layout.field_bits) {
@@ -133,6 +150,7 @@ void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLa
   int32_t *ranks = out.ranks.data() + at, *values = out.values.data() + at;
   bool good = true;
   uint32_t lowest = 0;
+  int64_t sum = count;
   for (int32_t i = 0; i < count; ++i) {
     const uint64_t window = in.peek();  // holds rank and value: they take at most 2 + 24 + 18 bits
     const BitField rank = read_rank(window, layout);
@@ -141,9 +159,11 @@ void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLa
     in.skip(rank.bits + layout.value_bits);
     good &= rank.number >= lowest && rank.number < uint32_t(max_rank);
     lowest = rank.number + 1;
+    sum += values[i];
   }
   in.finish();
   if (!good) bad("has ranks that do not ascend, or lie outside the vocabulary");
+  if (total && sum != total) bad("has a row whose values do not add up to the total");
 }
 
 }  // namespace kdfast::codec

@@ -28,9 +28,13 @@ std::vector<uint8_t> encode_row_block(const EntriesView& rows, const RowLayout& 
 // Where a row's bytes lie in the block at `data`, counted from `data`. Throws invalid_argument for a broken index.
 Span locate_row(const uint8_t* data, int64_t length, int64_t rows, int64_t row);
 
+// Throws invalid_argument unless the index of the block at `data` is one that encode_row_block writes: its rows follow
+// one another to the block's end.
+void check_index(const uint8_t* data, int64_t length, int64_t rows);
+
 // Appends a row to `out`. Safe for any bytes, as decode_block is. `readable` bytes at data, at least length, may be
-// read.
+// read. total: what the row's values, each plus 1, add up to; 0: that varies.
 void decode_row(const uint8_t* data, size_t length, size_t readable, const RowLayout& layout, int32_t max_entries,
-                int32_t max_rank, DecodedEntries& out);
+                int32_t max_rank, int32_t total, DecodedEntries& out);
 
 }  // namespace kdfast::codec

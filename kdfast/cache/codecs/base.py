@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from math import isfinite
 from operator import index
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -34,6 +33,7 @@ __all__ = [
 L = TypeVar("L", bound=SoftLabels)
 
 MAX_VOCAB = 2**24
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of a temperature
 LOGITS, HIDDEN_STATES = "logits", "hidden states"  # what a codec can select from
 PREPARE_ROWS = 65536  # of a capture: the first ones, which a codec may learn from before any is stored
 # Elements converted to float64 at a time. On a CPU the copies stay in cache (3 times as fast as 2**24, measured);
@@ -106,8 +106,8 @@ class Codec(ABC):
         self.vocab_size = index(vocab_size)
         if not 1 <= self.vocab_size <= MAX_VOCAB:
             raise ValueError(f"vocab_size must lie in [1, {MAX_VOCAB}], got {vocab_size}")
-        if not temperatures or not all(isfinite(t) and t > 0 for t in temperatures):
-            raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
+        if not temperatures or not all(SMALLEST <= t <= LARGEST for t in temperatures):
+            raise ValueError(f"temperatures must be positive and finite in float32, got {tuple(temperatures)}")
         self.temperatures = tuple(float(t) for t in temperatures)
         self.input_width = self.vocab_size  # columns of what select takes
 
@@ -248,6 +248,12 @@ class Addressable(Codec):
 
         Raises:
             ValueError: the block's own index of its rows is not what ``encode`` writes.
+        """
+
+    def check_index(self, block: NDArray[np.uint8], rows: int) -> None:
+        """Raise ``ValueError`` unless the index of a whole block of ``rows`` rows is what ``encode`` writes.
+
+        A reader asks once for each block, before it locates rows: what is located then cannot overlap.
         """
 
 

@@ -26,6 +26,8 @@ LEVELS = {
 }
 MASKED = {8: 255, 4: 15}  # the code of -inf
 MAX_ERROR = {8: 0.5, 4: 4.0}
+MOST_ERROR = 1e30  # nats: 254 times it is finite in float32
+TINY = np.finfo(np.float32).tiny  # steps below it have lost digits, and levels are off
 
 
 @register
@@ -55,8 +57,8 @@ class Dense(FixedWidthCodec):
         if bits not in LEVELS:
             raise ValueError(f"bits must be one of {sorted(LEVELS)}, got {bits!r}")
         max_error = MAX_ERROR[bits] if max_error is None else max_error
-        if not max_error > 0:
-            raise ValueError(f"max_error must be positive, got {max_error}")
+        if not 0 < max_error <= MOST_ERROR:
+            raise ValueError(f"max_error must be positive and at most {MOST_ERROR:g}, got {max_error}")
         self.bits, self.max_error = int(bits), float(max_error)
         self._levels, self._masked = LEVELS[bits], MASKED[bits]
         code_bytes = (self.vocab_size * bits + 7) // 8
@@ -90,14 +92,24 @@ class Dense(FixedWidthCodec):
         codes, step = self._unpack(packed["codes"]), packed["step"]
         if not ((step >= 0) & (step <= np.float32(self.max_error))).all():  # NaN included
             raise ValueError(f"a row's step is outside [0, {self.max_error:g}]")
+        masked = codes == self._masked
+        self._check_codes(codes, masked, step)
         levels = codes if self.bits == 8 else self._levels.astype(np.float32).take(codes, mode="clip")
         log_probs = levels * -step[:, None]
-        masked = codes == self._masked
         if masked.any():
-            if masked.all(1).any():
-                raise ValueError("a row has no finite column")
             log_probs[masked] = -np.inf
         return DenseLabels(vocab_size=self.vocab_size, values=torch.from_numpy(log_probs).log_softmax(1))
+
+    def _check_codes(self, codes: NDArray[np.uint8], masked: NDArray[np.bool_], step: NDArray[np.float32]) -> None:
+        """Raise ``ValueError`` unless each row's largest column has code 0 and its smallest finite one the last."""
+        if codes.size and int(codes.min(1).max()):
+            raise ValueError("a row has no finite column, or none of code 0")
+        last = codes == self._masked - 1
+        if (~last.any(1) & (step >= TINY)).any():
+            raise ValueError(f"a row's step is not 0, but none of its codes is {self._masked - 1}")
+        flat = step == 0
+        if flat.any() and (~masked[flat] & (codes[flat] != 0)).any():
+            raise ValueError("a row's step is 0, but not all of its codes are")
 
     def _step(self, log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
         """(rows,): from the largest to the smallest finite value of each row, over the last level."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast._C import RowBounds, RowLayout, count_symbols, locate_rows
+from kdfast._C import RowBounds, RowLayout, check_indexes, count_symbols, locate_rows
 from kdfast.cache.codecs import entries_on_device
 from kdfast.cache.codecs.base import Addressable
 from kdfast.cache.codecs.model import IdOrder, Statistics, id_classes, pack_statistics, unpack_statistics
@@ -25,6 +26,7 @@ __all__ = ["CODINGS", "EntryCodec", "EntryRows"]
 
 CODINGS = ("blocks", "rows", "plain")
 LEARN_ROWS = 16384
+DIGEST = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class EntryCodec(Addressable):
     value_limit: int  # values lie in [0, value_limit)
     total: int = 0  # what a row's values, each plus 1, add up to; 0: that varies
     levels: NDArray[np.float32] | None = None  # (value_limit,): what values stand for; None: themselves
+    ends_matter: bool = False  # whether ``unsound`` has anything to say
+
+    def unsound(self, headers: Tensor, last: Tensor) -> Tensor:
+        """(rows,) bool, on any device: rows whose numbers are each within their limits, but do not go together.
+
+        Args:
+            headers: (rows, header_fields) integers within ``header_limits``.
+            last: (rows,) the value of each row's last entry; anything where a row has none.
+        """
+        return torch.zeros(len(headers), dtype=torch.bool, device=headers.device)
 
     @property
     @abstractmethod
@@ -104,6 +116,8 @@ class EntryCodec(Addressable):
     def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
         if "shapes" not in config:
             return dict(config)
+        if not isinstance(config["shapes"], str) or not DIGEST.fullmatch(config["shapes"]):
+            raise ValueError(f"shapes must be a table's digest, 32 hexadecimal digits, got {config['shapes']!r:.60}")
         prototypes = PrototypeTable.from_bytes(read_asset(f"shapes-{config['shapes']}.safetensors"))
         if prototypes.digest != config["shapes"]:
             raise ValueError(f"the prototypes have the digest {prototypes.digest}, expected {config['shapes']}")
@@ -159,7 +173,7 @@ class EntryCodec(Addressable):
     @cached_property
     def _prototype_order(self) -> IdOrder:
         assert self.prototypes is not None
-        return IdOrder.of(self.prototypes.order)
+        return IdOrder(self.prototypes.order)
 
     def check(self, labels: SoftLabels) -> None:
         _require_exact(self, labels)
@@ -190,13 +204,25 @@ class EntryCodec(Addressable):
     ) -> NDArray[np.int64]:
         return locate_rows(payload, blocks, rows)
 
+    def check_index(self, block: NDArray[np.uint8], rows: int) -> None:
+        check_indexes(block, np.array([[0, len(block), rows]]))
+
     def decode(self, data: NDArray[np.uint8], units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels:
+        if not len(units) and not len(wanted):
+            return self.empty  # which takes no model: a shard without rows has none
         coder = self._model if self.coding == "blocks" else self._layout
         headers, ids, values = (torch.from_numpy(x) for x in coder.decode(data, units, self._bounds))
+        if self.ends_matter:
+            counts = headers[:, 0].long()
+            last = values[(counts.cumsum(0) - 1).clamp(min=0)] if len(values) else torch.zeros_like(counts)
+            if bool(self.unsound(headers, last).any()):
+                raise ValueError(entries_on_device.UNSOUND)
         labels = self.to_labels(headers, ids, values)
         return labels if np.array_equal(wanted, np.arange(len(headers))) else labels[torch.from_numpy(wanted)]
 
     def decode_on_device(self, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
+        if not len(units) and self.learn_rows and not self.model:
+            return None
         return entries_on_device.decode(self, data, units, wanted)
 
     # Tables that lie on a device as long as the codec does.
@@ -222,7 +248,7 @@ class EntryCodec(Addressable):
     def _bounds(self) -> RowBounds:
         if self._bounded is None:
             limits = (self.max_entries, self.header_limits, self.value_limit)
-            self._bounded = RowBounds(*limits, self.order.ids, self.levels)
+            self._bounded = RowBounds(*limits, self.order.ids, self.levels, self.total)
         return self._bounded
 
 
@@ -233,7 +259,7 @@ def _ragged(labels: SoftLabels) -> Ragged:
 
 
 def _ascending(vocab_size: int) -> IdOrder:
-    return IdOrder.of(np.arange(vocab_size, dtype=np.int32)[None])
+    return IdOrder(np.arange(vocab_size, dtype=np.int32)[None])
 
 
 def by_rank(

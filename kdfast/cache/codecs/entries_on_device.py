@@ -15,9 +15,11 @@ from kdfast.labels.ragged import table_on
 
 __all__ = ["EntryDecoder", "decode"]
 
-# Every row has room for as many entries as it may have, until all are decoded: 8 bytes each.
-MOST_SLOTS = 2**27
+# Every row has room for as many entries as it may have, until all are decoded: 8 bytes each. How many that is the file
+# says: so it gets no more than in proportion to the bytes that are there.
+MOST_SLOTS, FREE_SLOTS, SLOTS_PER_BYTE = 2**27, 2**22, 32
 
+UNSOUND = "a row's numbers do not go together"
 FAULTS = {
     1: "is cut short",
     2: "does not end where it should",
@@ -52,6 +54,7 @@ class EntryDecoder(Protocol):
     def level_table(self) -> Tensor | None: ...
 
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels: ...
+    def unsound(self, headers: Tensor, last: Tensor) -> Tensor: ...
 
 
 def decode(codec: EntryDecoder, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
@@ -62,9 +65,12 @@ def decode(codec: EntryDecoder, data: Tensor, units: NDArray[np.int64], wanted: 
     """
     run = kernel("decode_blocks" if codec.coding == "blocks" else "decode_rows")
     padded = units[:, 2] + 31 if codec.coding == "blocks" else np.array([len(units) + 31])
-    if run is None or int(padded.sum()) * codec.max_entries > MOST_SLOTS:
+    room = min(MOST_SLOTS, FREE_SLOTS + SLOTS_PER_BYTE * data.numel())
+    if run is None:
         return None
     _check_units(codec, units, data.numel())
+    if int(padded.sum()) * codec.max_entries > room:
+        return None
     if len(wanted) and not 0 <= wanted.min() <= wanted.max() < units[:, 2].sum():
         raise IndexError(f"wanted rows {wanted.min()} to {wanted.max()} are out of range")
     limits = (codec.max_entries, codec.vocab_size, codec.value_limit)
@@ -72,7 +78,7 @@ def decode(codec: EntryDecoder, data: Tensor, units: NDArray[np.int64], wanted: 
         slots = table_on(codec.slots, data.device)
         decoded = run(data, units, slots, codec.header_fields, codec.total, *limits)
     else:
-        decoded = run(data, units, *codec.field_widths, codec.coding == "rows", *limits)
+        decoded = run(data, units, *codec.field_widths, codec.coding == "rows", codec.total, *limits)
     return _Entries(codec, decoded, wanted).labels()
 
 
@@ -112,13 +118,25 @@ class _Entries:
         """The number of wanted entries. Raises ``ValueError`` for corrupt units. Only here the host waits."""
         limits = torch.tensor(self.codec.header_limits, dtype=torch.int32).to(self.device)
         beyond = (self.decoded.columns >= limits).any()
+        unsound = self.codec.unsound(self.headers, self._last_values()).any()
         fault = self.decoded.status.max() if len(self.decoded.status) else beyond
-        total, fault, beyond = torch.stack([self.headers[:, 0].sum(), fault.long(), beyond.long()]).tolist()
+        numbers = (self.headers[:, 0].sum(), fault, beyond, unsound)
+        total, fault, beyond, unsound = torch.stack([number.long() for number in numbers]).tolist()
         if fault:
             raise ValueError(f"{'an entry' if self.codec.coding == 'blocks' else 'a row'} block {FAULTS[fault]}")
         if beyond:
             raise ValueError("a column exceeds its limit")
+        if unsound:
+            raise ValueError(UNSOUND)
         return int(total)
+
+    def _last_values(self) -> Tensor:
+        """(rows,) the value of each row's last entry; anything, read within bounds, where that makes no sense."""
+        values = self.decoded.entry_values
+        if not len(values):
+            return torch.zeros_like(self.places)
+        at = self.places + 32 * (self.headers[:, 0].long() - 1)
+        return values[at.clamp(0, len(values) - 1)]
 
     def _ids(self, ranks: Tensor, row: Tensor) -> Tensor:
         order = table_on(self.codec.order_table, self.device)

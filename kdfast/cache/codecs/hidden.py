@@ -20,6 +20,7 @@ from kdfast.labels.head import OutputLayer
 
 __all__ = ["Hidden"]
 
+MAX_WIDTH = 2**24
 LEVELS = 127  # codes -127 ... 127
 TINY = torch.finfo(torch.bfloat16).tiny  # below it a bfloat16 loses digits
 INFINITE = 0x7F80  # exponent bits of a bfloat16 that is infinite or NaN
@@ -49,8 +50,8 @@ class Hidden(FixedWidthCodec):
         self, vocab_size: int, temperatures: Sequence[float], *, width: int, head: str, bits: int = 16
     ) -> None:
         super().__init__(vocab_size, temperatures)
-        if index(width) < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        if not 1 <= index(width) <= MAX_WIDTH:
+            raise ValueError(f"width must be at least 1 and at most {MAX_WIDTH}, got {width}")
         if bits not in (8, 16):
             raise ValueError(f"bits must be 8 or 16, got {bits!r}")
         if not isinstance(head, str) or not re.fullmatch("[0-9a-f]{32}", head):
@@ -64,6 +65,11 @@ class Hidden(FixedWidthCodec):
         if head.fingerprint != self.head:
             raise ValueError(
                 f"its hidden states are for the head {self.head}, but the head given is {head.fingerprint}"
+            )
+        if (head.vocab_size, head.width) != (self.vocab_size, self.input_width):
+            raise ValueError(
+                f"its labels have {self.vocab_size} columns of hidden states of width {self.input_width}, but the head "
+                f"given is ({head.vocab_size}, {head.width})"
             )
         self._layer = head
 
@@ -100,9 +106,14 @@ class Hidden(FixedWidthCodec):
         else:
             if (packed["step"] >= INFINITE).any():  # the sign bit included
                 raise ValueError("a row's step is negative, infinite or NaN")
+            step = _floats(packed["step"]).float().numpy()
+            # In this order: the magnitude of -128 is no i8.
             if (packed["values"] == -LEVELS - 1).any():
                 raise ValueError(f"a value's code is {-LEVELS - 1}")
-            hidden = torch.from_numpy(packed["values"].astype(np.float32)) * _floats(packed["step"]).float()[:, None]
+            largest = np.abs(packed["values"]).max(1, initial=0)
+            if (largest != np.where(step >= TINY, LEVELS, 0)).any() or ((step > 0) & (step < TINY)).any():
+                raise ValueError(f"a row's largest code is not {LEVELS}, or its step is not what goes with it")
+            hidden = torch.from_numpy(packed["values"].astype(np.float32) * step[:, None])
         if not bool(hidden.isfinite().all()):
             raise ValueError("a hidden state is infinite or NaN")
         return HiddenLabels(vocab_size=self.vocab_size, values=hidden, head=self._layer)
@@ -125,4 +136,5 @@ def _bits(x: Tensor) -> NDArray[np.int16]:
 
 
 def _floats(bits: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16)
+    # A copy whatever its strides: a field of a single row passes for contiguous, and those of odd rows are not aligned.
+    return torch.from_numpy(np.array(bits, order="C").view(np.int16)).view(torch.bfloat16)

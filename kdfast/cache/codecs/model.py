@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast._C import EntryModel, RowBounds, count_symbols
+from kdfast._C import EntryModel, count_symbols
 
 __all__ = ["IdOrder", "Statistics", "pack_statistics", "unpack_statistics"]
 
@@ -19,6 +20,7 @@ BLEND = 8.0  # how many observations the law of all contexts of a kind counts fo
 FEW = 128  # a context with fewer observations has that law alone
 UNSEEN = 31  # the class of an id without weight; the others are half octaves of weight
 CLASSES_PER_OCTAVE = 2
+SORTED_AT_ONCE = 2**18  # ids
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,27 @@ class IdOrder:
     """Ids by rank and ranks by id, for each of the orders that a row may be coded in: (orders, V)."""
 
     ids: NDArray[np.int32]
-    ranks: NDArray[np.int32]
 
-    @classmethod
-    def of(cls, ids: NDArray[np.int32]) -> IdOrder:
-        """The orders whose (orders, V) ids by rank are given."""
-        ranks = np.empty_like(ids)
-        np.put_along_axis(ranks, ids.astype(np.int64), np.arange(ids.shape[1], dtype=np.int32)[None], axis=1)
-        return cls(ids, ranks)
+    @cached_property
+    def ranks(self) -> NDArray[np.int32]:
+        """Ranks by id: for encoding alone, so that a reader never makes them."""
+        ranks = np.empty_like(self.ids)
+        np.put_along_axis(ranks, self.ids.astype(np.int64), np.arange(self.ids.shape[1], dtype=np.int32)[None], axis=1)
+        return ranks
 
     @classmethod
     def by_class(cls, classes: NDArray[np.uint8]) -> IdOrder:
-        """The one order of ids by class, then by id."""
-        return cls.of(np.argsort(classes, kind="stable").astype(np.int32)[None])
+        """The one order of ids by class, then by id. It takes no more memory than its result, and some MB."""
+        ids = np.empty(len(classes), np.int32)
+        ends = np.bincount(classes, minlength=UNSEEN + 1).cumsum()
+        ends -= np.bincount(classes, minlength=UNSEEN + 1)
+        for start in range(0, len(classes), SORTED_AT_ONCE):
+            chunk = classes[start : start + SORTED_AT_ONCE]
+            order, counts = np.argsort(chunk, kind="stable"), np.bincount(chunk, minlength=UNSEEN + 1)
+            # Number n of the sorted chunk goes to its class's end so far, and as far on as it is in its class.
+            ids[np.arange(len(chunk)) + np.repeat(ends - (counts.cumsum() - counts), counts)] = order + start
+            ends += counts
+        return cls(ids[None])
 
 
 def id_classes(ids: NDArray[np.int32], weights: NDArray[np.float32], vocab_size: int) -> NDArray[np.uint8]:
@@ -125,10 +135,10 @@ def unpack_statistics(data: bytes, header_fields: int, vocab_size: int | None) -
             raise ValueError(f"a model has {len(data) - at} bytes too many")
         return Statistics(frequencies, None)
     own, at = _unpack_tables(data, at, 2 + RANK_CONTEXTS + VALUE_CONTEXTS)
-    unit = np.array([[at, len(data) - at, vocab_size]])
-    bounds = RowBounds(0, [1, UNSEEN + 1], 1, np.zeros((1, 1), np.int32))
-    decoded, _, _ = EntryModel(2, 0, own).decode(np.frombuffer(data, np.uint8), unit, bounds)
-    return Statistics(frequencies, decoded[:, 1].astype(np.uint8))
+    classes = EntryModel(2, 0, own).decode_field(np.frombuffer(data, np.uint8)[at:], vocab_size, 1)
+    if int(classes.max()) > UNSEEN:
+        raise ValueError(f"a model has an id of class {classes.max()}, above {UNSEEN}")
+    return Statistics(frequencies, classes)
 
 
 def _class_headers(classes: NDArray[np.uint8]) -> NDArray[np.int32]:

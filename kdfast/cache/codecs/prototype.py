@@ -57,6 +57,7 @@ class Prototype(EntryCodec):
     kind = PrototypeLabels.kind
     prototypes: PrototypeTable
     header_fields = 3
+    ends_matter = True
 
     def __init__(
         self,
@@ -88,6 +89,11 @@ class Prototype(EntryCodec):
     @property
     def header_limits(self) -> tuple[int, ...]:
         return (self.k + 1, len(self.prototypes), len(self._tails) + 1)  # the last tail code: there is none
+
+    def unsound(self, headers: Tensor, last: Tensor) -> Tensor:
+        # The last entry takes all that is left; a row without entries has the whole mass in its tail.
+        whole = torch.where(headers[:, 0] > 0, last, headers[:, 2] - (len(self._tails) - 1))
+        return whole != 0
 
     def config(self) -> dict[str, Any]:
         return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
@@ -176,15 +182,21 @@ class Prototype(EntryCodec):
         """Entries take their shares of what is left of their row, one after another; the last one takes it all."""
         share, rest = self._on(values, self._share), self._on(values, self._rest)
         first = counts.cumsum(0) - counts
-        turns = torch.empty(len(counts), self.k, dtype=torch.float32, device=values.device)
-        for t in range(self.k if len(values) else 0):
-            # Where a row has no such entry, any: what it gives is not taken.
-            value = values[(first + t).clamp(max=len(values) - 1)].long()
+        probs = torch.empty(len(values) + 1, dtype=torch.float32, device=values.device)
+        host = values.device.type == "cpu"
+        for t in range(min(self.k, len(values))):
+            if host and t & (t - 1) == 0:  # now and then the rows without more entries are left out
+                more_rows = counts > t
+                left, counts, first = left[more_rows], counts[more_rows], first[more_rows]
+                if not len(counts):
+                    break
+            # Where a row has no such entry, the last place takes what belongs nowhere.
+            at = torch.where(counts > t, first + t, len(values))
+            value = values[at.clamp(max=len(values) - 1)].long()
             more = counts > t + 1
-            turns[:, t] = torch.where(more, left * share[value], left)
+            probs[at] = torch.where(more, left * share[value], left).float()
             left = left * torch.where(more, rest[value], 1.0)
-        row = torch.repeat_interleave(counts, output_size=len(values))
-        return turns[row, torch.arange(len(values), device=values.device) - first[row]]
+        return probs[:-1]
 
     @staticmethod
     def _on(other: Tensor, table: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast._C import first_bad_top
 from kdfast.cache.codecs.base import Codec, FixedWidthCodec, require_kind
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
 from kdfast.cache.codecs.registry import register
@@ -95,7 +96,7 @@ class TopK(FixedWidthCodec):
         )
 
     def encode(self, labels: SoftLabels) -> bytes:
-        labels = require_kind(labels, TopKLabels)
+        labels = _largest_first(require_kind(labels, TopKLabels))
         out = np.zeros(len(labels), self.row_dtype)
         filled = np.arange(self.k) < labels.counts.numpy()[:, None]
         ids = np.zeros(filled.shape, "<u4")
@@ -108,9 +109,14 @@ class TopK(FixedWidthCodec):
 
     def unpack(self, packed: NDArray[Any]) -> TopKLabels:
         values = packed["values"].astype(np.float32)
-        if not ((values <= 0).all() and (packed["tails"] <= 0).all()):  # NaN included
-            raise ValueError("a log-probability or a tail is not in [-inf, 0]")
         ids, kept = unpack_ids(packed["ids"], self.vocab_size), values > -np.inf
+        bad = first_bad_top(ids, values, self.vocab_size)
+        if not (packed["tails"] <= 0).all() or (bad >= 0 and not (values[bad] <= 0).all()):  # NaN included
+            raise ValueError("a log-probability or a tail is not in [-inf, 0]")
+        if bad >= 0:
+            raise ValueError("a row's entries are not in order, the largest first, or two of them have one id")
+        if (~kept[:, 0] & np.isneginf(packed["tails"]).any(1)).any():
+            raise ValueError("a row has no probability anywhere")
         width = self.k if kept.all() else None  # no row is short, which a loss makes use of
         return TopKLabels(
             vocab_size=self.vocab_size,
@@ -132,6 +138,15 @@ def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float) -> Tens
         inside = torch.zeros_like(z).scatter_add(1, entries.clamp(min=0), (entries >= 0).double())
         tails[rows] = z.masked_fill(inside > 0, -torch.inf).logsumexp(1) - z.logsumexp(1)
     return tails
+
+
+def _largest_first(labels: TopKLabels) -> TopKLabels:
+    """``labels`` with each row's entries in order. Those of a teacher are; what comes from elsewhere may not be."""
+    values, row = labels.values.float(), labels.entry_rows
+    if bool(((values[1:] <= values[:-1]) | (row[1:] > row[:-1])).all()):
+        return labels
+    order = torch.from_numpy(np.lexsort((-values.numpy(), row.numpy())))
+    return replace(labels, ids=labels.ids[order], values=labels.values[order])
 
 
 def _narrow(labels: SoftLabels, *, temperatures: Sequence[float], k: int) -> TopKLabels:

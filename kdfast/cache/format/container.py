@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast._atomic import with_filename
 from kdfast._C import crc32c
 from kdfast.cache.errors import CacheCorruptError
+from kdfast.cache.format.regular import map_file
+from kdfast.cache.format.strict import parse_json
 
 __all__ = [
     "Container",
@@ -120,15 +121,14 @@ def read_container(path: Path, layout: Layout = LAYOUT) -> Container:
     """Map a sealed file into memory, and check everything but the payload.
 
     Raises:
-        CacheCorruptError: the file is truncated, or its header or tables are not what was written.
+        CacheCorruptError: the file is truncated or no regular one, or its header or tables are not what was written.
         OSError: the file cannot be read.
     """
-    with with_filename(path):
-        try:
-            data = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices faster
-            return _parse(data, layout)
-        except (ValueError, RecursionError) as error:
-            raise CacheCorruptError(f"{path}: {error}") from error
+    data = map_file(path)
+    try:
+        return _parse(data, layout)
+    except (ValueError, OverflowError) as error:
+        raise CacheCorruptError(f"{path}: {error}") from error
 
 
 def _parse(data: NDArray[np.uint8], layout: Layout) -> Container:
@@ -171,7 +171,9 @@ class _Tensor(NamedTuple):
 
 def _parse_header(text: bytes, layout: Layout) -> tuple[dict[str, str], dict[str, _Tensor]]:
     """Metadata and tensors of a header, in file order. Raises ``ValueError`` for any bytes that are no such header."""
-    header = json.loads(text)
+    if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        raise ValueError("its header is not a JSON object padded with spaces")
+    header = parse_json(text)
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
         raise ValueError("its header is not a JSON object with __metadata__")
     metadata = header.pop("__metadata__")
@@ -187,7 +189,7 @@ def _parse_header(text: bytes, layout: Layout) -> tuple[dict[str, str], dict[str
     names, begins = list(tensors), [tensor.begin for tensor in tensors.values()]
     ends = [tensor.end for tensor in tensors.values()]
     first, *_, last = layout
-    if names[0] != first or names[-1] != last or begins != [0, *ends[:-1]]:
+    if names[0] != first or names[-1] != last or tensors[last].shape != (2,) or begins != [0, *ends[:-1]]:
         raise ValueError(f"its tensors do not follow one another from {first} to {last}")
     return metadata, tensors
 
@@ -196,15 +198,21 @@ def _tensor(name: str, entry: Any, layout: Layout) -> _Tensor:
     try:
         tensor = _Tensor(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"its header entry {name!r} is malformed: {entry!r:.80}") from error
+        raise ValueError(f"its header entry {name!r:.80} is malformed: {_show(entry)}") from error
     numbers = (*tensor.shape, tensor.begin, tensor.end)
-    if not all(type(number) is int and number >= 0 for number in numbers) or tensor.end < tensor.begin:
-        raise ValueError(f"its header entry {name!r} has impossible sizes: {entry!r:.80}")
+    if not all(type(number) is int and 0 <= number <= LARGEST for number in numbers) or tensor.end < tensor.begin:
+        raise ValueError(f"its header entry {name!r:.80} has impossible sizes: {_show(entry)}")
     if name in layout and not _fits(tensor, *layout[name]):
-        raise ValueError(f"its tensor {name!r} is {entry!r:.80}, not {layout[name]}")
+        raise ValueError(f"its tensor {name!r} is {_show(entry)}, not {layout[name]}")
     return tensor
 
 
+def _show(entry: Any) -> str:
+    return json.dumps(entry)[:80]
+
+
 def _fits(tensor: _Tensor, dtype: str, columns: tuple[int, ...]) -> bool:
+    if len(tensor.shape) != 1 + len(columns):
+        return False
     size = math.prod(tensor.shape) * np.dtype(DTYPES[dtype]).itemsize
     return tensor.dtype == dtype and tensor.shape[1:] == columns and size == tensor.end - tensor.begin

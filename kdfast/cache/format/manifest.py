@@ -6,19 +6,21 @@ notice a shard that has gone missing, or been replaced by another one.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from kdfast.cache.errors import CacheCorruptError
+from kdfast.cache.errors import CacheCorruptError, CacheError
+from kdfast.cache.format.meta import FORMAT, FORMAT_VERSION
 from kdfast.cache.format.shard import Shard
 from kdfast.cache.format.storage import Storage
+from kdfast.cache.format.strict import parse_json
 
 __all__ = ["MANIFEST", "SHARD_NAME", "check_listed", "entry_of", "load_shards", "read_manifest", "shard_names"]
 
 MANIFEST = "manifest.json"
-SHARD_NAME = re.compile(r"shard-([A-Za-z0-9_]+)-(\d{5,})\.safetensors")
+SHARD_NAME = re.compile(r"shard-([A-Za-z0-9_]+)-([0-9]{5}|[1-9][0-9]{5,17})\.safetensors")
+SEAL = re.compile("[0-9a-f]{16}")
 
 Entry = dict[str, str | int]
 
@@ -52,14 +54,51 @@ def entry_of(name: str, records: int, rows: int, file_bytes: int, seal: str) -> 
 
 
 def read_manifest(storage: Storage) -> dict[str, Any]:
-    """The manifest's entries by shard name; none without a manifest. Raises ``CacheCorruptError`` if it is broken."""
+    """The manifest's entries by shard name; none without a manifest.
+
+    Raises:
+        CacheCorruptError: it is none that a writer makes; the message says what is wrong.
+        CacheError: it is of another format version.
+    """
+    where = storage.describe(MANIFEST)
     try:
-        return {entry["name"]: entry for entry in json.loads(storage.read_bytes(MANIFEST))["shards"]}
+        entries = _entries(parse_json(storage.read_bytes(MANIFEST)), where)
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        where = storage.describe(MANIFEST)
-        raise CacheCorruptError(f"{where}: cannot be read ({error!r}); without it the shards still open") from error
+    except CacheError:
+        raise
+    except ValueError as error:
+        raise CacheCorruptError(f"{where}: cannot be read ({error}); without it the shards still open") from error
+    return {entry["name"]: entry for entry in entries}
+
+
+def _entries(document: Any, where: str) -> list[dict[str, Any]]:
+    """The shards that a manifest lists. Raises ``CacheError`` for another version, ``ValueError`` for no manifest."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"it does not say that its format is {FORMAT}")
+    version = document.get("version")
+    if type(version) is not int:
+        raise ValueError("it has no version")
+    if version != FORMAT_VERSION:
+        raise CacheError(f"{where}: has format version {version}, this kdfast reads {FORMAT_VERSION}")
+    entries = document.get("shards")
+    if not isinstance(entries, list):
+        raise ValueError("it has no list of shards")
+    for number, entry in enumerate(entries):
+        if not _is_entry(entry):
+            raise ValueError(f"its entry {number} is not one of a shard")
+    if len({entry["name"] for entry in entries}) < len(entries):
+        raise ValueError("it lists a shard twice")
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"name", "records", "rows", "bytes", "seal"}:
+        return False
+    texts = {"name": SHARD_NAME, "seal": SEAL}
+    return all(isinstance(entry[name], str) and form.fullmatch(entry[name]) for name, form in texts.items()) and all(
+        type(entry[name]) is int and 0 <= entry[name] < 2**63 for name in ("records", "rows", "bytes")
+    )
 
 
 def check_listed(storage: Storage, listed: Mapping[str, Any], found: Mapping[str, Entry]) -> None:

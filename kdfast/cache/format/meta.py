@@ -9,8 +9,9 @@ from typing import Any
 
 from kdfast._version import __version__
 from kdfast.cache import codecs
-from kdfast.cache.codecs.base import Codec
+from kdfast.cache.codecs.base import LARGEST, MAX_VOCAB, SMALLEST, Codec
 from kdfast.cache.errors import CacheError, CacheMismatchError
+from kdfast.cache.format.strict import parse_integer, parse_json
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "HASH", "RANGE", "CacheMeta"]
 
@@ -41,7 +42,10 @@ class CacheMeta:
             ValueError, TypeError: there is no such codec, or not with these options or assets.
             OSError: an asset cannot be read.
         """
-        return codecs.restore(self.codec, self.vocab_size, self.temperatures, self.config, read_asset)
+        codec = codecs.restore(self.codec, self.vocab_size, self.temperatures, self.config, read_asset)
+        if _json(codec.config()) != _json(self.config):
+            raise ValueError(f"its options {_json(self.config):.200} are not those that codec {self.codec!r} writes")
+        return codec
 
     def to_strings(self) -> dict[str, str]:
         """The fields as safetensors metadata, which is a map of strings."""
@@ -67,13 +71,21 @@ class CacheMeta:
         keys = strings.get("keys", HASH)
         if keys not in (HASH, RANGE):
             raise CacheError(f"has keys {keys!r}, this kdfast reads {HASH!r} and {RANGE!r}")
+        missing = [
+            name for name in ("codec", "codec_config", "vocab_size", "temperatures", "teacher") if name not in strings
+        ]
+        if missing:
+            raise ValueError(f"its metadata lack {missing}")
         try:
-            config, temperatures = json.loads(strings["codec_config"]), json.loads(strings["temperatures"])
-            vocab_size = int(strings["vocab_size"])
-            temperatures = tuple(map(float, temperatures))
-            return cls(strings["codec"], dict(config), vocab_size, temperatures, strings["teacher"], keys)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"metadata cannot be read: {error!r}") from error
+            config, temperatures = parse_json(strings["codec_config"]), parse_json(strings["temperatures"])
+            vocab_size = parse_integer(strings["vocab_size"], 1, MAX_VOCAB)
+        except ValueError as error:
+            raise ValueError(f"its metadata cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"its codec_config is no JSON object: {strings['codec_config']:.80}")
+        if not isinstance(temperatures, list) or not temperatures or not all(map(_is_temperature, temperatures)):
+            raise ValueError(f"its temperatures are no JSON array of positive numbers: {strings['temperatures']:.80}")
+        return cls(strings["codec"], config, vocab_size, tuple(map(float, temperatures)), strings["teacher"], keys)
 
     def require_equal(self, other: CacheMeta, ours: str, theirs: str) -> None:
         """Raise ``CacheMismatchError`` listing every field in which ``self`` (``ours``) and ``other`` differ."""
@@ -82,6 +94,10 @@ class CacheMeta:
         if different:
             lists = [", ".join(f"{name}={side[name]!r}" for name in different) for side in (mine, yours)]
             raise CacheMismatchError(f"{ours} has {lists[0]}, but {theirs} has {lists[1]}")
+
+
+def _is_temperature(number: Any) -> bool:
+    return type(number) in (int, float) and SMALLEST <= number <= LARGEST
 
 
 def _json(value: Any) -> str:

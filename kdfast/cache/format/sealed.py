@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdfast.cache.errors import CacheCorruptError, CacheError
-from kdfast.cache.format.container import MAX_HEADER, read_container
+from kdfast.cache.format.container import MAX_HEADER, Container, read_container
 from kdfast.cache.format.keys import number_keys
 from kdfast.cache.format.manifest import MANIFEST, SHARD_NAME, check_listed, entry_of, read_manifest, shard_names
 from kdfast.cache.format.meta import FORMAT, FORMAT_VERSION, HASH, RANGE, CacheMeta
@@ -23,6 +23,8 @@ from kdfast.cache.format.sorted_keys import write_index
 from kdfast.cache.format.storage import LocalStorage, Storage
 
 __all__ = ["Sealed", "scan", "write_manifest"]
+
+FREE_RECORDS, RECORDS_PER_BYTE = 2**20, 64  # a number key is made for each
 
 
 class Sealed:
@@ -41,6 +43,7 @@ class Sealed:
                 container = read_container(path)
                 self.meta = CacheMeta.from_strings(container.metadata)
                 outline = Outline.of(container)
+                _require_room(outline, container)
             except CacheError as error:
                 message = str(error).removeprefix(f"{path}: ")
                 raise type(error)(f"{storage.describe(name)}: {message}") from error
@@ -93,6 +96,14 @@ def _entry(shard: Sealed) -> dict[str, str | int]:
     return entry_of(shard.name, len(shard.keys), shard.rows, shard.file_bytes, shard.seal)
 
 
+def _require_room(outline: Outline, container: Container) -> None:
+    """Raise ``ValueError`` for more records than keys, or than any codec can store in the payload that there is."""
+    keys = len(container.tables["record_keys"])
+    most = FREE_RECORDS + RECORDS_PER_BYTE * (container.payload_bytes + container.file_bytes)
+    if not 0 <= outline.records <= most or (keys and keys != outline.records):
+        raise ValueError(f"its {container.file_bytes} bytes cannot hold {outline.records} records")
+
+
 @contextmanager
 def _outline(storage: Storage, name: str) -> Iterator[Path]:
     """A local copy of a shard. Of a remote one only the ends are fetched; its payload, which is not read, is a hole."""
@@ -114,7 +125,7 @@ def _copy_ends(source: BinaryIO, copy: BinaryIO, size: int) -> None:
     copy.write(prefix + header)
     try:
         payload = int(json.loads(header)["payload"]["data_offsets"][1])
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (ArithmeticError, ValueError, LookupError, TypeError, RecursionError):
         payload = 0
     tables = min(size, 8 + length + max(0, payload))
     source.seek(tables)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from kdfast.cache.codecs.base import Addressable, Codec, FixedWidthCodec
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.container import Container, read_container
 from kdfast.cache.format.meta import RANGE, CacheMeta
+from kdfast.cache.format.strict import parse_integer, parse_json
 from kdfast.labels import SoftLabels
 
 __all__ = ["MAX_FIRST", "ONE_ROW_EACH", "Outline", "Shard", "Units"]
@@ -23,7 +23,10 @@ __all__ = ["MAX_FIRST", "ONE_ROW_EACH", "Outline", "Shard", "Units"]
 ONE_ROW_EACH = {"spans": "one"}  # metadata of a shard whose records need no spans
 
 MAX_ROWS = 2**31  # of one block or record: keeps every sum below within 64 bits
+# What a block may claim beyond doubt: rows that take less than a bit each are all but equal.
+FREE_ROWS, CREDIBLE_ROWS_PER_BYTE = 2**16, 8
 MAX_FIRST = 2**62  # below: integer keys do not overflow
+ROUNDING = 1e-3  # nats a row
 CHUNK = 8192  # table rows checked at a time: what a check allocates does not grow with the table
 
 
@@ -48,9 +51,11 @@ class Outline(NamedTuple):
         metadata, blocks = container.metadata, container.tables["block_index"]
         if metadata.get("spans", "one") != "one":
             raise CacheError(f"has spans {metadata['spans']!r}, which this kdfast does not read")
-        first = int(metadata.get("first_record", "0"))
-        if not 0 <= first < MAX_FIRST:
-            raise ValueError(f"its first_record {first} is out of range")
+        given = metadata.get("first_record", "0")
+        try:
+            first = parse_integer(given, 0, MAX_FIRST - 1)
+        except ValueError as error:
+            raise ValueError(f"its first_record {given:.40} is out of range") from error
         rows = int(blocks[-1, 2:].sum()) if len(blocks) else 0
         one_row_each = "spans" in metadata
         return cls(rows if one_row_each else len(container.tables["record_spans"]), first, one_row_each)
@@ -80,8 +85,8 @@ class Shard:
         try:
             self.meta = CacheMeta.from_strings(self._container.metadata)
             self.records, self.first_record, self._one_row_each = Outline.of(self._container)
-            self.cross_entropy = _cross_entropy(self._container.metadata)
             self._check_tables()
+            self.cross_entropy = _cross_entropy(self._container.metadata, self.rows, self.targets is not None)
         except CacheError as error:
             raise type(error)(f"{path}: {error}") from error
         except ValueError as error:
@@ -119,13 +124,23 @@ class Shard:
                     f"found {length[at]} bytes"
                 )
 
-    def require_room(self, rows_per_byte: int) -> None:
-        """Raise ``CacheCorruptError`` for a block that claims more rows than its bytes can hold."""
+    def require_room(self, rows_per_byte: int, trusted: bool) -> None:
+        """Check that blocks have the bytes for the rows that they claim, before room is made for these.
+
+        Raises:
+            CacheCorruptError: a block's bytes cannot hold its rows.
+            CacheError: they could, but no teacher's labels are as short; not raised where the cache is ``trusted``.
+        """
         for start, chunk in _chunks(self._index):
             length, rows = chunk[:, 1], chunk[:, 3]
             for at in np.flatnonzero(-(-rows // rows_per_byte) > length)[:1]:
                 raise CacheCorruptError(
                     f"{self.path}: block {start + at}: {length[at]} bytes cannot hold {rows[at]} rows"
+                )
+            for at in np.flatnonzero(rows > FREE_ROWS + CREDIBLE_ROWS_PER_BYTE * length)[: 0 if trusted else 1]:
+                raise CacheError(
+                    f"{self.path}: block {start + at}: claims {rows[at]} rows in {length[at]} bytes, which would take "
+                    f"far more memory than the file; if you know where it comes from, open it with trusted=True"
                 )
 
     def spans(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -143,7 +158,9 @@ class Shard:
         """
         blocks = self.blocks_of(rows)
         for number in np.unique(blocks[~self._checked[blocks]]).tolist():
-            self.block(number)
+            block = self.block(number)
+            if isinstance(codec, Addressable) and codec.addressable:
+                self._check_index(number, block, codec)
         if isinstance(codec, Addressable) and codec.addressable:
             return Units(self._locate(blocks, rows, codec), np.ones_like(rows), np.arange(len(rows)))
         numbers, inverse = np.unique(blocks, return_inverse=True)
@@ -206,6 +223,13 @@ class Shard:
                     raise self._corrupt(number, error) from error
             raise
 
+    def _check_index(self, number: int, block: NDArray[np.uint8], codec: Addressable) -> None:
+        try:
+            codec.check_index(block, int(self._index[number, 3]))
+        except ValueError as error:
+            self._checked[number] = False
+            raise self._corrupt(number, error) from error
+
     def _corrupt(self, number: int, error: ValueError) -> CacheCorruptError:
         return CacheCorruptError(f"{self.path}: block {number}: {error}")
 
@@ -223,6 +247,8 @@ class Shard:
         views = self.rows if self.views is None else len(self.views)
         if (len(self._crc), len(self.keys), targets, views) != (len(self._index), keys, self.records, self.rows):
             raise ValueError("its tables differ in length")
+        if ("first_record" in self._container.metadata) != (self.meta.keys == RANGE):
+            raise ValueError(f"its keys are {self.meta.keys!r}, which its first_record does not go with")
 
     def _check_crossings(self) -> None:
         """Raise unless every block ends where a record does."""
@@ -266,12 +292,20 @@ def _check_tiling(what: str, table: NDArray[np.int64], smallest: int, largest: i
         raise ValueError(f"its {what} end at {end}, not at {total}")
 
 
-def _cross_entropy(metadata: dict[str, str]) -> tuple[float, int] | None:
-    """The teacher's cross-entropy on the targets: its sum in nats, and the number of targets."""
-    if "targets" not in metadata:
+def _cross_entropy(metadata: dict[str, str], rows: int, expected: bool) -> tuple[float, int] | None:
+    """The teacher's cross-entropy on the targets: its sum in nats, and the number of targets, at most ``rows``."""
+    if ("targets" in metadata) != expected:
+        raise ValueError("it has record_targets without metadata on them, or the other way round")
+    if not expected:
         return None
     try:
-        targets = json.loads(metadata["targets"])
-        return float(targets["cross_entropy_sum"]), int(targets["count"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"metadata cannot be read: {error!r}") from error
+        targets = parse_json(metadata["targets"])
+    except ValueError as error:
+        raise ValueError(f"its targets cannot be read: {error}") from error
+    if not isinstance(targets, dict) or targets.keys() != {"cross_entropy_sum", "count"}:
+        raise ValueError(f"its targets are no sum and count: {metadata['targets']:.80}")
+    total, count = targets["cross_entropy_sum"], targets["count"]
+    # A cross-entropy is not negative, but for rounding.
+    if type(total) is not float or type(count) is not int or not 0 <= count <= rows or total < -ROUNDING * count:
+        raise ValueError(f"its targets are not a sum over at most {rows} rows: {metadata['targets']:.80}")
+    return total, count

@@ -16,7 +16,6 @@ the shards, in order, in hexadecimal. An index of other shards than those that a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from kdfast._C import copy_ranges
 from kdfast.cache.errors import CacheCorruptError
-from kdfast.cache.format.container import Layout, pack_sealed, read_container
+from kdfast.cache.format.container import Container, Layout, pack_sealed, read_container
 from kdfast.cache.format.keys import DIGEST_BYTES
 from kdfast.cache.format.storage import Storage
 
@@ -38,6 +37,7 @@ LAYOUT: Layout = {
     "duplicates": ("I64", ()),
     "seal": ("U32", ()),
 }
+LOOKED_AT = 64  # keys that are compared with the shards' whenever an index is opened
 FORMAT = {"format": "kdfast-cache-index", "version": "1"}
 
 
@@ -99,20 +99,51 @@ def read_index(path: Path, shards: Sequence[KeyTable]) -> tuple[SortedKeys | Non
         return None, f"there is no {INDEX}"
     except CacheCorruptError as error:
         return None, str(error)
-    expected = {**FORMAT, "shards": _seals(shards)}
-    if any(container.metadata.get(name) != value for name, value in expected.items()):
+    if not _is_of(container, shards):
         return None, f"{INDEX} was made for other shards"
-    keys = SortedKeys(**{name: container.tables[name] for name in SortedKeys._fields})
+    keys = _tables(container)
     records = sum(len(shard.keys) for shard in shards)
     if len(keys.prefixes) != len(keys.records) or len(keys.records) + len(keys.duplicates) != records:
         return None, f"{path}: its tables differ in length"
+    # All of it is not compared with the shards' keys before ``verify``: an open takes no longer for a larger cache.
+    some = np.unique(np.linspace(0, len(keys.records) - 1, min(len(keys.records), LOOKED_AT)).astype(np.int64))
+    if not _agree(keys.prefixes[some], keys.records[some], shards, records):
+        return None, f"{path}: names other keys than those of the shards"
     return keys, INDEX
 
 
-def verify_index(path: Path) -> None:
-    """Raise ``CacheCorruptError`` if there is an index at ``path`` and it is not what was written."""
-    with suppress(FileNotFoundError):
-        read_container(path, LAYOUT)
+def verify_index(path: Path, shards: Sequence[KeyTable]) -> None:
+    """Compare the index at ``path``, if there is one, with the keys of ``shards``.
+
+    Raises:
+        CacheCorruptError: it is not what was written, or is made for these shards and is not theirs.
+    """
+    try:
+        container = read_container(path, LAYOUT)
+    except FileNotFoundError:
+        return
+    if not _is_of(container, shards):
+        return  # which says so itself, and is not used
+    pairs = zip(_tables(container), sort_keys(shards), strict=True)
+    if not all(np.array_equal(ours, theirs) for ours, theirs in pairs):
+        raise CacheCorruptError(f"{path}: is not the index of the shards that it says it is made for")
+
+
+def _is_of(container: Container, shards: Sequence[KeyTable]) -> bool:
+    expected = {**FORMAT, "shards": _seals(shards)}
+    return all(container.metadata.get(name) == value for name, value in expected.items())
+
+
+def _tables(container: Container) -> SortedKeys:
+    return SortedKeys(**{name: container.tables[name] for name in SortedKeys._fields})
+
+
+def _agree(prefixes: NDArray[np.uint64], records: NDArray[np.int64], shards: Sequence[KeyTable], total: int) -> bool:
+    """Whether each of ``records`` is one of ``total``, and has a key with the prefix that the index says."""
+    if len(records) and not 0 <= int(records.min()) <= int(records.max()) < total:
+        return False
+    starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
+    return bool((keys_of(shards, starts, records).view("<u8")[:, 0] == prefixes).all())
 
 
 def _seals(shards: Sequence[KeyTable]) -> str:

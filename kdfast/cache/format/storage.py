@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kdfast._atomic import publish, replacing, sync_directory, with_filename
-from kdfast.cache.errors import CacheError
+from kdfast.cache.errors import CacheCorruptError, CacheError
+from kdfast.cache.format.regular import open_regular
 
 __all__ = ["LocalStorage", "RemoteStorage", "Storage", "open_storage"]
 
+MOST_READ = 2**32  # bytes of a file that is read whole: a manifest, or a table beside the shards
 TAIL = 8  # a shard ends with its seal, which tells it from another shard of its size
 
 
@@ -58,12 +60,23 @@ class Storage(ABC):
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading and seeking. Of a remote file only what is read is fetched, or little more."""
+        """Open a file for reading and seeking. Of a remote file only what is read is fetched, or little more.
+
+        Raises:
+            CacheCorruptError: it is no regular file.
+        """
 
     def read_bytes(self, name: str) -> bytes:
-        """The bytes of a whole, small file."""
+        """The bytes of a whole, small file.
+
+        Raises:
+            CacheCorruptError: it is no regular file, or longer than ``MOST_READ``.
+        """
         with self.open(name) as file:
-            return file.read()
+            data = file.read(MOST_READ + 1) if (size := self.size(name)) <= MOST_READ else b""
+        if max(size, len(data)) > MOST_READ:
+            raise CacheCorruptError(f"{self.describe(name)}: is longer than the {MOST_READ} bytes that it can have")
+        return data
 
     @abstractmethod
     def fetch(self, name: str) -> Path:
@@ -113,7 +126,7 @@ class LocalStorage(Storage):
         return (self.directory / name).stat().st_size
 
     def open(self, name: str) -> BinaryIO:
-        return (self.directory / name).open("rb")
+        return open_regular(self.directory / name)
 
     def fetch(self, name: str) -> Path:
         return self.directory / name

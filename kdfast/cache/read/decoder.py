@@ -15,7 +15,9 @@ from torch import Tensor
 
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError, CacheError
+from kdfast.cache.format.regular import read_regular
 from kdfast.cache.format.shard import Shard
+from kdfast.cache.format.storage import MOST_READ
 from kdfast.labels import SoftLabels
 
 __all__ = ["Decoder"]
@@ -84,7 +86,7 @@ def _make(shard: Shard, fetch: Callable[[str], Path]) -> Codec:
         if Path(name).name != name:
             raise CacheCorruptError(f"{shard.path}: its asset {name!r} is no file of the cache's own")
         try:
-            return fetch(name).read_bytes()
+            return read_regular(fetch(name), MOST_READ)
         except FileNotFoundError as error:
             where = shard.path.with_name(name)
             raise CacheError(f"{where}: is missing, and {shard.path.name} cannot be decoded without it") from error
@@ -93,16 +95,14 @@ def _make(shard: Shard, fetch: Callable[[str], Path]) -> Codec:
         codec = shard.meta.make_codec(read_asset)
     except CacheError:
         raise
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # options may be anything
         raise CacheError(f"{shard.path.parent}: cannot be decoded: {error}") from error
-    model = shard.model
-    if codec.learn_rows and not model:
+    if codec.learn_rows and not shard.model:
         if shard.rows:
             raise CacheCorruptError(f"{shard.path}: codec {codec.name!r} needs a model, and the shard holds none")
-        # Records without rows have taught its writer nothing: any model will do.
-        model = codec.learn(codec.empty)
+        return codec  # records without rows have taught its writer nothing, and nothing is to be decoded
     try:
-        codec.use_model(model)
+        codec.use_model(shard.model)
     except ValueError as error:
         raise CacheCorruptError(f"{shard.path}: its codec_model cannot be used: {error}") from error
     return codec

@@ -23,9 +23,10 @@ class RowGatherer:
 
     Raises:
         CacheCorruptError: a shard's blocks do not have the lengths that its codec gives them, or too many rows.
+        CacheError: a block claims far more rows than its bytes make likely, and the cache is not ``trusted``.
     """
 
-    def __init__(self, shards: Sequence[Shard], decoders: Sequence[Decoder]) -> None:
+    def __init__(self, shards: Sequence[Shard], decoders: Sequence[Decoder], trusted: bool = False) -> None:
         self._shards, self._decoders = shards, decoders
         self.starts = np.cumsum([0, *(shard.records for shard in shards)])  # each shard's first record
         # Shards in an order that has those of one decoder beside each other, for units are packed by decoder.
@@ -36,7 +37,7 @@ class RowGatherer:
             if isinstance(decoder.codec, FixedWidthCodec):
                 shard.require_width(decoder.codec)
             elif decoder.codec.rows_per_byte is not None:
-                shard.require_room(decoder.codec.rows_per_byte)
+                shard.require_room(decoder.codec.rows_per_byte, trusted)
 
     def spans(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) the shard of each record, and (n, 2) its first row there and its row count; -1 and 0 for -1."""

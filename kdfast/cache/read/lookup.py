@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.cache.errors import CacheCorruptError
 from kdfast.cache.format.keys import DIGEST_BYTES, Key, make_key, make_keys
 from kdfast.cache.format.shard import Shard
 from kdfast.cache.format.sorted_keys import SortedKeys, keys_of
@@ -79,6 +80,8 @@ class HashLookup:
             left = left[at[left] < len(prefixes)]
             left = left[prefixes[at[left]] == first[left]]
             candidates = records[at[left]]
+            if len(candidates) and not 0 <= int(candidates.min()) <= int(candidates.max()) < self._starts[-1]:
+                raise CacheCorruptError(f"{self.note}: names records that the cache does not have")
             same = (keys_of(self._shards, self._starts, candidates) == wanted[left]).all(1)
             found[left[same]] = candidates[same]
             left = left[~same]

@@ -72,7 +72,10 @@ class CacheInfo:
 
 
 def open_cache(
-    path: str | os.PathLike[str], *, head: OutputLayer | tuple[Tensor, Tensor | None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    head: OutputLayer | tuple[Tensor, Tensor | None] | None = None,
+    trusted: bool = False,
 ) -> CacheReader:
     """Open a cache for reading.
 
@@ -83,10 +86,13 @@ def open_cache(
         path: a directory, or a URL that fsspec knows, whose files are then downloaded once.
         head: the teacher's output layer, or its (weight, bias), for a cache of hidden states: a loss needs it. It must
             be, bit for bit, the one whose fingerprint the cache was written with; keep it on the training device.
+        trusted: read blocks that claim far more rows than bytes, too, as labels that are all equal give. Decoded they
+            take far more memory than the file, so that one from a stranger is refused.
 
     Raises:
         CacheCorruptError: a shard is corrupt or truncated; the message names it.
-        CacheError: there is no shard, or one of another format version, or an asset is missing.
+        CacheError: there is no shard, or one of another format version, or an asset is missing, or a block claims rows
+            that take far more memory than the file and the cache is not ``trusted``.
         CacheMismatchError: the shards are not of one cache, or ``head`` is another one than theirs.
         OSError: the directory or a file cannot be read.
     """
@@ -97,7 +103,8 @@ def open_cache(
     for shard in shards:
         Decoder.of(shard, storage.fetch)
     index = storage.fetch(INDEX) if storage.exists(INDEX) else shards[0].path.with_name(INDEX)
-    reader = CacheReader(storage.url, shards, index, OutputLayer(*head) if isinstance(head, tuple) else head)
+    layer = OutputLayer(*head) if isinstance(head, tuple) else head
+    reader = CacheReader(storage.url, shards, index, layer, trusted)
     len(reader)  # finds the keys now
     return reader
 
@@ -109,12 +116,20 @@ class CacheReader:
     while they are open (published shards never change).
     """
 
-    def __init__(self, path: str, shards: list[Shard], index_file: Path, head: OutputLayer | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        shards: list[Shard],
+        index_file: Path,
+        head: OutputLayer | None = None,
+        trusted: bool = False,
+    ) -> None:
         self._path, self._shards, self._index_file, self._head = path, shards, index_file, head
+        self._trusted = trusted
         self._decoders = [Decoder.of(shard) for shard in shards]
         if head is not None:
             self._use_head(head)
-        self._gatherer = RowGatherer(shards, self._decoders)
+        self._gatherer = RowGatherer(shards, self._decoders, trusted)
         self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
 
     def _use_head(self, head: OutputLayer) -> None:
@@ -125,7 +140,7 @@ class CacheReader:
                 raise CacheMismatchError(f"{self._path}: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (self._path, self._shards, self._index_file, self._head)
+        return CacheReader, (self._path, self._shards, self._index_file, self._head, self._trusted)
 
     # ---- labels -----------------------------------------------------------------------------------------------------
 
@@ -281,10 +296,15 @@ class CacheReader:
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Read every file again and check every byte. Raises ``CacheCorruptError`` naming shard and block."""
+        """Read every file again and check every byte, and the index against the shards' keys.
+
+        Raises:
+            CacheCorruptError: naming shard and block, or the index.
+        """
         for shard in self._shards:
             shard.verify()
-        verify_index(self._index_file)
+        if self._shards[0].meta.keys != RANGE:
+            verify_index(self._index_file, self._shards)
 
     @property
     def nbytes(self) -> int:

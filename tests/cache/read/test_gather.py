@@ -115,10 +115,11 @@ def test_a_block_is_checked_when_it_is_first_read_and_then_never_again(tmp_path)
     payload = read_container(path).payload_start
     with path.open("r+b") as file:
         for row in range(12):
-            file.seek(payload + row * (VOCAB + 4) + 4)
-            code = file.read(1)[0]
-            file.seek(-1, 1)
-            file.write(bytes([code ^ 1]))
+            place = payload + row * (VOCAB + 4) + 4
+            file.seek(place)
+            column, code = next((at, code) for at, code in enumerate(file.read(VOCAB)) if 1 < code < 254)
+            file.seek(place + column)
+            file.write(bytes([code ^ 1]))  # which is a row still
     cache.gather([1, 0, 10])
     with pytest.raises(kdfast.cache.CacheCorruptError, match="block 1: CRC is"):
         cache.gather([4])

@@ -213,7 +213,7 @@ def test_stored_and_consecutive_keys_do_not_mix(tmp_path):
         ({"spans": "two"}, kdfast.cache.CacheError, "has spans 'two', which this kdfast does not read"),
         ({"keys": "hash"}, kdfast.cache.CacheCorruptError, "its tables differ in length"),
         ({"first_record": "-1"}, kdfast.cache.CacheCorruptError, "its first_record -1 is out of range"),
-        ({"first_record": "x"}, kdfast.cache.CacheCorruptError, "invalid literal"),
+        ({"first_record": "x"}, kdfast.cache.CacheCorruptError, "its first_record x is out of range"),
     ],
 )
 def test_hostile_numbering_is_refused(tmp_path, metadata, error, message):
