@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["publish", "replacing", "sync_directory", "with_filename"]
+__all__ = ["part_of", "publish", "publish_new", "replacing", "sync_directory", "with_filename"]
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)  # what file systems without hard links say
 
 
 def publish(path: Path, chunks: Iterable[bytes]) -> None:
@@ -19,6 +22,48 @@ def publish(path: Path, chunks: Iterable[bytes]) -> None:
     """
     with replacing(path) as part, with_filename(path), part.open("xb") as file:
         file.writelines(chunks)
+
+
+def publish_new(path: Path, data: bytes) -> bool:
+    """Write a new file ``path``, as ``publish`` does, unless there is one. Returns whether this one is there.
+
+    Of several processes that call it at once, one gets True.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    part = part_of(path)
+    with with_filename(path):
+        try:
+            with part.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _rename_new(part, path)
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    return True
+
+
+def _rename_new(part: Path, path: Path) -> None:
+    """Give ``part`` the name ``path``. Raises ``FileExistsError`` if there is such a file."""
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(part, path)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written that will be called ``path``."""
+    # The name is unique, so that two processes never write one file; readers look only at the final names.
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 @contextmanager
@@ -33,8 +78,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the new file cannot be synced or renamed; with the file's name.
     """
-    # The name is unique, so that two processes never write one file; readers look only at the final names.
-    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = part_of(path)
     try:
         yield part
         with with_filename(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -54,16 +54,21 @@ class Sealed:
         if self.meta.keys == RANGE:
             self.keys = number_keys(outline.first_record, outline.records)
         self.rows = int(tables["block_index"][:, 3].sum())
+        self.targets: NDArray[np.uint32] | None = tables.get("record_targets")
         self.model = tables["codec_model"].tobytes() if "codec_model" in tables else b""
         self.seal = container.seal.hex()
         self.file_bytes = container.file_bytes
         match = SHARD_NAME.fullmatch(name)
-        assert match is not None
+        if match is None:
+            raise CacheError(f"{storage.describe(name)}: is not a shard's name")
         self.writer, self.number = match[1], int(match[2])
 
 
-def scan(storage: Storage) -> list[Sealed]:
+def scan(storage: Storage, torn: Callable[[str], bool] = lambda name: False) -> list[Sealed]:
     """Read the tables of all shards, by writer and number, and check them against each other and the manifest.
+
+    Args:
+        torn: whether a shard that is corrupt will be delivered once more: it is left out.
 
     Raises:
         CacheCorruptError: a shard is corrupt, missing or replaced, or the manifest cannot be read.
@@ -71,7 +76,13 @@ def scan(storage: Storage) -> list[Sealed]:
         OSError: a file or the directory cannot be read.
     """
     listed = read_manifest(storage)  # before the directory: another writer may be adding to both
-    shards = [Sealed(storage, name) for name in shard_names(storage)]
+    shards = []
+    for name in shard_names(storage):
+        try:
+            shards.append(Sealed(storage, name))
+        except CacheCorruptError:
+            if not torn(name):
+                raise
     for shard in shards[1:]:
         shard.meta.require_equal(shards[0].meta, storage.describe(shard.name), storage.describe(shards[0].name))
     check_listed(storage, listed, {shard.name: _entry(shard) for shard in shards})

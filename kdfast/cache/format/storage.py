@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from kdfast._atomic import publish, replacing, sync_directory, with_filename
+from kdfast._atomic import publish, publish_new, replacing, sync_directory, with_filename
+from kdfast._paths import local_path
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.regular import open_regular
 
 __all__ = ["LocalStorage", "RemoteStorage", "Storage", "open_storage"]
 
+CHUNK = 8 * 2**20  # of a file on its way into the cache
 MOST_READ = 2**32  # bytes of a file that is read whole: a manifest, or a table beside the shards
 TAIL = 8  # a shard ends with its seal, which tells it from another shard of its size
 
@@ -25,6 +27,8 @@ def open_storage(path: str | os.PathLike[str], *, local: str | os.PathLike[str] 
 
     Args:
         path: a directory, or a URL that fsspec knows: ``s3://bucket/cache``, ``memory://cache``. ``file://`` is local.
+            ``~`` is the home, and a relative path is resolved now: the storage stays where it is when the process
+            changes its directory.
         local: the folder for downloaded files of a remote cache. The user's cache folder if None.
 
     Raises:
@@ -32,13 +36,13 @@ def open_storage(path: str | os.PathLike[str], *, local: str | os.PathLike[str] 
     """
     text = os.fspath(path)
     if "://" not in text:
-        return LocalStorage(Path(text))
+        return LocalStorage(local_path(text))
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     fs, root = url_to_fs(text)
     if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
-        return LocalStorage(Path(root))
-    return RemoteStorage(text, fs, root, None if local is None else Path(local))
+        return LocalStorage(local_path(root))
+    return RemoteStorage(text, fs, root, None if local is None else local_path(local))
 
 
 class Storage(ABC):
@@ -91,6 +95,14 @@ class Storage(ABC):
         """Write a small file, whole or not at all. A file of this name is replaced."""
 
     @abstractmethod
+    def publish_new(self, name: str, data: bytes) -> bool:
+        """Write a small file, whole or not at all, unless there is one of this name. Returns whether it is this one."""
+
+    @abstractmethod
+    def add(self, file: Path, name: str) -> None:
+        """Copy a finished local file into the cache, whole or not at all. A file of this name is replaced."""
+
+    @abstractmethod
     def deliver(self, file: Path, name: str) -> None:
         """Move a finished local file into the cache, whole or not at all. It stays in its place until it has arrived.
 
@@ -136,6 +148,12 @@ class LocalStorage(Storage):
 
     def publish(self, name: str, chunks: Iterable[bytes]) -> None:
         publish(self.directory / name, chunks)
+
+    def publish_new(self, name: str, data: bytes) -> bool:
+        return publish_new(self.directory / name, data)
+
+    def add(self, file: Path, name: str) -> None:
+        publish(self.directory / name, _chunks(file))
 
     def deliver(self, file: Path, name: str) -> None:
         path = self.directory / name
@@ -188,16 +206,44 @@ class RemoteStorage(Storage):
     def publish(self, name: str, chunks: Iterable[bytes]) -> None:
         self._fs.pipe_file(self._path(name), b"".join(chunks))
 
+    def publish_new(self, name: str, data: bytes) -> bool:
+        if self.exists(name) and not self._is_torn(name, data):
+            return self.read_bytes(name) == data
+        self._fs.pipe_file(self._path(name), data)
+        self._fs.invalidate_cache()
+        return self.read_bytes(name) == data  # of two that write at once the last one counts
+
+    def add(self, file: Path, name: str) -> None:
+        size = file.stat().st_size
+        self._fs.put_file(str(file), self._path(name))
+        self._fs.invalidate_cache()
+        if self.size(name) != size:
+            raise OSError(f"{self.describe(name)}: {size} bytes sent, {self.size(name)} arrived")
+
     def deliver(self, file: Path, name: str) -> None:
         size = file.stat().st_size
         # A PUT whose answer was lost has been made: its file is ours if it ends as ours does.
         if not (self.exists(name) and self.size(name) == size and self._tail(name, size) == _tail(file)):
-            self._require_absent(name)
-            self._fs.put_file(str(file), self._path(name))
-            self._fs.invalidate_cache()
-            if self.size(name) != size:
-                raise OSError(f"{self.describe(name)}: {size} bytes sent, {self.size(name)} arrived")
+            if not self.has_part_of(file, name):
+                self._require_absent(name)
+            self.add(file, name)
         file.unlink()
+
+    def has_part_of(self, file: Path, name: str) -> bool:
+        """Whether the file ``name`` is there and holds the beginning of ``file``: an upload that broke off."""
+        if not self.exists(name) or (size := self.size(name)) >= file.stat().st_size:
+            return False
+        with self.open(name) as there, file.open("rb") as here:
+            while size > 0:
+                chunk = there.read(min(CHUNK, size))
+                if not chunk or chunk != here.read(len(chunk)):
+                    return False
+                size -= len(chunk)
+        return True
+
+    def _is_torn(self, name: str, data: bytes) -> bool:
+        there = self.read_bytes(name)
+        return len(there) < len(data) and data.startswith(there)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -210,7 +256,7 @@ def default_folder() -> Path:
     """Where downloaded files go: ``$XDG_CACHE_HOME/kdfast``, ``~/.cache/kdfast``, or a temporary folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(base) / "kdfast" if base else Path.home() / ".cache" / "kdfast"
+        return local_path(base) / "kdfast" if base else Path.home() / ".cache" / "kdfast"
     except RuntimeError:  # no home
         return Path(tempfile.gettempdir()) / f"kdfast-{os.getuid()}"
 
@@ -218,6 +264,12 @@ def default_folder() -> Path:
 def digest(url: str) -> str:
     """A folder name that differs for each ``url``."""
     return blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 def _tail(path: Path) -> bytes:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from kdfast.cache.format.declared import DECLARATION
 from kdfast.cache.format.manifest import MANIFEST, shard_names
 from kdfast.cache.format.sorted_keys import INDEX
 from kdfast.cache.format.storage import Storage, open_storage
@@ -33,7 +34,7 @@ class CacheBytes:
     model: int = 0  # codec models, within the shards
     tables: int = 0  # the rest of the shards: headers, indices, keys, checksums
     assets: int = 0  # what the codec reads beside the shards
-    indices: int = 0  # the manifest and the sorted keys, which can be made again
+    indices: int = 0  # the manifest, the sorted keys and the declaration, which can be made again
 
     @property
     def files(self) -> int:
@@ -109,7 +110,7 @@ def _layout(storage: Storage) -> tuple[CacheBytes, NDArray[np.float64]]:
         total.model += model
         total.tables += storage.size(name) - payload - model
     for name in storage.list():
-        if name in (MANIFEST, INDEX):
+        if name in (MANIFEST, INDEX, DECLARATION):
             total.indices += storage.size(name)
         elif name not in shards and not name.endswith(UNFINISHED):
             total.assets += storage.size(name)

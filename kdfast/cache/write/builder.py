@@ -47,17 +47,18 @@ class ShardBuilder:
         self._learning = codec.learn_rows > 0 and not codec.model
         self._waiting = deque(parked)  # for the model, or for the next ``advance``
         self._waiting_rows = sum(len(record.labels) for record in parked)
-        self._noted = True  # whether the journal has all that is pending
+        self._noted = list(parked)  # what the journal has of the pending records, which are the first of them
         self._assets_there = False
         self._block: list[Record] = []  # the open one
         self._block_used = self._block_values = 0
-        self._shard = start(0)
-        self._sealed = self._sealed_records = 0
+        self._sealed = 0
+        self._shard = self._next_shard()
+        self._durable = self._shard.tables.records
 
     @property
     def durable(self) -> int:
-        """How many records are in complete blocks."""
-        return self._sealed_records + self._shard.tables.records
+        """How many records are in complete blocks, sealed or not."""
+        return self._durable  # one number, which the writer's thread counts up while others read it
 
     @property
     def pending(self) -> list[Record]:
@@ -68,7 +69,6 @@ class ShardBuilder:
         """Queue a record, which ``advance`` will write."""
         self._waiting.append(record)
         self._waiting_rows += len(record.labels)
-        self._noted = False
 
     def advance(self, *, final: bool = False) -> None:
         """Write the blocks and seal the shards that are full; with ``final`` also the last ones, however small."""
@@ -86,10 +86,11 @@ class ShardBuilder:
 
     def park(self) -> None:
         """Store the records that are in no block yet in the journal, for the next writer of this name."""
-        if self.pending and not self._noted:
+        pending = self.pending
+        if len(pending) > len(self._noted):
             self._publish_assets()
-            self._shard.park(self.pending)
-            self._noted = True
+            self._shard.park(pending)
+            self._noted[:] = pending
 
     def close(self) -> None:
         """Close the shard's file and leave everything on disk as it is."""
@@ -124,15 +125,20 @@ class ShardBuilder:
             self._shard.use_model(self._codec.model)
             rows = [record.labels for record in self._block if len(record.labels)]
             self._shard.append(self._block, self._codec.encode(SoftLabels.cat(rows)) if rows else b"")
+            self._durable += len(self._block)
+            del self._noted[: len(self._block)]
             self._block, self._block_used, self._block_values = [], 0, 0
 
     def _seal(self) -> None:
         if self._shard.tables.records:
             self._shard.seal(self._storage)
             self._sealed += 1
-            self._sealed_records += self._shard.tables.records
-            self._shard = self._start(self._sealed)
-            self._noted = False
+            self._shard = self._next_shard()
+
+    def _next_shard(self) -> Unfinished:
+        shard = self._start(self._sealed)
+        shard.carried = self._noted  # the same list: what is noted for the shard before stays noted for this one
+        return shard
 
     def _publish_assets(self) -> None:
         if not self._assets_there:

@@ -6,10 +6,12 @@ can tear none but the last one. One file serves a writer for its whole life, and
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kdfast._atomic import with_filename
+from kdfast._atomic import part_of, with_filename
 from kdfast._C import crc32c
-from kdfast.cache.errors import CacheBusyError
+from kdfast.cache.errors import CacheBusyError, CacheError
 
-__all__ = ["Journal", "write_at"]
+__all__ = ["Entry", "Journal", "is_alive", "open_own", "write_at"]
 
 FRAME = np.dtype([("length", "<u4"), ("crc", "<u4")])
+Entry = tuple[str, Mapping[str, Tensor]]  # its kind and its contents
 _open: weakref.WeakSet[Journal] = weakref.WeakSet()
 
 
@@ -32,6 +35,7 @@ class Journal:
 
     Raises:
         CacheBusyError: another writer, alive, has it.
+        CacheError: it is a link, or no regular file.
         OSError: it cannot be opened or locked.
     """
 
@@ -55,12 +59,30 @@ class Journal:
 
     def append(self, kind: str, contents: Mapping[str, Tensor]) -> None:
         """Add an entry. After an ``OSError`` it is not there, and the call can be repeated."""
-        body = kind.encode() + save(dict(contents))
-        length = np.uint32(len(body)).astype("<u4").tobytes()
-        crc = np.uint32(crc32c(body, crc32c(length))).astype("<u4").tobytes()
+        data = _bytes_of(kind, contents)
         with with_filename(self.path):
-            write_at(self._descriptor, length + crc + body, self._end)
-        self._end += FRAME.itemsize + len(body)
+            write_at(self._descriptor, data, self._end)
+        self._end += len(data)
+
+    def start_over(self, entries: Sequence[Entry]) -> None:
+        """Replace everything by ``entries``, at once: after a kill the journal is the old one or the new one.
+
+        After an ``OSError`` it is the old one.
+        """
+        data = b"".join(_bytes_of(*entry) for entry in entries)
+        part = part_of(self.path)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with with_filename(part):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                write_at(descriptor, data, 0)
+                os.replace(part, self.path)
+        except BaseException:
+            os.close(descriptor)
+            part.unlink(missing_ok=True)
+            raise
+        old, self._descriptor, self._end = self._descriptor, descriptor, len(data)
+        os.close(old)
 
     def cut(self, end: int) -> None:
         """Drop everything from the offset ``end`` on; the next entry goes there."""
@@ -96,6 +118,46 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
         rest, offset = rest[done:], offset + done
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that only a writer makes. Raises ``CacheError`` for a link, or for what is no regular file.
+
+    Whoever may write in the directory could otherwise have a writer cut a file that lies elsewhere.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CacheError(f"{path} is a symbolic link, which no writer makes: remove it") from error
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        what = "a file of several names" if stat.S_ISREG(found.st_mode) else "no regular file"
+        raise CacheError(f"{path} is {what}, which no writer makes: remove it")
+    return descriptor
+
+
+def is_alive(path: Path) -> bool:
+    """Whether a writer holds the journal at ``path``."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _bytes_of(kind: str, contents: Mapping[str, Tensor]) -> bytes:
+    body = kind.encode() + save(dict(contents))
+    length = np.uint32(len(body)).astype("<u4").tobytes()
+    return length + np.uint32(crc32c(body, crc32c(length))).astype("<u4").tobytes() + body
+
+
 def _parse(data: memoryview) -> tuple[str, dict[str, Tensor], int] | None:
     """Kind, contents and length of the first entry of ``data``; None if it is torn or corrupt."""
     if len(data) < FRAME.itemsize:
@@ -112,7 +174,7 @@ def _parse(data: memoryview) -> tuple[str, dict[str, Tensor], int] | None:
 
 def _lock(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             with with_filename(path):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

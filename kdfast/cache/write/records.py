@@ -114,10 +114,20 @@ class Tables:
         """The approximate size of the shard's file so far."""
         return self.payload_bytes + 32 * self.records  # a key and a span
 
+    def blocks(self) -> Iterable[tuple[int, int]]:
+        """Length and CRC of each block, in order."""
+        return [(length, crc) for (_, length, _, _), crc in zip(self._blocks, self._crc, strict=True)]
+
     def keys(self) -> Iterable[Key]:
         """The records' keys, in order."""
         for columns in self._columns:
             yield from (Key(row.tobytes()) for row in columns.keys)
+
+    def target_crcs(self) -> Iterable[tuple[Key, int | None]]:
+        """Each record's key and the checksum of its targets, None where it has none."""
+        for columns in self._columns:
+            crcs = [None] * len(columns.keys) if columns.target_crc is None else columns.target_crc.tolist()
+            yield from zip((Key(row.tobytes()) for row in columns.keys), crcs, strict=True)
 
     def arrays(self, model: bytes, keys: str) -> dict[str, NDArray[Any]]:
         """The tables as a shard stores them, without consecutive keys and without spans of one row each."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,11 +10,9 @@ from kdfast.cache.errors import CacheBusyError
 from kdfast.cache.format.sealed import write_manifest
 from kdfast.cache.format.storage import LocalStorage, Storage, open_storage
 from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES
-from kdfast.cache.write.session import Session, work_folder
+from kdfast.cache.write.session import JOURNAL_NAME, Session, work_folder
 
 __all__ = ["salvage"]
-
-JOURNAL_NAME = re.compile(r"shard-([A-Za-z0-9_]+)\.journal")
 
 
 def salvage(
@@ -35,15 +32,24 @@ def salvage(
         The number of records sealed.
 
     Raises:
-        CacheError, OSError: as ``Writer`` does when it opens the cache.
+        CacheError, ValueError, OSError: of the first shard that could not be sealed, when all others have been; what
+            it holds stays as it is.
     """
     storage = open_storage(path)
     folder = work_folder(storage, staging)
     files = LocalStorage(folder).list() if folder.is_dir() else []
     names = {match[1] for name in files if (match := JOURNAL_NAME.fullmatch(name))}
-    sealed = sum(_salvage(storage, folder, writer) for writer in sorted(names - set(keep)))
+    sealed = 0
+    errors: list[Exception] = []
+    for writer in sorted(names - set(keep)):
+        try:
+            sealed += _salvage(storage, folder, writer)
+        except (ValueError, OSError) as error:  # also of a codec that is not registered, or an asset that is missing
+            errors.append(error)
     if sealed:
         write_manifest(storage)
+    if errors:
+        raise errors[0]
     return sealed
 
 
@@ -54,8 +60,7 @@ def _salvage(storage: Storage, folder: Path, writer: str) -> int:
         return 0
     builder = None
     try:
-        if session.has_left:
-            assert session.meta is not None
+        if session.has_left and session.meta is not None:
             builder = session.builder(session.meta.make_codec(storage.read_bytes), BLOCK_ROWS, SHARD_BYTES)
             builder.advance(final=True)
         return 0 if builder is None else builder.durable

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+from kdfast._paths import local_path
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheError, CacheMismatchError
+from kdfast.cache.format.declared import DECLARATION, Declaration, declare, read_declaration, require_agreement
 from kdfast.cache.format.keys import Key
-from kdfast.cache.format.manifest import SHARD_NAME
+from kdfast.cache.format.manifest import SHARD_NAME, shard_names
 from kdfast.cache.format.meta import CacheMeta
 from kdfast.cache.format.sealed import scan
-from kdfast.cache.format.storage import LocalStorage, Storage, digest
+from kdfast.cache.format.storage import LocalStorage, RemoteStorage, Storage, digest
+from kdfast.cache.format.teacher import Fingerprint
 from kdfast.cache.write.builder import ShardBuilder
-from kdfast.cache.write.journal import Journal
+from kdfast.cache.write.journal import Journal, is_alive
 from kdfast.cache.write.records import Attachments, Record
 from kdfast.cache.write.unfinished import Unfinished, shard_name
 
-__all__ = ["Session", "journal_name", "work_folder"]
+__all__ = ["JOURNAL_NAME", "Session", "journal_name", "work_folder"]
+
+JOURNAL_NAME = re.compile(r"shard-([A-Za-z0-9_]+)\.journal")
 
 
 def journal_name(writer: str) -> str:
@@ -33,10 +43,11 @@ def work_folder(storage: Storage, staging: str | os.PathLike[str] | None) -> Pat
         if staging is not None:
             raise ValueError(f"staging is for URLs: shards of {storage.url} grow there")
         return storage.directory
-    base = Path(tempfile.gettempdir()) / f"kdfast-{os.getuid()}" if staging is None else Path(staging)
+    base = Path(tempfile.gettempdir()) / f"kdfast-{os.getuid()}" if staging is None else local_path(staging)
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if staging is None and base.stat().st_uid != os.getuid():
-        raise CacheError(f"{base} belongs to somebody else: give a staging folder")
+    found = base.lstat()
+    if staging is None and (found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode)):
+        raise CacheError(f"{base} belongs to somebody else, or is a link: give a staging folder")
     folder = base / digest(storage.url)
     folder.mkdir(exist_ok=True)
     return folder
@@ -45,8 +56,15 @@ def work_folder(storage: Storage, staging: str | os.PathLike[str] | None) -> Pat
 class Session:
     """What the writer ``writer`` finds when it starts. The session holds the name's lock until ``close``.
 
+    The first writer of a cache declares what it is, before it has a shard; the others compare.
+
     Args:
         meta: the cache that the writer is for; None to take what is there.
+        teacher: the fingerprint in ``meta``, with its parts and its older forms if they are known.
+
+    Attributes:
+        meta: the cache that is there now, which has the teacher's fingerprint in the form that it was first given in;
+            None if nothing is there.
 
     Raises:
         CacheMismatchError: there is another cache.
@@ -55,16 +73,29 @@ class Session:
         CacheError: what is left unsealed belongs to a shard that another writer has sealed.
     """
 
-    def __init__(self, storage: Storage, folder: Path, writer: str, meta: CacheMeta | None) -> None:
+    def __init__(
+        self, storage: Storage, folder: Path, writer: str, meta: CacheMeta | None, teacher: Fingerprint | None = None
+    ) -> None:
         self._storage, self._folder, self._writer = storage, folder, writer
-        self._journal = Journal(folder / journal_name(writer))
+        self._teacher = teacher
+        with _alone(folder):
+            self._journal = Journal(folder / journal_name(writer))
+            try:
+                self._declared = read_declaration(storage)
+                if meta is not None:
+                    self._declare_first(meta)
+            except BaseException:
+                self._journal.close(remove=self._journal.empty)
+                raise
         try:
-            self._sealed = scan(storage)
+            self._sealed = scan(storage, torn=self._is_torn)
             self._own = [shard for shard in self._sealed if shard.writer == writer]
             self._unfinished, self._parked = self._restore()
             self.meta = self._require_meta(meta)
+            if meta is not None and self._declared is None and self.meta is not None:
+                declare(storage, self._declaration(self.meta))
         except BaseException:
-            self._journal.close(remove=self._journal.empty)
+            self._close_journal(remove=self._journal.empty)
             raise
 
     @property
@@ -83,12 +114,23 @@ class Session:
         left = b"" if self._unfinished is None else self._unfinished.model
         return left or next((shard.model for shard in self._own if shard.model), b"")
 
-    def keys(self) -> set[Key]:
-        """The keys of every stored record, other writers' and parked ones included."""
-        found = {Key(row.tobytes()) for shard in self._sealed for row in shard.keys}
+    @property
+    def storage(self) -> Storage:
+        """Where the cache lies."""
+        return self._storage
+
+    def target_crcs(self) -> dict[Key, int | None]:
+        """The checksum of the targets of every stored record by its key, other writers' and parked ones included.
+
+        None where a record was stored without targets. Of records with equal keys the first counts.
+        """
+        found: dict[Key, int | None] = {record.key: _crc_of(record) for record in self._parked}
         if self._unfinished is not None:
-            found.update(self._unfinished.tables.keys())
-        return found | {record.key for record in self._parked}
+            found.update(self._unfinished.tables.target_crcs())
+        for shard in reversed(self._sealed):
+            crcs = [None] * len(shard.keys) if shard.targets is None else shard.targets.tolist()
+            found.update(zip((Key(row.tobytes()) for row in shard.keys[::-1]), reversed(crcs), strict=True))
+        return found
 
     @property
     def last_key(self) -> Key | None:
@@ -116,16 +158,25 @@ class Session:
         """Release the lock. What ``builder`` has not sealed stays on disk for the next session."""
         if builder is not None:
             builder.close()
-        self._journal.close(remove=builder is None or builder.empty)
+        # Without a builder nothing has been done about what was left, whatever the reason.
+        self._close_journal(remove=not self.has_left if builder is None else builder.empty)
         if not isinstance(self._storage, LocalStorage):
             with suppress(OSError):  # not empty: another writer is at work, or left something
                 self._folder.rmdir()
+
+    def _close_journal(self, *, remove: bool) -> None:
+        with _alone(self._folder):
+            # While the name is locked, so that no writer relies on what is withdrawn.
+            if remove and self._nobody_relies_on_it():
+                (self._folder / DECLARATION).unlink(missing_ok=True)  # the folder is the cache's: it is local
+            self._journal.close(remove=remove)
 
     def _start(self, number: int) -> Unfinished:
         """The ``number``-th shard of this session, from 0."""
         if self._unfinished is not None and number == 0:
             return self._unfinished
-        assert self.meta is not None
+        if self.meta is None:
+            raise CacheError(f"{self._storage.url}: it is not known what cache it is")
         name = shard_name(self._writer, self._first + number)
         return Unfinished(self._folder, name, self.meta.to_strings(), self._journal)
 
@@ -141,8 +192,9 @@ class Session:
         if left is None:
             return None, []
         unfinished, parked = left
-        if SHARD_NAME.fullmatch(unfinished.name) is None:
-            raise CacheError(f"{self._journal.path} tells of {unfinished.name!r}, which is not a shard")
+        match = SHARD_NAME.fullmatch(unfinished.name)
+        if match is None or match[1] != self._writer:
+            raise CacheError(f"{self._journal.path} tells of {unfinished.name!r}, which is not a shard of this writer")
         sealed = {row.tobytes() for shard in self._own for row in shard.keys}
         if any(shard.name == unfinished.name for shard in self._own):
             # A kill between the last two steps of sealing, unless somebody else has used the name.
@@ -158,19 +210,79 @@ class Session:
             return None, []
         return unfinished, parked
 
+    def _is_torn(self, name: str) -> bool:
+        """Whether the shard ``name`` is an upload of this writer's own that broke off, and will be repeated."""
+        part = self._folder / f"{name}.part"
+        return isinstance(self._storage, RemoteStorage) and part.exists() and self._storage.has_part_of(part, name)
+
+    # ---- what the cache is -----------------------------------------------------------------------------------------
+
+    def _declare_first(self, meta: CacheMeta) -> None:
+        """Declare the cache, if neither a shard nor a writer says yet what it is."""
+        if not self._journal.empty or shard_names(self._storage):
+            return
+        if self._declared is None:
+            self._declared = declare(self._storage, self._declaration(meta))
+        elif self._declared.meta != meta and self._nobody_relies_on_it():
+            self._declared = declare(self._storage, self._declaration(meta), replace=True)
+
+    def _nobody_relies_on_it(self) -> bool:
+        """Whether the cache holds nothing and no other writer is at work: what it was declared as does not matter.
+
+        Of a remote cache that cannot be known.
+        """
+        if not isinstance(self._storage, LocalStorage) or shard_names(self._storage):
+            return False
+        names = [match[0] for name in self._storage.list() if (match := JOURNAL_NAME.fullmatch(name))]
+        others = [self._folder / name for name in names if name != self._journal.path.name]
+        return not any(path.stat().st_size or is_alive(path) for path in others)
+
+    def _declaration(self, meta: CacheMeta) -> Declaration:
+        return Declaration(meta, {} if self._teacher is None else self._teacher.parts)
+
     def _require_meta(self, meta: CacheMeta | None) -> CacheMeta | None:
         """``meta``, or the cache's own if that is None. Raises ``CacheMismatchError`` if what is there differs."""
         there = [(shard.meta, self._storage.describe(shard.name)) for shard in self._sealed[:1]]
         if self._unfinished is not None:
             there.append((CacheMeta.from_strings(self._unfinished.metadata), str(self._unfinished.path)))
-        if meta is not None:
-            there.insert(0, (meta, "this writer"))
-        for theirs, name in there[1:]:
-            there[0][0].require_equal(theirs, there[0][1], name)
-        return there[0][0] if there else None
+        if self._declared is not None:
+            there.append((self._declared.meta, self._storage.describe(DECLARATION)))
+        if not there:
+            return meta
+        if meta is None:
+            ours, there = there[0][0], there[1:]
+        else:
+            ours = self._with_known_teacher(meta, there[0][0])
+        parts = {} if self._declared is None else self._declared.teacher_parts
+        for theirs, where in there:
+            require_agreement(self._declaration(ours), theirs, parts, where)
+        return ours
+
+    def _with_known_teacher(self, meta: CacheMeta, theirs: CacheMeta) -> CacheMeta:
+        """``meta`` with the teacher's fingerprint in the form in which the cache has it, if it has an older form."""
+        if self._teacher is None or meta.teacher == theirs.teacher or theirs.teacher not in self._teacher.older():
+            return meta
+        return replace(meta, teacher=theirs.teacher)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A context that one process at a time is in, where the file system can lock a directory."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _crc_of(record: Record) -> int | None:
+    return None if record.targets is None else record.targets.crc
 
 
 def _number(unfinished: Unfinished) -> int:
     match = SHARD_NAME.fullmatch(unfinished.name)
-    assert match is not None
+    if match is None:
+        raise CacheError(f"{unfinished.path} is not a shard's")
     return int(match[2])

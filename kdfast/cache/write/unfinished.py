@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast._atomic import with_filename
+from kdfast._atomic import part_of, with_filename
 from kdfast._C import crc32c
-from kdfast.cache.errors import CacheError
+from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.container import OPTIONAL, pack, reserve
 from kdfast.cache.format.meta import HASH
 from kdfast.cache.format.shard import ONE_ROW_EACH
 from kdfast.cache.format.storage import Storage
-from kdfast.cache.write.journal import Journal, write_at
+from kdfast.cache.write.journal import Entry, Journal, open_own, write_at
 from kdfast.cache.write.records import Record, RecordColumns, Tables
 from kdfast.labels import SoftLabels
 
@@ -59,10 +59,13 @@ class Unfinished:
         self.path = folder / f"{name}.part"
         self.tables = Tables()
         self.model = b""
+        self.carried: list[Record] = []  # in no block, but noted for the shard before: to be noted for this one too
         self._journal = journal
         self._announced = False  # whether the journal speaks of this shard
         self._reserved = 0
         self._descriptor = -1  # of the part, open
+        self._unsynced = False  # a sync of the part has failed
+        self._copy: Path | None = None  # the whole shard, if it could not be completed in its place
 
     # ---- writing --------------------------------------------------------------------------------------------------
 
@@ -89,20 +92,67 @@ class Unfinished:
     def park(self, records: Sequence[Record]) -> None:
         """Store records that are in no block yet in the journal, with their labels."""
         self._announce()
-        labels = _labels_to_tensors(SoftLabels.cat([record.labels for record in records]))
-        self._journal.append(PARKED, {**_tensors(RecordColumns.of(records)), **labels})
+        self._journal.append(*_parked(records))
 
     def seal(self, storage: Storage) -> None:
-        """Complete the file and move it to its name in ``storage``. The journal then no longer matters."""
+        """Complete the file and move it to its name in ``storage``. The journal then no longer matters.
+
+        Raises:
+            OSError: it could not be written, or not synced.
+            CacheCorruptError: the part file does not hold the blocks any more.
+        """
         before, after = self._ends()
+        # The system drops what it could not sync, and says so once: a second sync of the same file proves nothing.
+        if len(before) != self._reserved or self._unsynced:
+            self._copy = self._copy or self._complete_copy()
+        else:
+            self._complete(before, after)
+        storage.deliver(self._copy or self.path, self.name)
+        if self._copy is not None:
+            self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _complete(self, before: bytes, after: bytes) -> None:
         end = self._reserved + self.tables.payload_bytes
         with with_filename(self.path):
             write_at(self._descriptor, after, end)
             os.ftruncate(self._descriptor, end + len(after))
             write_at(self._descriptor, before, 0)
-            os.fsync(self._descriptor)
-        storage.deliver(self.path, self.name)
-        self.close()
+            try:
+                os.fsync(self._descriptor)
+            except OSError:
+                self._unsynced = True
+                raise
+
+    def _complete_copy(self) -> Path:
+        """Write the whole shard to another file, as it would be if nothing had happened, and return its path."""
+        reserved = self._room()
+        before, after = self._ends(reserved)
+        if len(before) != reserved:
+            raise CacheError(f"{self.path}: its header takes {len(before)} bytes, and there is room for {reserved}")
+        copy = part_of(self.path.with_name(self.name))
+        try:
+            with with_filename(copy), copy.open("xb") as file:
+                file.write(before)
+                for block in self._blocks():
+                    file.write(block)
+                file.write(after)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
+        return copy
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Read the blocks that are in the part. Raises ``CacheCorruptError`` for one that is not what was written."""
+        with with_filename(self.path), open(self._descriptor, "rb", closefd=False) as file:
+            file.seek(self._reserved)
+            for number, (length, crc) in enumerate(self.tables.blocks()):
+                block = file.read(length)
+                if len(block) != length or crc32c(block) != crc:
+                    raise CacheCorruptError(f"{self.path}: block {number} is not what was written")
+                yield block
 
     def close(self) -> None:
         """Close the part file and leave it as it is. A second call does nothing."""
@@ -119,16 +169,22 @@ class Unfinished:
         self.close()
 
     def _announce(self) -> None:
-        if not self._announced:
+        if self._announced:
+            return
+        text = json.dumps({"version": VERSION, "name": self.name, "metadata": self.metadata}).encode()
+        entry: Entry = (SHARD, {"shard": _tensor(np.frombuffer(text, np.uint8))})
+        if self.carried:
+            self._journal.start_over([entry, _parked(self.carried)])
+        else:
             self._journal.cut(0)
-            text = json.dumps({"version": VERSION, "name": self.name, "metadata": self.metadata}).encode()
-            self._journal.append(SHARD, {"shard": _tensor(np.frombuffer(text, np.uint8))})
-            self._announced = True
+            self._journal.append(*entry)
+        self._announced = True
 
     def _create(self) -> None:
         """Start the part file with spaces where the header will be, as many as it can take."""
-        reserved = reserve({**self.metadata, **LARGEST_MARK}, OPTIONAL)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        reserved = self._room()
+        self.path.unlink(missing_ok=True)  # what lies there is nobody's, and might be a link
+        descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             with with_filename(self.path):
                 write_at(descriptor, b" " * reserved, 0)
@@ -137,12 +193,13 @@ class Unfinished:
             raise
         self._descriptor, self._reserved = descriptor, reserved
 
-    def _ends(self) -> tuple[bytes, bytes]:
+    def _room(self) -> int:
+        return reserve({**self.metadata, **LARGEST_MARK}, OPTIONAL)
+
+    def _ends(self, reserved: int | None = None) -> tuple[bytes, bytes]:
         keys = self.metadata.get("keys", HASH)
         metadata, tables = {**self.metadata, **self.tables.metadata(keys)}, self.tables.arrays(self.model, keys)
-        before, after = pack(metadata, self.tables.payload_bytes, tables, self._reserved)
-        assert len(before) == self._reserved, "the header outgrew its place"
-        return before, after
+        return pack(metadata, self.tables.payload_bytes, tables, self._reserved if reserved is None else reserved)
 
     # ---- resuming ------------------------------------------------------------------------------------------------
 
@@ -153,9 +210,25 @@ class Unfinished:
         None if the journal is empty. What comes after the last good block is cut off.
 
         Raises:
-            CacheError: the journal is of another version.
+            CacheError: the journal is of another version, or says what no writer writes; or the part is a link.
             OSError: part or journal cannot be read or cut.
         """
+        try:
+            shard, parked, kept = cls._replay(folder, journal)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, RecursionError) as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(f"{journal.path} cannot be continued: {error!r}") from error
+        if shard is None:
+            return None
+        journal.cut(kept)
+        if not shard.tables.records:  # of the part no block: it is started again
+            shard.close()
+        return shard, parked
+
+    @classmethod
+    def _replay(cls, folder: Path, journal: Journal) -> tuple[Unfinished | None, list[Record], int]:
+        """The shard, the parked records, and how much of the journal is about them."""
         shard: Unfinished | None = None
         parked: list[Record] = []
         kept = 0
@@ -175,9 +248,7 @@ class Unfinished:
             else:
                 break
             kept = end
-        if shard is not None:
-            journal.cut(kept)
-        return None if shard is None else (shard, parked)
+        return shard, parked, kept
 
     @classmethod
     def _announced_in(cls, folder: Path, journal: Journal, text: Tensor) -> Unfinished:
@@ -186,19 +257,30 @@ class Unfinished:
             raise CacheError(f"{journal.path} has version {shard['version']}, this kdfast continues {VERSION}")
         unfinished = cls(folder, shard["name"], shard["metadata"], journal)
         unfinished._announced = True
-        if unfinished.path.exists():
-            unfinished._descriptor = os.open(unfinished.path, os.O_RDWR)
+        if Path(unfinished.name).name != unfinished.name:
+            raise CacheError(f"{journal.path} tells of {unfinished.name!r}, which is not a shard")
+        if os.path.lexists(unfinished.path):
+            unfinished._descriptor = open_own(unfinished.path, os.O_RDWR)
         return unfinished
 
     def _has(self, contents: dict[str, Tensor]) -> bool:
         """Whether the part file holds the block of this journal entry, whole."""
-        length, crc, self._reserved = contents["block"].tolist()
+        length, crc, reserved = contents["block"].tolist()
         if self._descriptor < 0:
             return False
         with with_filename(self.path), open(self._descriptor, "rb", closefd=False) as file:
-            file.seek(self._reserved + self.tables.payload_bytes)
+            file.seek(reserved + self.tables.payload_bytes)
             block = file.read(length)
-        return len(block) == length and crc32c(block) == crc
+        if len(block) != length or crc32c(block) != crc:
+            return False
+        self._reserved = reserved
+        return True
+
+
+def _parked(records: Sequence[Record]) -> Entry:
+    """The entry that notes ``records``, which are in no block yet, with their labels."""
+    labels = _labels_to_tensors(SoftLabels.cat([record.labels for record in records]))
+    return PARKED, {**_tensors(RecordColumns.of(records)), **labels}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from numbers import Integral
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,14 +23,27 @@ from kdfast.cache.format.sealed import write_manifest
 from kdfast.cache.format.shard import MAX_FIRST
 from kdfast.cache.format.storage import open_storage
 from kdfast.cache.format.targets import Targets, cross_entropy, targets_crc, targets_of
+from kdfast.cache.format.teacher import Fingerprint
 from kdfast.cache.format.view import View
-from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES
+from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES, ShardBuilder
 from kdfast.cache.write.records import Attachments, Record, check_labels, check_logits, check_views, select
 from kdfast.cache.write.session import Session, work_folder
 from kdfast.cache.write.writer_thread import WriterThread
 from kdfast.labels import SoftLabels
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "WriterReport"]
+
+NAMED = 5  # records that a report names
+
+
+class WriterReport(NamedTuple):
+    """What a writer has been given since it was opened."""
+
+    records: int  # stored
+    rows: int  # stored
+    duplicates: int  # records whose key was there already: they are not stored
+    conflicts: int  # of these, records whose targets are not those of the record that is there
+    conflicting_keys: tuple[str, ...]  # the first of them
 
 
 class Writer:
@@ -42,17 +57,21 @@ class Writer:
     resumes there: give it the same records in the same order, and the shards come out as if nothing had happened,
     byte for byte (``key in writer`` tells which teacher passes can be skipped). A kill loses the records of the open
     block, fewer than ``block_rows`` rows, those that wait in the queue, at most 8 blocks, and, while a codec with a
-    model gathers the rows to learn from, those. Leaving the ``with`` block by an exception loses none: records in no
-    block yet are noted in the journal. ``kdfast.cache.salvage`` seals what no writer will resume. A power cut may
-    take the blocks that the system has not written out yet; sealed shards are synced.
+    model gathers the rows to learn from, those. Leaving the ``with`` block by an exception, a Ctrl-C at any place
+    included, loses none: records in no block yet are noted in the journal. A writer that is dropped without being
+    closed does the same, with a ``ResourceWarning``. ``kdfast.cache.salvage`` seals what no writer will resume. A power
+    cut may take the blocks that the system has not written out yet; sealed shards are synced.
 
     What is on disk depends on the records and their order alone, never on time.
 
+    The first writer of a directory declares in ``cache.json`` what the cache is; the others compare when they open it.
+
     Memory: the open block, at most 8 blocks of selected labels that wait, the tables of one shard, and about 100 bytes
-    per record for its key.
+    per record for its key, 130 if there are targets.
 
     Args:
-        path: the cache's directory, made if need be, or a URL that fsspec knows.
+        path: the cache's directory, made if need be, or a URL that fsspec knows. ``~`` is the home, and a relative path
+            is resolved when the writer is opened.
         vocab_size: the width of the labels.
         codec: ``"topk"``, ``"dense"``, ... (see ``kdfast.cache.codecs``), or ``"auto"``: what ``codecs.choose`` says.
         temperatures: the teacher temperatures that a loss will use.
@@ -103,28 +122,54 @@ class Writer:
             raise ValueError(f"codec {self._codec.name!r} takes {self._codec.input_name}: it has no teacher_vocab_size")
         if self._width < self._codec.input_width:
             raise ValueError(f"teacher_vocab_size must be at least vocab_size {vocab_size}, got {teacher_vocab_size}")
-        self.records = self.rows = self.duplicates = 0
+        self._duplicates = self._conflicts = 0
+        self._conflicting: list[str] = []
         self._closed = False
         self._process = os.getpid()
         self._storage = open_storage(path)
         self._storage.create()
-        meta = CacheMeta.of(self._codec, teacher, keys)
+        named = Fingerprint.of(teacher)
+        meta = CacheMeta.of(self._codec, str(named), keys)
         self._make_key = make_key if keys == HASH else _number_key
-        self._session = Session(self._storage, work_folder(self._storage, staging), writer, meta)
-        self._seen = self._session.keys()
-        # With keys="range": the last record of the shard to resume.
-        self._last = self._session.last_key if keys == RANGE else None
+        self._session = Session(self._storage, work_folder(self._storage, staging), writer, meta, named)
         try:
+            self._seen = self._session.target_crcs()
+            # With keys="range": the last record of the shard to resume.
+            self._last = self._session.last_key if keys == RANGE else None
+            self._attachments = self._session.attachments  # of the records so far; None: there is none
             self._builder = self._session.builder(self._codec, block_rows, shard_bytes)
+            self._thread = WriterThread(self._builder, block_rows)
         except BaseException:
             self._session.close(None)
             raise
-        self._attachments = self._session.attachments  # of the records so far; None: there is none
-        self._thread = WriterThread(self._builder, block_rows)
+        self._unsettled: tuple[Record, int] | None = None  # a record that is being queued, and how many were before
+        self._leaving = _Leaving(self._builder, self._session, self._storage.url, self._process)
+        self._finalizer = weakref.finalize(self, _abandon, self._thread, self._leaving)
 
     def __contains__(self, key: Any) -> bool:
         """Whether ``key`` has been written, now or before: its teacher pass can be skipped."""
+        self._settle()
         return self._make_key(key) in self._seen
+
+    @property
+    def records(self) -> int:
+        """Records that this writer has stored since it was opened."""
+        return self._thread.totals.records
+
+    @property
+    def rows(self) -> int:
+        """Rows that this writer has stored since it was opened."""
+        return self._thread.totals.rows
+
+    @property
+    def duplicates(self) -> int:
+        """Records that were not stored because their key was there already."""
+        return self._duplicates
+
+    @property
+    def report(self) -> WriterReport:
+        """What the writer has been given since it was opened: how much is stored, and how much is not, and why."""
+        return WriterReport(self.records, self.rows, self._duplicates, self._conflicts, tuple(self._conflicting))
 
     @property
     def codec(self) -> codecs.Codec:
@@ -140,6 +185,9 @@ class Writer:
         self, key: Any, logits: Tensor, *, targets: Tensor | None = None, views: Sequence[View] | None = None
     ) -> None:
         """Store one record. If ``key`` is there already the first record stays, and ``duplicates`` counts this one.
+
+        If its targets are not those of the record that stays, two samples have one key: ``report`` counts and names it,
+        and the first time there is a warning.
 
         Either all records of a shard have targets or none has; likewise views.
 
@@ -163,11 +211,11 @@ class Writer:
         digest = self._make_key(key)
         with _about(key):
             rows = check_logits(logits, self._codec, self._width)
-            if self._is_duplicate(digest):
+            ids = None if targets is None else targets_of(targets, len(rows), self._codec.vocab_size)
+            if self._is_duplicate(key, digest, ids):
                 return
             marks = None
-            if targets is not None:
-                ids = targets_of(targets, len(rows), self._codec.vocab_size)
+            if ids is not None:
                 known = cross_entropy(rows, ids) if self._takes_logits else (0.0, 0)
                 marks = Targets(targets_crc(ids), *known)
             # Both kinds of keys give a codec that draws the same seeds.
@@ -192,13 +240,30 @@ class Writer:
         digest = self._make_key(key)
         with _about(key):
             copy = check_labels(labels, self._codec)
-            if self._is_duplicate(digest):
+            ids = None if targets is None else targets_of(targets, len(copy), self._codec.vocab_size)
+            if self._is_duplicate(key, digest, ids):
                 return
-            marks = None
-            if targets is not None:
-                marks = Targets(targets_crc(targets_of(targets, len(copy), self._codec.vocab_size)), 0.0, 0)
+            marks = None if ids is None else Targets(targets_crc(ids), 0.0, 0)
             record = self._record(digest, copy, marks, views)
         self._put(record)
+
+    def skip(self, key: Any, targets: Tensor | None = None) -> None:
+        """Count a record that is not stored because its key is there, as ``add`` does, without its labels.
+
+        Args:
+            key: as ``add`` takes it.
+            targets: the ids that its rows predict, to be compared with those of the record that is there.
+
+        Raises:
+            KeyError: ``key`` has not been written.
+            TypeError, ValueError: targets of the wrong kind.
+        """
+        self._require_open()
+        digest = self._make_key(key)
+        with _about(key):
+            ids = None if targets is None else targets_of(targets, targets.numel(), self._codec.vocab_size)
+            if not self._is_duplicate(key, digest, ids):
+                raise KeyError(f"{describe(key)} has not been written")
 
     def close(self) -> None:
         """Seal the last shard and write the manifest. After an ``OSError`` it can be called again.
@@ -211,9 +276,7 @@ class Writer:
         if self._closed or os.getpid() != self._process:
             return
         self._thread.drain()
-        self._builder.advance(final=True)
-        if self.durable_records:
-            write_manifest(self._storage)
+        self._thread.call(self._leaving.finish)
         self._end()
 
     def __enter__(self) -> Writer:
@@ -234,30 +297,39 @@ class Writer:
             return
         with suppress(BaseException):  # often the very error that is being handled
             self._thread.drain()
-        for record in self._thread.stop():
-            self._builder.push(record)
-        try:
-            self._builder.park()
-        except BaseException as failure:
-            lost = len(self._builder.pending)
-            warnings.warn(f"{self._storage.url}: {lost} records could not be kept: {failure}", stacklevel=3)
         self._end()
+        if self._leaving.lost:
+            warnings.warn(self._leaving.loss, stacklevel=3)
 
     def _end(self) -> None:
-        self._thread.stop()
+        self._thread.end(self._leaving)
         self._closed = True
-        self._session.close(self._builder)
+        self._finalizer.detach()
 
     def _require_open(self) -> None:
+        self._settle()
         if self._closed:
             raise CacheError(f"the writer of {self._storage.url} is closed")
         if os.getpid() != self._process:
             raise CacheError(f"the writer of {self._storage.url} belongs to process {self._process}, not to its fork")
 
-    def _is_duplicate(self, digest: bytes) -> bool:
-        known = digest in self._seen
-        self.duplicates += known
-        return known
+    def _is_duplicate(self, key: Any, digest: Key, targets: Tensor | None) -> bool:
+        """Whether the key is there already; such a record is counted, and its targets are compared."""
+        if digest not in self._seen:
+            return False
+        self._duplicates += 1
+        there = self._seen[digest]
+        if targets is not None and there is not None and targets_crc(targets) != there:
+            self._conflicts += 1
+            if self._conflicts <= NAMED:
+                self._conflicting.append(describe(key))
+            if self._conflicts == 1:
+                warnings.warn(
+                    f"{self._storage.url}: {describe(key)} is there already, with other targets: two samples have one "
+                    "key, or the data has changed. The first record stays; Writer.report counts the others",
+                    stacklevel=3,
+                )
+        return True
 
     def _record(self, digest: Key, labels: SoftLabels, marks: Targets | None, views: Sequence[View] | None) -> Record:
         if self._last is not None and number_of(digest) != number_of(self._last) + 1:
@@ -270,13 +342,66 @@ class Writer:
         return record
 
     def _put(self, record: Record) -> None:
+        self._unsettled = record, self.records
         self._thread.put(record)
-        self._attachments = Attachments.of(record)
-        self._seen.add(record.key)
-        if self._make_key is _number_key:
-            self._last = record.key
-        self.records += 1
-        self.rows += len(record.labels)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Note what has been queued. An exception may have come in between: so it is known what to make up for."""
+        if self._unsettled is None:
+            return
+        record, before = self._unsettled
+        if self.records > before:
+            self._attachments = Attachments.of(record)
+            self._seen[record.key] = None if record.targets is None else record.targets.crc
+            if self._make_key is _number_key:
+                self._last = record.key
+        self._unsettled = None
+
+
+@dataclass
+class _Leaving:
+    """What is to be done at a writer's end, in its thread, whether the writer itself is still there or not."""
+
+    builder: ShardBuilder
+    session: Session
+    url: str
+    process: int
+    lost: int = 0
+    loss: str = ""
+
+    def finish(self) -> None:
+        """Seal the last shard and write the manifest."""
+        self.builder.advance(final=True)
+        if self.session.own_records + self.builder.durable:
+            write_manifest(self.session.storage)
+
+    def __call__(self) -> None:
+        """Note the records that are in no block yet, and release the name."""
+        try:
+            self.builder.park()
+        except BaseException as failure:
+            self.lost = len(self.builder.pending)
+            self.loss = f"{self.url}: {self.lost} records could not be kept: {failure}"
+        self.session.close(self.builder)
+
+
+def _abandon(thread: WriterThread, leaving: _Leaving) -> None:
+    """End the thread of a writer that was dropped, or that the interpreter's end finds open, and keep its records."""
+    if os.getpid() != leaving.process or thread.ended:
+        return
+    warnings.warn(
+        f"the writer of {leaving.url} was not closed: what it had is kept for the next writer of its name, or for "
+        "kdfast.cache.salvage; use `with`, or close()",
+        ResourceWarning,
+        stacklevel=2,
+    )
+    try:
+        thread.end(leaving)
+    except OSError as error:
+        warnings.warn(f"{leaving.url}: {error}", stacklevel=2)
+    if leaving.lost:
+        warnings.warn(leaving.loss, stacklevel=2)
 
 
 def _number_key(key: Any) -> Key:

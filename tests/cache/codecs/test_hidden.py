@@ -131,8 +131,9 @@ def test_without_its_head_a_cache_can_be_looked_into_but_not_trained_from(tmp_pa
         kdfast.kd_loss(random(3, VOCAB), cache[0])
 
 
-def test_the_writer_wants_hidden_states(tmp_path):
+def test_the_writer_wants_hidden_states(tmp_path, request):
     made = kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec="hidden", width=WIDTH, head=HEAD.fingerprint)
+    request.addfinalizer(made.close)
     with pytest.raises(ValueError, match=rf"hidden states must be \(rows, {WIDTH}\) .* got \(3, {VOCAB}\)"):
         made.add(0, random(3, VOCAB))
     bad = HIDDEN[:3].clone()

@@ -111,7 +111,7 @@ def test_safetensors_opens_a_shard(small):
 @pytest.mark.parametrize("codec", ["topk", "dense"])
 def test_same_input_same_bytes(tmp_path, codec):
     first, second = (write_small(tmp_path / name, codec) for name in "ab")
-    assert sorted(p.name for p in first.iterdir()) == ["index.safetensors", "manifest.json", NAME]
+    assert sorted(p.name for p in first.iterdir()) == ["cache.json", "index.safetensors", "manifest.json", NAME]
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
 

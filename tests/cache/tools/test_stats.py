@@ -36,7 +36,7 @@ def test_bytes_add_up_to_the_files(tmp_path):
     assert stats.info.shards > 1
     assert stats.rows == stats.info.rows == 15
     assert stats.bytes.payload == 15 * (4 * 2 + 4 * 2 + 4)
-    indices = [path / "manifest.json", path / "index.safetensors"]
+    indices = [path / "cache.json", path / "manifest.json", path / "index.safetensors"]
     assert stats.bytes.indices == sum(p.stat().st_size for p in indices)
     assert (stats.bytes.assets, stats.bytes.model) == (0, 0)
     assert stats.bytes.files == sum(p.stat().st_size for p in path.iterdir())

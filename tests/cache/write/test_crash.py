@@ -206,7 +206,7 @@ def test_another_name_leaves_what_a_killed_writer_left(tmp_path):
         write(tmp_path, range(10), writer="dead", announce=lambda i: 1 // (9 - i))
     left = contents(tmp_path)
     write(tmp_path, range(20, 30), writer="other")
-    assert {name: data for name, data in contents(tmp_path).items() if "dead" in name} == left
+    assert contents(tmp_path).items() >= left.items()
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -302,7 +302,7 @@ def test_blocks_are_on_disk_long_before_the_seal(tmp_path):
         assert w.durable_records == 10
         assert (tmp_path / f"{NAME}.part").stat().st_size > 10 * 2 * 20
         assert len(w._builder.pending) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.safetensors", "manifest.json", NAME]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache.json", "index.safetensors", "manifest.json", NAME]
     with writer(tmp_path) as w:
         assert w.durable_records == 11
 
@@ -459,6 +459,13 @@ def test_a_directory_that_vanishes_is_named(tmp_path):
     for _ in range(2):
         with pytest.raises(OSError, match="gone"):
             w.close()
+    kept = [w]
+    del w
+    del w
+    with pytest.warns() as caught:
+        kept.clear()
+    assert "gone was not closed" in str(caught.list[0].message)
+    assert "No such file" in str(caught.list[-1].message)
 
 
 def test_a_directory_without_permission_is_named(tmp_path, monkeypatch):
@@ -617,4 +624,4 @@ def test_storage_downloads_once_and_again_after_a_change(tmp_path, memory):
     changed[-1] ^= 1  # another seal, the same size
     storage.publish(NAME, [bytes(changed)])
     assert storage.fetch(NAME).read_bytes() == changed
-    assert storage.list() == ["index.safetensors", "manifest.json", NAME]
+    assert storage.list() == ["cache.json", "index.safetensors", "manifest.json", NAME]

@@ -1,0 +1,262 @@
+"""What a writer finds when it starts: every state that an earlier one can leave, and what others have put there."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import kdfast.cache
+from kdfast.cache import codecs
+from kdfast.cache.format.declared import DECLARATION
+from kdfast.cache.format.keys import make_key
+from kdfast.cache.write.journal import Journal
+from support.caches import contents, logits, write, writer
+
+PART, JOURNAL = "shard-0-00000.safetensors.part", "shard-0.journal"
+OPTIONS = {"block_rows": 8, "shard_bytes": 1500}
+
+
+def stop(path, records=10, codec="topk", **options):
+    """A writer that an exception ends: complete blocks in the part, the others parked."""
+    with pytest.raises(ZeroDivisionError):
+        write(path, range(records), codec, announce=lambda i: 1 // (records - 1 - i), **options)
+
+
+def keys(path):
+    return set(kdfast.cache.open(path))
+
+
+# ---- clean-up on an error path --------------------------------------------------------------------------------------
+
+
+def fail_reading(monkeypatch, name):
+    """Opening a file of this name for reading fails once."""
+    real, strikes = os.open, [1]
+
+    def opening(path, flags, *rest, **options):
+        if strikes and str(path).endswith(name) and not flags & os.O_TRUNC:
+            strikes.pop()
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", opening)
+
+
+@pytest.mark.parametrize("name", [PART, JOURNAL])
+def test_a_read_error_on_resuming_costs_nothing(tmp_path, monkeypatch, name):
+    stop(tmp_path)
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        fail_reading(patch, name)
+        with pytest.raises(OSError, match="Input/output error"):
+            write(tmp_path, range(10))
+    assert contents(tmp_path) == before
+    assert kdfast.cache.salvage(tmp_path) == 10
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_an_error_while_a_shard_is_taken_up_costs_nothing(tmp_path, monkeypatch, error):
+    stop(tmp_path)
+    before = contents(tmp_path)
+    for act in (lambda: write(tmp_path, range(10)), lambda: kdfast.cache.salvage(tmp_path)):
+        with monkeypatch.context() as patch:
+            patch.setattr(codecs.TopK, "assets", lambda self: (_ for _ in ()).throw(error()))
+            with pytest.raises(error):
+                act()
+        assert contents(tmp_path) == before
+    assert kdfast.cache.salvage(tmp_path) == 10
+
+
+def test_salvage_without_the_asset_keeps_what_it_cannot_seal_and_seals_the_rest(tmp_path):
+    stop(tmp_path, codec="toy", writer="a")
+    write(tmp_path, range(10, 20), "toy", writer="z", announce=lambda i: None)
+    stop(tmp_path, 30, codec="toy", writer="z")
+    table = tmp_path / "toy-table.bin"
+    before = {name: data for name, data in contents(tmp_path).items() if "-a" in name}
+    shutil.copy(table, tmp_path.parent / "kept")
+    table.write_bytes(b"other")
+    with pytest.raises(kdfast.cache.CacheError, match="is not the asset"):
+        kdfast.cache.salvage(tmp_path)
+    assert before.items() <= contents(tmp_path).items()
+    shutil.copy(tmp_path.parent / "kept", table)
+    assert kdfast.cache.salvage(tmp_path) > 0
+    assert keys(tmp_path) >= {make_key(i) for i in range(30)}
+
+
+def test_salvage_of_an_unknown_codec_keeps_what_is_left(tmp_path, monkeypatch):
+    stop(tmp_path, codec="toy")
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(codecs, "restore", lambda *_: (_ for _ in ()).throw(ValueError("there is no codec 'toy'")))
+        with pytest.raises(ValueError, match="there is no codec 'toy'"):
+            kdfast.cache.salvage(tmp_path)
+    assert contents(tmp_path) == before
+    assert kdfast.cache.salvage(tmp_path) == 10
+
+
+# ---- states that restoring has to know ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [b"", b" " * 100, b" " * 5000])
+@pytest.mark.parametrize("act", ["resume", "salvage"])
+def test_a_part_without_a_journaled_block_and_parked_records(tmp_path, part, act):
+    """Ctrl-C, and a kill of the next writer while it writes the first block; or a disk that is full at that block."""
+    write(tmp_path / "whole", range(3), block_rows=100)
+    stop(tmp_path / "part", 3, block_rows=100)
+    assert not (tmp_path / "part" / PART).exists()
+    (tmp_path / "part" / PART).write_bytes(part)
+    if act == "resume":
+        write(tmp_path / "part", range(3), block_rows=100)
+    else:
+        assert kdfast.cache.salvage(tmp_path / "part") == 3
+    assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+
+
+def test_a_part_whose_blocks_begin_too_early_is_sealed_all_the_same(tmp_path):
+    """An earlier version left such parts: it had reserved no room for the header."""
+    write(tmp_path / "whole", range(6), block_rows=100)
+    stop(tmp_path / "part", 6, block_rows=4)
+    journal = Journal(tmp_path / "part" / JOURNAL)
+    entries = [(kind, contents) for kind, contents, _ in journal.entries()]
+    data = (tmp_path / "part" / PART).read_bytes()
+    first = next(int(values["block"][2]) for kind, values in entries if kind == "B")
+    for kind, values in entries:
+        if kind == "B":
+            values["block"][2] = 0
+    journal.start_over(entries)
+    journal.close(remove=False)
+    (tmp_path / "part" / PART).write_bytes(data[first:])
+    kdfast.cache.salvage(tmp_path / "part")
+    kdfast.cache.open(tmp_path / "part").verify()
+    labels = [kdfast.cache.open(tmp_path / name).gather(range(6)) for name in ("part", "whole")]
+    assert torch.equal(labels[0].ids, labels[1].ids)
+    assert torch.equal(labels[0].values, labels[1].values)
+
+
+def test_parked_records_survive_the_seal_of_their_shard(tmp_path):
+    """Parked records that come after a shard's end are noted for the next shard before the journal forgets them."""
+    stop(tmp_path, 5, block_rows=1000)
+    real, made = os.pwrite, []
+
+    class Killed(BaseException):
+        pass
+
+    for calls in range(1, 40):
+        copy = tmp_path.parent / f"copy{calls}"
+        shutil.copytree(tmp_path, copy)
+        made.clear()
+
+        def pwrite(*arguments, calls=calls):
+            made.append(1)
+            if len(made) > calls:
+                raise Killed
+            return real(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwrite", pwrite)
+            try:
+                write(copy, [], block_rows=1, shard_bytes=1)
+                break
+            except Killed:
+                pass
+        kdfast.cache.salvage(copy)
+        assert keys(copy) == {make_key(i) for i in range(5)}, calls
+        shutil.rmtree(copy)
+    assert calls > 10
+
+
+def test_a_sync_that_failed_is_not_believed_the_second_time(tmp_path, monkeypatch):
+    """What the system could not write it forgets: all is written again, to another file."""
+    write(tmp_path / "whole", range(6))
+    real, strikes, synced = os.fsync, [1], []
+
+    def fsync(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "shard-0" in name and strikes:
+            strikes.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        synced.append(os.path.basename(name))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    w = writer(tmp_path / "part", **OPTIONS)
+    for i in range(6):
+        w.add(i, logits(2, seed=i))
+    with pytest.raises(OSError, match="Input/output error"):
+        w.close()
+    w.close()
+    shard = [name for name in synced if name.startswith("shard-0-")]
+    assert len(shard) == 1
+    assert shard[0] != PART
+    assert shard[0].startswith("shard-0-00000.safetensors.")
+    kdfast.cache.open(tmp_path / "part").verify()
+    assert not list((tmp_path / "part").glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([("B", {"block": torch.zeros(3)})], "cannot be continued: it has an entry of kind 'B'"),
+        ([("S", {"other": torch.zeros(3)})], "cannot be continued: KeyError"),
+        ([("S", {"shard": torch.tensor([123], dtype=torch.uint8)})], "cannot be continued: JSON"),
+        ([{"version": 2, "name": "", "metadata": {}}], "has version 2"),
+        ([{"version": 1, "name": "../x", "metadata": {}}], "tells of '../x', which is not a shard"),
+        ([{"version": 1, "name": "shard-1-00000.safetensors", "metadata": {}}], "which is not a shard of this writer"),
+        ([{"version": 1, "name": "shard-0-00000.safetensors", "metadata": {}}, ("P", {})], "cannot be continued"),
+    ],
+)
+def test_a_journal_that_no_writer_wrote_is_named_and_kept(tmp_path, entries, message):
+    journal = Journal(tmp_path / JOURNAL)
+    made = [entry if isinstance(entry, tuple) else ("S", {"shard": as_bytes(entry)}) for entry in entries]
+    journal.start_over(made)
+    journal.close(remove=False)
+    before = contents(tmp_path)
+    for act in (lambda: writer(tmp_path), lambda: kdfast.cache.salvage(tmp_path)):
+        with pytest.raises(kdfast.cache.CacheError, match=message):
+            act()
+        assert contents(tmp_path) == before
+
+
+def as_bytes(document):
+    return torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "dangling", "fifo"])
+@pytest.mark.parametrize("name", [PART, JOURNAL])
+def test_planted_links_do_not_cost_their_target(tmp_path, name, kind):
+    cache, target = tmp_path / "cache", tmp_path / "precious"
+    cache.mkdir()
+    if kind == "fifo":
+        os.mkfifo(cache / name)
+    elif kind == "dangling":
+        (cache / name).symlink_to(target)
+    else:
+        target.write_text("precious")
+        (os.symlink if kind == "symbolic" else os.link)(target, cache / name)
+    if name == JOURNAL:
+        with pytest.raises(kdfast.cache.CacheError, match=rf"{JOURNAL} is .*, which no writer makes: remove it"):
+            write(cache, range(10))
+    else:  # nobody's, and not followed
+        write(cache, range(10))
+        kdfast.cache.open(cache).verify()
+    if kind in ("symbolic", "hard"):
+        assert target.read_text() == "precious"
+    assert not (kind == "dangling" and target.exists())
+
+
+def test_a_part_that_has_become_a_link_is_not_resumed(tmp_path):
+    stop(tmp_path, 10)
+    (tmp_path / PART).rename(tmp_path / "moved")
+    (tmp_path / PART).symlink_to(tmp_path / "moved")
+    before = (tmp_path / "moved").read_bytes()
+    for act in (lambda: write(tmp_path, range(10)), lambda: kdfast.cache.salvage(tmp_path)):
+        with pytest.raises(kdfast.cache.CacheError, match="is a symbolic link"):
+            act()
+    assert (tmp_path / "moved").read_bytes() == before
+    assert (tmp_path / DECLARATION).exists()
