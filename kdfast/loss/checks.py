@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels
-from kdfast.models import check_logits
+from kdfast.models import check_logits, check_plain
 
 __all__ = [
     "check_backward",
@@ -64,6 +64,7 @@ def check_labels(labels: Tensor | None, student: Tensor | Head, needed_by: str |
         return
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor of class indices or probabilities, got {type(labels).__name__}")
+    check_plain("labels", labels)
     if labels.device != student.device:
         raise ValueError(f"student is on {student.device}, labels on {labels.device}")
     if labels.is_floating_point():
@@ -114,6 +115,7 @@ def _check_positive(name: str, value: object) -> None:
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, Tensor):
+        check_plain(name, value)
         if value.requires_grad:
             raise ValueError(f"{name} requires grad, but kd_loss differentiates with respect to the student only")
         if value.is_complex():
