@@ -18,6 +18,7 @@ __all__ = [
     "apply",
     "call",
     "check_logits",
+    "check_plain",
     "device_of",
     "evaluating",
     "logits_of",
@@ -137,10 +138,29 @@ def move(value: Any, device: torch.device | None) -> Any:
     return tuple(move(item, device) for item in value) if isinstance(value, tuple) else value
 
 
+def check_plain(name: str, x: object) -> None:
+    """Raise ``TypeError`` under ``name`` for what is no tensor whose numbers lie in memory as its strides say."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: pass its values, (total rows, ...), or a padded tensor with a mask"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is a {x.layout} tensor: pass {name}.to_dense()")
+    if hasattr(x, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.full_tensor(), or its to_local() and group= if the vocabulary is shared"
+        )
+    if x.is_floating_point() and x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}: pass {name}.float()")
+
+
 def check_logits(name: str, x: object) -> Tensor:
     """``x``, where it is (..., vocabulary) logits. Raises ``TypeError`` or ``ValueError`` under ``name`` otherwise."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of logits, got {type(x).__name__}")
+    check_plain(name, x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16 logits, got {x.dtype}")
     if x.dim() < 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdfast.labels.digest import TensorDigest
+from kdfast.models import check_plain
 
 __all__ = ["Head", "OutputLayer"]
 
@@ -100,8 +101,8 @@ class Head:
         logits_dtype: what the products are summed in and rounded to: float32 (float64 for float64). A narrow one saves
             time where a processor has no products of narrow numbers with wide sums; near the teacher its gradient is
             mostly rounding.
-        weight_grad: (vocab, d) float32, which a student's loss adds the weight's gradient to, in the forward pass and
-            instead of returning it. The loss may then be scaled by its weights and ``num_items`` only.
+        weight_grad: (vocab, d) float32, which each backward pass of a student's loss adds the weight's gradient to,
+            instead of returning it. That multiplies the logits out again, and no sum of the gradient is kept.
 
     Raises:
         TypeError, ValueError: what does not fit, naming what was passed.
@@ -117,13 +118,14 @@ class Head:
     weight_grad: Tensor | None = None
 
     def __post_init__(self) -> None:
-        layer = self.layer
         for name, x in (("hidden", self.hidden), ("weight", self.weight)):
             if is_distributed(x):
                 raise TypeError(
                     f"{name} is a DTensor, which may hold a part of the vocabulary or of the model: use the head "
                     "inside the wrapped module's forward, where it is whole"
                 )
+            check_plain(name, x)
+        layer = self.layer
         if self.hidden.dim() < 1 or self.hidden.shape[-1] != layer.width:
             raise ValueError(f"hidden must be (..., {layer.width}) for this weight, got {tuple(self.hidden.shape)}")
         if self.hidden.device != self.weight.device:

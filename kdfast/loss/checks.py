@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels
-from kdfast.models import check_logits
+from kdfast.models import check_logits, check_plain
 
 __all__ = [
     "check_backward",
+    "check_eager",
     "check_labels",
     "check_numbers",
     "check_smoothing",
@@ -64,6 +65,7 @@ def check_labels(labels: Tensor | None, student: Tensor | Head, needed_by: str |
         return
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor of class indices or probabilities, got {type(labels).__name__}")
+    check_plain("labels", labels)
     if labels.device != student.device:
         raise ValueError(f"student is on {student.device}, labels on {labels.device}")
     if labels.is_floating_point():
@@ -114,6 +116,7 @@ def _check_positive(name: str, value: object) -> None:
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, Tensor):
+        check_plain(name, value)
         if value.requires_grad:
             raise ValueError(f"{name} requires grad, but kd_loss differentiates with respect to the student only")
         if value.is_complex():
@@ -134,8 +137,8 @@ def check_backward(backward: str, reduction: str, num_items: object, student: Te
     """Raise ``TypeError`` or ``ValueError`` for a backward mode, a reduction or a ``num_items`` that do not fit."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if backward not in ("fused", "recompute", "inplace"):
-        raise ValueError(f'backward must be "fused", "recompute" or "inplace", got {backward!r}')
+    if backward not in ("fused", "recompute", "inplace", "eager"):
+        raise ValueError(f'backward must be "fused", "recompute", "inplace" or "eager", got {backward!r}')
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
@@ -144,6 +147,18 @@ def check_backward(backward: str, reduction: str, num_items: object, student: Te
         if isinstance(student, Head):
             raise ValueError('backward="inplace" writes over logits, which a Head does not have: use "fused"')
         _check_inplace(reduction, student)
+
+
+def check_eager(backward: str, student: Tensor | Head, in_group: bool) -> str:
+    """``"eager"``. Raise ``ValueError`` for what it does not serve; ``backward`` is what was asked for."""
+    why = 'backward="eager"' if backward == "eager" else 'torch.func and forward mode, which need backward="eager",'
+    if in_group:
+        raise ValueError(f"{why} cannot be combined with group=: the derivatives of a shared vocabulary are not there")
+    if backward == "inplace":
+        raise ValueError(f'{why} cannot be combined with backward="inplace": logits would be overwritten')
+    if isinstance(student, Head) and student.weight_grad is not None:
+        raise ValueError(f"{why} cannot be combined with Head(weight_grad=): the weight's gradient is returned")
+    return "eager"
 
 
 def _check_inplace(reduction: str, student: Tensor) -> None:

@@ -14,7 +14,7 @@ from kdfast.divergences import Divergence
 from kdfast.labels import Head, Hidden, OutputLayer, Ragged, SoftLabels
 from kdfast.loss import ops
 from kdfast.loss.dispatch import scaled_coefficients
-from kdfast.loss.projection import multiply_out
+from kdfast.loss.projection import autocast_dtype, multiply_out
 from kdfast.loss.reference import Targets
 from kdfast.loss.vocab_parallel import in_group
 from kdfast.loss.vocabulary import Shard
@@ -137,8 +137,7 @@ def teacher_chunks(
 def flat_head(head: Head, kept: Tensor | None) -> Head:
     """A head of (rows, d) hidden states, all or those of the rows ``kept``, in autocast's dtype where that is on."""
     hidden, weight = head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if (dtype := autocast_dtype(hidden.device)) is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     return replace(head, hidden=(hidden if kept is None else hidden[kept]).contiguous(), weight=weight)
 

@@ -13,14 +13,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 
 import kdfast._C as _C  # noqa: F401  (registers the schemas)
 from kdfast import _triton
 from kdfast._calls import DenseCall, SparseCall
 from kdfast.kernels import cluster
 from kdfast.loss import reference
+from kdfast.loss.derivatives import ONCE, refuse_tangents, saveable
+from kdfast.loss.reference import BY_INDEX, Selection
 
-__all__ = ["DENSE_ROWS", "ONCE", "SCALE_", "SPARSE_ROWS", "Op", "RowOps", "scaled_coefficients"]
+__all__ = [
+    "DENSE_ROWS",
+    "SCALE_",
+    "SPARSE_ROWS",
+    "Op",
+    "RowOps",
+    "reference_dense",
+    "reference_sparse",
+    "scaled_coefficients",
+]
 
 Op = Any  # an OpOverload, or a function that is registered as one
 
@@ -126,7 +138,8 @@ def on_gpu(name: str, fallback: RowOps) -> RowOps:
 # ---- the reference, for devices without a kernel --------------------------------------------------------------------
 
 
-def _reference_dense(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def reference_dense(student: Tensor, *arguments: Any, select: Selection = BY_INDEX) -> tuple[Tensor, Tensor]:
+    """``dense_rows`` by the reference, which autograd sees through."""
     call = DenseCall(*arguments)
     loss, parts = reference.dense_rows(
         student=_rows(student),
@@ -134,11 +147,13 @@ def _reference_dense(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         coef=call.coef,
         targets=_targets(call),
         divergence=call.divergence,
+        select=select,
     )
     return loss, _stack(parts, call.want_parts)
 
 
-def _reference_sparse(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def reference_sparse(student: Tensor, *arguments: Any, select: Selection = BY_INDEX) -> tuple[Tensor, Tensor]:
+    """``sparse_rows`` by the reference, which autograd sees through."""
     call = SparseCall(*arguments)
     tail_prototypes = None
     if call.prototype_ids is not None and call.prototypes is not None:
@@ -154,6 +169,7 @@ def _reference_sparse(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
         coef=call.coef,
         targets=_targets(call),
         divergence=call.divergence,
+        select=select,
     )
     return loss, _stack(parts, call.want_parts)
 
@@ -190,7 +206,7 @@ def _slow_forms(losses: Callable[..., tuple[Tensor, Tensor]]) -> RowOps:
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-ONCE = "kd_loss is once differentiable: its gradient has no derivative of its own"
+_FRAGMENT = torch.library.Library("kdfast", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _fakes(of: type[DenseCall | SparseCall]) -> RowOps:
@@ -213,7 +229,7 @@ def _register_autograd(ops: RowOps, of: type[DenseCall | SparseCall]) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        ctx.save_for_backward(*(saveable(inputs[i]) for i in ctx.tensors))
         ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
         ctx.set_materialize_grads(False)
 
@@ -231,8 +247,31 @@ def _register_autograd(ops: RowOps, of: type[DenseCall | SparseCall]) -> None:
     def backward_of_grad(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(ONCE)
 
-    torch.library.register_autograd(ops.losses, backward, setup_context=setup_context)
-    torch.library.register_autograd(ops.grad, backward_of_grad)
+    _on_autograd(ops.losses, make_autograd_impl(ops.losses, Info(backward, setup_context)))
+    _on_autograd(ops.grad, make_autograd_impl(ops.grad, Info(backward_of_grad, None)))
+    _on_autograd(ops.inplace, _below_autograd(ops.inplace))
+
+
+def _on_autograd(op: Op, kernel: Callable[..., Any]) -> None:
+    """Register what autograd runs. ``torch.library.register_autograd`` alone drops forward mode's tangents unsaid."""
+
+    def checked(keyset: Any, *arguments: Any) -> Any:
+        refuse_tangents(op.name(), arguments)
+        return kernel(keyset, *arguments)
+
+    _FRAGMENT.impl(op.name(), checked, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _below_autograd(op: Op) -> Callable[..., Any]:
+    """An op that has no derivative."""
+
+    def kernel(keyset: Any, student: Tensor, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and student.requires_grad:
+            raise NotImplementedError(f'{op.name()} has no derivative: use kd_loss with backward="inplace"')
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, student, *arguments)
+
+    return kernel
 
 
 def _register(name: str, ops: RowOps, of: type[DenseCall | SparseCall], slow: RowOps) -> None:
@@ -244,8 +283,8 @@ def _register(name: str, ops: RowOps, of: type[DenseCall | SparseCall], slow: Ro
     _register_autograd(ops, of)
 
 
-_register("dense_rows", DENSE_ROWS, DenseCall, _slow_forms(_reference_dense))
-_register("sparse_rows", SPARSE_ROWS, SparseCall, _slow_forms(_reference_sparse))
+_register("dense_rows", DENSE_ROWS, DenseCall, _slow_forms(reference_dense))
+_register("sparse_rows", SPARSE_ROWS, SparseCall, _slow_forms(reference_sparse))
 
 
 @torch.library.register_fake("kdfast::scale_")

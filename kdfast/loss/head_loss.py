@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from kdfast.labels.head import Head, OutputLayer
 from kdfast.loss import ops
-from kdfast.loss.chunks import ChunkedRows, Outcome
-from kdfast.loss.projection import WeightGrad, multiply_out, slope_of_cap
+from kdfast.loss.chunks import ChunkedRows, Outcome, flat_head
+from kdfast.loss.derivatives import once, refuse_batched, saveable
+from kdfast.loss.projection import WeightGrad, multiply_out, slope_of_cap, without_autocast
+from kdfast.loss.saved import save, saved
 from kdfast.loss.workspace import Workspace
 
-__all__ = ["loss_by_chunks"]
+__all__ = ["logits_of_head", "loss_by_chunks"]
 
 
 def loss_by_chunks(student: Tensor | Head, rows: ChunkedRows, backward: str, reduction: str) -> tuple[Tensor, Tensor]:
@@ -22,20 +25,54 @@ def loss_by_chunks(student: Tensor | Head, rows: ChunkedRows, backward: str, red
     Args:
         student: (rows, V) logits, or a head with (rows, d) hidden states.
     """
-    trains = torch.is_grad_enabled()
     late = backward == "recompute" or reduction == "none" or student.dtype == torch.float64
-    with torch.autocast(rows.coef.device.type, enabled=False):
+    with without_autocast(rows.coef.device):
         if isinstance(student, Head):
-            late = late or student.hidden.dtype == torch.float16  # GradScaler has not scaled the gradient yet
-            options = _Options(student.scale, student.softcap, student.dtype, student.weight_grad)
-            arguments = student.hidden, student.weight, student.bias, options, rows
-            loss, parts = (_Recomputed if late else _Fused).apply(*arguments)  # type: ignore[no-untyped-call]
-        elif late or student.dtype == torch.float16 or not (trains and student.requires_grad):
-            late = True
-            loss, parts = _RecomputedLogits.apply(student, rows)  # type: ignore[no-untyped-call]
+            late, (loss, parts) = _of_head(student, rows, late)
         else:
-            loss, parts = _FusedLogits.apply(student, rows, backward == "inplace")  # type: ignore[no-untyped-call]
+            late, (loss, parts) = _of_logits(student, rows, late, backward == "inplace")
     return loss.sum() if late and reduction != "none" else loss, parts
+
+
+def _of_head(student: Head, rows: ChunkedRows, late: bool) -> tuple[bool, tuple[Tensor, Tensor]]:
+    """Whether the losses are still those of the rows, not their sum; and they, with the parts."""
+    # GradScaler has not scaled a float16 gradient yet. The caller's own is added to in a backward pass: how often a
+    # forward pass runs, and whether anything comes of it, is for checkpoints and the caller to say.
+    late = late or student.hidden.dtype == torch.float16 or student.weight_grad is not None
+    options = _Options(student.scale, student.softcap, student.dtype, student.weight_grad)
+    inputs = student.hidden, student.weight, student.bias
+    if not _train(inputs):
+        out = _losses(options.student(*inputs), rows)
+        return True, (out.loss, out.parts)
+    return late, (_Recomputed if late else _Fused).apply(*inputs, options, rows)  # type: ignore[no-untyped-call]
+
+
+def _of_logits(logits: Tensor, rows: ChunkedRows, late: bool, inplace: bool) -> tuple[bool, tuple[Tensor, Tensor]]:
+    """As ``_of_head``, of (rows, V) logits, which are overwritten ``inplace``."""
+    if not _train([logits]):
+        out = _losses_of_logits(logits, rows)
+        return True, (out.loss, out.parts)
+    if late or logits.dtype == torch.float16:
+        return True, _RecomputedLogits.apply(logits, rows)  # type: ignore[no-untyped-call]
+    return False, _FusedLogits.apply(logits, rows, inplace)  # type: ignore[no-untyped-call]
+
+
+def _train(inputs: Iterable[Tensor | None]) -> bool:
+    """Whether anybody will ask for a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def logits_of_head(head: Head) -> Tensor:
+    """(..., V) logits of all rows at once, as the losses multiply them out, under autograd."""
+    head, shape = flat_head(head, None), head.shape
+    hidden, layer, dtype = saveable(head.hidden), head.layer, head.dtype
+    with without_autocast(head.device):
+        x = hidden.to(dtype) @ saveable(layer.weight).to(dtype).T
+        if layer.bias is not None:
+            x = x + saveable(layer.bias).to(dtype)
+        if layer.scale != 1.0:
+            x = x * layer.scale
+        return (x if layer.softcap is None else layer.softcap * torch.tanh(x / layer.softcap)).view(shape)
 
 
 # ---- the student has a head -----------------------------------------------------------------------------------------
@@ -153,28 +190,19 @@ class _Options(NamedTuple):
         return _Student(layer, hidden, self.dtype, self.weight_grad)
 
 
-_UPSTREAM = "weight_grad is added to in the forward pass: the loss may not be scaled, but its weights and num_items may"
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: ChunkedRows
     ) -> Any:
-        student, wanted = options.student(hidden, weight, bias), ctx.needs_input_grad[:3]
-        if any(wanted):
-            out, grads = _gradients(student, rows, wanted)
-            ctx.save_for_backward(*grads)
-            ctx.adds = options.weight_grad is not None
-        else:
-            out = _losses(student, rows)
+        out, grads = _gradients(options.student(hidden, weight, bias), rows, ctx.needs_input_grad[:3])
+        loss = out.loss.sum()
+        ops.save_gradients(ctx, loss, *grads)
         ctx.mark_non_differentiable(out.parts)
-        return out.loss.sum(), out.parts
+        return loss, out.parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        if ctx.adds:
-            torch._assert_async(upstream == 1.0, _UPSTREAM)
         return *ops.scaled_gradients(ctx, upstream), None, None
 
 
@@ -184,17 +212,19 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, rows: ChunkedRows
     ) -> Any:
         out = _losses(options.student(hidden, weight, bias), rows)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.options, ctx.rows = options, rows
+        save(ctx, hidden, weight, bias, rows)
+        ctx.options = options
         ctx.mark_non_differentiable(out.parts)
         return out.loss, out.parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        student, rows = ctx.options.student(*ctx.saved_tensors), ctx.rows.times(upstream)
-        grads = _gradients(student, rows, ctx.needs_input_grad[:3])[1]
-        return *grads, None, None
+        refuse_batched(upstream)
+        *inputs, rows = saved(ctx)
+        with torch.no_grad():
+            student = ctx.options.student(*inputs)
+            grads = _gradients(student, rows.times(upstream), ctx.needs_input_grad[:3])[1]
+        return *once(grads, *inputs, upstream), None, None
 
 
 # ---- the student's logits exist, the teacher's do not ---------------------------------------------------------------
@@ -212,6 +242,14 @@ def _gradient_of_logits(logits: Tensor, rows: ChunkedRows, grad: Tensor) -> Outc
     return out
 
 
+def _losses_of_logits(logits: Tensor, rows: ChunkedRows) -> Outcome:
+    out = Outcome(rows)
+    with rows.workspace() as space:
+        for first, last, buffer in rows.chunks(0, space):
+            out.put(first, last, rows.loss(logits[first:last], first, last, buffer, gradient=False))
+    return out
+
+
 class _FusedLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: ChunkedRows, inplace: bool) -> Any:
@@ -219,9 +257,10 @@ class _FusedLogits(torch.autograd.Function):
         out = _gradient_of_logits(logits, rows, grad)
         if inplace:
             torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(grad)
+        loss = out.loss.sum()
+        ops.save_gradients(ctx, loss, grad)
         ctx.mark_non_differentiable(out.parts)
-        return out.loss.sum(), out.parts
+        return loss, out.parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
@@ -231,19 +270,16 @@ class _FusedLogits(torch.autograd.Function):
 class _RecomputedLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: ChunkedRows) -> Any:
-        out = Outcome(rows)
-        with rows.workspace() as space:
-            for first, last, buffer in rows.chunks(0, space):
-                out.put(first, last, rows.loss(logits[first:last], first, last, buffer, gradient=False))
-        ctx.save_for_backward(logits)
-        ctx.rows = rows
+        out = _losses_of_logits(logits, rows)
+        save(ctx, logits, rows)
         ctx.mark_non_differentiable(out.parts)
         return out.loss, out.parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        (logits,) = ctx.saved_tensors
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        _gradient_of_logits(logits, ctx.rows.times(upstream), grad)
-        return grad, None
+        refuse_batched(upstream)
+        logits, rows = saved(ctx)
+        with torch.no_grad():
+            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            _gradient_of_logits(logits, rows.times(upstream), grad)
+        return *once([grad], logits, upstream), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from kdfast.labels.packed import Packed, unpacked
 from kdfast.labels.support import check_supported
 from kdfast.loss import checks, ops
 from kdfast.loss.chunks import ChunkedRows, flat_head, teacher_chunks
-from kdfast.loss.head_loss import loss_by_chunks
+from kdfast.loss.derivatives import transformed
+from kdfast.loss.head_loss import logits_of_head, loss_by_chunks
 from kdfast.loss.reference import Targets
 from kdfast.loss.row_layout import Number, RowLayout
 from kdfast.loss.vocab_parallel import part_of
@@ -82,7 +84,10 @@ def kd_loss(
         num_items: replaces the denominator of "mean" (gradient accumulation, data parallelism).
         backward: "fused" computes the gradient in the forward pass; "recompute" keeps only the logits, allows several
             backward passes, and is taken by itself for ``reduction="none"``, float16 and float64; "inplace"
-            overwrites the student's logits with their gradient.
+            overwrites the student's logits with their gradient. Those give a gradient that has no derivative of its
+            own, and says so. "eager" is plain PyTorch, slow and with logits even of a ``Head``: it has second
+            derivatives, forward mode and per-sample gradients, and is taken by itself inside the transforms of
+            ``torch.func`` and under forward mode.
         shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
             copying; the last position does not count. The teacher is not shifted: it predicts what the student does.
         return_parts: also return ``LossParts``.
@@ -98,6 +103,7 @@ def kd_loss(
         TypeError, ValueError: bad arguments, naming what was passed and what was wanted, before any kernel runs.
         Values inside tensors are checked under KDFAST_CHECK=1; otherwise a bad label or temperature makes its own row
         NaN.
+        NotImplementedError: from a backward pass, for the derivative of a gradient, which "eager" alone has.
     """
     student = checks.check_student(student)
     teacher = unpacked(teacher)
@@ -108,6 +114,8 @@ def kd_loss(
     rows = RowLayout(student, shift)
     checks.check_teacher(student, teacher, rows.count)
     checks.check_backward(backward, reduction, num_items, student)
+    if backward == "eager" or transformed():
+        backward = checks.check_eager(backward, student, shard is not None)
     checks.check_smoothing(label_smoothing)
     checks.check_labels(labels, student, _needs_labels(div, ce_weight))
     tau_t = temperature if teacher_temperature is None else teacher_temperature
@@ -124,7 +132,12 @@ def kd_loss(
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     targets = Targets(index, probs, float(label_smoothing))
-    if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
+    if backward == "eager":
+        source = _op_teacher(_with_logits(teacher), rows, div, tau_t)
+        logits = rows.lay_out(logits_of_head(student) if isinstance(student, Head) else student)
+        loss, parts = ops.row_loss_eager(logits, source, coef, targets, return_parts)
+        loss = loss if reduction == "none" else loss.sum()
+    elif isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
         loss, parts = _run_by_chunks(
             student, teacher, rows, div, tau_t, coef, targets, return_parts, backward, reduction, shard
         )
@@ -194,6 +207,15 @@ def _op_teacher(teacher: Tensor | SoftLabels, rows: RowLayout, div: Divergence, 
     if isinstance(teacher, Ragged):
         return ops.SparseTeacher.of_labels(teacher, div, tau_t, rows.dtype)
     return ops.DenseTeacher(rows.lay_out(teacher.to_dense().values.view(*rows.shape, teacher.vocab_size)), div)
+
+
+def _with_logits(teacher: Tensor | Head | SoftLabels) -> Tensor | SoftLabels:
+    """A teacher whose logits exist. Its output layer is not trained."""
+    if not isinstance(teacher, Head):
+        return teacher
+    layer = {name: getattr(teacher, name) for name in ("weight", "bias")}
+    frozen = {name: x.detach() for name, x in layer.items() if x is not None and x.requires_grad}
+    return logits_of_head(replace(teacher, **frozen))
 
 
 def _run(

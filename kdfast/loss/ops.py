@@ -10,16 +10,28 @@ from torch import Tensor
 from kdfast._calls import DenseCall, DivergenceNumbers, SparseCall
 from kdfast.divergences import Divergence
 from kdfast.labels import Prototype, Ragged
-from kdfast.loss.dispatch import DENSE_ROWS, ONCE, SCALE_, SPARSE_ROWS, Op, RowOps
-from kdfast.loss.reference import TailPrototypes, Targets
+from kdfast.loss.derivatives import is_batched, once, saveable
+from kdfast.loss.dispatch import (
+    DENSE_ROWS,
+    SCALE_,
+    SPARSE_ROWS,
+    Op,
+    RowOps,
+    reference_dense,
+    reference_sparse,
+)
+from kdfast.loss.projection import without_autocast
+from kdfast.loss.reference import BY_VALUE, TailPrototypes, Targets
 
 __all__ = [
     "DenseTeacher",
     "SparseTeacher",
     "Teacher",
     "row_loss",
+    "row_loss_eager",
     "row_loss_fused",
     "row_loss_inplace",
+    "save_gradients",
     "scaled_gradients",
 ]
 
@@ -33,6 +45,10 @@ class DenseTeacher(NamedTuple):
     @property
     def ops(self) -> RowOps:
         return DENSE_ROWS
+
+    @property
+    def reference(self) -> Op:
+        return reference_dense
 
     def arguments(self, coef: Tensor, targets: Targets, want_parts: bool = False) -> DenseCall:
         """What the ops take after the student."""
@@ -89,6 +105,10 @@ class SparseTeacher(NamedTuple):
     def ops(self) -> RowOps:
         return SPARSE_ROWS
 
+    @property
+    def reference(self) -> Op:
+        return reference_sparse
+
     def arguments(self, coef: Tensor, targets: Targets, want_parts: bool = False) -> SparseCall:
         """What the ops take after the student."""
         numbers, prototypes = DivergenceNumbers.of(self.divergence), self.tail_prototypes
@@ -125,6 +145,15 @@ def row_loss(
     return teacher.ops.losses(student, *teacher.arguments(coef, targets, want_parts))
 
 
+def row_loss_eager(
+    student: Tensor, teacher: Teacher, coef: Tensor, targets: Targets, want_parts: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(rows,) losses and parts as ``row_loss`` gives them, by the reference: every kind of derivative, any number."""
+    arguments = (saveable(x) if isinstance(x, Tensor) else x for x in teacher.arguments(coef, targets, want_parts))
+    with without_autocast(student.device):
+        return teacher.reference(student, *arguments, select=BY_VALUE)  # type: ignore[no-any-return]
+
+
 def row_loss_fused(
     student: Tensor, teacher: Teacher, coef: Tensor, targets: Targets, want_parts: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -155,18 +184,16 @@ _TWICE = (
     "the gradient that kd_loss computed in its forward pass has been used by an earlier backward; "
     'for several backward passes through one loss use backward="recompute"'
 )
+_TWICE_COMPILED = _TWICE.replace('"', "'")  # it becomes a literal of C++
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The identity, whose derivative says that there is none."""
+def save_gradients(ctx: Any, loss: Tensor, *grads: Tensor | None) -> None:
+    """Keep for ``scaled_gradients`` what a forward pass computed.
 
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(ONCE)
+    The loss, a number, stays with them: as autograd hands it back, it leads to what the gradients depend on. In a
+    compiled graph, where no attribute of ``ctx`` lives, a number takes its place that says whether they have been used.
+    """
+    ctx.save_for_backward(*grads, torch.zeros_like(loss) if torch.compiler.is_compiling() else loss)
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,28 +202,35 @@ def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     Raises:
         RuntimeError: a second call, as after ``backward(retain_graph=True)``: they have been scaled.
     """
-    if not torch.compiler.is_compiling():
-        if getattr(ctx, "scaled", False):
-            raise RuntimeError(_TWICE)
-        ctx.scaled = True
-    return tuple(None if grad is None else _scale(grad, upstream) for grad in ctx.saved_tensors)
+    *grads, loss = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        torch._assert_async(loss == 0.0, _TWICE_COMPILED)
+        loss.fill_(1.0)
+        return tuple(None if grad is None else _scale(grad, upstream) for grad in grads)
+    if getattr(ctx, "scaled", False):
+        raise RuntimeError(_TWICE)
+    many = is_batched(upstream)  # is_grads_batched=True: several upstream scalars at once
+    ctx.scaled = not many
+    scale = _times if many else _scale
+    return once((None if grad is None else scale(grad, upstream) for grad in grads), loss, upstream)
 
 
 def _scale(grad: Tensor, upstream: Tensor) -> Tensor:
     with torch.no_grad():
         SCALE_(grad, upstream)
-    if torch.is_grad_enabled():  # create_graph=True
-        grad = _OnceDifferentiable.apply(  # type: ignore[no-untyped-call]
-            grad, torch.zeros((), requires_grad=True)
-        )
     return grad
+
+
+def _times(grad: Tensor, upstream: Tensor) -> Tensor:
+    with torch.no_grad():
+        return (grad * upstream).to(grad.dtype)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, op: Op, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, grad, parts = op(student, *arguments)
-        return _save_for_backward(ctx, arguments, grad, loss, parts)
+        return _saved(ctx, arguments, grad, loss, parts)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
@@ -208,17 +242,16 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, op: Op, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, parts = op(student, *arguments)
         torch.autograd.graph.increment_version(student)
-        return _save_for_backward(ctx, arguments, student, loss, parts)
+        return _saved(ctx, arguments, student, loss, parts)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         return *scaled_gradients(ctx, upstream), *(None,) * ctx.others
 
 
-def _save_for_backward(
-    ctx: Any, arguments: tuple[Any, ...], grad: Tensor, loss: Tensor, parts: Tensor
-) -> tuple[Tensor, Tensor]:
-    ctx.save_for_backward(grad)
+def _saved(ctx: Any, arguments: tuple[Any, ...], grad: Tensor, loss: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    loss = loss.sum()
+    save_gradients(ctx, loss, grad)
     ctx.mark_non_differentiable(parts)
     ctx.others = 1 + len(arguments)
-    return loss.sum(), parts
+    return loss, parts

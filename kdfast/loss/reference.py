@@ -19,7 +19,7 @@ from kdfast.divergences import Divergence
 from kdfast.labels.entries import Entries
 from kdfast.loss.vocabulary import WHOLE, Vocabulary
 
-__all__ = ["Parts", "TailPrototypes", "Targets", "dense_rows", "sparse_rows"]
+__all__ = ["BY_INDEX", "BY_VALUE", "Parts", "Selection", "TailPrototypes", "Targets", "dense_rows", "sparse_rows"]
 
 
 class Targets(NamedTuple):
@@ -44,24 +44,69 @@ class Parts(NamedTuple):
     top1: Tensor  # 1 where student and teacher agree on the most likely column
 
 
+class ByIndex:
+    """The rows that a (rows,) mask selects, taken out. Nothing of the others can reach a loss or a gradient."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def of(self, x: Tensor, harmless: float = 0.0) -> Tensor:
+        """The selected rows of ``x``."""
+        return x[self.mask]
+
+    def entries(self, entries: Entries) -> Entries:
+        return entries.of_rows(self.mask)
+
+    def put(self, values: Tensor) -> Tensor:
+        """(rows,) with the selected rows' ``values``, and exact zeros, without a graph, elsewhere."""
+        return values.new_zeros(self.mask.shape).index_put((self.mask,), values)
+
+
+class ByValue(ByIndex):
+    """All rows, where those that a mask does not select have become harmless numbers before anything is done to them.
+
+    Shapes do not depend on values then, as ``torch.func.vmap`` and ``torch.compile`` want it.
+    """
+
+    def of(self, x: Tensor, harmless: float = 0.0) -> Tensor:
+        return torch.where(self.mask.view(-1, *(1,) * (x.dim() - 1)), x, harmless)
+
+    def entries(self, entries: Entries) -> Entries:
+        return entries._replace(weight=torch.where(self.mask[entries.row], entries.weight, 0.0))
+
+    def put(self, values: Tensor) -> Tensor:
+        return torch.where(self.mask, values, 0.0)
+
+
+Selection = type[ByIndex]
+BY_INDEX, BY_VALUE = ByIndex, ByValue
+
+
 def dense_rows(
-    student: Tensor, teacher: Tensor, coef: Tensor, targets: Targets, divergence: Divergence, v: Vocabulary = WHOLE
+    student: Tensor,
+    teacher: Tensor,
+    coef: Tensor,
+    targets: Targets,
+    divergence: Divergence,
+    v: Vocabulary = WHOLE,
+    select: Selection = BY_INDEX,
 ) -> tuple[Tensor, Parts]:
     """Per-row loss of (rows, V_s) student logits against (rows, V_t) teacher logits, and its parts."""
     student, teacher = student.to(coef.dtype), teacher.to(coef.dtype)
     vocab = min(student.shape[1], teacher.shape[1])
 
-    def kd(rows: Tensor) -> Tensor:
-        s, t = student[rows, :vocab], teacher[rows, :vocab]
+    def kd(rows: ByIndex) -> Tensor:
+        s, t = rows.of(student[:, :vocab]), rows.of(teacher[:, :vocab])
         if divergence.standardize:
             s, t = _standardize(s, v), _standardize(t, v)
-        index = None if targets.label is None else targets.label[rows]
-        value = _divergence(s, t, coef[0, rows], coef[1, rows], index, divergence, v)
-        return value * torch.where(_valid(coef[:2, rows]).all(0), 1.0, math.nan)
+        index = None if targets.label is None else rows.of(targets.label, 0)
+        tau_s, tau_t = rows.of(coef[0], 1.0), rows.of(coef[1], 1.0)
+        value = _divergence(s, t, tau_s, tau_t, index, divergence, v)
+        return value * torch.where(_valid(tau_s) & _valid(tau_t), 1.0, math.nan)
 
     s, t = student[:, :vocab], teacher[:, :vocab]
     alive = _has_finite(s, v) & _has_finite(t, v)
-    return _total(kd, alive, student, coef, targets, s, v.argmax(s) == v.argmax(t), v)
+    return _total(kd, alive, student, coef, targets, s, v.argmax(s) == v.argmax(t), v, select)
 
 
 class TailPrototypes(NamedTuple):
@@ -83,6 +128,7 @@ def sparse_rows(
     targets: Targets,
     divergence: Divergence,
     v: Vocabulary = WHOLE,
+    select: Selection = BY_INDEX,
 ) -> tuple[Tensor, Parts]:
     """Per-row loss against K (id, weight) entries per row of a teacher of ``vocab`` columns, and its parts.
 
@@ -95,16 +141,16 @@ def sparse_rows(
     if tail is not None and tail_prototypes is not None:
         p = _expand(entries, tail, tail_prototypes, student.shape[1], v)
         coef = torch.stack([coef[0], torch.ones_like(coef[0]), *coef[2:]])
-        return dense_rows(student, p.log(), coef, targets, divergence, v)
+        return dense_rows(student, p.log(), coef, targets, divergence, v, select)
     student, s = student.to(coef.dtype), student[:, :vocab].to(coef.dtype)
     subtract_entropy = divergence.name == "forward_kl"
 
-    def kd(rows: Tensor) -> Tensor:
-        mass = None if tail is None else tail[rows]
-        value = _entry_divergence(s[rows] / coef[0, rows, None], entries.of_rows(rows), mass, subtract_entropy, v)
-        return value * torch.where(_valid(coef[0, rows]), 1.0, math.nan)
+    def kd(rows: ByIndex) -> Tensor:
+        mass, tau = None if tail is None else rows.of(tail), rows.of(coef[0], 1.0)
+        value = _entry_divergence(rows.of(s) / tau[:, None], rows.entries(entries), mass, subtract_entropy, v)
+        return value * torch.where(_valid(tau), 1.0, math.nan)
 
-    return _total(kd, _has_finite(s, v), student, coef, targets, s, v.argmax(s) == entries.best(len(s)), v)
+    return _total(kd, _has_finite(s, v), student, coef, targets, s, v.argmax(s) == entries.best(len(s)), v, select)
 
 
 def _expand(entries: Entries, tail: Tensor, tail_prototypes: TailPrototypes, columns: int, v: Vocabulary) -> Tensor:
@@ -125,37 +171,35 @@ def _expand(entries: Entries, tail: Tensor, tail_prototypes: TailPrototypes, col
 
 
 def _total(
-    kd: Callable[[Tensor], Tensor],
+    kd: Callable[[ByIndex], Tensor],
     alive: Tensor,
     student: Tensor,
     coef: Tensor,
     targets: Targets,
     s: Tensor,
     top1: Tensor,
-    v: Vocabulary = WHOLE,
+    v: Vocabulary,
+    select: Selection,
 ) -> tuple[Tensor, Parts]:
-    """Sum of the terms over the rows that count; ``kd`` gives the divergence of the rows a mask selects."""
+    """Sum of the terms over the rows that count; ``kd`` gives the divergence of the rows that are selected."""
     finite, counted = _has_finite(student, v), (coef[2:] != 0.0).any(0)
 
-    def ce(rows: Tensor) -> Tensor:
-        return _cross_entropy(student[rows], targets, rows, v)
+    def ce(rows: ByIndex) -> Tensor:
+        return _cross_entropy(rows.of(student), targets, rows, v)
 
-    def lse_squared(rows: Tensor) -> Tensor:
-        return v.logsumexp(student[rows]).square()
+    def lse_squared(rows: ByIndex) -> Tensor:
+        return v.logsumexp(rows.of(student)).square()
 
     loss = torch.zeros_like(coef[0])
     for term, weight, exists in zip((kd, ce, lse_squared), coef[2:], (alive, finite, finite), strict=True):
-        rows = (weight != 0.0) & exists
-        loss = loss + _scatter(rows, weight[rows] * term(rows))
+        rows = select((weight != 0.0) & exists)
+        loss = loss + rows.put(rows.of(weight) * term(rows))
     with torch.no_grad():
-        kd_part, ce_part = (_scatter(counted & e, f(counted & e)) for f, e in ((kd, alive), (ce, finite)))
+        kd_part, ce_part = (
+            rows.put(f(rows)) for f, rows in ((kd, select(counted & alive)), (ce, select(counted & finite)))
+        )
         entropy = torch.where(counted, _entropy(s, coef[0], v), 0.0)
         return loss, Parts(kd_part, ce_part, entropy, (counted & top1).to(coef.dtype))
-
-
-def _scatter(rows: Tensor, values: Tensor) -> Tensor:
-    """(rows,) with ``values`` where the mask is set and exact zeros, without a graph, elsewhere."""
-    return values.new_zeros(rows.shape).index_put((rows,), values)
 
 
 # ---- divergences ----------------------------------------------------------------------------------------------------
@@ -324,16 +368,16 @@ def _entry_divergence(
 # ---- ground truth ---------------------------------------------------------------------------------------------------
 
 
-def _cross_entropy(logits: Tensor, targets: Targets, rows: Tensor, v: Vocabulary) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Targets, rows: ByIndex, v: Vocabulary) -> Tensor:
     """Cross-entropy at temperature 1 over the student's whole row; smoothing averages over its finite columns."""
     nll = -_log_softmax(logits, v)
     live = logits != -math.inf
     finite_nll = nll.masked_fill(~live, 0.0)
     if targets.probs is not None:
-        y = targets.probs[rows].to(logits.dtype)
+        y = rows.of(targets.probs).to(logits.dtype)
         hard = v.sum(y * finite_nll + torch.where((y > 0.0) & ~live, math.inf, 0.0))
     elif targets.label is not None:
-        index = targets.label[rows]
+        index = rows.of(targets.label, 0)
         bad = (index < 0) | (index >= (v.columns or logits.shape[1]))
         hard = v.pick(nll, index.masked_fill(bad, 0)) * torch.where(bad, math.nan, 1.0)
     else:

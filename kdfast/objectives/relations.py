@@ -57,12 +57,12 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return mean_of((g_s - g_t).square())
 
 
-def pkt(student: Tensor, teacher: Tensor) -> Tensor:
+def pkt(student: Tensor, teacher: Tensor, *, backward: str = "fused") -> Tensor:
     """The mean over j of KL(p_j || q_j), with p_j(i) = k_ij / sum over l != j of k_lj and k = (1 + cos) / 2.
 
     Probabilistic knowledge transfer (Passalis & Tefas 2018) with the cosine kernel. As in the paper, a sample is not
     its own neighbour. Kernels are at least float32's rounding: a teacher's neighbour on the student's opposite side
-    costs much, and not everything.
+    costs much, and not everything. ``backward`` is ``kd_loss``'s: "eager" for second derivatives.
 
     Raises:
         TypeError, ValueError: no features, other numbers of samples, or a teacher that requires grad.
@@ -70,7 +70,7 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
     x_s, x_t = _vectors(student, teacher)
     if len(x_s) < 2:
         return x_s[:0].sum()
-    return kd_loss(_log_kernel(x_s), _log_kernel(x_t))
+    return kd_loss(_log_kernel(x_s), _log_kernel(x_t), backward=backward)
 
 
 def _vectors(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

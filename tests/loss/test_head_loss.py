@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kdfast import Head, kd_loss
-from kdfast.loss import workspace
+from kdfast.loss import head_loss, workspace
 from support import teachers
 
 ROWS, VOCAB, WIDTH = 24, 97, 16
@@ -167,8 +168,46 @@ def test_the_callers_own_gradient_is_added_to():
     for _ in range(2):
         kd_loss(Head(hidden, weight, weight_grad=grad), given, reduction="mean").backward()
     assert torch.allclose(grad, 1 + 2 * weight.grad, atol=1e-6)
-    with pytest.raises(RuntimeError, match="weight_grad"):
-        (2 * kd_loss(Head(hidden, weight, weight_grad=grad), given)).backward()
+    (2 * kd_loss(Head(hidden, weight, weight_grad=grad), given)).backward()
+    assert torch.allclose(grad, 1 + 4 * weight.grad, atol=1e-6)
+
+
+def test_the_callers_own_gradient_is_added_to_by_backward_passes_alone():
+    (hidden, weight), _ = make_student(torch.float32, bias=False)
+    given, _ = make_teacher("topk")
+    kd_loss(Head(hidden, weight), given).backward()
+    grad = torch.zeros_like(weight).detach()
+    with torch.no_grad():
+        kd_loss(Head(hidden, weight, weight_grad=grad), given)
+    kd_loss(Head(hidden, weight, weight_grad=grad), given)  # nobody differentiates it
+    assert not grad.any()
+    for reentrant in (True, False):
+        grad.zero_()
+        checkpoint(
+            lambda x: kd_loss(Head(x, weight, weight_grad=grad), given), hidden, use_reentrant=reentrant
+        ).backward()
+        assert torch.allclose(grad, weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_without_grad_mode_only_the_loss_is_computed(backward, monkeypatch):
+    (hidden, weight, bias), _ = make_student(torch.float32)
+    given, _ = make_teacher("head", torch.float32)
+    expected = kd_loss(Head(hidden, weight, bias), given, backward=backward)
+    passes = []
+    for name in ("_gradients", "_gradient_of_logits"):
+        monkeypatch.setattr(head_loss, name, lambda *a, **b: passes.append(a))
+    with torch.no_grad():
+        assert torch.equal(kd_loss(Head(hidden, weight, bias), given, backward=backward), expected)
+        kd_loss(logits_of(hidden, weight, bias), given, backward=backward)
+    for reduction in ("mean", "none"):
+        frozen = Head(*(x.detach() for x in (hidden, weight, bias)))
+        assert not kd_loss(frozen, given, backward=backward, reduction=reduction).requires_grad
+    assert not passes
+    # The first pass of such a checkpoint runs without grad mode; its second one is differentiated.
+    loss = checkpoint(lambda x: kd_loss(Head(x, weight, bias), given, backward=backward), hidden, use_reentrant=True)
+    assert torch.equal(loss, expected)
+    assert not passes
 
 
 def test_a_gradient_is_used_once():
