@@ -28,7 +28,11 @@ dtype (in float32, logits some 88 nats apart) the loss is +inf and the gradient 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from kdfast._names import did_you_mean
 
 __all__ = [
     "DIVERGENCES",
@@ -60,6 +64,62 @@ _DEFAULTS: dict[str, tuple[float, float]] = {
 
 DIVERGENCES: tuple[str, ...] = tuple(_DEFAULTS)
 
+# How many of a and b a divergence has; the others have none.
+_PARAMETERS = {"jsd": 1, "skew_forward_kl": 1, "skew_reverse_kl": 1, "alpha_beta": 2, "dkd": 2}
+
+# What the divergences are called elsewhere.
+_TERMS: Mapping[str, str] = MappingProxyType(
+    {
+        "kl": "forward_kl (or reverse_kl)",
+        "kld": "forward_kl (or reverse_kl)",
+        "kldiv": "forward_kl (or reverse_kl)",
+        "kl_div": "forward_kl (or reverse_kl)",
+        "kl_loss": "forward_kl (or reverse_kl)",
+        "kldivloss": "forward_kl (or reverse_kl)",
+        "kl_divergence": "forward_kl (or reverse_kl)",
+        "kullback_leibler": "forward_kl (or reverse_kl)",
+        "fkl": "forward_kl",
+        "forward": "forward_kl",
+        "rkl": "reverse_kl",
+        "reverse": "reverse_kl",
+        "js": "jsd",
+        "jsdiv": "jsd",
+        "js_div": "jsd",
+        "js_divergence": "jsd",
+        "js_distance": "jsd",
+        "jensen_shannon": "jsd",
+        "gjsd": "kdfast.jsd(beta)",
+        "generalized_jsd": "kdfast.jsd(beta)",
+        "gkd": "kdfast.jsd(beta)",
+        "jeffreys": "symmetric_kl",
+        "symmetric": "symmetric_kl",
+        "skl": "symmetric_kl",
+        "ce": "soft_ce",
+        "cross_entropy": "soft_ce",
+        "soft_cross_entropy": "soft_ce",
+        "soft_target": "soft_ce",
+        "tv": "tvd",
+        "total_variation": "tvd",
+        "l1": "tvd",
+        "mse": "logit_mse",
+        "mse_loss": "logit_mse",
+        "l2": "logit_mse",
+        "hellinger": "squared_hellinger",
+        "chi2": "pearson_chi2 or neyman_chi2",
+        "ab": "alpha_beta",
+        "abkd": "alpha_beta",
+        "sfkl": "skew_forward_kl",
+        "skew_kl": "skew_forward_kl",
+        "skewed_forward_kl": "skew_forward_kl",
+        "srkl": "skew_reverse_kl",
+        "skewed_reverse_kl": "skew_reverse_kl",
+        "ls": 'Divergence("forward_kl", standardize=True)',
+        "lskd": 'Divergence("forward_kl", standardize=True)',
+    }
+)
+
+_NOT_GIVEN = float("nan")  # this very object; any other NaN is one that somebody computed
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -76,23 +136,43 @@ class Divergence:
             with the population standard deviation; a constant row counts as all zeros, with zero gradient.
 
     Raises:
-        ValueError: unknown name, or a parameter out of its range.
+        TypeError: a name that is no string, a parameter that is no number, a flag that is no bool.
+        ValueError: an unknown name, a parameter out of its range, or one that the divergence does not have.
     """
 
     name: str
-    a: float = math.nan
-    b: float = math.nan
+    a: float = _NOT_GIVEN
+    b: float = _NOT_GIVEN
     normalize: bool = False
     standardize: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"the name of a divergence must be a string, got {type(self.name).__name__}")
         if self.name not in _DEFAULTS:
-            raise ValueError(f"divergence {self.name!r} is unknown; expected one of {', '.join(_DEFAULTS)}")
-        a, b = _DEFAULTS[self.name]
-        # NaN stands for "not given"; it is the one number that differs from itself.
-        object.__setattr__(self, "a", float(a if self.a != self.a else self.a))
-        object.__setattr__(self, "b", float(b if self.b != self.b else self.b))
+            meant = did_you_mean(self.name, _DEFAULTS, _TERMS)
+            raise ValueError(f"divergence {self.name!r} is unknown; expected one of {', '.join(_DEFAULTS)}{meant}")
+        for flag in ("normalize", "standardize"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"{self.name}: {flag} must be a bool, got {type(getattr(self, flag)).__name__}")
+        for i, parameter in enumerate(("a", "b")):
+            object.__setattr__(self, parameter, self._parameter(i, getattr(self, parameter)))
         self._check()
+
+    def _parameter(self, i: int, value: object) -> float:
+        """Parameter ``i``, or its default where it was not given."""
+        if value is _NOT_GIVEN:
+            return _DEFAULTS[self.name][i]
+        if isinstance(value, (bool, str)):
+            raise TypeError(f"{self.name}: parameters must be numbers, got {type(value).__name__}")
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"{self.name}: parameters must be numbers, got {type(value).__name__}: {error}") from error
+        # 0 is what such a divergence stores for it, and what dataclasses.replace hands over.
+        if i >= _PARAMETERS.get(self.name, 0) and number != 0.0:
+            raise ValueError(f"{self.name} has no parameter {'ab'[i]}, got {number}")
+        return number
 
     def _check(self) -> None:
         if not (abs(self.a) < math.inf and abs(self.b) < math.inf):

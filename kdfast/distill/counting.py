@@ -13,6 +13,7 @@ from kdfast.cache import PackedLabels
 from kdfast.distill.fields import Fields, samples, split, tensors
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
+from kdfast.masks import check_zeros_and_ones, is_mask
 
 __all__ = ["Counting", "counted_rows", "rows_shape", "without_padding"]
 
@@ -86,6 +87,7 @@ class Counting:
 
     def labels(self, labels: Tensor) -> Tensor:
         """The class indices that the logits' positions predict: with ``shift``, those of the next position."""
+        labels = labels.long()  # the ignore_index is no uint8
         if not self.shift:
             return labels
         labels = labels.roll(-1, -1)
@@ -109,23 +111,27 @@ def counted_rows(step: Step, *, shift: bool = False, ignore_index: int = -100) -
 def without_padding(step: Step, options: dict[str, Any]) -> dict[str, Any]:
     """Options of ``kd_loss`` whose ``row_weight`` also excludes padding; ``options`` themselves without padding.
 
-    Rows that a boolean ``row_weight`` excludes leave the denominator. Numbers do not change the denominator, so with
+    Rows that a mask as ``row_weight`` excludes leave the denominator. Numbers do not change the denominator, so with
     these the number of rows that count is passed as ``num_items``.
     """
     rule = {"shift": bool(options.get("shift", False)), "ignore_index": options.get("ignore_index", -100)}
     real = Counting(**rule).real(split(step.batch)[0], step.logits.shape[:-1])
     weight = options.get("row_weight")
+    if real is not None and rule["shift"]:
+        real = real[..., :-1]  # of positions, as kd_loss takes a mask that is shifted already
     if weight is None:
         return {**options, "row_weight": real}
     if real is None or not isinstance(weight, Tensor):
         return options
-    if rule["shift"] and weight.shape == real[..., 1:].shape:
-        real = real[..., :-1]  # the last position has no label, and kd_loss takes weights without it
+    if rule["shift"] and weight.dim() and weight.shape == step.logits.shape[:-1]:
+        # A mask is of the labels and numbers are of the logits, as kd_loss has it.
+        weight = weight[..., 1:] if is_mask(weight) else weight[..., :-1]
     if weight.dim() and weight.shape != real.shape:
         return options  # kd_loss says what is wrong with it
     real = real.to(weight.device)
-    if weight.dtype == torch.bool:
-        return {**options, "row_weight": weight & real}
+    if is_mask(weight):
+        check_zeros_and_ones("row_weight", weight, "weights are floating-point numbers: row_weight.float()")
+        return {**options, "row_weight": (weight != 0) & real}
     options = {**options, "row_weight": torch.where(real, weight, 0.0)}
     if options.get("reduction", "mean") == "mean":
         options.setdefault("num_items", counted_rows(step, **rule).sum().clamp(min=1))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast._optional import import_optional
-from kdfast.distill.objective import MANY_CLASSES
 
 __all__ = ["FEW_CLASSES", "NAMES", "Metrics", "is_function"]
 
 FEW_CLASSES = ("precision", "recall", "f1", "auroc", "ece")  # whose cost or variance grows with the classes
 NAMES = ("accuracy", *FEW_CLASSES, "cross_entropy", "agreement")
+MANY_CLASSES = 1000
 BINS = 15  # of the calibration error (Guo et al., 2017)
 
 

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast._names import no_option
 from kdfast.cache import PackedLabels
 from kdfast.distill.counting import Counting, without_padding
 from kdfast.distill.fields import split
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
-from kdfast.loss.checks import look_like_probabilities
+from kdfast.loss.checks import check_vocabularies, look_like_probabilities
 from kdfast.loss.kd_loss import kd_loss
+from kdfast.loss.option_names import OPTION_TERMS
 from kdfast.models import logits_of
 
-__all__ = ["KD", "MANY_CLASSES", "check_first", "teacher_of"]
+__all__ = ["KD", "check_first", "teacher_of"]
 
-# Teacher and student pad a vocabulary to different multiples. Few classes that differ in number are of other tasks.
-MANY_CLASSES = 1000
 _OURS = {"reduction", "num_items", "return_parts"}
 
 
@@ -44,25 +44,27 @@ class KD:
     """
 
     def __init__(self, *, temperature: Any = 2.0, kd_weight: Any = 0.5, ce_weight: Any = 0.5, **options: Any) -> None:
-        unknown = set(options) - (set(kd_loss.__kwdefaults__ or ()) - _OURS)
-        if unknown:
-            raise TypeError(f"KD has no option {', '.join(sorted(unknown))}")
+        known = set(kd_loss.__kwdefaults__ or ()) - _OURS
+        if not known.issuperset(options):
+            raise no_option("KD", set(options) - known, known, OPTION_TERMS)
         self.options = {"temperature": temperature, "kd_weight": kd_weight, "ce_weight": ce_weight, **options}
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of a step, a scalar.
 
         Raises:
-            ValueError: the step has several teachers, or the teacher's number of classes differs from the student's
-                and both are below 1000.
-            TypeError, ValueError: whatever ``kd_loss`` refuses.
+            ValueError: the step has several teachers.
+            TypeError, ValueError: whatever ``kd_loss`` refuses, such as a teacher of another number of classes.
         """
         options = {name: value(step) if callable(value) else value for name, value in self.options.items()}
         options = without_padding(step, options)
         if step.teacher is None:
             options |= {"kd_weight": 0.0, "ce_weight": 1.0}
             return kd_loss(step.logits, step.logits.detach(), step.labels, **options)  # type: ignore[no-any-return]
-        return kd_loss(step.logits, teacher_of(step), step.labels, **options)  # type: ignore[no-any-return]
+        if callable(self.options["ce_weight"]) and not isinstance(options["ce_weight"], Tensor):
+            # Where a schedule has brought ce_weight to 0 there is nothing to smooth.
+            options["label_smoothing"] = options.get("label_smoothing", 0.0) if options["ce_weight"] else 0.0
+        return kd_loss(step.logits, teacher_of(step, options.get("vocab", "same")), step.labels, **options)  # type: ignore[no-any-return]
 
     def described(self) -> dict[str, Any]:
         """All options by name, defaults included: what a checkpoint compares."""
@@ -74,12 +76,12 @@ class KD:
         return f"KD({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
 
-def teacher_of(step: Step) -> Tensor | SoftLabels | PackedLabels:
+def teacher_of(step: Step, vocab: str = "same") -> Tensor | SoftLabels | PackedLabels:
     """The logits or soft labels of a step's only teacher.
 
     Raises:
-        ValueError: there are several teachers, or the teacher's number of classes differs from the student's and both
-            are below 1000.
+        ValueError: there are several teachers, or the teacher's number of classes differs from the student's by more
+            than ``vocab`` allows, which is ``kd_loss``'s.
         TypeError: the teacher's output has no logits.
     """
     teacher = step.teacher
@@ -89,12 +91,8 @@ def teacher_of(step: Step) -> Tensor | SoftLabels | PackedLabels:
         )
     teacher = teacher if isinstance(teacher, (SoftLabels, PackedLabels)) else logits_of(teacher)
     teacher = teacher.unpack() if isinstance(teacher, PackedLabels) else teacher
-    ours, theirs = step.logits.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1]
-    if ours != theirs and max(ours, theirs) < MANY_CLASSES:
-        raise ValueError(
-            f"the student has {ours} classes, the teacher {theirs}. Vocabularies may differ from {MANY_CLASSES} on; "
-            "for fewer, call kd_loss yourself on the columns that they share"
-        )
+    theirs = teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1]
+    check_vocabularies(step.logits.shape[-1], theirs, vocab)
     return teacher
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdfast.masks import as_mask
+
 __all__ = ["check_present", "check_prototypes", "check_temperatures", "flat_entries"]
 
 
@@ -42,10 +44,8 @@ def check_temperatures(temperatures: Sequence[float]) -> None:
 
 
 def check_present(present: Tensor | None, rows: int) -> Tensor | None:
-    """``present``. Raise ``ValueError`` unless it is None or a bool mask of ``rows``."""
-    if present is not None and (present.dtype != torch.bool or present.shape != (rows,)):
-        raise ValueError(f"present must be a bool mask of ({rows},), got {present.dtype} {tuple(present.shape)}")
-    return present
+    """``present`` as bool. Raise ``TypeError`` or ``ValueError`` unless it is None or a mask of ``rows``."""
+    return None if present is None else as_mask("present", present, (rows,))
 
 
 def check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, rows: int, vocab_size: int) -> None:

@@ -73,7 +73,7 @@ class SoftLabels(ABC):
     ========== ============================================= =======================================================
     topk       K (id, log-probability) and the exact         forward_kl, soft_ce: the tail is one more class
                log-mass of the rest per temperature          (an exact coarse-graining, a lower bound)
-    weights    K (id, weight), unnormalised, as unbiased     soft_ce (and forward_kl, whose gradient is the same)
+    weights    K (id, weight), unnormalised, as unbiased     soft_ce, whose gradient is forward_kl's; not its value
                samplers give them, at one temperature
     prototype  K (id, probability), the log-mass of the      every divergence but logit_mse, not standardized:
                rest, and its prototype: a row of a table      a distribution over the whole vocabulary, at one

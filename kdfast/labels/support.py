@@ -48,7 +48,9 @@ def _refusal(labels: SoftLabels, divergence: Divergence) -> str:
     wanted = f"{divergence.name}{', standardized' if divergence.standardize else ''}"
     hint = ""
     if divergence.name == "forward_kl" and not labels.support.entropy:
-        hint = "; unnormalised weights have forward KL's gradient under soft_ce, but not its value"
+        hint = (
+            "; divergence=\"soft_ce\" has forward KL's gradient, but not its value, which needs the teacher's entropy"
+        )
     return f"{labels.kind} soft labels serve {_list(list(labels.support.divergences))}, got divergence {wanted}{hint}"
 
 

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
+import warnings
+from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.labels import Head, Prototype, Ragged, SoftLabels
+from kdfast._names import did_you_mean
+from kdfast._values import can_look, values_are_checked
+from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
+from kdfast.labels.ragged import Tailed
+from kdfast.loss.option_names import REDUCTION_TERMS
+from kdfast.masks import check_zeros_and_ones, is_mask
 from kdfast.models import check_logits, check_plain
 
 __all__ = [
     "check_backward",
     "check_eager",
+    "check_effects",
+    "check_flags",
+    "check_group",
+    "check_ignore_index",
     "check_labels",
     "check_numbers",
     "check_smoothing",
     "check_student",
     "check_teacher",
     "check_values",
+    "check_vocabularies",
     "look_like_probabilities",
     "values_are_checked",
 ]
 
 Number = float | Tensor
 
+BACKWARDS = ("fused", "recompute", "inplace", "eager")
 
-def values_are_checked() -> bool:
-    """Whether KDFAST_CHECK=1 asks for checks of the values inside tensors, which wait for the device."""
-    return os.environ.get("KDFAST_CHECK", "") == "1"
+
+# Each model pads a vocabulary to a multiple of its own. Few classes that differ in number are of other tasks.
+_MANY, _PADDING, _SHARE, _MULTIPLE = 1000, 64, 0.01, 8
+_INDICES = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
 def check_student(student: object) -> Tensor | Head:
@@ -42,11 +58,12 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
     if isinstance(teacher, SoftLabels):
         if len(teacher) != rows:
             raise ValueError(
-                f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
+                f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}. A cache "
+                "has rows of real tokens only: take the student's at attention_mask.bool()"
             )
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)
-        if (logits.hidden if isinstance(logits, Head) else logits).requires_grad:
+        if torch.is_grad_enabled() and _is_trained(logits):
             raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
         if logits.shape[:-1] != student.shape[:-1]:
             raise ValueError(
@@ -55,6 +72,45 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
             )
     if teacher.device != student.device:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
+
+
+def _is_trained(teacher: Tensor | Head) -> bool:
+    if isinstance(teacher, Tensor):
+        return teacher.requires_grad
+    # The weight of a frozen model often requires grad, as a parameter does by default. Nothing computed it.
+    layer = [x for x in (teacher.weight, teacher.bias) if x is not None and not x.is_leaf]
+    return any(x.requires_grad for x in (teacher.hidden, *layer))
+
+
+def check_vocabularies(student: int, teacher: int, vocab: str) -> None:
+    """Check that two numbers of columns are of one vocabulary.
+
+    Args:
+        student, teacher: their columns.
+        vocab: "same": the numbers may differ by padding, of which vocabularies of 1000 and more have up to 64 columns
+            or 1 %; "shared": by anything.
+
+    Raises:
+        TypeError, ValueError: another ``vocab``, or numbers that differ by more.
+    """
+    if not isinstance(vocab, str):
+        raise TypeError(f'vocab must be "same" or "shared", got {type(vocab).__name__}')
+    if vocab not in ("same", "shared"):
+        raise ValueError(f'vocab must be "same" or "shared", got {vocab!r}')
+    if vocab == "same" and not _is_padding(*sorted((student, teacher))):
+        raise ValueError(
+            f"the student has {student} classes, the teacher {teacher}: more than the padding of one vocabulary. If "
+            f'the first {min(student, teacher)} are the same classes, vocab="shared" compares these'
+        )
+
+
+def _is_padding(least: int, most: int) -> bool:
+    if least == most:
+        return True
+    if least < _MANY or most - least > max(_PADDING, _SHARE * most):
+        return False
+    # Added tokens make any number; but 1001 classes are 1000 and a background.
+    return most % _MULTIPLE == 0 or least >= 10 * _MANY
 
 
 def check_labels(labels: Tensor | None, student: Tensor | Head, needed_by: str | None) -> None:
@@ -69,19 +125,74 @@ def check_labels(labels: Tensor | None, student: Tensor | Head, needed_by: str |
     if labels.device != student.device:
         raise ValueError(f"student is on {student.device}, labels on {labels.device}")
     if labels.is_floating_point():
-        if labels.shape != student.shape:
-            raise ValueError(
-                f"labels as class probabilities must have the student's shape {tuple(student.shape)}, "
-                f"got {tuple(labels.shape)}"
-            )
-        if labels.requires_grad:
-            raise ValueError("labels require grad, but only the student is trained")
-        if needed_by == "divergence dkd":
-            raise ValueError("divergence dkd needs class indices as labels, got class probabilities")
-    elif labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 class indices or floating-point probabilities, got {labels.dtype}")
-    elif labels.shape != student.shape[:-1]:
-        raise ValueError(f"labels must be {tuple(student.shape[:-1])} for this student, got {tuple(labels.shape)}")
+        _check_probabilities(labels, student, needed_by)
+    elif labels.dtype not in _INDICES or labels.shape != student.shape[:-1]:
+        _refuse_indices(labels, student)
+
+
+def _check_probabilities(labels: Tensor, student: Tensor | Head, needed_by: str | None) -> None:
+    if labels.shape != student.shape:
+        indices = "; class indices are integers: labels.long()" if labels.shape == student.shape[:-1] else ""
+        raise ValueError(
+            f"labels as class probabilities must have the student's shape {tuple(student.shape)}, "
+            f"got {tuple(labels.shape)}{indices}{_classes_last(student, labels)}"
+        )
+    if labels.requires_grad and torch.is_grad_enabled():
+        raise ValueError("labels require grad, but only the student is trained")
+    if needed_by == "divergence dkd":
+        raise ValueError("divergence dkd needs class indices as labels, got class probabilities")
+
+
+def _refuse_indices(labels: Tensor, student: Tensor | Head) -> None:
+    hint = "; one-hot labels are probabilities: labels.float()" if labels.shape == student.shape else ""
+    if labels.dtype not in _INDICES:
+        raise TypeError(f"labels must be int64 class indices or floating-point probabilities, got {labels.dtype}{hint}")
+    hint = hint or _classes_last(student, labels)
+    if labels.shape == (*student.shape[:-1], 1):
+        hint = "; without the last dimension: labels.squeeze(-1)"
+    raise ValueError(f"labels must be {tuple(student.shape[:-1])} for this student, got {tuple(labels.shape)}{hint}")
+
+
+def _classes_last(student: Tensor | Head, labels: Tensor) -> str:
+    """What to write for (N, C, ...) logits, as ``F.cross_entropy`` takes them."""
+    shape = student.shape
+    if len(shape) > 2 and labels.shape in ((shape[0], *shape[2:]), (shape[0], *shape[2:], shape[1])):
+        return "; classes are the last dimension: student.movedim(1, -1), and the teacher alike"
+    return ""
+
+
+def check_ignore_index(value: object) -> None:
+    """Raise ``TypeError`` unless it is an integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"ignore_index must be an integer, got {type(value).__name__}; -100 marks no class")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise ``TypeError`` unless all are bools."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, int)) and type(value).__name__ not in ("bool_", "bool"):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def check_effects(
+    label_smoothing: float, kd_weight: object, ce_weight: object, z_weight: object, return_parts: bool
+) -> None:
+    """Warn of smoothed labels that weigh nothing. Raise ``ValueError`` for parts of rows that weigh nothing."""
+    if isinstance(ce_weight, Tensor) or ce_weight != 0.0:
+        return
+    if label_smoothing and not torch.compiler.is_compiling():
+        # No error: a schedule's last ce_weight may be 0.
+        warnings.warn(f"label_smoothing={label_smoothing} has no effect, because ce_weight is 0", stacklevel=3)
+    if return_parts and not any(isinstance(x, Tensor) or x != 0.0 for x in (kd_weight, z_weight)):
+        raise ValueError(
+            "return_parts gives parts of rows that weigh something, but kd_weight, ce_weight and z_weight are 0"
+        )
+
+
+def check_group(group: object) -> None:
+    """Raise ``TypeError`` unless it is a process group of ``torch.distributed``."""
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
 
 
 def check_numbers(
@@ -92,57 +203,81 @@ def check_numbers(
     z_weight: object,
     row_weight: object,
 ) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless temperatures are positive and weights finite.
+    """Raise ``TypeError`` or ``ValueError`` unless temperatures are positive, and weights finite and not negative.
 
-    ``row_weight`` is a tensor or None; the others may be tensors, whose values are not looked at.
+    ``row_weight`` is a tensor or None, and may be negative; the others may be tensors, whose values are looked at where
+    it is one, and at hand.
     """
     _check_positive("temperature", temperature)
     _check_positive("teacher_temperature", teacher_temperature)
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
-        _check_number(name, value)
-        if isinstance(value, int | float) and not -math.inf < value < math.inf:
-            raise ValueError(f"{name} must be finite, got {value}")
+        number = _number(name, value)
+        if number is not None and not 0.0 <= number <= _MOST:
+            wrong = "not be negative" if number < 0.0 else "be finite"
+            raise ValueError(f"{name} must {wrong}, got {value}")
     if row_weight is not None:
         if not isinstance(row_weight, Tensor):
-            raise TypeError(f"row_weight must be a tensor of one weight per row, got {type(row_weight).__name__}")
-        _check_number("row_weight", row_weight)
+            raise TypeError(
+                "row_weight must be a tensor of one weight per row, or a mask of rows that count, got "
+                f"{type(row_weight).__name__}; kd_weight and ce_weight are numbers for all rows"
+            )
+        _check_tensor("row_weight", row_weight)
+        check_zeros_and_ones("row_weight", row_weight, "weights are floating-point numbers: row_weight.float()")
+
+
+_MOST = sys.float_info.max
 
 
 def _check_positive(name: str, value: object) -> None:
-    _check_number(name, value)
-    if isinstance(value, int | float) and not 0.0 < value < math.inf:
+    number = _number(name, value)
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number or numbers per row, got {value.dtype}")
+    if number is not None and not 0.0 < number <= _MOST:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _check_number(name: str, value: object) -> None:
+def _number(name: str, value: object) -> float | int | None:
+    """The number, where it is one and at hand. Raises ``TypeError`` or ``ValueError`` for what is no number."""
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return value
     if isinstance(value, Tensor):
-        check_plain(name, value)
-        if value.requires_grad:
-            raise ValueError(f"{name} requires grad, but kd_loss differentiates with respect to the student only")
-        if value.is_complex():
-            raise TypeError(f"{name} must be real, got {value.dtype}")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number or a tensor of one number per row, got {type(value).__name__}")
+        _check_tensor(name, value)
+        return value.item() if value.dim() == 0 and can_look(value) else None
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name} must be a number or a tensor of one number per row, got {type(value).__name__}")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    check_plain(name, value)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but kd_loss differentiates with respect to the student only")
+    if not (value.is_floating_point() or is_mask(value)):
+        raise TypeError(f"{name} must be real, got {value.dtype}")
 
 
 def check_smoothing(value: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless a label smoothing is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"label_smoothing must be a number, got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
+    if not 0.0 <= float(value) <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
 
 
 def check_backward(backward: str, reduction: str, num_items: object, student: Tensor | Head) -> None:
     """Raise ``TypeError`` or ``ValueError`` for a backward mode, a reduction or a ``num_items`` that do not fit."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if backward not in ("fused", "recompute", "inplace", "eager"):
-        raise ValueError(f'backward must be "fused", "recompute", "inplace" or "eager", got {backward!r}')
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise _no_choice("reduction", reduction, ("mean", "sum", "none"), REDUCTION_TERMS)
+    if not isinstance(backward, str) or backward not in BACKWARDS:
+        raise _no_choice("backward", backward, BACKWARDS, {})
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
         _check_positive("num_items", num_items)
+        if isinstance(num_items, Tensor) and num_items.numel() != 1:
+            raise ValueError(
+                f"num_items must be one number, got a tensor of {tuple(num_items.shape)}: of several counts their sum"
+            )
     if backward == "inplace":
         if isinstance(student, Head):
             raise ValueError('backward="inplace" writes over logits, which a Head does not have: use "fused"')
@@ -159,6 +294,15 @@ def check_eager(backward: str, student: Tensor | Head, in_group: bool) -> str:
     if isinstance(student, Head) and student.weight_grad is not None:
         raise ValueError(f"{why} cannot be combined with Head(weight_grad=): the weight's gradient is returned")
     return "eager"
+
+
+def _no_choice(name: str, got: object, choices: tuple[str, ...], terms: Mapping[str, str]) -> Exception:
+    listed = ", ".join(f'"{one}"' for one in choices[:-1]) + f' or "{choices[-1]}"'
+    if got is None and "none" in choices:
+        return TypeError(f'{name} must be {listed}, got None: did you mean "none"?')
+    if not isinstance(got, str):
+        return TypeError(f"{name} must be {listed}, got {type(got).__name__}")
+    return ValueError(f"{name} must be {listed}, got {got!r}{did_you_mean(got, choices, terms)}")
 
 
 def _check_inplace(reduction: str, student: Tensor) -> None:
@@ -202,11 +346,11 @@ def check_values(
 
 
 def look_like_probabilities(x: Tensor) -> bool:
-    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do."""
+    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do. One-hot rows may be either: no."""
     if x.numel() == 0 or x.shape[-1] < 2:
         return False
     inside = bool(((x >= 0) & (x <= 1)).all())
-    return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all())
+    return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all()) and bool(((x > 0) & (x < 1)).any())
 
 
 def _check_entries(labels: Ragged, columns: int) -> None:
@@ -216,10 +360,41 @@ def _check_entries(labels: Ragged, columns: int) -> None:
             f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
             f"{int(ids.max())}"
         )
+    _check_masses(labels)
     if isinstance(labels, Prototype):
         _check_prototypes(labels.prototype_ids, labels.prototypes)
     if torch.unique(labels.entry_rows * labels.vocab_size + ids).numel() != ids.numel():
         raise ValueError("soft labels must name a token once per row, got a token twice")
+
+
+_ROUNDING = 1e-2  # stored values are rounded, and so is what they sum to
+
+
+def _check_masses(labels: Ragged) -> None:
+    """That log-probabilities, probabilities, weights and tails are some, and no row has more mass than there is."""
+    values = labels.values
+    if isinstance(labels, TopK):
+        if bool((values > _ROUNDING).any()) or bool(values.isnan().any()):
+            raise ValueError(
+                f"log_probs of topk soft labels must not be positive, got {float(values.max()):.4g}: of probabilities "
+                "probs.log()"
+            )
+        values = values.exp()
+    elif not bool(((values >= 0) & (values < math.inf)).all()):
+        raise ValueError(f"{labels.kind} soft labels hold values from {float(values.min())} to {float(values.max())}")
+    if not isinstance(labels, Tailed):
+        return
+    tails = labels.tails
+    if bool((tails > _ROUNDING).any()) or bool(tails.isnan().any()):
+        raise ValueError(
+            f"tails of {labels.kind} soft labels are logarithms of probabilities, got {float(tails.max()):.4g}: "
+            "tail.log()"
+        )
+    mass = values.new_zeros(len(labels)).index_add_(0, labels.entry_rows, values)
+    if mass.numel() and float(mass.max()) > 1.0 + 2 * _ROUNDING:
+        raise ValueError(
+            f"the entries of a row of {labels.kind} soft labels have at most the probability 1, got {mass.max():.4g}"
+        )
 
 
 def _check_prototypes(prototype_ids: Tensor, prototypes: Tensor) -> None:

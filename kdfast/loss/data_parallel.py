@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast.loss import checks
+from kdfast.masks import as_mask
+
 __all__ = ["global_items"]
 
 
@@ -14,42 +17,71 @@ def global_items(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
+    accumulation_steps: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """``num_items`` for ``kd_loss`` under DDP or FSDP, which average the processes' gradients::
 
         count = (labels != ignore_index).sum()      # on the device: nobody waits
         dist.all_reduce(count, group=group)
-        return count / dist.get_world_size(group)
+        return count / dist.get_world_size(group) / accumulation_steps
 
-    With it the averaged gradient is that of the mean over all counted rows of all processes, however unevenly they are
-    spread. For gradient accumulation, give the labels of all micro-batches of a step, and the result to each loss.
+    With it the gradient of a step is that of the mean over all counted rows of all processes and micro-batches, however
+    unevenly they are spread. Give the labels of all micro-batches of a step, and the result to each loss. What divides
+    a loss or its gradient afterwards is divided out here, so it must be known:
+
+    ===============================================  ================================================================
+    who divides                                      ``num_items``
+    ===============================================  ================================================================
+    a loop of one process, ``loss.backward()``       ``global_items(*labels)``: nobody
+    DDP, FSDP: by the number of processes            ``global_items(*labels)``: the count over their number
+    ``accelerator.backward(loss)``: also by          ``global_items(*labels,
+    ``accelerator.gradient_accumulation_steps``      accumulation_steps=accelerator.gradient_accumulation_steps)``
+    Hugging Face ``Trainer.compute_loss(...,         ``num_items_in_batch / trainer.accelerator.num_processes``: the
+    num_items_in_batch)``: only DDP's average        count is of all processes (``average_tokens_across_devices``)
+    Lightning: ``accumulate_grad_batches``           ``global_items(*labels, accumulation_steps=...)``
+    ===============================================  ================================================================
 
     Args:
         labels: (...,) class indices of one or several micro-batches.
-        mask: the ``row_weight`` of a single micro-batch, where that is a bool mask.
-        ignore_index, shift: as ``kd_loss`` is given them.
+        mask: the ``row_weight`` of a single micro-batch, where that is a mask: bool, or integers of 0 and 1.
+        ignore_index, shift: as ``kd_loss`` is given them. With ``shift`` a mask of the labels' shape is shifted as they
+            are; it may also be one shorter.
+        accumulation_steps: what each micro-batch's loss is divided by before its backward pass, but by this call.
         group: of the data parallelism; None: all processes. Without ``torch.distributed`` it is this one alone.
 
     Raises:
-        ValueError: no labels, a mask for several, or of another shape or dtype.
+        TypeError, ValueError: no labels, labels that are no class indices, a mask for several micro-batches, or of
+            another shape or dtype.
     """
     if not labels:
         raise ValueError("global_items needs the labels of at least one micro-batch")
-    if mask is not None and (len(labels) > 1 or mask.shape != labels[0].shape or mask.dtype != torch.bool):
+    for x in labels:
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool or (shift and not x.dim()):
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"labels must be tensors of class indices, one per micro-batch, got {got}")
+    if mask is not None and len(labels) > 1:
         raise ValueError(
-            f"mask must be bool {tuple(labels[0].shape)} for one micro-batch, got {mask.dtype} {tuple(mask.shape)} for "
-            f"{len(labels)}"
+            f"a mask is of one micro-batch's labels, got labels of {len(labels)}: set them to ignore_index"
         )
-    count = torch.stack([_count(x, mask, ignore_index, shift) for x in labels]).sum().float()
-    if not dist.is_initialized():
+    checks.check_ignore_index(ignore_index)
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
+        raise TypeError(f"accumulation_steps must be an integer, got {type(accumulation_steps).__name__}")
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+    count = torch.stack([_count(x, mask, ignore_index, shift) for x in labels]).sum().float() / accumulation_steps
+    if not dist.is_available() or not dist.is_initialized():
         return count
     dist.all_reduce(count, group=group)
     return count / dist.get_world_size(group)
 
 
 def _count(labels: Tensor, mask: Tensor | None, ignore_index: int, shift: bool) -> Tensor:
-    counted = (labels[..., 1:] if shift else labels) != ignore_index
+    labels = labels.long()  # uint8 has no -100
+    whole, labels = labels.shape, labels[..., 1:] if shift else labels
+    counted = labels != ignore_index
     if mask is not None:
-        counted = counted & (mask[..., :-1] if shift else mask)
+        shortened = shift and isinstance(mask, Tensor) and mask.shape == labels.shape != whole
+        real = as_mask("mask", mask, labels.shape if shortened else whole)
+        counted = counted & (real[..., 1:] if shift and not shortened else real)
     return counted.sum()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdfast._names import no_option
 from kdfast.divergences import Divergence
 from kdfast.labels import Head, Ragged, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
@@ -16,7 +17,10 @@ from kdfast.labels.support import check_supported
 from kdfast.loss import checks, ops
 from kdfast.loss.chunks import ChunkedRows, flat_head, teacher_chunks
 from kdfast.loss.derivatives import transformed
+from kdfast.loss.first_look import look_once
 from kdfast.loss.head_loss import logits_of_head, loss_by_chunks
+from kdfast.loss.label_values import check_label_values
+from kdfast.loss.option_names import OPTION_TERMS
 from kdfast.loss.reference import Targets
 from kdfast.loss.row_layout import Number, RowLayout
 from kdfast.loss.vocab_parallel import part_of
@@ -26,7 +30,11 @@ __all__ = ["KDLoss", "LossParts", "kd_loss"]
 
 
 class LossParts(NamedTuple):
-    """Detached by-products of a loss: per row for ``reduction="none"``, else the mean over the counted rows."""
+    """Detached by-products of a loss: per row for ``reduction="none"``, else the mean over rows.
+
+    The mean is unweighted, and over the rows that weigh something: those that count, unless ``row_weight`` or the
+    weights of all terms are 0 there. Per row the parts of the others are 0. For a weighted mean take them per row.
+    """
 
     kd: Tensor  # the divergence, nats, unweighted and without tau^2
     ce: Tensor  # cross-entropy with label smoothing, nats, unweighted
@@ -55,6 +63,7 @@ def kd_loss(
     shift: bool = False,
     return_parts: bool = False,
     group: dist.ProcessGroup | None = None,
+    vocab: str = "same",
 ) -> Any:
     """Temperature softmax, divergence, cross-entropy and z-loss of every row in one sweep over the logits.
 
@@ -67,21 +76,26 @@ def kd_loss(
         student: (..., V_s) logits: float32, bfloat16, float16 or float64. ``-inf`` masks a column. A ``Head`` holds
             what they are made of: then they exist for a chunk of rows at a time, as many as KDFAST_WORKSPACE allows
             ("512MiB" without), and the gradient reaches the hidden states, the weight and the bias.
-        teacher: (..., V_t) logits, a ``Head``, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. V_s
-            and V_t may differ: the divergence is over the shared columns, both sides renormalised there; CE and z-loss
-            see all of V_s.
-        labels: (...,) int64 class indices, or (..., V_s) class probabilities. Needed by CE and ``dkd``.
+        teacher: (..., V_t) logits, a ``Head``, or ``SoftLabels`` or ``PackedLabels`` with one row per student row. It
+            is a constant: a ``Head``'s weight may be a parameter that requires grad, and gets no gradient from here.
+            Where V_s and V_t differ (``vocab``) the divergence is over the shared columns, both sides renormalised
+            there; CE and z-loss see all of V_s.
+        labels: (...,) integer class indices, or (..., V_s) class probabilities, whose rows sum to 1, or to 0 where
+            there is no label. Needed by CE and ``dkd``; without these they only say which rows are ignored. Classes are
+            the last dimension: (N, C, H, W) logits are ``movedim(1, -1)`` here.
         divergence: a name of ``kdfast.divergences``, or a ``Divergence`` where it has parameters.
         temperature: the student's, and the teacher's unless ``teacher_temperature`` is given. A number, or a tensor
-            of one per row.
+            of one per row, (...,) or (..., 1); a dimension may be 1 for one number that all its rows share.
         scale_by_t2: multiply the divergence by temperature^2 (Hinton et al. 2015); never for ``logit_mse``.
-        kd_weight, ce_weight: numbers, or tensors of one per row.
+        kd_weight, ce_weight: numbers that are not negative, or tensors of one per row as ``temperature``.
         z_weight: of log-sum-exp(student)^2 at temperature 1 (PaLM, Chowdhery et al. 2022).
         label_smoothing: in [0, 1], averaged over the student's finite columns.
-        row_weight: (...,) scales a row's loss but not the denominator; a bool one is a mask, and does both.
+        row_weight: (...,) floating-point numbers scale a row's loss but not the denominator. Bool or integer ones are
+            a mask, such as an ``attention_mask``, which does both: rows count where it is not 0.
         ignore_index: rows with this label do not count at all, KD included.
         reduction: "mean" over counted rows, "sum", or "none".
-        num_items: replaces the denominator of "mean" (gradient accumulation, data parallelism).
+        num_items: replaces the denominator of "mean" (gradient accumulation, data parallelism). Whatever divides or
+            averages the loss or its gradients afterwards must be in it: ``global_items`` says who does, and counts.
         backward: "fused" computes the gradient in the forward pass; "recompute" keeps only the logits, allows several
             backward passes, and is taken by itself for ``reduction="none"``, float16 and float64; "inplace"
             overwrites the student's logits with their gradient. Those give a gradient that has no derivative of its
@@ -89,11 +103,16 @@ def kd_loss(
             derivatives, forward mode and per-sample gradients, and is taken by itself inside the transforms of
             ``torch.func`` and under forward mode.
         shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
-            copying; the last position does not count. The teacher is not shifted: it predicts what the student does.
+            copying; the last position does not count. The teacher is not shifted: it predicts what the student does. A
+            mask of (..., length) is the labels', taken as ``row_weight[..., 1:]``: nothing learns to predict padding.
+            Numbers of (..., length) are the logits': temperatures, weights and a ``row_weight`` that is no mask. Of
+            (..., length - 1) both leave a position out already.
         return_parts: also return ``LossParts``.
         group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
             its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
             over the whole. A teacher is shared out alike, or whole. A few numbers per row cross between them.
+        vocab: "same": V_s and V_t may differ by padding (151936 and 152064): by 64 or 1 % where both are 1000 or more.
+            "shared": by anything, where the first columns of both are the same classes.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (...,) for ``reduction="none"`` ((..., length - 1)
@@ -101,12 +120,17 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: bad arguments, naming what was passed and what was wanted, before any kernel runs.
-        Values inside tensors are checked under KDFAST_CHECK=1; otherwise a bad label or temperature makes its own row
-        NaN.
+        Of values inside CPU tensors, labels are looked at in every call, and whether logits are probabilities in the
+        first one from each line of code. KDFAST_CHECK=1 looks at more, and at other devices' too, which waits for them;
+        without it a bad label or temperature there makes its own row NaN.
         NotImplementedError: from a backward pass, for the derivative of a gradient, which "eager" alone has.
     """
     student = checks.check_student(student)
     teacher = unpacked(teacher)
+    checks.check_flags(scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)
+    checks.check_ignore_index(ignore_index)
+    if group is not None:
+        checks.check_group(group)
     shard = None if group is None else Shard(group, student.shape[-1])
     if shard is not None:
         teacher = part_of(teacher, shard)
@@ -117,10 +141,12 @@ def kd_loss(
     if backward == "eager" or transformed():
         backward = checks.check_eager(backward, student, shard is not None)
     checks.check_smoothing(label_smoothing)
-    checks.check_labels(labels, student, _needs_labels(div, ce_weight))
     tau_t = temperature if teacher_temperature is None else teacher_temperature
-    _check_divergence(div, student, teacher, tau_t, shard)
     checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
+    checks.check_labels(labels, student, _needs_labels(div, ce_weight))
+    _check_divergence(div, student, teacher, tau_t, vocab, shard)
+    checks.check_effects(label_smoothing, kd_weight, ce_weight, z_weight, return_parts)
+    look_once(student, teacher)
 
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
@@ -131,6 +157,10 @@ def kd_loss(
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
+    if labels is not None:
+        columns = student.shape[-1] if shard is None else shard.columns
+        used = _needs_labels(div, ce_weight) is not None
+        check_label_values(index, probs, weight, columns, ignore_index, used=used)
     targets = Targets(index, probs, float(label_smoothing))
     if backward == "eager":
         source = _op_teacher(_with_logits(teacher), rows, div, tau_t)
@@ -151,20 +181,22 @@ def kd_loss(
     parts = parts.detach()
     if reduction == "none":
         return loss, LossParts(*(rows.unflatten(part) for part in parts))
-    return loss, LossParts(*(parts.sum(1) / counted.sum().clamp(min=1)))
+    computed = (coef[2:] != 0.0).any(0).sum()
+    return loss, LossParts(*(parts.sum(1) / computed.clamp(min=1)))
 
 
 class KDLoss(nn.Module):
     """``kd_loss`` with its options bound: ``KDLoss(temperature=2.0, ce_weight=0.5)(student, teacher, labels)``.
 
-    Options given to a call take precedence. Raises ``TypeError`` for an option that ``kd_loss`` lacks.
+    Options given to a call take precedence. Raises ``TypeError`` for an option that ``kd_loss`` lacks, saying what it
+    may be called here.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        unknown = set(options) - set(kd_loss.__kwdefaults__ or ())
-        if unknown:
-            raise TypeError(f"kd_loss has no option {', '.join(sorted(unknown))}")
+        known = set(kd_loss.__kwdefaults__ or ())
+        if not known.issuperset(options):
+            raise no_option("kd_loss", set(options) - known, known, OPTION_TERMS)
         self.options = options
 
     def forward(
@@ -191,14 +223,23 @@ def _check_divergence(
     student: Tensor | Head,
     teacher: Tensor | Head | SoftLabels,
     tau_t: Number,
+    vocab: str,
     shard: Shard | None,
 ) -> None:
     if isinstance(teacher, SoftLabels):
         check_supported(teacher, div, tau_t)
-    columns = min(student.shape[-1], teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1])
-    columns = columns if shard is None else shard.columns
+    ours = student.shape[-1] if shard is None else shard.columns
+    theirs = teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1]
+    theirs = theirs if shard is None else shard.columns
+    checks.check_vocabularies(ours, theirs, vocab)
+    columns = min(ours, theirs)
     if div.name == "dkd" and columns < 3:
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
+    if ours == 1 and div.name != "logit_mse":
+        raise ValueError(
+            "student has one logit per row, whose softmax is always 1. For a sigmoid's logit z give both sides two "
+            "classes: torch.stack((torch.zeros_like(z), z), -1), and labels of 0 and 1"
+        )
 
 
 def _op_teacher(teacher: Tensor | SoftLabels, rows: RowLayout, div: Divergence, tau_t: Number) -> ops.Teacher:

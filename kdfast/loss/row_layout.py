@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kdfast._values import can_look
 from kdfast.labels import Head, SoftLabels
+from kdfast.masks import is_mask
 
 __all__ = ["Number", "RowLayout"]
 
@@ -40,17 +42,46 @@ class RowLayout:
         return x.flatten(0, -3) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
 
     def number(self, name: str, value: Number) -> Number:
-        """A float, or a tensor of one number per row, of a number, a 0-d tensor or a tensor of the rows' shape."""
-        if not isinstance(value, Tensor):
-            return float(value)
+        """A float, or a tensor of one number per row, of a number or a tensor as ``per_row`` takes it."""
+        return self.per_row(name, value) if isinstance(value, Tensor) else float(value)
+
+    def per_row(self, name: str, value: Tensor) -> Tensor:
+        """(rows,) of a tensor of one number, of one per row, or of one where the rows' shape has several.
+
+        Raises:
+            ValueError: a tensor of another shape, under ``name``.
+        """
         value = value.to(device=self.device, dtype=self.dtype)
         if value.dim() == 0:
             return value.expand(self.count)
-        if self.shift and value.shape == (*self.shape[:-1], self.shape[-1] - 1):
-            value = nn.functional.pad(value, (0, 1))
         if value.shape != self.shape:
-            raise ValueError(f"{name} must be a number or a tensor of {tuple(self.shape)}, got {tuple(value.shape)}")
+            value = self._expanded(name, value)
         return value.reshape(-1)
+
+    def _expanded(self, name: str, value: Tensor) -> Tensor:
+        given, dims = tuple(value.shape), len(self.shape)
+        if value.dim() == dims + 1 and value.shape[-1] == 1:
+            value = value.squeeze(-1)  # the vocabulary's dimension, kept
+        if value.dim() == dims and self.shift and value.shape[-1] == self.shape[-1] - 1:
+            value = nn.functional.pad(value, (0, 1))
+        if value.dim() == dims and all(n in (1, m) for n, m in zip(value.shape, self.shape, strict=True)):
+            return value.expand(self.shape)
+        if value.numel() == 1:
+            return value.reshape(()).expand(self.shape)
+        shape = f"{tuple(self.shape)}{f' or {(*self.shape[:-1], self.shape[-1] - 1)}' if self.shift else ''}"
+        per_sample = f"; one per sample is {(-1, *(1,) * (dims - 1))}" if value.dim() < dims else ""
+        raise ValueError(f"{name} must be a number or a tensor of {shape}, got {given}{per_sample}")
+
+    def marks(self, mask: Tensor) -> Tensor:
+        """(rows,) numbers of a mask given as ``row_weight``: with ``shift`` that of the label a position goes with."""
+        if self.shift and self._has_length(mask):
+            mask = mask.roll(-1, len(self.shape) - 1)
+        return self.per_row("row_weight", mask)
+
+    def _has_length(self, x: Tensor) -> bool:
+        """Whether it has a value for each position of a sequence, the last one included."""
+        dims = len(self.shape)
+        return x.dim() in (dims, dims + 1) and x.shape[dims - 1] == self.shape[-1] != 1
 
     def coefficients(
         self,
@@ -93,7 +124,7 @@ class RowLayout:
     def counted(
         self, index: Tensor | None, ignore_index: int, row_weight: Tensor | None, teacher: Tensor | Head | SoftLabels
     ) -> Tensor:
-        """(rows,) bool: labels that are not ignored, a bool ``row_weight``, labels that are present, and ``shift``."""
+        """(rows,) bool: labels that are not ignored, a mask as ``row_weight``, rows that are present, and ``shift``."""
         if index is None:
             counted = torch.ones(self.count, dtype=torch.bool, device=self.device)
         else:
@@ -101,28 +132,24 @@ class RowLayout:
         if self.shift:
             last = torch.arange(self.shape[-1], device=self.device) == self.shape[-1] - 1
             counted = counted & ~last.expand(self.shape).reshape(-1)
-        if row_weight is not None and row_weight.dtype == torch.bool:
-            counted = counted & self.per_row("row_weight", row_weight).bool()
+        if row_weight is not None and is_mask(row_weight):
+            counted = counted & (self.marks(row_weight) != 0.0)
         if isinstance(teacher, SoftLabels) and teacher.present is not None:
             counted = counted & teacher.present
         return counted
 
-    def per_row(self, name: str, value: Tensor) -> Tensor:
-        """(rows,) of a tensor of one number per row; ``name`` is for the error."""
-        number = self.number(name, value)
-        assert isinstance(number, Tensor)
-        return number
-
     def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
         """(rows,) weights over the denominator, 0 in rows that do not count."""
-        ones = counted.to(self.dtype)
-        weight = ones
-        if row_weight is not None and row_weight.dtype != torch.bool:
+        weight = counted.to(self.dtype)
+        if row_weight is not None and not is_mask(row_weight):
             weight = torch.where(counted, self.per_row("row_weight", row_weight), 0.0)
+        elif row_weight is not None and row_weight.dtype != torch.bool and not can_look(row_weight):
+            # Nobody has seen that these are 0 and 1: others would be weights, and must not pass for a mask.
+            weight = torch.where(counted & (self.marks(row_weight) != 1.0), torch.nan, weight)
         if reduction != "mean":
             return weight
         if num_items is None:
-            return weight / ones.sum().clamp(min=1)
+            return weight / counted.sum().clamp(min=1).to(self.dtype)
         items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
         return torch.where(counted, weight / items, 0.0)
 

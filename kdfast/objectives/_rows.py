@@ -8,6 +8,7 @@ from torch import Tensor
 from kdfast.labels import Head, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
 from kdfast.loss import checks
+from kdfast.loss.label_values import check_label_values
 from kdfast.loss.row_layout import RowLayout
 from kdfast.models import check_logits
 
@@ -57,6 +58,7 @@ class CountedRows:
         if labels is not None and labels.is_floating_point():
             raise TypeError(f"labels must be class indices here, got {labels.dtype} probabilities")
         checks.check_backward("recompute", reduction, num_items, student)
+        checks.check_ignore_index(ignore_index)
         checks.check_numbers(1.0, 1.0, 1.0, 1.0, 1.0, row_weight)
         self._rows = RowLayout(student, shift=False)
         self._reduction = reduction
@@ -64,6 +66,8 @@ class CountedRows:
         target = student if teacher is None else teacher
         self.counted = self._rows.counted(self.labels, ignore_index, row_weight, target)
         self._weight = self._rows.weights(self.counted, row_weight, reduction, num_items)
+        used = teacher is None  # else labels only say which rows are ignored
+        check_label_values(self.labels, None, self._weight, student.shape[-1], ignore_index, used=used)
         if checks.values_are_checked():
             checks.check_values(student, target, self.labels, self.counted, [], student.shape[-1])
         self.student = self.select(student)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_features", "check_mask", "gram", "mean_of", "unit", "widened"]
+__all__ = ["check_features", "gram", "mean_of", "unit", "widened"]
 
 
 def check_features(student: object, teacher: object, *, dims: tuple[int, ...] | None = None) -> None:
@@ -29,12 +29,6 @@ def check_features(student: object, teacher: object, *, dims: tuple[int, ...] | 
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
     if teacher.requires_grad:
         raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
-
-
-def check_mask(mask: Tensor, positions: torch.Size) -> None:
-    """Raise ``ValueError`` unless it says of each position whether it counts."""
-    if mask.dtype != torch.bool or mask.shape != positions:
-        raise ValueError(f"mask must be bool {tuple(positions)}, got {mask.dtype} {tuple(mask.shape)}")
 
 
 def widened(x: Tensor) -> Tensor:

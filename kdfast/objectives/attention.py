@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdfast.objectives._vectors import check_features, check_mask, mean_of, unit, widened
+from kdfast.masks import as_mask
+from kdfast.objectives._vectors import check_features, mean_of, unit, widened
 
 __all__ = ["attention_transfer"]
 
@@ -27,7 +28,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 
     Args:
         student, teacher: (N, C, H, W), (N, C, D, H, W), or sequences (N, T, D), whose features come last.
-        mask: bool, of the maps' shape, (N, T) or (N, H, W): positions that count, for padding. Sizes must agree then.
+        mask: bool, or integers of 0 and 1, of the maps' shape, (N, T) or (N, H, W): positions that count, for padding.
+            Sizes must agree then.
 
     Raises:
         TypeError, ValueError: other shapes, or a teacher that requires grad.
@@ -38,7 +40,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     channel = -1 if student.dim() == 3 else 1
     if mask is not None:
         for x in (student, teacher):
-            check_mask(mask, x.movedim(channel, -1).shape[:-1])
+            mask = as_mask("mask", mask, x.movedim(channel, -1).shape[:-1])
         # Before the square: its gradient would be NaN where a position that does not count is.
         student, teacher = (torch.where(mask.unsqueeze(channel), x, 0.0) for x in (student, teacher))
     a_s, a_t = (widened(x).square().sum(channel) for x in (student, teacher))

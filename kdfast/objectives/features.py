@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdfast.objectives._vectors import check_features, check_mask, mean_of, unit, widened
+from kdfast.masks import as_mask
+from kdfast.objectives._vectors import check_features, mean_of, unit, widened
 
 __all__ = ["Hint", "Projector"]
 
@@ -70,7 +71,7 @@ class Hint(nn.Module):
         self.projector = Projector(student_width, teacher_width, dim)
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss. ``mask`` is bool, of the features' shape without ``dim``: positions that count."""
+        """The loss. ``mask`` is bool, or 0 and 1, of the features' shape without ``dim``: positions that count."""
         check_features(student, teacher)
         dim = self.projector.dim
         self.projector.check(teacher, "teacher", self.projector.teacher_width)
@@ -81,7 +82,7 @@ class Hint(nn.Module):
                 "only: pool or interpolate the larger"
             )
         if mask is not None:
-            check_mask(mask, positions)
+            mask = as_mask("mask", mask, positions)
             # Before the map: a NaN must not reach its weights through a position that does not count.
             student, teacher = (torch.where(mask.unsqueeze(dim), x, 0.0) for x in (student, teacher))
         projected = widened(self.projector(student).movedim(dim, -1))

@@ -1,7 +1,7 @@
 """Relations between a batch's samples: the student's geometry is to be the teacher's, whatever its coordinates.
 
 All take (N, ...) features, flattened to (N, D), whose widths may differ. With too few samples to relate, one for pairs
-and two for triples, the loss is 0.
+and two for triples and neighbours, the loss is 0.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pkt(student: Tensor, teacher: Tensor, *, backward: str = "fused") -> Tensor:
         TypeError, ValueError: no features, other numbers of samples, or a teacher that requires grad.
     """
     x_s, x_t = _vectors(student, teacher)
-    if len(x_s) < 2:
+    if len(x_s) < 3:  # of one neighbour the similarity is all there is
         return x_s[:0].sum()
     return kd_loss(_log_kernel(x_s), _log_kernel(x_t), backward=backward)
 

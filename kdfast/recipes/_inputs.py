@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdfast.distill.counting import counted_rows
@@ -18,7 +17,6 @@ from kdfast.objectives._vectors import widened
 
 __all__ = [
     "IGNORE",
-    "check_row_mask",
     "check_same_shape",
     "counted_logits",
     "counted_rows",
@@ -131,9 +129,3 @@ def check_same_shape(frozen: str, /, **tensors: Tensor) -> None:
         raise ValueError(f"all of these must have one shape, got {shapes}")
     if tensors[frozen].requires_grad:
         raise ValueError(f"{frozen} requires grad, but only the student is trained: compute it under torch.no_grad()")
-
-
-def check_row_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless ``mask`` is a bool tensor of ``shape``."""
-    if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(f"{name} must be a bool tensor of {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}")

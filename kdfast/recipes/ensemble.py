@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast._values import values_are_checked
 from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
 from kdfast.labels import Ragged, SoftLabels
-from kdfast.loss.checks import values_are_checked
+from kdfast.loss.row_layout import RowLayout
+from kdfast.masks import is_mask
 from kdfast.models import logits_of
 from kdfast.recipes._inputs import IGNORE, counted_rows, dense_logits, several_teachers, soft_labels, widened
 
@@ -70,11 +72,12 @@ class ProbabilityEnsemble:
             )
         options = {name: option(step) if callable(option) else option for name, option in self.options.items()}
         given, terms = options.pop("row_weight", None), []
+        rows = RowLayout(step.logits, bool(options.get("shift", False)))
         for labels, weight in zip(outputs, weights.to(step.logits.device).unbind(-1), strict=True):
-            if given is not None and given.dtype == torch.bool:  # rows that do not count, rather than weigh nothing
-                labels = replace(labels, present=labels.present & given.flatten())
+            if given is not None and is_mask(given):  # rows that do not count, rather than weigh nothing
+                labels = replace(labels, present=labels.present_mask & (rows.marks(given) != 0.0))
             elif given is not None:
-                weight = weight * given
+                weight = weight * rows.per_row("row_weight", given).view(rows.shape)
             terms.append(KD(**options, row_weight=weight)(replace(step, teacher=labels)))
         return torch.stack(terms).sum()
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kdfast.labels import SoftLabels
 from kdfast.labels.packed import Packed
 from kdfast.loss.kd_loss import kd_loss
-from kdfast.recipes._inputs import check_row_mask, check_same_shape
+from kdfast.masks import as_mask
+from kdfast.recipes._inputs import check_same_shape
 
 __all__ = [
     "Detections",
@@ -214,8 +215,8 @@ def listwise_kd(
     Args:
         student, teacher: (lists, items) scores.
         labels: (lists,), the item that was taken, where ``options`` have a ``ce_weight``.
-        candidates: (lists, items) bool. Other items, such as padding or those seen before, have no probability for
-            student or teacher. A list without candidates does not count.
+        candidates: (lists, items) mask, bool or 0 and 1. Other items, such as padding or those seen before, have no
+            probability for student or teacher. A list without candidates does not count.
         options: ``kd_loss``'s: ``temperature``, ``ce_weight``, ``divergence``, ... Not ``row_weight``.
 
     Returns:
@@ -225,7 +226,7 @@ def listwise_kd(
         TypeError, ValueError: shapes do not fit one another, or the teacher's scores require grad.
     """
     check_same_shape("teacher", student=student, teacher=teacher)
-    check_row_mask("candidates", candidates, student.shape)
+    candidates = as_mask("candidates", candidates, student.shape)
     s, t = (scores.masked_fill(~candidates, -torch.inf) for scores in (student, teacher))
     loss: Tensor = kd_loss(s, t, labels, row_weight=candidates.any(-1), **options)
     return loss
@@ -265,7 +266,7 @@ def ranking_distillation(
     """
     check_same_shape("teacher", student=student, teacher=teacher)
     candidates = torch.ones_like(student, dtype=torch.bool) if candidates is None else candidates
-    check_row_mask("candidates", candidates, student.shape)
+    candidates = as_mask("candidates", candidates, student.shape)
     fewest = int(candidates.sum(-1).min())
     if not 1 <= k <= fewest:
         raise ValueError(f"k must lie in 1 ... {fewest}, which is how many candidates the shortest list has, got {k}")
@@ -302,7 +303,8 @@ def regression_kd(
         student, teacher, targets: (rows, ...) values.
         kd_weight: of the teacher's term.
         target_weight: of the targets' term.
-        labelled: (rows,) bool, the rows that have a target; all if None. The teacher's term is over all rows.
+        labelled: (rows,) mask, bool or 0 and 1, of the rows that have a target; all if None. The teacher's term is over
+            all rows.
 
     Returns:
         A scalar.
@@ -313,7 +315,7 @@ def regression_kd(
     check_same_shape("teacher", student=student, teacher=teacher, targets=targets)
     kd = nn.functional.mse_loss(student, teacher)
     if labelled is not None:
-        check_row_mask("labelled", labelled, student.shape[:1])
+        labelled = as_mask("labelled", labelled, student.shape[:1])
         student, targets = student[labelled], targets[labelled]
     truth = (student - targets).square().sum() / max(targets.numel(), 1)
     return kd_weight * kd + target_weight * truth

@@ -193,7 +193,8 @@ def hardest(
         losses = row_losses(step, by=by, temperature=temperature, shift=shift, ignore_index=ignore_index).flatten()
         rank = losses.masked_fill(~counted, -torch.inf).argsort(descending=True, stable=True).argsort()
         # A share such as .3 of 10 rows is 3.0000000000000004 in floating point.
-        return (counted & (rank < (counted.sum() * share - 1e-6).ceil())).view(step.logits.shape[:-1])
+        hard = (counted & (rank < (counted.sum() * share - 1e-6).ceil())).view(step.logits.shape[:-1])
+        return hard[..., :-1] if shift else hard  # of positions: a mask as long as the labels is theirs
 
     return weights
 

@@ -99,8 +99,8 @@ def test_padding_does_not_count_whatever_the_row_weights_say(objective, shift):
         parts, counts = [], []
         for i, a in ((0, 2), (1, 0)):
             own = weights[i, a:]
-            rows = own[: len(own) - shift]
-            counts.append(int(rows.sum()) if rows.dtype == torch.bool else len(rows))
+            # A mask is of the labels; the first of them is nobody's to predict.
+            counts.append(int(own[int(shift) :].sum()) if own.dtype == torch.bool else len(own) - shift)
             parts.append(make(row_weight=own)(Step(student[i, a:], teacher[i, a:], ids[i, a:])) * counts[-1])
         torch.testing.assert_close(loss, sum(parts) / sum(counts))
     if shift:

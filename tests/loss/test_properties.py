@@ -43,16 +43,17 @@ def problems(draw):
     labels = torch.randint(0, 3, (rows,))
     if draw(st.booleans()):
         labels[0] = -100
-    tau = draw(st.sampled_from([0.5, 1.0, 2.0, 3.3]))
+    tau, ce_weight = draw(st.sampled_from([0.5, 1.0, 2.0, 3.3])), draw(st.sampled_from([0.0, 0.7]))
     options = {
         "divergence": draw(DIVERGENCES),
         "temperature": torch.rand(rows) + 0.5 if draw(st.booleans()) else tau,
         "teacher_temperature": draw(st.sampled_from([None, 1.0, 2.5])),
         "kd_weight": draw(st.sampled_from([0.0, 1.0, 0.3])),
-        "ce_weight": draw(st.sampled_from([0.0, 0.7])),
+        "ce_weight": ce_weight,
         "z_weight": draw(st.sampled_from([0.0, 1e-2])),
-        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])) if ce_weight else 0.0,
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "vocab": "shared",
     }
     return student, teacher, labels, options
 

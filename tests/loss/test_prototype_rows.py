@@ -319,6 +319,7 @@ def problems(draw):
         "kd_weight": draw(st.sampled_from([0.0, 0.7])),
         "ce_weight": draw(st.sampled_from([0.0, 0.7])),
         "reduction": draw(st.sampled_from(["mean", "none"])),
+        "vocab": "shared",
     }
     return student, labels, torch.randint(0, 3, (rows,)), options
 

@@ -97,7 +97,7 @@ ERRORS = {
         torch.randn(2, 3, 4),
         torch.randn(2, 6, 4),
         torch.ones(2, 3, dtype=torch.bool),
-        r"mask must be bool \(2, 6\), got torch.bool \(2, 3\)",
+        r"mask must be a bool tensor of \(2, 6\), got torch.bool \(2, 3\)",
     ),
 }
 

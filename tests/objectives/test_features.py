@@ -95,7 +95,7 @@ ERRORS = {
     ),
     "mask": (
         lambda: Hint(3, 3)(torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.ones(2, 3, dtype=torch.bool)),
-        r"mask must be bool \(2, 4\), got torch.bool \(2, 3\)",
+        r"mask must be a bool tensor of \(2, 4\), got torch.bool \(2, 3\)",
     ),
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdfast.loss import label_values
 from kdfast.objectives import margin_ce, pairwise_hinge
 
 
@@ -80,8 +81,12 @@ def test_masked_columns(loss):
     assert loss(masked, labels, 0.5) == math.inf
 
 
-def test_a_bad_label_makes_its_own_row_nan():
+def test_a_bad_label_is_refused_or_makes_its_own_row_nan(monkeypatch):
     logits = torch.randn(3, 4)
+    for loss in (margin_ce, pairwise_hinge):
+        with pytest.raises(ValueError, match=r"labels must be in \[0, 4\) .*got 7"):
+            loss(logits, torch.tensor([0, 7, 3]))
+    monkeypatch.setattr(label_values, "can_look", lambda x: False)  # as on a device
     for loss in (margin_ce, pairwise_hinge):
         rows = loss(logits, torch.tensor([0, 7, 3]), reduction="none")
         assert torch.equal(rows.isnan(), torch.tensor([False, True, False]))

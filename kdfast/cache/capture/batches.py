@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.format.view import View
+from kdfast.masks import as_mask
 from kdfast.models import BatchFields, call, device_of, logits_of, move
 
 __all__ = ["Fields", "Mark", "Part", "bad_row"]
@@ -94,7 +95,10 @@ class Fields(BatchFields):
         if real is None or not len(logits) or logits[0].dim() == 1:
             return given
         real = real.bool()
-        return real if given is None else [row.to(real.device) & real[i] for i, row in enumerate(given)]
+        if given is None:
+            return real
+        # A product: what is no mask stays none, and is refused as one.
+        return [torch.as_tensor(row).to(real.device) * real[i] for i, row in enumerate(given)]
 
 
 def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
@@ -110,9 +114,7 @@ def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: An
             raise ValueError(f"{name} of a record must have one value per row: {len(rows)}, got {len(values)}")
     if mask is None:
         return Part(key, rows, targets, views)
-    if mask.dtype != torch.bool or mask.dim() != 1:
-        raise ValueError(f"mask of a record must be a bool per row, got {mask.dtype} {tuple(mask.shape)}")
-    kept = mask.cpu()
+    kept = as_mask("mask of a record", torch.as_tensor(mask), (len(rows),)).cpu()
     targets = None if targets is None else targets[kept.to(targets.device)]
     views = None if views is None else [view for view, keep in zip(views, kept.tolist(), strict=True) if keep]
     return Part(key, rows[kept.to(rows.device)], targets, views)

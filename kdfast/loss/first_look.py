@@ -1,0 +1,50 @@
+"""A look at the values of a call's first tensors, for mistakes that would train silently.
+
+Looking costs a sweep, and on a device it would wait. So it is done once for every place in the user's code that calls
+the loss, on CPU tensors; ``KDFAST_CHECK=1`` does it for every call and every device.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor
+
+from kdfast._values import can_look
+from kdfast.labels import Dense, Head, SoftLabels
+from kdfast.loss.checks import look_like_probabilities
+
+__all__ = ["look_once"]
+
+_Place = tuple[str, int, int, int]
+_seen: set[_Place] = set()  # places whose first call was in order
+
+
+def look_once(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> None:
+    """Raise ``ValueError`` for probabilities in logits' place, if this place in the user's code is a new one."""
+    if not isinstance(student, Tensor) or not can_look(student):
+        return
+    place = _place(student.shape[-1])
+    if place in _seen:
+        return
+    logits = teacher.values if isinstance(teacher, Dense) else teacher
+    for name, x in (("student", student), ("teacher", logits)):
+        if isinstance(x, Tensor) and can_look(x) and _are_probabilities(x.detach()):
+            raise ValueError(
+                f"{name} holds probabilities (rows in [0, 1] that sum to 1), and kd_loss takes logits: leave the "
+                "softmax out, or give their logarithms"
+            )
+    _seen.add(place)
+
+
+def _are_probabilities(x: Tensor) -> bool:
+    # The first row nearly always says no.
+    return x.numel() > 0 and look_like_probabilities(x[(0,) * (x.dim() - 1)]) and look_like_probabilities(x)
+
+
+def _place(columns: int) -> _Place:
+    """Where the user's code calls the loss: the innermost frame that is neither this package's nor PyTorch's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("kdfast.", "torch.")):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti, columns

@@ -1,0 +1,72 @@
+"""Labels that no class has, and rows of class probabilities that are no distribution, found where they are at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast._values import can_look, values_are_checked
+
+__all__ = ["check_label_values"]
+
+_SOME = 2**16  # of a batch's class probabilities so many are looked at in every call
+_ROUNDING = 2e-2  # of a sum of bfloat16 numbers
+
+
+def check_label_values(
+    index: Tensor | None,
+    probs: Tensor | None,
+    weight: Tensor,
+    columns: int,
+    ignore_index: int,
+    *,
+    used: bool,
+) -> None:
+    """Raise ``ValueError`` for wrong labels of rows that weigh something, where looking waits for nothing.
+
+    Args:
+        index: (rows,) class indices, or None.
+        probs: (..., V) class probabilities, or None.
+        weight: (rows,).
+        columns: number of classes.
+        ignore_index: for the message.
+        used: whether labels are more than a mark of the rows that count. If not, of class indices only negative ones
+            are refused: their rows would count although they are marked.
+    """
+    if index is not None:
+        _check_index(index, weight, columns, ignore_index, used)
+    elif probs is not None and used:
+        _check_probs(probs, weight)
+
+
+def _check_index(index: Tensor, weight: Tensor, columns: int, ignore_index: int, used: bool) -> None:
+    if not index.numel() or not can_look(index):
+        return
+    low, high = torch.aminmax(index)
+    if int(low) >= 0 and int(high) < columns:
+        return
+    index = index[weight != 0.0]
+    wrong = index[(index < 0) | (index >= columns)] if used else index[index < 0]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must be in [0, {columns}) or ignore_index {ignore_index}, got {int(wrong[0])} among values from "
+            f"{int(index.min())} to {int(index.max())}"
+        )
+
+
+def _check_probs(probs: Tensor, weight: Tensor) -> None:
+    every = values_are_checked()
+    if not probs.numel() or not (every or can_look(probs)):
+        return
+    step = 1 if every else -(-probs.numel() // _SOME)
+    rows = probs.reshape(weight.numel(), -1)[::step].float()
+    low, total = rows.amin(-1), rows.sum(-1)
+    right = (low >= 0.0) & ((total - 1.0).abs() < _ROUNDING)
+    wrong = ~(right | (rows == 0.0).all(-1)) & (weight[::step] != 0.0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"labels as class probabilities must be rows that sum to 1, got a sum of {float(total[row]):.4g} and "
+            f"values down to {float(low[row]):.4g}. A row's weight is row_weight's; several labels at once are a "
+            "binary problem per class, torch.stack((torch.zeros_like(z), z), -1) of each logit z"
+        )
