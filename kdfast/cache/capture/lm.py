@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from kdfast.cache import codecs
 from kdfast.cache.capture.capture import CaptureReport, capture
 from kdfast.cache.capture.fingerprint import fingerprint, with_tokenizer
+from kdfast.cache.capture.output_layer import output_layer, vocabulary_of
 from kdfast.divergences import Divergence
 from kdfast.labels.head import OutputLayer
 from kdfast.models import call, device_of, evaluating
 
-__all__ = ["capture_lm", "next_tokens", "output_layer", "windows"]
+__all__ = ["capture_lm", "next_tokens", "windows"]
 
 NO_TARGET = -100  # of a window's last position
 AGREEMENT = 0.02  # of the largest logit: bfloat16 through an output layer
@@ -79,8 +80,7 @@ def capture_lm(
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     corpus = windows(tokenizer, documents, max_length, add_special_tokens=add_special_tokens)
-    layer = _layer(model)
-    size = layer.vocab_size if layer is not None else _vocab_size(model)
+    size = vocabulary_of(model)
     if codec == "auto":
         codec, chosen, _ = codecs.choose(size, temperatures, divergence, prototypes=True)
         options = {**chosen, **options}
@@ -143,42 +143,6 @@ def windows(
 def next_tokens(ids: Tensor) -> Tensor:
     """(length,) int64 targets of a window's rows: the ids shifted by one, and -100 (none) at the end."""
     return torch.cat([ids[1:].long(), torch.tensor([NO_TARGET], device=ids.device)])
-
-
-def output_layer(model: Any) -> OutputLayer:
-    """The output layer of a Hugging Face causal model, which turns its last hidden states into logits.
-
-    It includes the model's logit scale and softcap.
-
-    Raises:
-        ValueError: the model does not say what its output layer is.
-    """
-    layer = _layer(model)
-    if layer is None:
-        raise ValueError(f"a {type(model).__name__} has no get_output_embeddings() with a weight")
-    return layer
-
-
-def _layer(model: Any) -> OutputLayer | None:
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if found is None:
-        return None
-    config = getattr(model, "config", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    bias = getattr(found, "bias", None)
-    return OutputLayer(
-        found.weight.detach(),
-        None if bias is None else bias.detach(),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _vocab_size(model: Any) -> int:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None:
-        raise ValueError(f"a {type(model).__name__} has neither get_output_embeddings() nor config.vocab_size")
-    return int(size)
 
 
 def _check_agreement(model: Any, layer: OutputLayer, ids: Tensor) -> None:
