@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdfast._record_keys import NON_MODEL_FIELDS, record_keys
 
 __all__ = [
+    "FLOATS",
     "NON_MODEL_FIELDS",
     "BatchFields",
     "apply",
@@ -21,11 +22,14 @@ __all__ = [
     "check_plain",
     "device_of",
     "evaluating",
+    "is_encoder_decoder",
     "logits_of",
     "move",
+    "unwrap",
+    "with_decoder_inputs",
 ]
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,7 @@ def check_plain(name: str, x: object) -> None:
         raise TypeError(
             f"{name} is a DTensor: pass {name}.full_tensor(), or its to_local() and group= if the vocabulary is shared"
         )
-    if x.is_floating_point() and x.dtype not in _FLOATS:
+    if x.is_floating_point() and x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}: pass {name}.float()")
 
 
@@ -161,10 +165,51 @@ def check_logits(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of logits, got {type(x).__name__}")
     check_plain(name, x)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16 logits, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"{name} must be (..., vocabulary), got a scalar")
     if x.shape[-1] < 1:
         raise ValueError(f"{name} must have a vocabulary of at least 1, got shape {tuple(x.shape)}")
     return x
+
+
+def unwrap(model: Any) -> Any:
+    """What DDP, FSDP, ``DataParallel`` and ``torch.compile`` have wrapped, through any number of them."""
+    while isinstance(model, nn.Module):
+        inner = model._modules.get("_orig_mod")
+        if inner is None and type(model).__module__.startswith("torch."):
+            inner = model._modules.get("module") or model._modules.get("_fsdp_wrapped_module")
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def with_decoder_inputs(model: Any, arguments: Any, labels: Any) -> Any:
+    """``arguments``, where an encoder-decoder would lack its decoder's inputs with those that it makes of the labels.
+
+    Args:
+        model: a module, wrapped or not.
+        arguments: what it is called with. Only a mapping is added to.
+        labels: the decoder's targets, if there are any.
+
+    Raises:
+        ValueError: there are labels, and the model does not say how it makes inputs of them.
+    """
+    inner = unwrap(model)
+    if not isinstance(arguments, Mapping) or not isinstance(labels, Tensor) or not is_encoder_decoder(inner):
+        return arguments
+    if any(arguments.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return arguments
+    if not hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(
+            f"a {type(inner).__name__} needs decoder_input_ids: give them besides the labels, for it has no "
+            "prepare_decoder_input_ids_from_labels"
+        )
+    return {**arguments, "decoder_input_ids": inner.prepare_decoder_input_ids_from_labels(labels=labels)}
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model's rows are its decoder's, while ``attention_mask`` is its encoder's."""
+    return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))

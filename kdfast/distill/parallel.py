@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdfast.labels.head import is_distributed
+from kdfast.labels.output_module import is_distributed
 
 __all__ = [
     "all_gather_object",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.labels.digest import TensorDigest
-from kdfast.models import check_plain
+from kdfast.labels.output_module import is_distributed, weight_and_bias
+from kdfast.labels.running import run_to_output_layer
+from kdfast.models import FLOATS, check_plain
 
 __all__ = ["Head", "OutputLayer"]
 
@@ -21,12 +23,13 @@ class OutputLayer:
     """``softcap * tanh(x / softcap)`` of ``x = scale * (hidden @ weight.T + bias)``; without ``softcap`` x itself.
 
     Args:
-        weight: (vocab, d), any float type.
+        weight: (vocab, d), any float type; or the ``nn.Linear`` that has weight and bias, as ``Head`` takes it.
         bias: (vocab,), or None.
         scale: of the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: Gemma 2's ``final_logit_softcapping``.
 
     Raises:
+        TypeError: a weight or bias that is no tensor; a module that is no plain ``nn.Linear``.
         ValueError: shapes that do not fit, a scale or softcap that is not positive.
     """
 
@@ -37,6 +40,7 @@ class OutputLayer:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
+        _take_tensors(self)
         if self.weight.dim() != 2 or not self.weight.is_floating_point():
             raise ValueError(
                 f"weight must be floating-point (vocab, d), got {self.weight.dtype} {tuple(self.weight.shape)}"
@@ -93,11 +97,17 @@ class Head:
 
     ``kd_loss`` takes it for the student's logits, the teacher's, or both, and multiplies out some rows at a time::
 
-        kd_loss(Head(hidden, model.lm_head.weight), teacher)   # kd_loss(model.lm_head(hidden), teacher)
+        kd_loss(Head(hidden, model.lm_head), teacher)   # kd_loss(model.lm_head(hidden), teacher)
+
+    Many models scale or cap their logits after the layer, adapters change the layer, and calling a part of a wrapped
+    model leaves out what wraps it: DDP, FSDP, autocast. ``Head.of`` runs the whole model and sees to all of that::
+
+        kd_loss(Head.of(model, **inputs), teacher)             # kd_loss(model(**inputs).logits, teacher)
 
     Args:
         hidden: (..., d), of the weight's dtype.
-        weight, bias, scale, softcap: the layer, as ``OutputLayer`` takes them.
+        weight: (vocab, d); or the ``nn.Linear`` that has weight and bias. Gradients reach its parameters.
+        bias, scale, softcap: of the layer, as ``OutputLayer`` takes them.
         logits_dtype: what the products are summed in and rounded to: float32 (float64 for float64). A narrow one saves
             time where a processor has no products of narrow numbers with wide sums; near the teacher its gradient is
             mostly rounding.
@@ -118,6 +128,9 @@ class Head:
     weight_grad: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hidden, Tensor):
+            raise TypeError(f"hidden must be a tensor of hidden states, got {type(self.hidden).__name__}")
+        _take_tensors(self)
         for name, x in (("hidden", self.hidden), ("weight", self.weight)):
             if is_distributed(x):
                 raise TypeError(
@@ -125,6 +138,8 @@ class Head:
                     "inside the wrapped module's forward, where it is whole"
                 )
             check_plain(name, x)
+            if x.dtype not in FLOATS:
+                raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
         layer = self.layer
         if self.hidden.dim() < 1 or self.hidden.shape[-1] != layer.width:
             raise ValueError(f"hidden must be (..., {layer.width}) for this weight, got {tuple(self.hidden.shape)}")
@@ -137,6 +152,55 @@ class Head:
                 f"logits_dtype must be float32 or the weight's {self.weight.dtype}, got {self.logits_dtype}"
             )
         _check_weight_grad(self.weight, self.weight_grad)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *args: Any,
+        layer: nn.Module | str | None = None,
+        return_output: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        """Run a model up to its output layer: the ``Head`` that stands for ``model(*args, **inputs).logits``::
+
+            with torch.no_grad():
+                large = Head.of(teacher, **inputs)
+            loss = kd_loss(Head.of(student, **inputs), large, labels, shift=True)
+
+        The model runs as it is called, through DDP, FSDP, autocast, ``accelerate``, PEFT and checkpointing, so hidden
+        states come in the dtype and with the gradients that it gives them. (What ``torch.compile`` has compiled runs
+        eagerly.) Its output layer multiplies out one row. A scale (Cohere, Granite, Falcon-H1) and a softcap (Gemma 2)
+        that the model applies afterwards are measured at its first call. Gradients reach the output layer's own weight
+        and bias, tied ones too.
+
+        Calling ``model.model(**inputs)`` instead, a part of a wrapped model, runs without what wraps it: DDP and FSDP
+        then do not reduce its gradients, and ``accelerate`` computes in float32.
+
+        Args:
+            model: a module that calls its output layer, an ``nn.Linear``, once. Under DDP and FSDP the wrapped one.
+            args, inputs: what it is called with. ``labels`` do not reach it, since its own loss needs logits; an
+                encoder-decoder's make its ``decoder_input_ids``.
+            layer: the output layer, or its name within the model. By default ``model.get_output_embeddings()``.
+            return_output: return the pair (head, output) instead, with what the model returned. In a Hugging Face
+                output ``logits`` is the head; the other fields are the model's.
+
+        Returns:
+            A ``Head`` whose ``shape`` is that of the model's logits.
+
+        Raises:
+            TypeError: a model without a known output layer; a layer that is adapted (LoRA), quantised, sharded or of
+                another kind.
+            ValueError: an output layer that is not called once, or logits that are not ``softcap * tanh(x / softcap)``
+                of ``x = scale * (hidden @ weight.T + bias)``.
+        """
+        run = run_to_output_layer(model, layer, args, inputs)
+        head = cls(run.hidden, run.weight, run.bias, scale=run.scale, softcap=run.softcap)
+        if not return_output:
+            return head
+        if hasattr(run.output, "logits"):
+            run.output.logits = head
+        return head, run.output
 
     @property
     def layer(self) -> OutputLayer:
@@ -166,10 +230,12 @@ class Head:
         return self.layer.logits(self.hidden)
 
 
-def is_distributed(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor, as FSDP2 makes of parameters."""
-    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there if it is one
-    return module is not None and isinstance(x, module.DTensor)
+def _take_tensors(layer: OutputLayer | Head) -> None:
+    """Put a module's tensors in the module's place."""
+    weight, bias = weight_and_bias(layer.weight, layer.bias)
+    if weight is not layer.weight:
+        object.__setattr__(layer, "weight", weight)
+        object.__setattr__(layer, "bias", bias)
 
 
 def _check_weight_grad(weight: Tensor, grad: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """Averaged over processes, gradients are those of one process that has the whole batch."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,55 @@ def ddp(rank, world):
     train(rank, world, DistributedDataParallel, 2)
 
 
+class Model(Student):
+    """A model that returns logits, with a scale and a layer that no row may need."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids):
+        return 2.0 * self.head(self.body(self.embed(ids)).tanh())
+
+
+def train_by_head_of(rank, world, wrap):
+    _, ids, teacher, labels = make()
+    torch.manual_seed(1)
+    model = Model()
+    model.spare.requires_grad_(False)
+    whole = copy.deepcopy(model)
+    kd_loss(whole(ids), teacher, labels, ce_weight=0.5, shift=True).backward()
+    wrapped = wrap(model)
+    mine = [x.chunk(world)[rank] for x in (ids, teacher, labels)]
+    items = global_items(mine[2], shift=True)
+    for _ in range(2):
+        model.zero_grad()
+        head = Head.of(wrapped, mine[0], layer="head")
+        kd_loss(head, mine[1], mine[2], ce_weight=0.5, shift=True, num_items=items).backward()
+        for name, parameter in whole.named_parameters():
+            grad = model.get_parameter(name).grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            if parameter.grad is not None:
+                assert torch.allclose(grad, parameter.grad, rtol=1e-4, atol=1e-6), (name, grad, parameter.grad)
+
+
+def fsdp_by_layer(model):
+    fully_shard(model.body)
+    return fully_shard(model)
+
+
+def head_of(rank, world):
+    train_by_head_of(rank, world, DistributedDataParallel)
+    train_by_head_of(rank, world, partial(DistributedDataParallel, find_unused_parameters=True))
+    train_by_head_of(rank, world, partial(DistributedDataParallel, static_graph=True))
+    train_by_head_of(rank, world, fully_shard)
+    train_by_head_of(rank, world, fsdp_by_layer)
+    unit = Model()
+    fully_shard(unit.head)
+    with pytest.raises(ValueError, match="FSDP unit of its own"):
+        Head.of(fully_shard(unit), make()[1], layer="head")
+
+
 def fsdp(rank, world):
     train(rank, world, fully_shard, 1)
     train(rank, world, fully_shard, 2)
@@ -75,7 +125,7 @@ def fsdp(rank, world):
         Head(torch.randn(2, WIDTH), student.head.weight)
 
 
-@pytest.mark.parametrize("wrapped", [ddp, fsdp])
+@pytest.mark.parametrize("wrapped", [ddp, fsdp, head_of])
 def test_gradients_are_those_of_the_whole_batch(wrapped):
     processes.run(wrapped, 2)
 

@@ -13,13 +13,14 @@ from kdfast.cache import codecs
 from kdfast.cache.capture.capture import capture
 from kdfast.cache.capture.corpus import Corpus, Document, cut
 from kdfast.cache.capture.fingerprint import fingerprint, with_tokenizer
+from kdfast.cache.capture.output_layer import output_layer, vocabulary_of
 from kdfast.cache.capture.report import CaptureReport
 from kdfast.cache.capture.suitable import check_causal, check_fits
 from kdfast.divergences import Divergence
 from kdfast.labels.head import OutputLayer
 from kdfast.models import call, device_of, evaluating
 
-__all__ = ["capture_lm", "next_tokens", "output_layer", "windows"]
+__all__ = ["capture_lm", "next_tokens", "windows"]
 
 NO_TARGET = -100  # of a window's last position
 AGREEMENT = 0.02  # of the largest logit: bfloat16 through an output layer
@@ -107,11 +108,9 @@ def capture_lm(
         progress=progress,
     )
     check_fits(model, corpus)
-    layer = _layer(model)
+    size = width = vocabulary_of(model)
     if vocab_size is not None:
-        width = vocab_size if layer is None else layer.vocab_size
-        options = _narrowed(options, vocab_size, width)
-    size = vocab_size or (layer.vocab_size if layer is not None else _vocab_size(model))
+        options, size = _narrowed(options, vocab_size, width), vocab_size
     if codec == "auto":
         codec, chosen, _ = codecs.choose(size, temperatures, divergence, prototypes=True)
         options = {**chosen, **options}
@@ -173,42 +172,6 @@ def windows(
 def next_tokens(ids: Tensor) -> Tensor:
     """(length,) int64 targets of a window's rows: the ids shifted by one, and -100 (none) at the end."""
     return torch.cat([ids[1:].long(), torch.tensor([NO_TARGET], device=ids.device)])
-
-
-def output_layer(model: Any) -> OutputLayer:
-    """The output layer of a Hugging Face causal model, which turns its last hidden states into logits.
-
-    It includes the model's logit scale and softcap.
-
-    Raises:
-        ValueError: the model does not say what its output layer is.
-    """
-    layer = _layer(model)
-    if layer is None:
-        raise ValueError(f"a {type(model).__name__} has no get_output_embeddings() with a weight")
-    return layer
-
-
-def _layer(model: Any) -> OutputLayer | None:
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if found is None:
-        return None
-    config = getattr(model, "config", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    bias = getattr(found, "bias", None)
-    return OutputLayer(
-        found.weight.detach(),
-        None if bias is None else bias.detach(),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _vocab_size(model: Any) -> int:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None:
-        raise ValueError(f"a {type(model).__name__} has neither get_output_embeddings() nor config.vocab_size")
-    return int(size)
 
 
 def _narrowed(options: dict[str, Any], vocab_size: int, width: int) -> dict[str, Any]:

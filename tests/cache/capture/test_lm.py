@@ -225,13 +225,13 @@ def test_auto_takes_prototypes_of_a_large_vocabulary(tmp_path, large_model):
 def test_a_model_that_does_more_than_its_output_layer_is_refused(tmp_path, model):
     hook = model.lm_head.register_forward_hook(lambda module, args, output: output * 1.5)
     try:
-        with pytest.raises(ValueError, match="LlamaForCausalLM do not give its logits"):
+        with pytest.raises(ValueError, match="output layer of LlamaForCausalLM does not return hidden @ weight"):
             run(model, IDS, tmp_path, codec="hidden")
     finally:
         hook.remove()
-    model.config.logit_scale = 1.5
+    model.config.logit_scale = 1.5  # which this model's forward does not look at
     try:
-        assert output_layer(model).scale == 1.5
+        assert output_layer(model).scale == 1.0
     finally:
         del model.config.logit_scale
 

@@ -1,0 +1,107 @@
+"""Modules as output layers: which one a model has, and its weight and bias if it computes nothing else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.models import unwrap
+
+__all__ = ["check_linear", "find_output_module", "is_distributed", "weight_and_bias"]
+
+_MEND = "take the logits, or merge the adapter into the layer first (merge_and_unload(), merge_lora())"
+
+
+def weight_and_bias(weight: object, bias: object) -> tuple[Tensor, Tensor | None]:
+    """The tensors of an output layer that is given as a module, or as a weight and a bias.
+
+    Raises:
+        TypeError: neither; or a module that does more than multiply by its weight and add its bias.
+    """
+    if isinstance(weight, nn.Module):
+        if bias is not None:
+            raise TypeError(f"a {type(weight).__name__} brings its own bias: leave bias out")
+        layer = check_linear(weight)
+        _check_no_hooks(layer)
+        return layer.weight, layer.bias
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            "weight must be a (vocab, d) tensor or the nn.Linear that it belongs to, such as model.lm_head, got "
+            f"{type(weight).__name__}"
+        )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a (vocab,) tensor or None, got {type(bias).__name__}")
+    return weight, bias
+
+
+def check_linear(module: nn.Module) -> nn.Linear:
+    """``module``, if it is a linear layer whose ``weight`` and ``bias`` are all that its ``forward`` uses.
+
+    Raises:
+        TypeError: an adapter (its ``weight`` is that of the frozen base), a quantised layer, or a module of another
+            kind.
+    """
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if hasattr(module, "base_layer") or any(name.startswith("lora_") for name, _ in module.named_children()):
+        raise TypeError(f"the output layer is adapted (a {kind}), and its weight is the base's alone: {_MEND}")
+    if not isinstance(module, nn.Linear):
+        raise TypeError(
+            f"the output layer is a {kind}, not an nn.Linear: {_MEND}; or give the (vocab, d) weight that it "
+            "multiplies by, if that is all it does"
+        )
+    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's only moves weights
+    if type(module).forward is not nn.Linear.forward or replaced:
+        raise TypeError(f"the output layer is a {kind} with a forward of its own: {_MEND}")
+    weight = module.weight
+    plain = type(weight) in (Tensor, nn.Parameter) or is_distributed(weight) or torch.compiler.is_compiling()
+    if not plain or not weight.is_floating_point():
+        raise TypeError(
+            f"the output layer's weight is quantised (a {type(weight).__name__} of {weight.dtype}): take the logits, "
+            "or leave the output layer out of the quantisation"
+        )
+    return module
+
+
+def _check_no_hooks(module: nn.Module) -> None:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if hooks:
+        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+        raise TypeError(
+            f"the output layer has forward hooks ({names}), which a loss of its weight would not run: remove them, "
+            "take the logits, or let Head.of(model, **inputs) run the model"
+        )
+
+
+def find_output_module(model: Any, layer: nn.Module | str | None = None) -> nn.Module | None:
+    """The module that makes a model's logits; of one that adapters replace, the one in use. None: it does not say.
+
+    Args:
+        model: a module, wrapped or not.
+        layer: the module, or its name within ``model``. By default ``model.get_output_embeddings()``.
+    """
+    inner = unwrap(model)
+    if isinstance(layer, str):
+        found = inner.get_submodule(layer)
+    elif layer is None:
+        found = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    else:
+        found = layer
+    copies = getattr(found, "modules_to_save", None)  # PEFT trains a copy of the whole layer
+    if not isinstance(copies, nn.ModuleDict):
+        return found
+    active = [name for name in _names(getattr(found, "active_adapter", ())) if name in copies]
+    disabled = getattr(found, "disable_adapters", False)
+    return copies[active[0]] if active and not disabled else getattr(found, "original_module", found)
+
+
+def _names(active: Any) -> list[str]:
+    return [active] if isinstance(active, str) else list(active)
+
+
+def is_distributed(x: object) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 makes of parameters."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and there if it is one
+    return module is not None and isinstance(x, module.DTensor)
