@@ -194,6 +194,8 @@ class Head:
             ValueError: an output layer that is not called once, or logits that are not ``softcap * tanh(x / softcap)``
                 of ``x = scale * (hidden @ weight.T + bias)``.
         """
+        if torch.compiler.is_compiling():  # hooks are no part of a graph
+            return torch.compiler.disable(cls.of)(model, *args, layer=layer, return_output=return_output, **inputs)
         run = run_to_output_layer(model, layer, args, inputs)
         head = cls(run.hidden, run.weight, run.bias, scale=run.scale, softcap=run.softcap)
         if not return_output:

@@ -97,7 +97,7 @@ def check_vocabularies(student: int, teacher: int, vocab: str) -> None:
         raise TypeError(f'vocab must be "same" or "shared", got {type(vocab).__name__}')
     if vocab not in ("same", "shared"):
         raise ValueError(f'vocab must be "same" or "shared", got {vocab!r}')
-    if vocab == "same" and not _is_padding(*sorted((student, teacher))):
+    if vocab == "same" and not _is_padding(min(student, teacher), max(student, teacher)):
         raise ValueError(
             f"the student has {student} classes, the teacher {teacher}: more than the padding of one vocabulary. If "
             f'the first {min(student, teacher)} are the same classes, vocab="shared" compares these'
