@@ -130,6 +130,7 @@ class _Draw:
         if logits is not None and teacher_logits is not None:
             self.mask(logits, teacher_logits)
         options, entries = self.options(kind, shape, columns)
+        options["vocab"] = "same" if other == columns else "shared"
         shift = options["shift"]
         labels = self.labels(shape, columns, logits, div, shift)
         self.weights(options, shape, labels)
@@ -331,6 +332,9 @@ class _Draw:
     def weights(self, options: dict[str, Any], shape: tuple[int, ...], labels: Tensor | None) -> None:
         if labels is None:
             options["ce_weight"] = 0.0
+        weights = [options[name] for name in ("kd_weight", "ce_weight", "z_weight")]
+        if not any(isinstance(w, Tensor) or w for w in weights):
+            options["return_parts"] = False  # of no term at all
         if isinstance(options["ce_weight"], float) and options["ce_weight"] == 0.0:
             options["label_smoothing"] = 0.0
         how = self.rng.random()

@@ -87,8 +87,8 @@ def _counted(case: Case) -> Tensor:
     if case.options["shift"]:
         counted &= (torch.arange(rows) + 1) % case.shape[-1] != 0
     mask = case.options.get("row_weight")
-    if mask is not None and mask.dtype == torch.bool:
-        counted &= mask.reshape(-1)
+    if mask is not None and mask.dtype == torch.bool:  # of the labels, as they are compared
+        counted &= (mask.roll(-1, -1) if case.options["shift"] else mask).reshape(-1)
     return counted if case.present is None else counted & case.present
 
 
@@ -213,7 +213,7 @@ def check(case: Case) -> str | None:
         if fault is None:
             fault = _compare_grad(name, mine, right, eager, unit, size, case.student_head is not None)
     if fault is None and parts is not None:
-        fault = _compare_parts(case, parts, exact_parts, counted)
+        fault = _compare_parts(case, parts, exact_parts)
     return fault
 
 
@@ -282,21 +282,27 @@ def _compare_grad(
     )
 
 
-def _compare_parts(case: Case, parts: Any, exact: dict[str, Tensor], counted: Tensor) -> str | None:
-    given = case.options.get("row_weight")
-    if given is not None and given.dtype != torch.bool:
-        return None
+def _compare_parts(case: Case, parts: Any, exact: dict[str, Tensor]) -> str | None:
+    weighs = _weighs(case)
     for name, values in exact.items():
         ours = getattr(parts, name).double()
         if case.options["reduction"] == "none":
-            right = values.reshape(case.shape)
+            right = torch.where(weighs, values, 0.0).reshape(case.shape)
             right = right[..., :-1] if case.options["shift"] else right
         else:
-            right = values.sum() / max(int(counted.sum()), 1)
+            right = values[weighs].sum() / max(int(weighs.sum()), 1)
         finite = torch.isfinite(right)
         if not torch.allclose(ours[finite], right[finite], rtol=1e-3, atol=1e-3):
             return f"parts.{name} {ours.tolist()}, wanted {right.tolist()}"
     return None
+
+
+def _weighs(case: Case) -> Tensor:
+    """The rows that weigh something in the loss: parts are theirs."""
+    rows = range(math.prod(case.shape))
+    names = ("kd_weight", "ce_weight", "z_weight")
+    terms = [any(float(_number(case.options[name], row, torch.float64)) for name in names) for row in rows]
+    return torch.tensor(terms) & (_row_weight(case) != 0.0) & _counted(case)
 
 
 def run(seed: int, cases: int | None, seconds: float | None) -> tuple[int, list[dict[str, Any]], Counter[str]]:
