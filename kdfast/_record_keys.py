@@ -23,7 +23,8 @@ PER_TOKEN_DIMS = 3  # a tensor of more is an image, whatever its first sizes are
 class InputsKey(bytes):
     """A record's key where more than its ids is the model's: a digest, which says in messages what it is of."""
 
-    parts: str
+    ids: Any = None  # of the record
+    parts = ""  # the names of all that it is of
 
     @classmethod
     def of(cls, ids: Any, rows: Mapping[str, Any]) -> InputsKey:
@@ -31,11 +32,13 @@ class InputsKey(bytes):
         for name, row in [("input_ids", ids), *sorted(rows.items())]:
             digest.update(_canonical(name, row))
         key = cls(digest.digest())
-        key.parts = f"the record of ids {[int(i) for i in ids[:4]]} ({len(ids)} in all), {', '.join(sorted(rows))}"
+        key.ids, key.parts = ids, ", ".join(sorted(rows))
         return key
 
     def __repr__(self) -> str:
-        return getattr(self, "parts", super().__repr__())
+        if self.ids is None:
+            return super().__repr__()
+        return f"the record of ids {[int(i) for i in self.ids[:4]]} ({len(self.ids)} in all), {self.parts}"
 
 
 def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:

@@ -26,6 +26,12 @@ __all__ = [
 Number = float | Tensor
 
 
+PADDED = (
+    ": a cache has rows for real tokens alone. Take the student's rows and labels by the mask, as in "
+    "student[attention_mask.bool()], or pad the teacher's: cache.gather of kdfast.cache.mask_spans(key, mask)"
+)
+
+
 def values_are_checked() -> bool:
     """Whether KDFAST_CHECK=1 asks for checks of the values inside tensors, which wait for the device."""
     return os.environ.get("KDFAST_CHECK", "") == "1"
@@ -42,6 +48,7 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
         if len(teacher) != rows:
             raise ValueError(
                 f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
+                + PADDED * (len(teacher) < rows and len(student.shape) > 2)
             )
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)
