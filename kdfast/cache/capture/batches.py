@@ -100,7 +100,8 @@ class Fields(BatchFields):
 def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
     rows = logits[None] if logits.dim() == 1 else logits
     if rows.dim() != 2:
-        raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}")
+        several = "; several layers of a row's hidden states are a cache each" if rows.dim() == 3 else ""
+        raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}{several}")
     if targets is not None:
         targets = torch.as_tensor(targets).reshape(-1)
     if views is not None and not isinstance(views, Sequence):

@@ -437,6 +437,11 @@ def test_fingerprints_change_with_config_names_types_and_bits():
         ({"targets": lambda batch: torch.zeros(3, 2).long()}, ValueError, "targets of a record must .* 5, got 2"),
         ({"mask": lambda batch: batch["input_ids"][:, 1:] > 0}, RuntimeError, "size"),
         ({"outputs": lambda output, batch: output[..., None]}, ValueError, r"must be \(rows, vocab\) or"),
+        (
+            {"outputs": lambda output, batch: output[..., None]},
+            ValueError,
+            r"got \(5, 9, 1\); several layers of a row's hidden states are a cache each",
+        ),
         ({"epochs": 0}, ValueError, "epochs must be positive"),
         ({"reuse": "again"}, ValueError, "reuse .* got 1 and 'again'"),
     ],
@@ -592,6 +597,7 @@ def test_reports_add_up_and_survive_pickling():
     a = kdfast.cache.CaptureReport(1, 2, 3, 4, known=5, conflicts=6)
     total = kdfast.cache.CaptureReport.total([a, pickle.loads(pickle.dumps(a))])
     assert (*total, total.known, total.duplicates, total.conflicts, total.bad) == (2, 4, 6, 8, 10, 0, 12, 0)
+    assert repr(a).endswith("rows=4, known=5, duplicates=0, conflicts=6, bad=0)")
 
 
 # ---- rows that cannot be stored -------------------------------------------------------------------------------------
