@@ -75,8 +75,12 @@ class Fields(BatchFields):
         """
         masks, targets = (None if f is None else f(batch) for f in (self.mask, self.targets))
         real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        plain = self.mask is self.targets is self.inputs is self.outputs is self.key is None
         found = []
-        for i in range(len(keys)):
+        for i, name in enumerate(keys):
+            if plain and isinstance(name, Tensor):  # text: a row for each token, or one for all
+                found.append([Mark(None, 1), Mark(None, len(name))])
+                continue
             ids = None if targets is None else torch.as_tensor(targets[i]).reshape(-1).cpu()
             kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
             length = next((len(x) for x in (kept, ids) if x is not None), None)

@@ -62,7 +62,8 @@ class CacheDataset(Dataset[_Item]):
             position stands for the example if None.
         collate: makes a batch of a list of examples.
         compare_targets: compare the labels of a batch, the field ``labels`` of a mapping or the second item of a tuple,
-            with the targets that the cache was captured with. False for labels that are meant to differ.
+            with the targets that the cache was captured with, where an example has one whole record. False for labels
+            that are meant to differ.
 
     A batch's labels are concatenated, without padding: of padded tokens the student's rows are taken by
     ``attention_mask.bool()``, or each example's keys are ``mask_spans(key, mask)``, which pad to the mask's length.

@@ -591,6 +591,16 @@ def test_another_mask_than_the_records_were_stored_with_is_refused(tmp_path, tea
     assert run(teacher, batches(), tmp_path / "masked", mask=even).skipped == 6
     with pytest.raises(CacheMismatchError, match=r"is in the cache with \d rows, and has \d now: .* another mask="):
         run(teacher, batches(), tmp_path / "whole", mask=even)
+    with pytest.raises(CacheMismatchError, match=r"is in the cache with \d rows, and has \d now: .* another mask="):
+        run(teacher, batches(), tmp_path / "masked")
+
+
+def test_one_row_of_a_text_is_no_other_mask(tmp_path):
+    def classifies(input_ids, attention_mask):
+        return torch.nn.functional.one_hot(input_ids.sum(1) % VOCAB, VOCAB).float()
+
+    for skipped in (0, 6):
+        assert run(classifies, batches(), tmp_path, teacher="t").skipped == skipped
 
 
 def test_reports_add_up_and_survive_pickling():
