@@ -75,7 +75,7 @@ class Fields(BatchFields):
         """
         masks, targets = (None if f is None else f(batch) for f in (self.mask, self.targets))
         real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        plain = self.mask is self.targets is self.inputs is self.outputs is self.key is None
+        plain = all(f is None for f in (self.mask, self.targets, self.inputs, self.outputs, self.key))
         found = []
         for i, name in enumerate(keys):
             if plain and isinstance(name, Tensor):  # text: a row for each token, or one for all

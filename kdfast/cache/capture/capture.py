@@ -186,10 +186,11 @@ class _Run:
         self._ran += 1
 
     def _add(self, part: Part) -> bool:
-        """Add a record, of which the writer keeps what it has. False if it has a bad row, and such are left out."""
+        """Add what lacks of a record. False if it has a bad row, and such are left out."""
         try:
             for name in _names(part.key, self._replicas):
-                self._writer.add(name, part.logits, targets=part.targets, views=part.views)
+                if name not in self._writer:
+                    self._writer.add(name, part.logits, targets=part.targets, views=part.views)
         except ValueError as error:
             if isinstance(error, CacheError) or not bad_row(part.logits):
                 raise
