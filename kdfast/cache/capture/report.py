@@ -139,7 +139,7 @@ class Repeats:
             if before is not now:
                 self.duplicates += 1
                 if before.differs(now):
-                    self._conflict(key)
+                    self._conflict(key, 5)
             elif had:
                 old.append((key, now.targets, [mark.rows for mark in either if mark.rows is not None]))
         self.known += len(old)
@@ -164,16 +164,16 @@ class Repeats:
                     "or another path"
                 )
             if checksums and targets >= 0 and targets not in checksums:
-                self._conflict(key)
+                self._conflict(key, 6)
 
-    def _conflict(self, key: Any) -> None:
+    def _conflict(self, key: Any, stacklevel: int) -> None:
         self.conflicts += 1
         if self.conflicts == 1:
             warnings.warn(
                 f"{describe(key)} came again with other targets or logits: the record that is stored stays, and is "
                 "served for both. Keys must tell records apart: give key=(lambda batch: ...), such as whole paths. "
                 "CaptureReport.conflicts counts them",
-                stacklevel=4,
+                stacklevel=stacklevel,  # who has called capture
             )
 
 

@@ -334,8 +334,11 @@ def test_images_have_one_row_a_target_and_a_view_each(tmp_path):
 
 
 def test_keys_of_a_tensor_are_the_numbers_in_it(tmp_path):
-    run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path, key=lambda batch: torch.tensor([7, 8]), teacher="t")
-    assert 7 in kdfast.cache.open(tmp_path)
+    for name, keys in (("one", torch.tensor([7, 8])), ("each", list(torch.tensor([7, 8])))):
+        run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path / name, key=lambda batch, keys=keys: keys, teacher="t")
+        assert 7 in kdfast.cache.open(tmp_path / name)
+    with pytest.raises(TypeError, match="key must give one key per record, got one str, 'ab'"):
+        run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path / "no", key=lambda batch: "ab", teacher="t")
 
 
 @codecs.register
@@ -541,8 +544,11 @@ def folder():
 
 def test_images_that_share_a_name_are_counted_and_warned_of(tmp_path, folder):
     names, x, y = folder
-    with pytest.warns(UserWarning, match=r"'0.png' came again with other targets or logits.*key=\(lambda batch"):
+    with pytest.warns(
+        UserWarning, match=r"'0.png' came again with other targets or logits.*key=\(lambda batch"
+    ) as warned:
         report = pictures(lambda x: x, tmp_path / "names", [name[4:] for name in names], x, y)
+    assert warned[0].filename == __file__
     assert report[:4] == (4, 0, 8, 8)
     assert (report.known, report.duplicates, report.conflicts, report.bad) == (0, 8, 8, 0)
     assert report.text() == (
