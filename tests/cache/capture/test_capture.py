@@ -461,6 +461,9 @@ def test_the_bar_tells_batches_and_rows(tmp_path, teacher, capsys, monkeypatch):
     assert re.fullmatch(
         r"(capture: \d/6 batches, [\d,]+ rows/s, after 0:00:0\d(, 0:00:0\d left)?\n){7}", capsys.readouterr().err
     )
+    capture(teacher, list(batches()), tmp_path / "learned", vocab_size=VOCAB, codec="prototype")
+    shown = capsys.readouterr().err
+    assert (shown.count("learn: "), shown.count("capture: ")) == (3 * 6 + 1, 7)
 
 
 # ---- codec="auto" ---------------------------------------------------------------------------------------------------
