@@ -23,7 +23,8 @@ PER_TOKEN_DIMS = 3  # a tensor of more is an image, whatever its first sizes are
 class InputsKey(bytes):
     """A record's key where more than its ids is the model's: a digest, which says in messages what it is of."""
 
-    parts: str
+    ids: Any = None  # of the record
+    parts = ""  # the names of all that it is of
 
     @classmethod
     def of(cls, ids: Any, rows: Mapping[str, Any]) -> InputsKey:
@@ -31,11 +32,13 @@ class InputsKey(bytes):
         for name, row in [("input_ids", ids), *sorted(rows.items())]:
             digest.update(_canonical(name, row))
         key = cls(digest.digest())
-        key.parts = f"the record of ids {[int(i) for i in ids[:4]]} ({len(ids)} in all), {', '.join(sorted(rows))}"
+        key.ids, key.parts = ids, ", ".join(sorted(rows))
         return key
 
     def __repr__(self) -> str:
-        return getattr(self, "parts", super().__repr__())
+        if self.ids is None:
+            return super().__repr__()
+        return f"the record of ids {[int(i) for i in self.ids[:4]]} ({len(self.ids)} in all), {self.parts}"
 
 
 def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
@@ -43,7 +46,8 @@ def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
 
     Of text alone it is the record's row of ``input_ids`` without padding. Where the model is given more that tells
     records apart, such as ``pixel_values``, ``decoder_input_ids`` or segment ids, it is a digest of the ids and of all
-    that. Padding is no part of a key: where the ``attention_mask`` is 0, and in a decoder's fields where the
+    that. ``labels`` are no part of it where they are classes, or the ids or those that follow, of which no model makes
+    other inputs. Padding is no part of a key: where the ``attention_mask`` is 0, and in a decoder's fields where the
     ``decoder_attention_mask`` is 0, or else the ``labels`` are negative.
 
     Args:
@@ -63,6 +67,8 @@ def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
         return keys
     masks = {"": real, "decoder_": _decoder_mask(arguments, batch)}
     rows = {name: list(_rows(name, value, masks, len(keys))) for name, value in more.items()}
+    if "labels" in more:
+        rows["labels"] = [_labels(row, ids[i]) for i, row in enumerate(rows["labels"])]
     return [_key(key, {name: row[i] for name, row in rows.items() if row[i] is not None}) for i, key in enumerate(keys)]
 
 
@@ -102,12 +108,12 @@ def _rows(name: str, value: Any, masks: Mapping[str, Any], count: int) -> Iterat
             f"the model is given {name}, a {type(value).__name__}{size}, for {count} records, so that nothing tells "
             "what is whose: give key=(lambda batch: ...), which gives one key per record"
         )
-    mask = masks["decoder_" if name.startswith("decoder_") else ""]
+    mask = None if name == "labels" else masks["decoder_" if name.startswith("decoder_") else ""]
     for i in range(count):
         row = value[0 if shared else i]
         if mask is not None and isinstance(value, Tensor) and value.dim() <= PER_TOKEN_DIMS:
             row = row[mask[i]] if value.shape[:2] == mask.shape else row
-        yield None if _granted(name, row) else _without_end(row) if name == "labels" else row
+        yield None if _granted(name, row) else row
 
 
 def _granted(name: str, row: Any) -> bool:
@@ -118,10 +124,19 @@ def _granted(name: str, row: Any) -> bool:
     return name in COUNTED_BY_DEFAULT and torch.equal(row.cpu(), torch.arange(len(row), dtype=row.dtype))
 
 
-def _without_end(labels: Any) -> Any:
-    """A record's labels without the negative ones that pad them."""
-    kept = (torch.as_tensor(labels) >= 0).nonzero().flatten()
-    return labels[: int(kept[-1]) + 1 if len(kept) else 0]
+def _labels(labels: Any, ids: Any) -> Any:
+    """A record's labels without those that pad them; None if the model makes no other input of them than ``ids``.
+
+    A class, and labels that are the ids or those that follow, are what a loss is computed of.
+    """
+    row, own = torch.as_tensor(labels).cpu(), torch.as_tensor(ids).cpu()
+    if row.dim() == 0 or row.is_floating_point():
+        return None if row.dim() == 0 else labels
+    kept = row >= 0
+    if row.shape == own.shape and any(torch.equal(row[kept], x[kept]) for x in (own, own.roll(-1))):
+        return None
+    last = kept.nonzero().flatten()
+    return labels[: int(last[-1]) + 1 if len(last) else 0]
 
 
 def _mask(fields: Mapping[str, Any], name: str, ids: Any) -> Tensor | None:

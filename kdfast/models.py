@@ -74,7 +74,11 @@ class BatchFields:
 
 def _each(keys: Any) -> list[Any]:
     """Numbers of a 1-D tensor are keys one by one, as Python's integers are; rows of a 2-D one are ids."""
-    return keys.tolist() if isinstance(keys, Tensor) and keys.dim() == 1 else list(keys)
+    if isinstance(keys, (str, bytes)):
+        raise TypeError(f"key must give one key per record, got one {type(keys).__name__}, {keys!r}")
+    if isinstance(keys, Tensor) and keys.dim() == 1:
+        return keys.tolist()  # type: ignore[no-any-return]
+    return [key.item() if isinstance(key, Tensor) and key.dim() == 0 else key for key in keys]
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from kdfast._optional import lazy_attributes as _lazy_attributes
 from kdfast._record_keys import record_keys
-from kdfast.cache.capture.capture import CaptureReport, capture
+from kdfast.cache.capture.capture import capture
 from kdfast.cache.capture.fingerprint import fingerprint, head_fingerprint
 from kdfast.cache.capture.lm import capture_lm, windows
 from kdfast.cache.capture.output_layer import output_layer
+from kdfast.cache.capture.report import CaptureReport
 from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.format.keys import Key, replica_key
 from kdfast.cache.format.view import View

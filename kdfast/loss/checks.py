@@ -46,6 +46,10 @@ BACKWARDS = ("fused", "recompute", "inplace", "eager")
 # Each model pads a vocabulary to a multiple of its own. Few classes that differ in number are of other tasks.
 _MANY, _PADDING, _SHARE, _MULTIPLE = 1000, 64, 0.01, 8
 _INDICES = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
+_PADDED = (
+    ": a cache has rows for real tokens alone. Take the student's rows and labels by the mask, as in "
+    "student[attention_mask.bool()], or pad the teacher's: cache.gather of kdfast.cache.mask_spans(key, mask)"
+)
 
 
 def check_student(student: object) -> Tensor | Head:
@@ -58,8 +62,8 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
     if isinstance(teacher, SoftLabels):
         if len(teacher) != rows:
             raise ValueError(
-                f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}. A cache "
-                "has rows of real tokens only: take the student's at attention_mask.bool()"
+                f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
+                + _PADDED * (len(teacher) < rows and len(student.shape) > 2)
             )
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)

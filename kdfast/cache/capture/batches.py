@@ -76,8 +76,12 @@ class Fields(BatchFields):
         """
         masks, targets = (None if f is None else f(batch) for f in (self.mask, self.targets))
         real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        plain = all(f is None for f in (self.mask, self.targets, self.inputs, self.outputs, self.key))
         found = []
-        for i in range(len(keys)):
+        for i, name in enumerate(keys):
+            if plain and isinstance(name, Tensor):  # text: a row for each token, or one for all
+                found.append([Mark(None, 1), Mark(None, len(name))])
+                continue
             ids = None if targets is None else torch.as_tensor(targets[i]).reshape(-1).cpu()
             kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
             length = next((len(x) for x in (kept, ids) if x is not None), None)
@@ -104,7 +108,8 @@ class Fields(BatchFields):
 def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
     rows = logits[None] if logits.dim() == 1 else logits
     if rows.dim() != 2:
-        raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}")
+        several = "; several layers of a row's hidden states are a cache each" if rows.dim() == 3 else ""
+        raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}{several}")
     if targets is not None:
         targets = torch.as_tensor(targets).reshape(-1)
     if views is not None and not isinstance(views, Sequence):

@@ -90,7 +90,8 @@ def capture(
         divergence: the student's, for "auto".
         teacher: the teacher's fingerprint. By default that of the module's weights; a callable needs one.
         inputs: of a batch: the model's argument, tuple of arguments, or mapping of keywords. By default a mapping's
-            fields but ``key`` and ``labels``, a tuple's first item, or the batch, on the model's device.
+            fields but ``key`` and ``labels``, a tuple's first item, or the batch, on the model's device. It depends on
+            the batch alone, for keys may be made of it, too.
         outputs: of the model's output and the batch: (records, vocab) logits, (records, rows, vocab), or a list of
             (rows, vocab). By default the output or its ``logits``. For the ``hidden`` codec: the hidden states.
         key: of a batch: a key per record. By default the field ``key``, or what the model is given of the record:
@@ -127,14 +128,16 @@ def capture(
     _check_on_bad(on_bad, options.get("keys"))
     fields = Fields(inputs=inputs, outputs=outputs, key=key, targets=targets, mask=mask, views=views)
     stream = loader if isinstance(loader, Stream) else Stream(loader)
-    source = _Source(model, stream, fields, open_storage(path), vocab_size, temperatures, on_bad)
+    files = open_storage(path)
     options = codecs.current_options(codec, options)
     if codec == "auto":
         prototypes = "prototypes" in options or not isinstance(loader, Iterator)
         codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
         options = {**chosen, **options}
     wanted = codecs.find(codec)
-    with evaluating(model):
+    learns = progress and wanted.learns_first(options, files)
+    with evaluating(model), Progress("learn", unit="batches", shown=learns) as bar:
+        source = _Source(model, stream, fields, files, vocab_size, temperatures, on_bad, bar)
         options = wanted.prepare(options, source)
     replicas = epochs if reuse == "replicas" and wanted.drawn else 1
     if reuse == "refine" and epochs > 1:
@@ -143,7 +146,7 @@ def capture(
     writer = Writer(path, vocab_size=vocab_size, codec=codec, temperatures=temperatures, teacher=teacher, **options)
     bar = Progress("capture", total=_length(loader), unit="batches", shown=progress)
     with writer, evaluating(model), bar:
-        run = _Run(model, fields, writer, Repeats(source.files), replicas, on_bad)
+        run = _Run(model, fields, writer, Repeats(files), replicas, on_bad)
         start = time.monotonic()
         for batch in stream:
             run.store(batch)
@@ -186,10 +189,11 @@ class _Run:
         self._ran += 1
 
     def _add(self, part: Part) -> bool:
-        """Add a record, of which the writer keeps what it has. False if it has a bad row, and such are left out."""
+        """Add what lacks of a record. False if it has a bad row, and such are left out."""
         try:
             for name in _names(part.key, self._replicas):
-                self._writer.add(name, part.logits, targets=part.targets, views=part.views)
+                if name not in self._writer:
+                    self._writer.add(name, part.logits, targets=part.targets, views=part.views)
         except ValueError as error:
             if isinstance(error, CacheError) or not bad_row(part.logits):
                 raise
@@ -224,6 +228,7 @@ class _Source:
     vocab_size: int
     temperatures: Sequence[float]
     on_bad: str
+    bar: Progress
 
     def first_rows(self) -> Iterator[Tensor]:
         rows = 0
@@ -237,6 +242,7 @@ class _Source:
                 logits = part.logits[: PREPARE_ROWS - rows, : self.vocab_size]
                 rows += len(logits)
                 yield logits
+            self.bar.advance()
             if rows >= PREPARE_ROWS:
                 return
 

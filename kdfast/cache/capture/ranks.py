@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.cache.capture.capture import CaptureReport
 from kdfast.cache.capture.lm import capture_lm
+from kdfast.cache.capture.report import CaptureReport
 from kdfast.cache.codecs.base import PREPARE_ROWS
 from kdfast.cache.write.salvage import salvage
 
@@ -61,11 +61,19 @@ def capture_share(
         if ranks.rank == 0:
             salvage(path, keep=[Ranks(rank, ranks.world).writer for rank in range(ranks.world)])
         wait()
+        first = None
         if ranks.rank == 0 and ranks.world > 1:
             # One table of prototypes for all: who learns it stores some records, and it with them.
-            capture_lm(model, tokenizer, _rows(share, PREPARE_ROWS), path, **arguments)
+            first = capture_lm(model, tokenizer, _rows(share, PREPARE_ROWS), path, **arguments)
         wait()
-        return capture_lm(model, tokenizer, share, path, **arguments)
+        report = capture_lm(model, tokenizer, share, path, **arguments)
+        return report if first is None else _both(first, report)
+
+
+def _both(first: CaptureReport, rest: CaptureReport) -> CaptureReport:
+    """One report of a capture of some windows and of all of them after that, which knew what the first one added."""
+    batches, _, records, rows = first
+    return CaptureReport.total([rest, CaptureReport(batches, 0, records, rows, known=-records)])
 
 
 def _rows(windows: Sequence[Tensor], count: int) -> Sequence[Tensor]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kdfast.cache import codecs
-from kdfast.cache.capture.capture import CaptureReport
 from kdfast.cache.capture.ranks import Ranks
+from kdfast.cache.capture.report import CaptureReport
 from kdfast.cache.errors import CacheError
 from kdfast.cache.format.storage import LocalStorage, open_storage
 

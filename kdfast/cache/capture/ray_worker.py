@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from ray.data import DataIterator
 
-from kdfast.cache.capture.capture import CaptureReport, capture
+from kdfast.cache.capture.capture import capture
 from kdfast.cache.capture.ranks import Ranks
+from kdfast.cache.capture.report import CaptureReport
 from kdfast.cache.capture.stream import Stream
 from kdfast.cache.format.storage import LocalStorage, open_storage
 from kdfast.cache.write.salvage import salvage

@@ -21,7 +21,7 @@ __all__ = ["CaptureReport", "Repeats"]
 
 BITS = 32  # of a sketch
 DIFFERENT = 6  # bits: an angle of 34 degrees between logits. Another batch around a record changes hardly one
-SKETCHED_ROWS = 4  # of a record
+SKETCHED_COLUMNS = 2048  # of a record's last row, at most
 
 
 class _Counts(NamedTuple):
@@ -59,6 +59,10 @@ class CaptureReport(_Counts):
         report = super().__new__(cls, batches, skipped, records, rows)
         report.known, report.duplicates, report.conflicts, report.bad = known, duplicates, conflicts, bad
         return report
+
+    def __repr__(self) -> str:
+        numbers = {**self._asdict(), **vars(self)}
+        return f"CaptureReport({', '.join(f'{name}={number}' for name, number in numbers.items())})"
 
     @classmethod
     def total(cls, reports: Sequence[CaptureReport]) -> CaptureReport:
@@ -135,7 +139,7 @@ class Repeats:
             if before is not now:
                 self.duplicates += 1
                 if before.differs(now):
-                    self._conflict(key)
+                    self._conflict(key, 5)
             elif had:
                 old.append((key, now.targets, [mark.rows for mark in either if mark.rows is not None]))
         self.known += len(old)
@@ -160,21 +164,21 @@ class Repeats:
                     "or another path"
                 )
             if checksums and targets >= 0 and targets not in checksums:
-                self._conflict(key)
+                self._conflict(key, 6)
 
-    def _conflict(self, key: Any) -> None:
+    def _conflict(self, key: Any, stacklevel: int) -> None:
         self.conflicts += 1
         if self.conflicts == 1:
             warnings.warn(
                 f"{describe(key)} came again with other targets or logits: the record that is stored stays, and is "
                 "served for both. Keys must tell records apart: give key=(lambda batch: ...), such as whole paths. "
                 "CaptureReport.conflicts counts them",
-                stacklevel=4,
+                stacklevel=stacklevel,  # who has called capture
             )
 
 
 class _Sketch:
-    """Turns a record's logits into 32 signs of random projections: how many differ tells the angle between two."""
+    """Turns a record's last logits into 32 signs of random projections: how many differ tells the angle between two."""
 
     def __init__(self) -> None:
         self._directions = torch.empty(0, 0)
@@ -185,7 +189,11 @@ class _Sketch:
         result: list[int | None] = [None] * len(logits)
         if not filled:
             return result
-        x = torch.stack([_mean(logits[at]) for at in filled])
+        step = -(-logits[0].shape[1] // SKETCHED_COLUMNS)
+        x = torch.stack([logits[at][-1, ::step] for at in filled]).detach().float()
+        finite = x.isfinite()  # a masked column counts as an average one
+        x = x.masked_fill(~finite, 0.0)
+        x = (x - x.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)).masked_fill(~finite, 0.0)
         width = x.shape[1]
         if self._directions.shape[0] != width or self._directions.device != x.device:
             generator = torch.Generator().manual_seed(0)
@@ -194,15 +202,6 @@ class _Sketch:
         for at, number in zip(filled, np.packbits(signs, axis=1).view(">u4")[:, 0].tolist(), strict=True):
             result[at] = number
         return result
-
-
-def _mean(logits: Tensor) -> Tensor:
-    """(vocab,) float32 mean over a few rows, each without its own mean, and 0 where a column is masked."""
-    rows = logits.detach()[:: -(-len(logits) // SKETCHED_ROWS)].float()
-    finite = rows.isfinite()
-    rows = rows.masked_fill(~finite, 0.0)
-    centre = rows.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
-    return (rows - centre).masked_fill(~finite, 0.0).mean(0)
 
 
 def _checksum(targets: Tensor) -> int:

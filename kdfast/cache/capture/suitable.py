@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdfast.cache.capture.corpus import Corpus
-from kdfast.models import call, device_of, evaluating
+from kdfast.models import call, device_of, evaluating, logits_of
 
 __all__ = ["check_causal", "check_fits"]
 
@@ -59,7 +59,7 @@ def check_causal(model: Any, corpus: Corpus, run: Callable[..., Any]) -> None:
         other[-1] = ids[0] if ids[0] != ids[-1] else (ids[-1] + 1) % max(2, corpus.bounds[1] + 1)
         batch = {"input_ids": torch.stack([ids, other]), "attention_mask": torch.ones_like(ids).expand(2, -1)}
         with evaluating(model):
-            one, two = call(run, batch).logits[:, :-1].float()
+            one, two = logits_of(call(run, batch))[:, :-1].float()
         if bool(((one - two).abs() > LOOKS_AHEAD * one.abs().amax()).any()):
             reason = "its logits change with the tokens after them"
     if reason:

@@ -42,7 +42,7 @@ def check_labels(
         index: the batch's records.
         keys: their keys, for the message; None if they are not known.
         labels: of the batch: class ids, (records,) or (records, ...).
-        batch: a mapping may have the ``input_ids``.
+        batch: a mapping may have the ``input_ids``, a tuple may begin with ids.
         rows: (records, length) which rows of the labels the records have; None: all of them.
         ignore_index: a label that is none.
         certain: the keys are the records' own contents, so that a record of which some labels are ignored, as those of
@@ -114,5 +114,9 @@ def _candidates(labels: Tensor, ids: Tensor | None, kept: Tensor) -> Iterator[Te
 
 
 def _ids(batch: Any, labels: Tensor) -> Tensor | None:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    return ids.long().cpu() if isinstance(ids, Tensor) and ids.shape == labels.shape else None
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
+    else:
+        ids = batch[0] if isinstance(batch, (tuple, list)) and batch else None
+    whole = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == labels.shape
+    return ids.long().cpu() if whole and ids is not None else None

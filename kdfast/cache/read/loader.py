@@ -18,15 +18,27 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from kdfast.cache.read.agreement import check_labels
 from kdfast.cache.read.gather import ranges
 from kdfast.cache.read.lookup import RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.reader import CacheReader
+from kdfast.cache.read.spans import check_several
 from kdfast.cache.selection.select import GOLDEN, splitmix64
+from kdfast.labels import SoftLabels
 
 __all__ = ["CacheDataset", "ElasticSampler"]
+
+
+def _concatenate(labels: list[Any], *, collate_fn_map: Any = None) -> Any:
+    """What ``default_collate`` makes of a batch of labels: those of all examples, row after row."""
+    return type(labels[0]).cat(labels) if isinstance(labels[0], PackedLabels) else SoftLabels.cat(labels)
+
+
+# A data set may give (x, cache[key]) and be loaded by a DataLoader as it is.
+default_collate_fn_map.update({SoftLabels: _concatenate, PackedLabels: _concatenate})
 
 
 class _Item(NamedTuple):
@@ -44,12 +56,14 @@ class CacheDataset(Dataset[_Item]):
     Args:
         cache: the labels.
         keys: one per example, as ``cache.gather`` takes them, spans included; an example whose rows come from several
-            records, as packed documents do, has a list of them. A ``RecordIndex`` serves too.
+            records, as packed documents do, has a list of them. A column of lists of ids serves too, and a
+            ``RecordIndex``.
         examples: what belongs to each key, such as token ids or an image: anything with a length and positions. The
             position stands for the example if None.
         collate: makes a batch of a list of examples.
         compare_targets: compare the labels of a batch, the field ``labels`` of a mapping or the second item of a tuple,
-            with the targets that the cache was captured with. False for labels that are meant to differ.
+            with the targets that the cache was captured with, where an example has one whole record. False for labels
+            that are meant to differ.
 
     A batch's labels are concatenated, without padding: of padded tokens the student's rows are taken by
     ``attention_mask.bool()``, or each example's keys are ``mask_spans(key, mask)``, which pad to the mask's length.
@@ -109,11 +123,19 @@ def _look_up(cache: CacheReader, keys: Iterable[Any] | RecordIndex) -> tuple[Rec
         return keys, None
     if isinstance(keys, (Tensor, np.ndarray, range)):
         return cache.index(keys), None
+    check_several(keys, cache)
     entries = list(keys)
-    if not any(isinstance(entry, list) for entry in entries):
+    # A list of ints may be ids, as a column of a data set has them, or keys that are ints: the cache tells.
+    if not any(isinstance(entry, list) for entry in entries) or _are_ids(cache, entries):
         return cache.index(entries), None
     lists = [entry if isinstance(entry, list) else [entry] for entry in entries]
     return cache.index(key for keys in lists for key in keys), np.cumsum([0, *map(len, lists)])
+
+
+def _are_ids(cache: CacheReader, entries: Sequence[Any]) -> bool:
+    """Whether every entry is a list of ints, and the first ones are the ids of records."""
+    plain = all(isinstance(entry, list) and all(isinstance(i, int) for i in entry) for entry in entries)
+    return plain and all(entry in cache for entry in entries[:2])
 
 
 class ElasticSampler(Sampler[list[int]]):

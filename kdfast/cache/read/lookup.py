@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast._record_keys import InputsKey
 from kdfast.cache.errors import CacheCorruptError
 from kdfast.cache.format.keys import DIGEST_BYTES, Key, make_key, make_keys
 from kdfast.cache.format.shard import Shard
@@ -58,6 +59,9 @@ class Lookup(Protocol):
     def find(self, keys: Any) -> NDArray[np.int64]:
         """(n,) the record number of each key; -1 where there is none."""
 
+    def hint(self, key: Any) -> str:
+        """Why ``key`` may not have been found, to end a message; empty if that is not known."""
+
     def __iter__(self) -> Iterator[Key | int]:
         """Iterate over the keys that can be found, in the order of their records."""
 
@@ -70,6 +74,8 @@ class HashLookup:
         self.records, self.duplicates = len(keys.records), len(keys.duplicates)
 
     def find(self, keys: Any) -> NDArray[np.int64]:
+        if not (isinstance(keys, (Tensor, np.ndarray)) and keys.ndim == 2):
+            keys = [_plain(key) for key in keys]
         wanted = np.frombuffer(b"".join(make_keys(keys)), np.uint8).reshape(-1, DIGEST_BYTES)
         found = np.full(len(wanted), -1)
         prefixes, records = self._sorted.prefixes, self._sorted.records
@@ -87,6 +93,28 @@ class HashLookup:
             left = left[~same]
             at[left] += 1  # other keys have this prefix too
         return found
+
+    def hint(self, key: Any) -> str:
+        if isinstance(key, InputsKey) and key.ids is not None and self._has(key.ids):
+            return (
+                ": the cache has a record of these ids alone, without all else that the model is given. If that is "
+                "meant, give key=(lambda batch: ...) that returns each row of ids"
+            )
+        if not isinstance(key, Integral) and isinstance(_plain(key), Integral):
+            return ": each number of a tensor is a key. The ids of one record are a list of one key, [ids]"
+        if not isinstance(key, (Tensor, np.ndarray, list)) or len(key) < 2:
+            return ""
+        ids = np.asarray(key.cpu() if isinstance(key, Tensor) else key)
+        for side, row in (("last", ids), ("first", ids[::-1])):
+            run = int(np.argmax(np.append(row[::-1] != row[-1], True)))
+            for count in range(run, 0, -1):  # a text may end with the id that pads it
+                kept = row[: len(row) - count]
+                if len(kept) and self._has(kept if side == "last" else kept[::-1]):
+                    return f": it is without its {count} {side} ids, all {row[-1]}. Keys are ids[attention_mask.bool()]"
+        return ""
+
+    def _has(self, key: Any) -> bool:
+        return bool(self.find([key])[0] >= 0)
 
     def __iter__(self) -> Iterator[Key]:
         hidden = set(self._sorted.duplicates.tolist())
@@ -119,10 +147,22 @@ class RangeLookup:
         owner = self._owner[np.searchsorted(self._points, numbers, side="right")]
         return np.where(owner >= 0, numbers + self._shift[owner], -1)
 
+    def hint(self, key: Any) -> str:
+        return "" if isinstance(_plain(key), Integral) else ": its keys are consecutive integers"
+
     def __iter__(self) -> Iterator[int]:
         for number in range(len(self._shift)):
             for at in np.flatnonzero(self._owner == number).tolist():
                 yield from range(int(self._points[at - 1]), int(self._points[at]))
+
+
+def _plain(key: Any) -> Any:
+    """``key`` as ``make_key`` takes it: the number in a tensor without dimensions, and a list of ints as ids."""
+    if isinstance(key, (Tensor, np.ndarray)) and key.ndim == 0:
+        value = key.item()
+        return key if isinstance(value, (bool, float)) else value
+    ids = isinstance(key, list) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in key)
+    return np.array(key, np.int64) if ids else key
 
 
 def _integers(keys: Any) -> NDArray[np.int64]:
@@ -137,6 +177,7 @@ def _integers(keys: Any) -> NDArray[np.int64]:
 
 
 def _integer(key: Any) -> int:
+    key = _plain(key)
     if isinstance(key, Integral) and not isinstance(key, bool):
         return int(key) if 0 <= int(key) < 2**63 else -1
     make_key(key)  # raises what it is not

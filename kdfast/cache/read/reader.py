@@ -30,7 +30,7 @@ from kdfast.cache.read.decoder import Decoder
 from kdfast.cache.read.gather import RowGatherer, groups, ranges
 from kdfast.cache.read.lookup import HashLookup, Lookup, RangeLookup, RecordIndex
 from kdfast.cache.read.packed import PackedLabels
-from kdfast.cache.read.spans import check_spans, split_spans
+from kdfast.cache.read.spans import check_several, check_spans, split_spans
 from kdfast.labels import SoftLabels
 from kdfast.labels.head import OutputLayer
 
@@ -152,9 +152,9 @@ class CacheReader:
         """The labels of several records, concatenated in the order of ``keys``, which may repeat.
 
         Args:
-            keys: keys; spans (key, start, length), which are rows ``start`` to ``start + length - 1`` of a record;
-                None for an absent row, (None, 0, n) for n of them; all of these mixed; or what ``index`` has made of
-                them.
+            keys: keys, such as the ids of one record as a tensor or a list; spans (key, start, length), which are rows
+                ``start`` to ``start + length - 1`` of a record; None for an absent row, (None, 0, n) for n of them; all
+                of these mixed; or what ``index`` has made of them.
 
         Raises:
             KeyError: a key is not in the cache.
@@ -187,9 +187,11 @@ class CacheReader:
                 a range.
 
         Raises:
-            KeyError: a key is not in the cache.
+            TypeError: one name instead of a list of keys, or a key of another type.
+            KeyError: a key is not in the cache; the message says why, if that shows.
             ValueError: a span goes beyond its record.
         """
+        check_several(keys, self)
         entries: Any = keys if isinstance(keys, (Tensor, np.ndarray, range)) else list(keys)
         found, spans, absent = split_spans(entries)
         records = np.full(len(entries), -1)
@@ -354,7 +356,7 @@ class CacheReader:
     def _find(self, keys: Any) -> NDArray[np.int64]:
         records = self._lookup.find(keys)
         for position in np.flatnonzero(records < 0)[:1]:
-            raise KeyError(f"{describe(keys[position])} is not in {self._path}")
+            raise KeyError(f"{describe(keys[position])} is not in {self._path}{self._lookup.hint(keys[position])}")
         return records
 
     def _locate(

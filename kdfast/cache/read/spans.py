@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from operator import index
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast.cache.format.keys import describe
 
-__all__ = ["Span", "check_spans", "mask_spans", "pack_spans", "split_spans"]
+__all__ = ["Span", "check_several", "check_spans", "mask_spans", "pack_spans", "split_spans"]
 
 # A key, a first row, and a number of rows. The key None stands for rows that are absent.
 Span = tuple[Any, int, int]
@@ -124,6 +124,17 @@ def mask_spans(key: Any, mask: Sequence[bool] | NDArray[np.bool_] | Tensor) -> l
         spans.append((key, start, count) if kept else (None, 0, count))
         start += count if kept else 0
     return spans
+
+
+def check_several(keys: Any, known: Container[Any]) -> None:
+    """Raise ``TypeError`` where iterating over ``keys`` would give names of fields, or letters that are not ``known``.
+
+    A text of letters that are keys each is as good as a list of them.
+    """
+    if isinstance(keys, Mapping):
+        raise TypeError(f"keys must be a list of keys, got one {type(keys).__name__}: give one of its fields")
+    if isinstance(keys, (str, bytes)) and not all(part in known for part in keys):
+        raise TypeError(f"keys must be a list of keys, got one {type(keys).__name__}: give [{describe(keys)}]")
 
 
 def split_spans(entries: Any) -> tuple[Any, NDArray[np.int64] | None, NDArray[np.bool_]]:

@@ -48,7 +48,7 @@ def export(
         CacheError: pyarrow is not installed, the cache is empty, or its labels are of a kind that no column can hold.
         OSError: the file cannot be written.
     """
-    if Path(out).suffix not in ("", ".parquet", ".pq"):
+    if os.path.splitext(os.fspath(out))[1] not in ("", ".parquet", ".pq"):
         raise CacheError(f"{out} would be a Parquet file: give it a name that ends in .parquet")
     arrow, parquet = (optional_package(name, "writing Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     cache = open_cache(path)

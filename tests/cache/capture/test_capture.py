@@ -334,8 +334,11 @@ def test_images_have_one_row_a_target_and_a_view_each(tmp_path):
 
 
 def test_keys_of_a_tensor_are_the_numbers_in_it(tmp_path):
-    run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path, key=lambda batch: torch.tensor([7, 8]), teacher="t")
-    assert 7 in kdfast.cache.open(tmp_path)
+    for name, keys in (("one", torch.tensor([7, 8])), ("each", list(torch.tensor([7, 8])))):
+        run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path / name, key=lambda batch, keys=keys: keys, teacher="t")
+        assert 7 in kdfast.cache.open(tmp_path / name)
+    with pytest.raises(TypeError, match="key must give one key per record, got one str, 'ab'"):
+        run(lambda x: x, [(torch.randn(2, VOCAB),)], tmp_path / "no", key=lambda batch: "ab", teacher="t")
 
 
 @codecs.register
@@ -437,6 +440,11 @@ def test_fingerprints_change_with_config_names_types_and_bits():
         ({"targets": lambda batch: torch.zeros(3, 2).long()}, ValueError, "targets of a record must .* 5, got 2"),
         ({"mask": lambda batch: batch["input_ids"][:, 1:] > 0}, RuntimeError, "size"),
         ({"outputs": lambda output, batch: output[..., None]}, ValueError, r"must be \(rows, vocab\) or"),
+        (
+            {"outputs": lambda output, batch: output[..., None]},
+            ValueError,
+            r"got \(5, 9, 1\); several layers of a row's hidden states are a cache each",
+        ),
         ({"epochs": 0}, ValueError, "epochs must be positive"),
         ({"reuse": "again"}, ValueError, "reuse .* got 1 and 'again'"),
     ],
@@ -453,6 +461,9 @@ def test_the_bar_tells_batches_and_rows(tmp_path, teacher, capsys, monkeypatch):
     assert re.fullmatch(
         r"(capture: \d/6 batches, [\d,]+ rows/s, after 0:00:0\d(, 0:00:0\d left)?\n){7}", capsys.readouterr().err
     )
+    capture(teacher, list(batches()), tmp_path / "learned", vocab_size=VOCAB, codec="prototype")
+    shown = capsys.readouterr().err
+    assert (shown.count("learn: "), shown.count("capture: ")) == (3 * 6 + 1, 7)
 
 
 # ---- codec="auto" ---------------------------------------------------------------------------------------------------
@@ -536,8 +547,11 @@ def folder():
 
 def test_images_that_share_a_name_are_counted_and_warned_of(tmp_path, folder):
     names, x, y = folder
-    with pytest.warns(UserWarning, match=r"'0.png' came again with other targets or logits.*key=\(lambda batch"):
+    with pytest.warns(
+        UserWarning, match=r"'0.png' came again with other targets or logits.*key=\(lambda batch"
+    ) as warned:
         report = pictures(lambda x: x, tmp_path / "names", [name[4:] for name in names], x, y)
+    assert warned[0].filename == __file__
     assert report[:4] == (4, 0, 8, 8)
     assert (report.known, report.duplicates, report.conflicts, report.bad) == (0, 8, 8, 0)
     assert report.text() == (
@@ -586,12 +600,23 @@ def test_another_mask_than_the_records_were_stored_with_is_refused(tmp_path, tea
     assert run(teacher, batches(), tmp_path / "masked", mask=even).skipped == 6
     with pytest.raises(CacheMismatchError, match=r"is in the cache with \d rows, and has \d now: .* another mask="):
         run(teacher, batches(), tmp_path / "whole", mask=even)
+    with pytest.raises(CacheMismatchError, match=r"is in the cache with \d rows, and has \d now: .* another mask="):
+        run(teacher, batches(), tmp_path / "masked")
+
+
+def test_one_row_of_a_text_is_no_other_mask(tmp_path):
+    def classifies(input_ids, attention_mask):
+        return torch.nn.functional.one_hot(input_ids.sum(1) % VOCAB, VOCAB).float()
+
+    for skipped in (0, 6):
+        assert run(classifies, batches(), tmp_path, teacher="t").skipped == skipped
 
 
 def test_reports_add_up_and_survive_pickling():
     a = kdfast.cache.CaptureReport(1, 2, 3, 4, known=5, conflicts=6)
     total = kdfast.cache.CaptureReport.total([a, pickle.loads(pickle.dumps(a))])
     assert (*total, total.known, total.duplicates, total.conflicts, total.bad) == (2, 4, 6, 8, 10, 0, 12, 0)
+    assert repr(a).endswith("rows=4, known=5, duplicates=0, conflicts=6, bad=0)")
 
 
 # ---- rows that cannot be stored -------------------------------------------------------------------------------------

@@ -153,6 +153,8 @@ def test_models_that_see_what_they_would_predict_are_refused(tmp_path):
     encoder = BertLMHeadModel(BertConfig(vocab_size=12, initializer_range=0.5, **sizes))
     with pytest.raises(ValueError, match="BertLMHeadModel is no causal model, its logits change with the tokens after"):
         capture(encoder, tmp_path / "c")
+    with pytest.raises(TypeError, match="without logits"):
+        capture(masked.bert, tmp_path / "e")
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="no causal model, it is an encoder with a decoder"):
         capture(t5, tmp_path / "d")

@@ -66,6 +66,7 @@ def test_shares_make_up_the_corpus(teacher, tmp_path, alone):
     assert expected.records == len(CORPUS)
     assert kdfast.cache.open(tmp_path / "three").info.duplicates == 0
     assert sum(report.skipped for report in reports) >= 0
+    assert [sum(report.records for report in reports), *(report.known for report in reports)] == [len(CORPUS), 0, 0, 0]
     one, three = labels(tmp_path / "one"), labels(tmp_path / "three")
     assert torch.equal(one.ids, three.ids)
     assert torch.allclose(one.values.float(), three.values.float(), atol=1e-2)

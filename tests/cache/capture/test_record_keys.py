@@ -67,6 +67,17 @@ def test_whatever_else_reaches_the_model_is_part_of_the_key(name, value, other):
     assert "ids [1, 2, 3, 4] (5 in all), " + name in repr(record_keys(made[0], made[0])[0])
 
 
+def test_labels_that_make_no_input_are_no_part_of_the_key():
+    batch = text()
+    plain, ids = digests(batch), batch["input_ids"]
+    following = ids.roll(-1, 1)
+    following[:, -1] = -100
+    answers = ids.masked_fill(torch.arange(5) < 1, -100)
+    for labels in (ids, answers, following, torch.tensor([4, 2, 0]), torch.full_like(ids, -100)):
+        whole = {**batch, "labels": labels}
+        assert digests(whole, whole) == plain
+
+
 def test_a_key_does_not_depend_on_the_batch_around_a_record():
     segments = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     images = torch.arange(12.0).view(3, 4)
