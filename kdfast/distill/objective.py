@@ -62,7 +62,9 @@ class KD:
         if step.teacher is None:
             options |= {"kd_weight": 0.0, "ce_weight": 1.0}
             return kd_loss(step.logits, step.logits.detach(), step.labels, **options)  # type: ignore[no-any-return]
-        return kd_loss(step.logits, teacher_of(step), step.labels, **options)  # type: ignore[no-any-return]
+        teacher = teacher_of(step)
+        _check_temperature(teacher, options)
+        return kd_loss(step.logits, teacher, step.labels, **options)  # type: ignore[no-any-return]
 
     def described(self) -> dict[str, Any]:
         """All options by name, defaults included: what a checkpoint compares."""
@@ -72,6 +74,20 @@ class KD:
 
     def __repr__(self) -> str:
         return f"KD({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+def _check_temperature(teacher: Any, options: dict[str, Any]) -> None:
+    """Raise ``ValueError``, with both ways out, if a cache's labels are of another temperature than the objective's."""
+    wanted = options.get("teacher_temperature")
+    wanted = options["temperature"] if wanted is None else wanted
+    if not isinstance(teacher, SoftLabels) or teacher.support.any_temperature or isinstance(wanted, Tensor):
+        return
+    if teacher.find_temperature(wanted) is None:
+        held = teacher.temperatures
+        raise ValueError(
+            f"the cache's {teacher.kind} soft labels hold teacher_temperature {held}, got {wanted}: give the objective "
+            f"temperature={held[0] if held else 1.0}, or capture the teacher with temperatures=({wanted},)"
+        )
 
 
 def teacher_of(step: Step) -> Tensor | SoftLabels | PackedLabels:
