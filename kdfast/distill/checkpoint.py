@@ -275,6 +275,8 @@ class Checkpointer:
                 check_same_run(path, now if then is None else then, now, state, self._epochs)
             except ValueError as error:
                 message = str(error)
+            if self._identity is not None:
+                self._identity.keep_moving(then or {})
         message = parallel.broadcast_object(message)
         if message is not None:
             raise ValueError(message)
