@@ -123,7 +123,7 @@ class Description:
             self.add(f"{path}.{name}", value, data=data, depth=depth)
 
     def _add_function(self, path: str, function: types.FunctionType, data: bool, depth: int) -> None:
-        self.entries[path] = f"{function.__module__}.{function.__qualname__}"
+        self.entries[path] = _name(function)
         if _of_library(function.__module__):
             return
         self.entries[f"{path}.code"] = _code_text(function.__module__, [function])
@@ -278,7 +278,8 @@ def _shown(value: Any) -> str:
 def _name(kind: Any) -> str:
     name = getattr(kind, "__qualname__", str(kind))
     module = getattr(kind, "__module__", None)
-    return name if module in (None, "builtins") or _is_ours(module) or module == "__main__" else f"{module}.{name}"
+    # One's own module has another name as a script than when it is imported.
+    return f"{module}.{name}" if _of_library(module) and module != "builtins" else name
 
 
 def _array(array: Any) -> str:
