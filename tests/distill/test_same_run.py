@@ -19,7 +19,13 @@ from kdfast.distill import KD, inverse_decay
 from kdfast.distill.arguments import FitOptions
 from kdfast.distill.identity import Identity
 from kdfast.loss.kd_loss import kd_loss
-from support.distillers import CLASSES, FEATURES, data, student, teacher
+from support.distillers import CLASSES, FEATURES, data, quick, student, teacher
+
+
+@pytest.fixture(autouse=True)
+def quick_runs(monkeypatch):
+    quick(monkeypatch)
+
 
 FIELDS = set(FitOptions.__dataclass_fields__)
 PLAN = {x.name: x.default for x in inspect.signature(Distiller.fit).parameters.values() if x.name in FIELDS}

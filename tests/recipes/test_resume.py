@@ -31,6 +31,7 @@ from kdfast.recipes import (
     self_distillation,
     widen,
 )
+from support.distillers import quick
 from support.recipes import batches, blobs
 
 
@@ -54,10 +55,8 @@ class Batches(list):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Neither pictures nor syncs to the disk: the trainer's own tests have these."""
-    monkeypatch.setattr("kdfast.distill.fitting.plot_curves", lambda *_: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+def quick_runs(monkeypatch):
+    quick(monkeypatch)
 
 
 def net(hidden=8):
