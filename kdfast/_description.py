@@ -25,7 +25,7 @@ __all__ = ["MOVES", "Description", "differences"]
 
 DEPTH = 10  # of values within values
 SHOWN = 60  # characters of a text, and items of a list, that are kept as they are
-SAMPLED = 33  # items of a long list that are looked at
+SAMPLED, SUMMED = 33, 1000  # items of a long list that are described one by one, and that go into a checksum
 WHOLE, PART = 2**20, 2**16  # bytes of a tensor whose every element counts, and elements that count of a larger one
 ENTRIES = 400  # more than these become digests
 
@@ -105,15 +105,25 @@ class Description:
             self.entries[path] = kept
             return
         self.entries[path] = f"{len(items)} items"
+        if self._values and len(items) > SAMPLED:
+            self.entries[f"{path}.items"] = f"checksum {self._checksum(items, data, depth)}"
         for number in _sample(range(len(items))):
             self.add(f"{path}[{number}]", items[number], data=data, depth=depth)
+
+    def _checksum(self, items: Any, data: bool, depth: int) -> str:
+        """Of many items, more than are described one by one."""
+        found = Description()
+        found._restored = self._restored
+        for number, item in enumerate(_sample(items, SUMMED)):
+            found.add(f"{number}", item, data=data, depth=depth)
+        return _digest(" ".join(f"{path} {text}" for path, text in found.entries.items()))
 
     def _add_each(self, path: str, values: Mapping[Any, Any], data: bool, depth: int) -> None:
         for name, value in values.items():
             self.add(f"{path}.{name}", value, data=data, depth=depth)
 
     def _add_function(self, path: str, function: types.FunctionType, data: bool, depth: int) -> None:
-        self.entries[path] = f"{function.__module__}.{function.__qualname__}"
+        self.entries[path] = _name(function)
         if _of_library(function.__module__):
             return
         self.entries[f"{path}.code"] = _code_text(function.__module__, [function])
@@ -192,6 +202,10 @@ class Description:
         for path in differences(before.entries, after.entries):
             self.entries[path] = MOVES
 
+    def let_go(self) -> None:
+        """Forget the objects. Nothing can be added after that."""
+        self._seen = {}
+
     def folded(self) -> dict[str, str]:
         """The entries; where there are very many, digests of the parts that have most of them."""
         found = self.entries
@@ -264,7 +278,8 @@ def _shown(value: Any) -> str:
 def _name(kind: Any) -> str:
     name = getattr(kind, "__qualname__", str(kind))
     module = getattr(kind, "__module__", None)
-    return name if module in (None, "builtins") or _is_ours(module) or module == "__main__" else f"{module}.{name}"
+    # One's own module has another name as a script than when it is imported.
+    return f"{module}.{name}" if _of_library(module) and module != "builtins" else name
 
 
 def _array(array: Any) -> str:

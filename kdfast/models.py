@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -131,8 +132,8 @@ def logits_of(output: Any) -> Any:
 
 def device_of(model: Any) -> torch.device | None:
     """The device of a module's first weight; None for another callable, or a module without weights."""
-    weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return weights[0].device if weights else None
+    first = next(chain(model.parameters(), model.buffers()), None) if isinstance(model, nn.Module) else None
+    return None if first is None else first.device
 
 
 def move(value: Any, device: torch.device | None) -> Any:

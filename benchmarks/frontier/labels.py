@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
     arm = ARMS[name]
     assert arm.codec is not None
     drawn = codecs.find(arm.codec).drawn or arm.residual
-    path = folder / f"labels-{name}-{draw if drawn else 'all'}.pt"
+    which = f"{zlib.crc32(repr(arm).encode()):08x}"  # an arm of other options has other labels
+    path = folder / f"labels-{name}-{draw if drawn else 'all'}-{which}.pt"
     if not path.exists():
         labels = _labels(corpus, folder, arm, draw)
         part = path.with_suffix(f".{os.getpid()}.part")

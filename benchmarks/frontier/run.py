@@ -30,7 +30,7 @@ def main() -> None:
     for seed in options.seeds:
         for epochs in options.epochs:
             for name in options.arms:
-                if (name, seed, epochs) not in _done(results):
+                if (name, seed, epochs, repr(ARMS[name])) not in _done(results):
                     row = _student(corpus, options.out, name, seed, epochs)
                     results.parent.mkdir(parents=True, exist_ok=True)
                     with results.open("a") as file:
@@ -43,7 +43,7 @@ def _student(corpus: Corpus, folder: Path, name: str, seed: int, epochs: int) ->
     start = time.time()
     student = train(corpus, teacher, epochs, seed)
     seconds = time.time() - start
-    row: dict[str, object] = {"arm": name, "seed": seed, "epochs": epochs}
+    row: dict[str, object] = {"arm": name, "seed": seed, "epochs": epochs, "labels": repr(ARMS[name])}
     row |= evaluate(student, corpus, HELD_OUT_WINDOWS)
     if labels is not None:
         row["bytes_per_token"] = labels.bytes_per_token
@@ -65,11 +65,12 @@ def _teacher(corpus: Corpus, folder: Path, name: str, seed: int, epochs: int) ->
     return lambda windows, epoch: draws[epoch].at(windows), draws[0]
 
 
-def _done(results: Path) -> set[tuple[str, int, int]]:
+def _done(results: Path) -> set[tuple[str, int, int, str]]:
+    """The students that are there, each with the labels of its arm, which older lines do not say."""
     if not results.exists():
         return set()
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    return {(row["arm"], row["seed"], row["epochs"]) for row in rows}
+    return {(row["arm"], row["seed"], row["epochs"], row.get("labels", repr(ARMS.get(row["arm"])))) for row in rows}
 
 
 def _options() -> argparse.Namespace:

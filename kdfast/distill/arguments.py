@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from kdfast.distill.metrics import Metrics, is_function
 from kdfast.distill.state import Record
 
-__all__ = ["FitOptions", "check_arguments"]
+__all__ = ["FitOptions", "check_arguments", "check_device", "check_inputs", "check_loader"]
 
 
 def check_arguments(
@@ -31,6 +33,54 @@ def check_arguments(
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+
+
+def check_device(device: object) -> None:
+    """Check the argument ``device``. Raises ``TypeError`` or ``ValueError``, with what names a device."""
+    if device is None or isinstance(device, (torch.device, int)):
+        return
+    if not isinstance(device, str):
+        raise TypeError(f'device must be a torch.device or its name, such as "cuda", got {type(device).__name__}')
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "cpu", "cuda" (a GPU), "cuda:1" or alike, got {device!r}') from error
+
+
+def check_inputs(arguments: Any, error: TypeError) -> None:
+    """Raise ``TypeError`` if a model's arguments, on which it has raised ``error``, are NumPy arrays."""
+    values = arguments.values() if isinstance(arguments, Mapping) else arguments
+    values = values if isinstance(arguments, (Mapping, tuple, list)) else (arguments,)
+    if any(isinstance(x, np.ndarray) for x in values):
+        raise TypeError(
+            "a batch's inputs are NumPy arrays, and the student takes tensors: torch.from_numpy(x).float(), or a "
+            "DataLoader, which makes tensors of a dataset's arrays"
+        ) from error
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Check that ``loader`` gives batches. Raises ``TypeError`` for the data themselves, with the line that is wanted.
+
+    Args:
+        name: what it is called in the message.
+        loader: an iterable of batches.
+    """
+    arrays = (Tensor, np.ndarray)
+    single = isinstance(loader, arrays)
+    pair = isinstance(loader, (tuple, list)) and len(loader) == 2 and all(isinstance(x, arrays) for x in loader)
+    if pair:
+        inputs, labels = loader
+        floats = labels.is_floating_point() if isinstance(labels, Tensor) else labels.dtype.kind == "f"
+        pair = len(inputs.shape) > len(labels.shape) == 1 and len(inputs) == len(labels) and not floats
+    if single or pair or isinstance(loader, TensorDataset):
+        got = "a TensorDataset" if isinstance(loader, TensorDataset) else "inputs and labels" if pair else "one array"
+        data = "dataset" if isinstance(loader, TensorDataset) else f"TensorDataset(x{', y' if pair else ''})"
+        raise TypeError(
+            f"{name} takes batches, got {got}: torch.utils.data.DataLoader({data}, batch_size=64, shuffle=True), with "
+            "tensors" + (", or [(x, y)] for a single batch" if pair else "")
+        )
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"{name} takes an iterable of batches, such as a DataLoader, got {type(loader).__name__}")
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ class Checkpointer:
         identity: which run it is; of the first process alone.
         epochs: the number of epochs that the run was asked for.
         train_state: how far it is.
+        best: its best student.
         others: the run's other parts by name. Parts without a ``state_dict`` are left out.
     """
 
@@ -203,13 +204,15 @@ class Checkpointer:
         identity: Identity | None,
         epochs: int,
         train_state: TrainState,
+        best: Best,
         **others: Any,
     ) -> None:
         self._path = None if folder is None else folder / LAST
         self._identity, self._epochs, self._state = identity, epochs, train_state
         self._student, self._position = student, position
-        parts = {"student": parallel.unwrap(student), **others, "train_state": train_state}
+        parts = {"student": parallel.unwrap(student), **others, "train_state": train_state, "best": best}
         self._parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        self._best, self._is_new = best, True
 
     @property
     def path(self) -> Path | None:
@@ -226,7 +229,10 @@ class Checkpointer:
         if parallel.is_first():
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             about = {"version": VERSION, CHECKED: True, "description": self._texts()}
+            if self._is_new and self._best.value is None:  # what lies there is the best student of another run
+                self._path.with_name(BEST).unlink(missing_ok=True)
             save(self._path, {**about, **parts, "processes": processes})
+            self._is_new = False
 
     def resume(self) -> None:
         """Restore the run's parts from the checkpoint, if there is one.
@@ -253,6 +259,7 @@ class Checkpointer:
             restore(name, part, content[name], self._path)
         restore("loader", self._position, mine["position"], self._path)
         set_random_state(mine["random"], self._position.generators)
+        self._is_new = False
         state, epochs = self._state, self._epochs
         place = f", step {state.step}" if state.updates else ""
         left = ": nothing left to train" if state.epoch >= epochs else ": stopped early" if state.stopped else ""
@@ -275,6 +282,8 @@ class Checkpointer:
                 check_same_run(path, now if then is None else then, now, state, self._epochs)
             except ValueError as error:
                 message = str(error)
+            if self._identity is not None:
+                self._identity.keep_moving(then or {})
         message = parallel.broadcast_object(message)
         if message is not None:
             raise ValueError(message)

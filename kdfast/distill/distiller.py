@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.distill.arguments import FitOptions, check_arguments
+from kdfast.distill.arguments import FitOptions, check_arguments, check_device, check_inputs, check_loader
 from kdfast.distill.counting import Counting
 from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, frozen_norms
 from kdfast.distill.objective import KD, check_first
-from kdfast.distill.optimizer import Optimizers, Schedule, optimizer_of, schedule_of
+from kdfast.distill.optimizer import LEARNING_RATE, Optimizers, Schedule, optimizer_of, schedule_of
 from kdfast.distill.parallel import unwrap
 from kdfast.distill.state import Record
 from kdfast.distill.step import Objective, Step
@@ -72,7 +72,7 @@ class Distiller:
         compile: run the student through ``torch.compile`` while it is trained.
         folder: where ``fit`` writes its log, curves and checkpoints. If None it writes nothing.
         device: where student, teachers and objective are moved. If None they stay where they are, and batches are
-            moved to the student's device.
+            moved to the student's device. When the student is moved later, what was on its device follows it.
         options: options of ``KD``.
 
     Raises:
@@ -86,7 +86,7 @@ class Distiller:
         *,
         objective: Objective | None = None,
         optimizer: Optimizers | Optimizer | None = None,
-        lr: float = 1e-3,
+        lr: float = LEARNING_RATE,
         schedule: str | Schedule = "constant",
         freeze: Sequence[Any] = (),
         inputs: Callable[[Any], Any] | None = None,
@@ -103,17 +103,19 @@ class Distiller:
         **options: Any,
     ) -> None:
         check_arguments(student, objective, amp, accumulate, clip_norm, options)
+        check_device(device)
         self.student = student
         self.objective: Objective = KD(**options) if objective is None else objective
         self.fields = Fields(inputs=inputs, labels=labels, key=key, mask=mask)
         ignored = Counting.of(self.objective).ignore_index
         ignored = ignored if isinstance(ignored, int) else -100
         self.teachers = Teachers(teacher, student, self.fields, ignore_index=ignored, compare_targets=compare_targets)
-        for model in (student, self.objective, *map(owner, self.teachers.members)) if device is not None else ():
-            if isinstance(model, nn.Module):
-                model.to(device)
-        # The weights know the index that "cuda" lacks.
-        self.device = device_of(student) or (None if device is None else torch.device(device))
+        others = [x for x in (self.objective, *map(owner, self.teachers.members)) if isinstance(x, nn.Module)]
+        for model in (student, *others) if device is not None else ():
+            model.to(device)
+        self._given_device = None if device is None else torch.device(device)
+        self._place = self.device
+        self._beside = [x for x in others if device_of(x) == self._place]
         self.frozen_norms = _freeze(student, freeze)
         self.optimizer = optimizer_of(optimizer, lr, student, self.parameters)
         self.schedule = schedule_of(schedule)
@@ -122,6 +124,12 @@ class Distiller:
         self.epoch, self.progress = 0, 0.0
         self._run: Any = torch.compile(student) if compile else student
         self._checked = False
+
+    @property
+    def device(self) -> torch.device | None:
+        """The student's device, which may change: a trainer may move the student after the distiller was made."""
+        # Its weights know the index that "cuda" lacks.
+        return device_of(self.student) or self._given_device
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -141,12 +149,29 @@ class Distiller:
             KeyError: a record is not in the cache.
             TypeError, ValueError: a batch that lacks a part, or a teacher's output that requires grad.
         """
-        batch = to_device(batch, self.device)
+        device = self._follow()
+        batch = to_device(batch, device)
         inner, _ = split(batch)
         with self.autocast():
-            student = apply(self._run if torch.is_grad_enabled() else self.student, self.fields.arguments(inner))
-            teacher = self.teachers(batch, student, self.device, strict)
+            student = self._student(self.fields.arguments(inner))
+            teacher = self.teachers(batch, student, device, strict)
         return Step(student, teacher, self.fields.labels_of(inner), batch, self.epoch, self.progress)
+
+    def _follow(self) -> torch.device | None:
+        """The student's device, to which all move that were on the student's before."""
+        device = self.device
+        if device != self._place:
+            for model in self._beside:
+                model.to(device)
+            self._place = device
+        return device
+
+    def _student(self, arguments: Any) -> Any:
+        try:
+            return apply(self._run if torch.is_grad_enabled() else self.student, arguments)
+        except TypeError as error:
+            check_inputs(arguments, error)
+            raise
 
     def step(self, batch: Any) -> Tensor:
         """The loss of a batch: a scalar with a gradient for student and objective."""
@@ -227,6 +252,9 @@ class Distiller:
         options = FitOptions(
             epochs, eval_every, patience, monitor, metrics, checkpoint_every, log_every, resume, progress, on_epoch
         )
+        check_loader("fit", loader)
+        if eval_loader is not None and not callable(metrics):
+            check_loader("eval_loader", eval_loader)
         groups = self.optimizer.param_groups
         before = [{name: group[name] for name in SCHEDULED if name in group} for group in groups]
         try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.cache import PackedLabels
+from kdfast.distill.arguments import check_loader
 from kdfast.distill.counting import Counting
 from kdfast.distill.fields import samples
 from kdfast.distill.metrics import Metrics, is_function
@@ -38,7 +39,14 @@ def evaluate(distiller: SupportsForward, loader: Iterable[Any], metrics: Any = N
 
     Raises:
         ValueError: the loader is empty.
+        TypeError: ``distiller`` is a model, or there are no batches in ``loader``.
     """
+    if not hasattr(distiller, "objective") or not hasattr(distiller, "student"):
+        raise TypeError(
+            f"evaluate takes a Distiller, got a {type(distiller).__name__}: evaluate(Distiller(student), loader)"
+        )
+    if not is_function(metrics):
+        check_loader("evaluate", loader)
     with evaluating(distiller.student), torch.no_grad():
         if is_function(metrics):
             return {name: float(value) for name, value in metrics(distiller, loader).items()}

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +44,11 @@ class Fields(BatchFields):
         else:
             labels = batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
         if labels is not None and not isinstance(labels, Tensor):
-            raise TypeError(
-                f"a batch's labels must be a tensor, got {type(labels).__name__}: say by labels=(lambda batch: ...) "
-                "where they are"
+            where = (
+                "torch.from_numpy makes one" if isinstance(labels, np.ndarray) else "say by labels=(lambda batch: ...)"
             )
+            rest = "" if isinstance(labels, np.ndarray) else " where they are"
+            raise TypeError(f"a batch's labels must be a tensor, got {type(labels).__name__}: {where}{rest}")
         return labels
 
 

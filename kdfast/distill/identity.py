@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kdfast._description import Description, differences
+from kdfast._description import MOVES, Description, differences
 from kdfast.distill import parallel
 from kdfast.distill.arguments import FitOptions
 from kdfast.distill.fields import Fields
@@ -70,6 +70,12 @@ class Identity:
         found.add("metrics", _metrics(options.metrics))
         about = {EPOCHS: options.epochs, SEED: torch.initial_seed(), PROCESSES: parallel.world_size()}
         self._about = {name: str(value) for name, value in about.items()}
+        for description in (self._before, found):
+            description.let_go()
+
+    def keep_moving(self, then: Mapping[str, str]) -> None:
+        """Take over from a checkpoint what is known to change while the run goes on."""
+        self._all.entries |= {path: text for path, text in then.items() if text == MOVES}
 
     def texts(self) -> dict[str, str]:
         """The description. What has changed since the run began, such as a counter, is marked: it is no option."""

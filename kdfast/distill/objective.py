@@ -64,7 +64,9 @@ class KD:
         if callable(self.options["ce_weight"]) and not isinstance(options["ce_weight"], Tensor):
             # Where a schedule has brought ce_weight to 0 there is nothing to smooth.
             options["label_smoothing"] = options.get("label_smoothing", 0.0) if options["ce_weight"] else 0.0
-        return kd_loss(step.logits, teacher_of(step, options.get("vocab", "same")), step.labels, **options)  # type: ignore[no-any-return]
+        teacher = teacher_of(step, options.get("vocab", "same"))
+        _check_temperature(teacher, options)
+        return kd_loss(step.logits, teacher, step.labels, **options)  # type: ignore[no-any-return]
 
     def described(self) -> dict[str, Any]:
         """All options by name, defaults included: what a checkpoint compares."""
@@ -74,6 +76,20 @@ class KD:
 
     def __repr__(self) -> str:
         return f"KD({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+def _check_temperature(teacher: Any, options: dict[str, Any]) -> None:
+    """Raise ``ValueError``, with both ways out, if a cache's labels are of another temperature than the objective's."""
+    wanted = options.get("teacher_temperature")
+    wanted = options["temperature"] if wanted is None else wanted
+    if not isinstance(teacher, SoftLabels) or teacher.support.any_temperature or isinstance(wanted, Tensor):
+        return
+    if teacher.find_temperature(wanted) is None:
+        held = teacher.temperatures
+        raise ValueError(
+            f"the cache's {teacher.kind} soft labels hold teacher_temperature {held}, got {wanted}: give the objective "
+            f"temperature={held[0] if held else 1.0}, or capture the teacher with temperatures=({wanted},)"
+        )
 
 
 def teacher_of(step: Step, vocab: str = "same") -> Tensor | SoftLabels | PackedLabels:

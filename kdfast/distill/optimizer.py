@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = ["Optimizers", "Schedule", "constant", "cosine", "inverse_decay", "optimizer_of", "schedule_of"]
 
+LEARNING_RATE = 1e-3  # of AdamW, if no other is given
+
 # A function (optimizer, steps_per_epoch, epochs) that returns one of PyTorch's schedulers, which moves at every step.
 Schedule = Callable[[Optimizer, int, int], Any]
 Optimizers = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -81,10 +83,23 @@ def optimizer_of(
         parameters: the parameters of student and objective that are trained.
 
     Raises:
-        ValueError: an existing optimizer lacks trainable parameters of the student.
+        TypeError: no optimizer, and no function that makes one.
+        ValueError: an existing optimizer lacks trainable parameters of the student; ``lr`` is given besides one.
     """
+    if optimizer is None:
+        return AdamW(parameters, lr)
+    if not isinstance(optimizer, Optimizer) and not callable(optimizer):
+        raise TypeError(
+            f"optimizer must be a function of the parameters, such as functools.partial(torch.optim.Adam, lr={lr}), or "
+            f"an optimizer, got {optimizer!r}"
+        )
+    if lr != LEARNING_RATE:
+        raise ValueError(
+            f"lr={lr} is of AdamW, and there is an optimizer besides: give the rate to that one, as in "
+            f"functools.partial(torch.optim.SGD, lr={lr})"
+        )
     if not isinstance(optimizer, Optimizer):
-        return AdamW(parameters, lr) if optimizer is None else optimizer(parameters)
+        return optimizer(parameters)
     held = {id(x) for group in optimizer.param_groups for x in group["params"]}
     missing = [x for x in parameters if id(x) not in held]
     ours = {id(x) for x in student.parameters()}

@@ -27,9 +27,13 @@ class SupportsUpdate(SupportsForward, Protocol):
 
     fields: Fields
     optimizer: Optimizer
-    device: torch.device | None
     amp: torch.dtype | None
     clip_norm: float | None
+
+    @property
+    def device(self) -> torch.device | None:
+        """The student's device."""
+        ...
 
     @property
     def parameters(self) -> list[nn.Parameter]:

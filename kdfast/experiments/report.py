@@ -137,7 +137,7 @@ def robustness_figure(summary: Summary, names: Sequence[str]) -> str:
     places = np.arange(len(summary.tests))
     for i, (arm, colour) in enumerate(zip(arms, PALETTE, strict=False)):
         heights = [100 * arm.mean(test) for test in summary.tests]
-        spread = [100 * arm.std(test) for test in summary.tests]
+        spread = [100 * arm.std(test) for test in summary.tests] if len(arm.scores[CLEAN]) > 1 else None
         axes.bar(
             places + i * width,
             heights,
@@ -165,7 +165,8 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
 def _seeds(axes: Axes, arm: ArmSummary, place: int, colour: str) -> None:
     values = [100 * value for value in arm.scores[CLEAN].values()]
     axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, ms=4, mew=0)
-    axes.errorbar(100 * arm.mean(), place, xerr=100 * arm.std(), fmt="|", color=colour, ms=11, mew=2, capsize=3)
+    spread = 100 * arm.std() if len(values) > 1 else None
+    axes.errorbar(100 * arm.mean(), place, xerr=spread, fmt="|", color=colour, ms=11, mew=2, capsize=3)
 
 
 def _verdict(arm: ArmSummary, reference: str | None) -> str:

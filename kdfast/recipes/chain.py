@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from kdfast.distill.distiller import Distiller
+from kdfast.recipes._plan import keep_to_plan
 from kdfast.recipes.composite import Cohort
 from kdfast.recipes.rounds import History, check_options
 
@@ -49,7 +50,11 @@ class Chain:
 
         Returns:
             The history of each student.
+
+        Raises:
+            ValueError: the folder is of a chain of other epochs.
         """
+        keep_to_plan(self._folder, plan.get("resume", True), epochs=epochs)
         teacher, histories = self.teacher, []
         for number, student in enumerate(self.students, 1):
             folder = None if self._folder is None else Path(self._folder) / f"student-{number}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
+from kdfast.recipes._plan import keep_to_plan
 from kdfast.recipes.rounds import History, Rounds, check_options
 from kdfast.recipes.weighting import confident
 
@@ -103,16 +104,17 @@ class CrossDomain:
             The student's history of each round.
 
         Raises:
-            ValueError: ``rounds`` is less than 1.
+            ValueError: ``rounds`` is less than 1, or the folder is of other epochs.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
+        teacher_epochs = teacher_epochs or epochs
+        trained = {"epochs": epochs, "teacher_epochs": None if source is None else teacher_epochs}
+        keep_to_plan(self._folder, plan.get("resume", True), **trained)
         if source is not None:
             folder = None if self._folder is None else self._folder / "teacher"
             shared = {name: plan[name] for name in ("resume", "progress") if name in plan}
-            Distiller(self.teacher, folder=folder, **self._options).fit(
-                source, epochs=teacher_epochs or epochs, **shared
-            )
+            Distiller(self.teacher, folder=folder, **self._options).fit(source, epochs=teacher_epochs, **shared)
         teacher, histories = self.teacher, []
         for _ in range(rounds):
             histories.append(self._rounds.next(teacher, self._objective).fit(target, epochs=epochs, **plan))

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.fields import split, to_device
 from kdfast.models import apply, evaluating, logits_of
+from kdfast.recipes._plan import keep_to_plan
 from kdfast.recipes.rounds import History, check_options
 
 __all__ = ["Growing", "deepen", "widen"]
@@ -69,11 +70,13 @@ class Growing:
             The histories of the small and the large student.
 
         Raises:
-            ValueError: a phase has no epoch, or growth has changed the student's output for a batch.
+            ValueError: a phase has no epoch, growth has changed the student's output for a batch, or the folder is of
+                other epochs or another growth.
         """
         first = round(epochs * at)
         if not 0 < first < epochs:
             raise ValueError(f"both phases need an epoch, got {first} and {epochs - first} of {epochs} at {at}")
+        keep_to_plan(self._folder, plan.get("resume", True), epochs=epochs, at=at, grow=self.grow)
         small = self._distiller(self.student, "small")
         before = small.fit(loader, epochs=first, **plan)
         self.student = self.grow(self.student)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective
+from kdfast.recipes._plan import keep_to_plan
 from kdfast.recipes.weighting import hardest
 
 __all__ = ["AdaptiveKD", "Bootstrap", "History", "Rounds", "check_options"]
@@ -36,6 +37,7 @@ class Rounds:
         folder = None if self._folder is None else Path(self._folder) / f"round-{self._count}"
         distiller = Distiller(self.student, teacher, objective=objective, folder=folder, **self._options)
         self._options["optimizer"] = distiller.optimizer
+        self._options.pop("lr", None)  # that the optimizer was made with
         return distiller
 
 
@@ -87,7 +89,7 @@ class Bootstrap:
             raise ValueError(
                 f"ce_weight must be positive, got {ce_weight}: without labels the two may agree on anything"
             )
-        self.teacher, self.student = teacher, student
+        self.teacher, self.student, self._folder = teacher, student, folder
         hard = {} if hard_share == 1.0 else {"row_weight": hardest(hard_share)}
         self._objective = KD(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, **hard)
         folders = (None, None) if folder is None else (Path(folder) / "student", Path(folder) / "teacher")
@@ -110,10 +112,11 @@ class Bootstrap:
             The student's histories, one per round, and the teacher's.
 
         Raises:
-            ValueError: ``rounds`` is less than 1.
+            ValueError: ``rounds`` is less than 1, or the folder is of turns of other epochs.
         """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
+        keep_to_plan(self._folder, plan.get("resume", True), epochs=epochs)
         histories: tuple[list[History], list[History]] = ([], [])
         for _ in range(rounds):
             for learner, other, history in zip(self._learners, (self.teacher, self.student), histories, strict=True):
@@ -142,7 +145,8 @@ class AdaptiveKD:
         tolerance: the gap at which the student is good enough.
         monitor: the name of a number in ``Distiller.fit``'s records that grows with quality.
         temperature: ``KD``'s.
-        options: ``Distiller``'s.
+        folder: where checkpoints are kept, in ``round-<number>``.
+        options: ``Distiller``'s others.
 
     Attributes:
         kd_weights: the weight of each round so far.
@@ -164,6 +168,7 @@ class AdaptiveKD:
         tolerance: float = 0.0,
         monitor: str = "accuracy",
         temperature: float = 2.0,
+        folder: str | Path | None = None,
         **options: Any,
     ) -> None:
         if not 0.0 <= low <= high <= 1.0:
@@ -172,7 +177,8 @@ class AdaptiveKD:
         self.low, self.high, self.tolerance, self.temperature = low, high, tolerance, temperature
         self.kd_weights: list[float] = []
         self.gaps: list[float] = []
-        self._rounds = Rounds(student, **options)
+        self._folder = folder
+        self._rounds = Rounds(student, folder=folder, **options)
 
     def fit(
         self, loader: Iterable[Any], *, rounds: int, epochs: int, eval_loader: Iterable[Any], **plan: Any
@@ -190,8 +196,9 @@ class AdaptiveKD:
             The history of each round.
 
         Raises:
-            ValueError: the records have no ``monitor``.
+            ValueError: the records have no ``monitor``, or the folder is of rounds of other epochs.
         """
+        keep_to_plan(self._folder, plan.get("resume", True), epochs=epochs)
         histories: list[History] = []
         while len(histories) < rounds and not (self.gaps and self.gaps[-1] <= self.tolerance):
             self.kd_weights.append(self.next_weight())

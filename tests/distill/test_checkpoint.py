@@ -72,6 +72,20 @@ def test_the_best_student_is_a_plain_state_dict(tmp_path):
     states_equal(load_best(tmp_path), model.state_dict())
 
 
+def test_a_new_run_has_no_best_student_of_the_old_one(tmp_path):
+    def fit(**options):
+        Distiller(student(), folder=tmp_path).fit([data(8)], epochs=1, progress=False, **options)
+
+    fit(eval_loader=[data(16)], metrics=["accuracy"])
+    assert (tmp_path / "best.pt").exists()
+    with pytest.raises(ValueError, match="another eval_loader"):
+        fit()
+    fit(eval_loader=[data(16)], metrics=["accuracy"])
+    assert (tmp_path / "best.pt").exists()
+    fit(resume=False)
+    assert not (tmp_path / "best.pt").exists()
+
+
 def test_a_damaged_last_checkpoint_stops_the_run_and_stays(tmp_path):
     def fit(**options):
         return Distiller(student(), folder=tmp_path).fit([data(8)], epochs=1, progress=False, **options)

@@ -9,7 +9,12 @@ from torch import nn
 
 from kdfast import Distiller
 from kdfast._interrupts import Interrupts
-from support.distillers import loader, states_equal, student, teacher
+from support.distillers import loader, quick, states_equal, student, teacher
+
+
+@pytest.fixture(autouse=True)
+def quick_runs(monkeypatch):
+    quick(monkeypatch)
 
 
 class Ended(Exception):

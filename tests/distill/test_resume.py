@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Weight
 
 from kdfast import Distiller
 from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
-from support.distillers import CLASSES, FEATURES, data, loader, states_equal, student, teacher
+from support.distillers import CLASSES, FEATURES, data, loader, quick, states_equal, student, teacher
 
 OLD = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
 SERVER = multiprocessing.get_context("forkserver")
@@ -261,7 +261,8 @@ def stopped_and_resumed(tmp_path, make, augment):
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_skipped_samples_are_not_decoded_and_the_order_stays(tmp_path, kind, augment):
+def test_skipped_samples_are_not_decoded_and_the_order_stays(tmp_path, monkeypatch, kind, augment):
+    quick(monkeypatch)
     whole, rest, read = stopped_and_resumed(tmp_path, SAMPLERS[kind], augment)
     assert len(rest) == len(whole) - STOP
     assert all(torch.equal(a, b) for a, b in zip(whole[STOP:], rest, strict=True))

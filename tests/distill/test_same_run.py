@@ -19,7 +19,13 @@ from kdfast.distill import KD, inverse_decay
 from kdfast.distill.arguments import FitOptions
 from kdfast.distill.identity import Identity
 from kdfast.loss.kd_loss import kd_loss
-from support.distillers import CLASSES, FEATURES, data, student, teacher
+from support.distillers import CLASSES, FEATURES, data, quick, student, teacher
+
+
+@pytest.fixture(autouse=True)
+def quick_runs(monkeypatch):
+    quick(monkeypatch)
+
 
 FIELDS = set(FitOptions.__dataclass_fields__)
 PLAN = {x.name: x.default for x in inspect.signature(Distiller.fit).parameters.values() if x.name in FIELDS}
@@ -421,6 +427,16 @@ def test_other_data_is_another_run(one, other, place):
     assert place in changed({"loader": one()}, {"loader": other()})
 
 
+@pytest.mark.parametrize("place", [0, 40, 99])
+def test_an_item_of_a_long_list_counts(place):
+    def pairs(wrong=None):
+        x, y = data(100)
+        return [(x[i], int(y[i]) + (i == wrong)) for i in range(100)]
+
+    assert changed({"loader": loading(pairs())}, {"loader": loading(pairs())}) == {}
+    assert changed({"loader": loading(pairs())}, {"loader": loading(pairs(place))})
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -516,6 +532,24 @@ def test_what_counts_in_training_is_no_option(tmp_path):
     model = Counted(linear())
     assert len(Distiller(model, Counted(linear(1)), folder=tmp_path).fit([data(8)], epochs=2)) == 2
     assert model.calls == 0
+
+
+class Remembering(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        self.last = self.layer(x)
+        return self.last
+
+
+def test_what_a_model_remembers_is_no_option(tmp_path):
+    model, taught_by = Remembering(linear()), Remembering(linear(1))
+    for epochs in (1, 2, 3):
+        assert len(Distiller(model, taught_by, folder=tmp_path).fit([data(8)], epochs=epochs)) == epochs
+    again = Distiller(Remembering(linear()), Remembering(linear(1)), folder=tmp_path)
+    assert len(again.fit([data(8)], epochs=4)) == 4
 
 
 def test_all_is_silent_and_new_without_a_folder(capsys):

@@ -33,3 +33,9 @@ def teacher(seed=2):
 def states_equal(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def quick(monkeypatch):
+    """Runs without pictures and without syncs to the disk."""
+    monkeypatch.setattr("kdfast.distill.fitting.plot_curves", lambda *_: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)

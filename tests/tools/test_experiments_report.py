@@ -169,6 +169,14 @@ class TestSummary:
         assert found.arms["kd"].comparisons == {}
         Page(html([found]))
 
+    def test_one_seed_has_no_spread(self):
+        found = summarise(self.experiment, runs({name: values[:1] for name, values in self.scores.items()}))
+        page = Page(html([found]))
+        assert "1 seed;" in page.text
+        assert "1 seeds" not in page.text
+        assert any(row[:2] == ["KD, labelled images", "90.0"] for row in page.rows)
+        assert "± 0.0" not in page.text
+
 
 class TestLanguage:
     def test_gain_is_the_loss_below_that_of_no_kd(self, tmp_path):
