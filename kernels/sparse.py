@@ -299,7 +299,8 @@ def _against_prototype(loaded, sums, stats, spread, tau, kd, by, spec):
             slope = mean * LN2 - columns.log_norm_gap * both
     if spec.KIND == "dkd":
         term, gap, no_target = _two_classes(sums, stats, spread, tau, loaded.label)
-        value = by.a * term + tl.where(dead, 0.0, by.b * value)
+        # A term of weight 0 is left out: it may be infinite.
+        value = tl.where(by.a == 0.0, 0.0, by.a * term) + tl.where(dead | (by.b == 0.0), 0.0, by.b * value)
         target, teacher = by.a * gap, tl.where(dead, 0.0, by.b)
         student, dead = teacher - target, no_target
     off, mass, sum_exp, outside = dead | (kd == 0.0), stats.entries.mass, sums.whole.sum_exp, spread.outside

@@ -30,7 +30,7 @@ int64_t copy_ranges(const Mapped* sources, int64_t source_count, const int64_t* 
     }
     const int64_t begin = ranges[2 * i], length = ranges[2 * i + 1];
     if (!inside(sources, source_count, owners[i], begin, length) || length > out_size - at) return i;
-    std::memcpy(out + at, sources[owners[i]].data + begin, size_t(length));
+    if (length) std::memcpy(out + at, sources[owners[i]].data + begin, size_t(length));
     at += length;
   }
   return count;

@@ -260,7 +260,9 @@ def _dkd(s: Tensor, t: Tensor, index: Tensor, alpha: float, beta: float, v: Voca
     nckd = torch.where(_has_finite(rest_s, v) & _has_finite(rest_t, v), nckd, 0.0)
     odds_s, odds_t = _log_odds(v.pick(s, index), rest_s, v), _log_odds(v.pick(t, index), rest_t, v)
     tckd = _binary_kl(odds_t, odds_s)
-    return torch.where(bad, math.nan, alpha * tckd + beta * nckd)
+    # A term of weight 0 is left out: it may be infinite, and so may its gradient.
+    terms = [weight * term for weight, term in ((alpha, tckd), (beta, nckd)) if weight != 0.0]
+    return torch.where(bad, math.nan, sum(terms, torch.zeros_like(tckd)))
 
 
 def _log_odds(target: Tensor, rest: Tensor, v: Vocabulary) -> Tensor:

@@ -1,6 +1,7 @@
 """The dense Triton kernels keep the laws of the dense row op."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_narrow_logits(dtype, divergence, tau):
 @pytest.mark.parametrize("divergence", [Divergence(name) for name in _C.divergences()], ids=str)
 def test_masked_vocabulary(divergence):
     laws.masked_vocabulary(OP, divergence, torch.float32, 800, 807, DEVICE)
+
+
+@pytest.mark.parametrize("divergence", [Divergence(name) for name in _C.divergences()], ids=str)
+def test_masked_from_the_start(divergence):
+    for columns, tau in ((40, 0.1), (600, 2.0)):
+        laws.masked_from_the_start(partial(laws.run, OP), divergence, columns, tau, device=DEVICE)
+
+
+def test_a_term_of_weight_0_is_left_out():
+    laws.a_term_of_weight_0_is_left_out(OP, 300, DEVICE)
 
 
 @pytest.mark.parametrize(
