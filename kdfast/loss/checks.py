@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels
+from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
 from kdfast.models import check_logits
 
 __all__ = [
@@ -195,24 +196,17 @@ def look_like_probabilities(x: Tensor) -> bool:
 
 
 def _check_entries(labels: Ragged, columns: int) -> None:
-    ids = labels.ids
-    if bool(((ids < 0) | (ids >= min(columns, labels.vocab_size))).any()):
-        raise ValueError(
-            f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
-            f"{int(ids.max())}"
-        )
+    check_offsets(labels.offsets, labels.ids.numel())
+    padding = labels.padding
+    if labels.present is not None:
+        padding = padding | ~labels.present[labels.entry_rows]
+    check_ids(labels.ids, labels.offsets, padding, min(columns, labels.vocab_size), once="merge its entries")
     if isinstance(labels, Prototype):
         _check_prototypes(labels.prototype_ids, labels.prototypes)
-    if torch.unique(labels.entry_rows * labels.vocab_size + ids).numel() != ids.numel():
-        raise ValueError("soft labels must name a token once per row, got a token twice")
 
 
 def _check_prototypes(prototype_ids: Tensor, prototypes: Tensor) -> None:
-    if bool(((prototype_ids < 0) | (prototype_ids >= len(prototypes))).any()):
-        raise ValueError(
-            f"soft labels must name prototypes in [0, {len(prototypes)}), got {int(prototype_ids.min())} to "
-            f"{int(prototype_ids.max())}"
-        )
+    check_prototype_ids(prototype_ids, len(prototypes))
     if not bool(((prototypes >= 0) & (prototypes < math.inf)).all()):
         raise ValueError(
             f"prototypes must be finite and not negative, got {float(prototypes.min())} to {float(prototypes.max())}"

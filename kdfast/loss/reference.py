@@ -86,11 +86,14 @@ def sparse_rows(
 ) -> tuple[Tensor, Parts]:
     """Per-row loss against K (id, weight) entries per row of a teacher of ``vocab`` columns, and its parts.
 
+    An entry of weight 0 is padding: whatever its id, it is as if it were not there.
+
     With ``tail``, (rows,) log-mass, and prototypes: the loss against the logits log p of the whole distribution, at
     teacher temperature 1. Without prototypes the tail is one more class: soft cross-entropy is then
     -sum_k w_k log q_k - w_tail log q_tail, and forward KL that less the teacher's entropy. Those two are served alone.
     """
     entries = Entries.of(ids, weights.to(coef.dtype), offsets)
+    entries = entries.where(entries.weight != 0.0)
     tail = None if tail is None else tail.to(coef.dtype)
     if tail is not None and tail_prototypes is not None:
         p = _expand(entries, tail, tail_prototypes, student.shape[1], v)
