@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from support import dense_checks as laws
+from support import hostile
 
 pytest.importorskip("triton")
 
@@ -213,3 +214,13 @@ class TestRowsInRegisters:
 
     def test_small_gap_keeps_its_gradient(self, divergence):
         laws.small_gap_keeps_its_gradient(in_registers, divergence, 504, DEVICE)
+
+
+# What the kernel reads rightly: other dtypes of numbers, strides of coef, and prototypes without tails.
+HARMLESS = {"coef in halves", "coef transposed", "no tails", "a negative divergence"}
+
+
+@pytest.mark.parametrize("case", [x for x in hostile.DENSE if not ("integers" in x or x in HARMLESS)])
+def test_tensors_that_are_not_what_it_reads_are_named(case):
+    with pytest.raises((ValueError, IndexError)):
+        FORMS.losses(hostile.STUDENT, *hostile.dense(**hostile.DENSE[case]))

@@ -11,6 +11,7 @@ from kdfast.divergences import Divergence
 from kdfast.kernels import launch, sparse
 from kdfast.loss.dispatch import forms_of
 from kdfast.loss.reference import Targets
+from support import hostile
 from support import prototype_rows as shaped
 from support import sparse_rows as plain
 from support.sparse_checks import check, run
@@ -182,3 +183,15 @@ def test_a_tail_without_a_prototype_serves_forward_divergences_only():
     arguments = plain.make_teacher(6, 300).arguments(torch.ones(5, 6), Targets())._replace(kind=2)
     with pytest.raises(ValueError, match="divergence reverse_kl needs prototypes of the tails"):
         OP(torch.randn(1, 6, 300), *arguments)
+
+
+# What the kernel reads rightly: other dtypes of numbers, strides of coef, prototypes without tails, and values of offsets.
+HARMLESS = {"coef in halves", "coef transposed", "no tails", "a negative divergence"}
+
+
+@pytest.mark.parametrize(
+    "case", [x for x in hostile.SPARSE if not ("integers" in x or "offsets that" in x or x in HARMLESS)]
+)
+def test_tensors_that_are_not_what_it_reads_are_named(case):
+    with pytest.raises((ValueError, IndexError)):
+        FORMS.losses(hostile.STUDENT, *hostile.sparse(**hostile.SPARSE[case]))
