@@ -185,7 +185,7 @@ def test_a_tail_without_a_prototype_serves_forward_divergences_only():
         OP(torch.randn(1, 6, 300), *arguments)
 
 
-# What the kernel reads rightly: other dtypes of numbers, strides of coef, prototypes without tails, and values of offsets.
+# What the kernel reads rightly: other dtypes, strides of coef, prototypes without tails, and values of offsets.
 HARMLESS = {"coef in halves", "coef transposed", "no tails", "a negative divergence"}
 
 
