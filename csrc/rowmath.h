@@ -75,11 +75,14 @@ KD_INLINE V log_near(V x, V y, V w) {
   return -log1p(w * min(V(1e30), (y - x) / x));
 }
 
-// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y: use that, as the sum would amplify
-// the gap's rounding.
+// log(y / m) from log(x / m) and the gap log(y / x). Where x is negligible, m = w y, and what x adds to it is too: use
+// that, as the sum would amplify the gap's rounding. In float it is below the rounding of log w.
 template <typename V>
 KD_INLINE V log_far(V x, V y, V w, V log_x, V gap, V minus_log_w) {
-  return select((V(1) - w) * x > V(1e-8) * w * y, gap + log_x, minus_log_w);
+  const V near = (V(1) - w) * x, far = w * y;
+  V log_y = minus_log_w;
+  if constexpr (kIsWide<V>) log_y = log_y - select(far > V(0), near / far, V(0));
+  return select(near > V(1e-8) * far, gap + log_x, log_y);
 }
 
 // Takes one log1p, on the side closer to m, and derives the other logarithm from the gap: dividing by beta or 1 - beta

@@ -133,7 +133,8 @@ class Divergence:
             ``alpha_beta``: a, b; ``dkd``: a = alpha, b = beta).
         normalize: ``jsd`` only: divide by beta (1 - beta), continuous with forward KL at 0 and reverse KL at 1.
         standardize: z-score both sides' logits over the shared finite vocabulary first (LS-KD, Sun et al. 2024),
-            with the population standard deviation; a constant row counts as all zeros, with zero gradient.
+            with the population standard deviation; a constant row counts as all zeros, with zero gradient. The authors'
+            code has the sample's: temperature T sqrt(C / (C - 1)) and weight (C - 1) / C give its loss of C classes.
 
     Raises:
         TypeError: a name that is no string, a parameter that is no number, a flag that is no bool.
@@ -212,12 +213,19 @@ _NAMED = {name: Divergence(name) for name in _DEFAULTS}
 
 
 def jsd(beta: float = 0.5, normalize: bool = False, standardize: bool = False) -> Divergence:
-    """Generalised Jensen-Shannon divergence (GKD, Agarwal et al. 2023)."""
+    """Generalised Jensen-Shannon divergence (GKD, Agarwal et al. 2023).
+
+    beta is the teacher's weight: DistiLLM's ``js_distance(lam)`` is ``jsd(1 - lam)``. ``jsd(0.5)`` is symmetric to
+    rounding, not bit for bit: one logarithm is taken on the student's side, and the teacher's follows from it.
+    """
     return Divergence("jsd", a=beta, normalize=normalize, standardize=standardize)
 
 
 def skew_forward_kl(lam: float = 0.1, standardize: bool = False) -> Divergence:
-    """KL(p || lam p + (1 - lam) q) (DistiLLM, Ko et al. 2024)."""
+    """KL(p || lam p + (1 - lam) q) (DistiLLM, Ko et al. 2024).
+
+    The authors' code leaves the teacher's entropy out: the same gradient, another value.
+    """
     return Divergence("skew_forward_kl", a=lam, standardize=standardize)
 
 
@@ -227,7 +235,10 @@ def skew_reverse_kl(lam: float = 0.1, standardize: bool = False) -> Divergence:
 
 
 def alpha_beta(a: float = 0.2, b: float = 0.7, standardize: bool = False) -> Divergence:
-    """Alpha-beta divergence (ABKD, Wang et al. 2025), with its limits at a = 0, b = 0 and a + b = 0."""
+    """Alpha-beta divergence (ABKD, Wang et al. 2025), with its limits at a = 0, b = 0 and a + b = 0.
+
+    The authors' special cases are off by 1 / a or 1 / b from these limits.
+    """
     return Divergence("alpha_beta", a=a, b=b, standardize=standardize)
 
 

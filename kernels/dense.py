@@ -107,7 +107,9 @@ def _divergence(row, s, tau, c, label, y_target, by, spec):
         u = (label.logit - origin_of(s.row_max_s)) * tau.scale_log2_s
         v = (y_target - origin_of(s.row_max_t)) * tau.scale_log2_t
         value, gap = two_classes(log_odds(u, s.sum_exp_s), log_odds(v, s.sum_exp_t))
-        value = by.a * value + tl.where(dead, 0.0, by.b * value_of_sums(s, stats, spec))
+        rest = tl.where(dead | (by.b == 0.0), 0.0, by.b * value_of_sums(s, stats, spec))
+        # A term of weight 0 is left out: it may be infinite.
+        value = tl.where(by.a == 0.0, 0.0, by.a * value) + rest
         target, rest = kd * by.a * gap, tl.where(dead, 0.0, kd * by.b)
         student, teacher = (rest - target) * stats.norm_q, rest * stats.norm_p
         dead = ((s.sum_exp_s == 0.0) & (label.logit == -INF)) | ((s.sum_exp_t == 0.0) & (y_target == -INF))
@@ -237,7 +239,7 @@ def dense_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[T
         (rows,) float32 losses, and (4, rows) float32 parts, (4, 0) where the call does not want them.
 
     Raises:
-        ValueError: rows whose stride along the vocabulary is not 1.
+        ValueError: a tensor of another size, dtype or layout than the kernel reads.
     """
     # Reading rows once has not been timed on a GPU; until then it is not the default.
     one_read = os.environ.get("KDFAST_GPU") == "once"

@@ -1,6 +1,7 @@
 """A sparse row's (id, weight) entries: taken out of the sweeps by a bit per column, and added from loops of their own.
 
-The tail's log-sum-exp is exact however small its mass, since no entry ever was in it. Ids may come in any order.
+The tail's log-sum-exp is exact however small its mass, since no entry ever was in it. Ids may come in any order. An
+entry of weight 0 is padding: whatever its id, it is as if it were not there.
 """
 
 from __future__ import annotations
@@ -78,22 +79,22 @@ def entries_of(lists, row_id, logits, marks, shared, target, wanted):
 
 
 @triton.jit
-def _ids(entries, start, spec):
-    """(their numbers, ids, which are entries, which of these have a column)."""
+def _listed(entries, start, spec):
+    """(their numbers, ids, weights, which are entries, which of these have a column)."""
     at = start + tl.arange(0, spec.ENTRIES)
-    inside = at < entries.count
+    w = tl.load(entries.weights + at, mask=at < entries.count, other=0.0)
+    inside = w != 0.0
     column = tl.load(entries.ids + at, mask=inside, other=0)
-    return at, column, inside, inside & (column >= 0) & (column < entries.shared)
+    return at, column, w, inside, inside & (column >= 0) & (column < entries.shared)
 
 
 @triton.jit
 def _load(entries, start, spec):
     """(ids, logits, weights, which of them count, which is the target): -inf and 0 where there is none."""
-    at, column, _, good = _ids(entries, start, spec)
+    _, column, w, _, good = _listed(entries, start, spec)
     counts = good & (column != entries.target)
     x = tl.load(entries.logits + column, mask=counts, other=-INF).to(tl.float32)
-    w = tl.load(entries.weights + at, mask=good, other=0.0)
-    return column, x, w, counts, good & (column == entries.target)
+    return column, x, tl.where(good, w, 0.0), counts, good & (column == entries.target)
 
 
 # ---- the sweeps' bits ------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def mark(entries, spec):
     """Sets the columns' bits; whether an id is out of range, which touches no memory."""
     bad = tl.zeros([spec.ENTRIES], tl.int32)
     for start in range(0, entries.count, spec.ENTRIES):
-        _, column, inside, good = _ids(entries, start, spec)
+        _, column, _, inside, good = _listed(entries, start, spec)
         bad += tl.where(inside, 1, 0) - tl.where(good, 1, 0)
         bit = tl.full([spec.ENTRIES], 1, tl.int32) << (column % 32)
         tl.atomic_or(entries.marks + column // 32, bit, mask=good, sem="relaxed")
@@ -117,7 +118,7 @@ def unmark(entries, spec):
     """Clears them again, so that the next row finds none."""
     tl.debug_barrier()
     for start in range(0, entries.count, spec.ENTRIES):
-        _, column, _, good = _ids(entries, start, spec)
+        _, column, _, _, good = _listed(entries, start, spec)
         tl.store(entries.marks + column // 32, tl.zeros([spec.ENTRIES], tl.int32), mask=good)
     tl.debug_barrier()
 
@@ -193,9 +194,8 @@ def argmax_of_entries(entries, spec):
     value, number = tl.full([spec.ENTRIES], -1.0, tl.float32), tl.full([spec.ENTRIES], 2147483647, tl.int32)
     best_id = tl.full([spec.ENTRIES], -1, tl.int32)
     for start in range(0, entries.count, spec.ENTRIES):
-        at, column, _, good = _ids(entries, start, spec)
-        w = tl.load(entries.weights + at, mask=good, other=-1.0)
-        wins = w > value
+        at, column, w, _, good = _listed(entries, start, spec)
+        wins = good & (w > value)
         value, number = tl.where(wins, w, value), tl.where(wins, at, number)
         best_id = tl.where(wins, column, best_id)
     best = tl.max(value, 0)

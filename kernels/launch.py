@@ -20,6 +20,7 @@ __all__ = [
     "TILE_CONFIGS",
     "TileConfig",
     "check_rows",
+    "check_vectors",
     "cost_of_column",
     "has_clusters",
     "launch",
@@ -121,16 +122,38 @@ def programs_for(rows: int, device: torch.device, per_multiprocessor: int) -> in
 
 
 def check_rows(**tensors: Tensor | None) -> None:
-    """What a kernel cannot check: rows that it reads lie along the vocabulary.
+    """What a kernel cannot check: rows that it reads lie along the vocabulary, and there are as many of each.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not, or there are not.
     """
+    rows = None
     for name, x in tensors.items():
-        if x is not None and (x.dim() != 3 or (x.shape[2] > 1 and x.stride(2) != 1)):
+        if x is None:
+            continue
+        if x.dim() != 3 or (x.shape[2] > 1 and x.stride(2) != 1):
             raise ValueError(
                 f"{name} must be (outer, inner, vocabulary) of unit stride along the last, "
                 f"got {tuple(x.shape)} with strides {x.stride()}"
+            )
+        rows = x.shape[0] * x.shape[1] if rows is None else rows
+        if x.shape[0] * x.shape[1] != rows:
+            raise ValueError(f"{name} must have {rows} rows, got {tuple(x.shape)}")
+
+
+def check_vectors(**tensors: tuple[Tensor | None, torch.dtype, int]) -> None:
+    """What a kernel cannot check: vectors that it indexes are contiguous, of their dtype, and as long as it reads.
+
+    Args:
+        tensors: by name, each with its dtype and the number of its elements.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, (x, dtype, count) in tensors.items():
+        if x is not None and (x.numel() != count or x.dtype != dtype or not x.is_contiguous()):
+            raise ValueError(
+                f"{name} must be {count} contiguous {dtype}, got {x.dtype} {tuple(x.shape)} with strides {x.stride()}"
             )
 
 
@@ -156,11 +179,16 @@ def _constants(*fields: str | bool | int) -> Spec:
 
 def row_arguments(student: Tensor, grad: Tensor | None, call: DenseCall | SparseCall) -> dict[str, Any]:
     """The arguments that the kernels of both row ops take."""
-    rows = student.shape[0] * student.shape[1]
+    rows, probs = student.shape[0] * student.shape[1], call.label_probs
+    check_vectors(label=(call.label, torch.int64, rows))
+    if call.coef.shape != (5, rows):
+        raise ValueError(f"coef must be (5, {rows}), got {tuple(call.coef.shape)}")
+    if probs is not None and probs.shape[2] != student.shape[2]:
+        raise ValueError(f"label_probs must have {student.shape[2]} columns, got {tuple(probs.shape)}")
     return {
         "student": strided(student),
         "grad": strided(grad),
-        "targets": Targets(call.label, strided(call.label_probs), call.smoothing),
+        "targets": Targets(call.label, strided(probs), call.smoothing),
         "coef": call.coef.contiguous(),
         "results": Results(call.coef.new_empty(rows), call.coef.new_empty(4, rows) if call.want_parts else None),
         "by": parameters_of(KINDS[call.kind], call.a, call.b, call.scale),

@@ -37,7 +37,12 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     Args:
         x: contiguous, of dtype bfloat16, float16 or float32.
         factor: one number of any floating-point dtype, on the device of ``x``.
+
+    Raises:
+        ValueError: several factors, or none.
     """
+    if factor.numel() != 1:
+        raise ValueError(f"factor must be one number, got {tuple(factor.shape)}")
     if x.numel():
         _scale[(triton.cdiv(x.numel(), BLOCK),)](**_arguments(x, factor))
 

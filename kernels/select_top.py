@@ -105,7 +105,7 @@ def _note_candidates(logits, k, candidates, lse, BLOCK: tl.constexpr, GROUPS: tl
         at = begin + tl.arange(0, BLOCK)
         x = load_tile(row, at, columns)
         e = tl.exp2((x - row_max) * logits.scale_log2)
-        noted = (key_of(x, at) >= least) & (e > 0.0)
+        noted = (key_of(x, at) >= least) & (x > float("-inf"))
         rest += tl.where(noted, 0.0, e)
         places = tl.cumsum(noted.to(tl.int32), 0)
         tl.store(ids + count + places - 1, at, mask=noted & (count + places <= capacity))

@@ -28,6 +28,7 @@ from kdfast.kernels.entries import (
 )
 from kdfast.kernels.launch import (
     check_rows,
+    check_vectors,
     cost_of_column,
     launch,
     programs_for,
@@ -299,7 +300,8 @@ def _against_prototype(loaded, sums, stats, spread, tau, kd, by, spec):
             slope = mean * LN2 - columns.log_norm_gap * both
     if spec.KIND == "dkd":
         term, gap, no_target = _two_classes(sums, stats, spread, tau, loaded.label)
-        value = by.a * term + tl.where(dead, 0.0, by.b * value)
+        # A term of weight 0 is left out: it may be infinite.
+        value = tl.where(by.a == 0.0, 0.0, by.a * term) + tl.where(dead | (by.b == 0.0), 0.0, by.b * value)
         target, teacher = by.a * gap, tl.where(dead, 0.0, by.b)
         student, dead = teacher - target, no_target
     off, mass, sum_exp, outside = dead | (kd == 0.0), stats.entries.mass, sums.whole.sum_exp, spread.outside
@@ -389,9 +391,23 @@ def _sparse(student, grad, lists, tails, marks, targets, coef, results, sizes, b
 
 def _check(call: SparseCall, rows: int) -> None:
     """What the kernel takes for granted; whether offsets and indices are in range it sees for itself."""
-    name = KINDS[call.kind]
-    if call.offsets.numel() != rows + 1:
-        raise ValueError(f"offsets must be ({rows + 1},), got {tuple(call.offsets.shape)}")
+    name, entries = KINDS[call.kind], call.ids.numel()
+    check_vectors(
+        ids=(call.ids, torch.int32, entries),
+        weights=(call.weights, torch.float32, entries),
+        offsets=(call.offsets, torch.int64, rows + 1),
+        tail=(call.tail, torch.float32, rows),
+        prototype_ids=(call.prototype_ids, torch.int64, rows),
+    )
+    if call.vocab < 0:
+        raise ValueError(f"vocab must not be negative, got {call.vocab}")
+    if call.prototypes is not None and (
+        call.prototypes.dim() != 2 or call.prototypes.shape[1] != call.vocab or not call.prototypes.is_contiguous()
+    ):
+        raise ValueError(
+            f"prototypes must be a contiguous (prototypes, {call.vocab}) table, got {tuple(call.prototypes.shape)} "
+            f"with strides {call.prototypes.stride()}"
+        )
     if (call.prototype_ids is None) != (call.prototypes is None):
         raise ValueError("prototype_ids and prototypes belong together")
     if call.prototypes is None and name not in WITHOUT_PROTOTYPES:
@@ -438,8 +454,8 @@ def sparse_rows(student: Tensor, grad: Tensor | None, *arguments: Any) -> tuple[
         offsets, prototype or label are out of range has a loss of NaN.
 
     Raises:
-        ValueError: rows whose stride along the vocabulary is not 1; offsets of another number of rows; a divergence
-            that cannot be computed from what the call has.
+        ValueError: a tensor of another size, dtype or layout than the kernel reads; a divergence that cannot be
+            computed from what the call has.
     """
     return launch(_sparse, *_arguments(student, grad, SparseCall(*arguments)))
 

@@ -90,7 +90,7 @@ std::vector<uint8_t> code_events(const std::vector<Event>& events, uint32_t lane
   const uint32_t count = uint32_t(words.size());
   std::memcpy(out.data(), &count, 4);
   std::memcpy(out.data() + 4, state, 4 * lanes);
-  if (count) std::memcpy(out.data() + 4 + 4 * lanes, words.data(), 2 * words.size());
+  if (!words.empty()) std::memcpy(out.data() + 4 + 4 * lanes, words.data(), 2 * words.size());
   return out;
 }
 

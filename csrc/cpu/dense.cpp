@@ -21,7 +21,7 @@ RowResult describe(const Divergence& divergence, const RowTask& row, void* works
 RowOutputs run(const DenseArguments& arguments, const Tensor* grad) {
   const Divergence divergence = divergence_of(arguments, arguments.standardize);
   const auto dense = is_double(arguments.student) ? kernels().dense_double : kernels().dense_float;
-  const StridedRows teachers(arguments.teacher);
+  const StridedRows teachers(arguments.teacher, count_rows(arguments.student), 0);
   const int64_t shared = std::min(arguments.student.size(2), arguments.teacher.size(2));
   return for_each_row(arguments, grad, [&](int64_t i, RowTask& task, void* workspace) {
     task.teacher = teachers[i];

@@ -139,8 +139,7 @@ class DenseRow : RowSweep<T> {
     if (divergence_.standardize)
       for (int i = 0; i < count; ++i)
         if (x[i] != -Real<T>::kInf) x[i] = T((x[i] - m.mean) * m.inverse_std);
-    const int64_t target = task_.label - k * kTile;
-    if (divergence_.kind == Kind::kDkd && target >= 0 && target < count) x[target] = -Real<T>::kInf;
+    if (divergence_.kind == Kind::kDkd && task_.label / kTile == k) x[task_.label % kTile] = -Real<T>::kInf;
     for (int i = count; i < Base::padded(count); ++i) x[i] = -Real<T>::kInf;
     return x;
   }
@@ -260,7 +259,9 @@ class DenseRow : RowSweep<T> {
     const double odds_t = t_.sum_exp == 0 ? Real<double>::kInf : target_t - t_.lse();
     target_gap_ = sigmoid(odds_s) - sigmoid(odds_t);
     const double tckd = binary_kl_term(odds_t, odds_s) + binary_kl_term(-odds_t, -odds_s);
-    return divergence_.a * tckd + (rest_is_dead_ ? 0 : divergence_.b * forward_value());
+    // A term of weight 0 is left out: it may be infinite.
+    return (divergence_.a == 0 ? 0 : divergence_.a * tckd) +
+           (rest_is_dead_ || divergence_.b == 0 ? 0 : divergence_.b * forward_value());
   }
 
   // The teacher's logit at the label, which change() overwrites in the tiles.

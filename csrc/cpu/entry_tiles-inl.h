@@ -1,4 +1,4 @@
-// The entries of a sparse row, sorted by the tile that their column lies in.
+// The entries of a sparse row, without its padding, sorted by the tile that their column lies in.
 
 #if defined(KDFAST_CPU_ENTRY_TILES_INL_H_) == defined(KDFAST_TARGET_TOGGLE)
 #ifdef KDFAST_CPU_ENTRY_TILES_INL_H_
@@ -25,13 +25,14 @@ class EntryTiles {
     starts_ = order_ + tiles * kTile;
   }
 
-  // A counting sort. False where an id is out of the shared vocabulary.
+  // A counting sort. False where an id is out of the shared vocabulary, or there are more entries than columns.
   bool sort(const Entries& entries, int64_t columns, int64_t shared) {
     const int64_t tiles = tile_count(columns);
-    if (entries.count > columns) return false;
+    int64_t kept = 0;
     for (int64_t k = 0; k <= tiles; ++k) starts_[k] = 0;
     for (int64_t i = 0; i < entries.count; ++i) {
-      if (entries.id[i] < 0 || entries.id[i] >= shared) return false;
+      if (entries.is_padding(i)) continue;
+      if (entries.id[i] < 0 || entries.id[i] >= shared || kept++ == columns) return false;
       ++starts_[entries.id[i] / kTile];
     }
     for (int64_t k = 0, before = 0; k <= tiles; ++k) {
@@ -39,7 +40,8 @@ class EntryTiles {
       starts_[k] = int32_t(before);
       before += count;
     }
-    for (int64_t i = 0; i < entries.count; ++i) order_[starts_[entries.id[i] / kTile]++] = int32_t(i);
+    for (int64_t i = 0; i < entries.count; ++i)
+      if (!entries.is_padding(i)) order_[starts_[entries.id[i] / kTile]++] = int32_t(i);
     // The loop above moved each start to the end of its tile, the next tile's start: shift them back.
     for (int64_t k = tiles; k > 0; --k) starts_[k] = starts_[k - 1];
     starts_[0] = 0;

@@ -18,7 +18,8 @@ struct Source {
 
 constexpr int64_t kNoLabel = INT64_MIN;
 
-// The K (id, weight) entries of a sparse teacher row and the log-mass of everything else.
+// The K (id, weight) entries of a sparse teacher row and the log-mass of everything else. An entry of weight 0 is
+// padding: whatever its id, it is as if it were not there.
 struct Entries {
   const int32_t* id = nullptr;
   const float* weight = nullptr;
@@ -28,6 +29,8 @@ struct Entries {
   bool has_prototype = false;     // the tail is spread like `prototype`; false: it is one class
   Source prototype;               // over the teacher's columns; data == nullptr: an index out of range
   double prototype_entropy = 0;   // sum r log r over the shared columns; forward KL alone reads it
+
+  bool is_padding(int64_t i) const { return weight[i] == 0; }
 };
 
 struct RowTask {

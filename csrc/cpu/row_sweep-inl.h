@@ -93,8 +93,12 @@ class RowSweep {
     T *e_s = side.e + k * kTile, *e_t = t_.e + k * kTile;
     Base2<T> s = base2<T>(side.scale_log2, x, probe), t;
     if (mode.teacher) t = base2<T>(t_.scale_log2, y, probe);
-    TileSums<T> sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
-    if (!is_finite(sums.logits + sums.cross) || !(sums.student + sums.teacher + sums.square < kLargestSum)) {
+    TileSums<T> sums;
+    // An origin that is no logit's may lie so far above the logits that all exponentials are 0.
+    const bool is_placed = s.is_placed && t.is_placed;
+    if (is_placed) sums = exponentiate(mode, count, x, y, s, t, e_s, e_t);
+    if (!is_placed || !is_finite(sums.logits + sums.cross) ||
+        !(sums.student + sums.teacher + sums.square < kLargestSum)) {
       // A logit of -inf, or an origin too far below the maximum: repeat with the true maxima and with masks.
       mode.careful = true;
       s = base2<T>(side.scale_log2, x, count);

@@ -44,34 +44,43 @@ inline Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// A (outer, inner, columns) tensor as outer * inner rows of unit stride.
+// A (outer, inner, columns) tensor, which it checks, as outer * inner rows of unit stride.
 class StridedRows {
  public:
   explicit StridedRows(const Tensor& x)
-      : data_(static_cast<char*>(x.data_ptr())),
+      : data_(checked(x)),
         dtype_(dtype_of(x)),
         bytes_(int64_t(x.element_size())),
         inner_(x.size(1)),
         columns_(x.size(2)),
         stride_outer_(x.stride(0)),
-        stride_inner_(x.stride(1)) {
-    STD_TORCH_CHECK(x.dim() == 3 && (columns_ < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
+        stride_inner_(x.stride(1)) {}
+  // Rows that go with `count` others, of at least `columns` columns.
+  StridedRows(const Tensor& x, int64_t count, int64_t columns) : StridedRows(x) {
+    STD_TORCH_CHECK(x.size(0) * inner_ == count, "student, teacher and label_probs must have as many rows");
+    STD_TORCH_CHECK(columns_ >= columns, "label_probs must have the student's columns");
   }
   Source operator[](int64_t row) const { return {at(row), dtype_, columns_}; }
   void* at(int64_t row) const { return data_ + (row / inner_ * stride_outer_ + row % inner_ * stride_inner_) * bytes_; }
 
  private:
+  static char* checked(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) < 2 || x.stride(2) == 1), "expected (outer, inner, columns) rows");
+    return static_cast<char*>(x.data_ptr());
+  }
+
   char* data_;
   Dtype dtype_;
   int64_t bytes_, inner_, columns_, stride_outer_, stride_inner_;
 };
 
-// (rows, n) numbers in the working type: float, or double for a float64 student.
+// `count` numbers in the working type: float, or double for a float64 student.
 class Numbers {
  public:
-  explicit Numbers(const Tensor& x) : data_(x.data_ptr()), is_double_(x.scalar_type() == ScalarType::Double) {
-    STD_TORCH_CHECK(x.is_contiguous() && (is_double_ || x.scalar_type() == ScalarType::Float),
-                    "expected contiguous float32 or float64 numbers");
+  Numbers(const Tensor& x, int64_t count) : data_(x.data_ptr()), is_double_(x.scalar_type() == ScalarType::Double) {
+    STD_TORCH_CHECK(
+        x.is_contiguous() && x.numel() == count && (is_double_ || x.scalar_type() == ScalarType::Float),
+        "expected contiguous float32 or float64 numbers, five a row of coef, one a row of tail and one factor");
   }
   double operator[](int64_t i) const { return is_double_ ? ((double*)data_)[i] : ((float*)data_)[i]; }
   void set(int64_t i, double value) const {
@@ -90,6 +99,12 @@ struct RowOutputs {
   Tensor loss;   // (rows,)
   Tensor parts;  // (4, rows): KD, CE, entropy, top-1 agreement; or (4, 0)
 };
+
+// How many rows a row op's student has.
+inline int64_t count_rows(const Tensor& student) {
+  STD_TORCH_CHECK(student.dim() == 3, "student must be (outer, inner, columns)");
+  return student.size(0) * student.size(1);
+}
 
 inline bool is_double(const Tensor& student) { return student.scalar_type() == ScalarType::Double; }
 
@@ -151,19 +166,19 @@ void for_each_piece(int64_t rows, int64_t columns, F run) {
 template <typename Arguments, typename F>
 RowOutputs for_each_row(const Arguments& arguments, const Tensor* grad, F row) {
   const Tensor& student = arguments.student;
-  const int64_t count = student.size(0) * student.size(1), columns = student.size(2);
+  const StridedRows students(student);
+  const int64_t count = count_rows(student), columns = student.size(2);
   const int64_t element_size = int64_t(student.element_size());
   const Tensor& coef = arguments.coef;
   STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == 5 && coef.size(1) == count, "coef must be (5, rows)");
-  const StridedRows students(student);
-  const std::optional<StridedRows> probs =
-      arguments.label_probs ? std::optional<StridedRows>(*arguments.label_probs) : std::nullopt;
-  const std::optional<StridedRows> grads = grad ? std::optional<StridedRows>(*grad) : std::nullopt;
-  const Numbers numbers(coef);
+  std::optional<StridedRows> probs, grads;
+  if (arguments.label_probs) probs.emplace(*arguments.label_probs, count, columns);
+  if (grad) grads.emplace(*grad);
+  const Numbers numbers(coef, 5 * count);
   const int64_t* labels = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, count) : nullptr;
   RowOutputs out = {torch::stable::new_empty(coef, {count}, coef.scalar_type()),
                     torch::stable::new_empty(coef, {4, arguments.want_parts ? count : 0}, coef.scalar_type())};
-  const Numbers loss(out.loss), parts(out.parts);
+  const Numbers loss(out.loss, count), parts(out.parts, out.parts.numel());
   for_each_piece(count, columns, [&](int64_t begin, int64_t end) {
     void* workspace = thread_workspace(kernels().workspace_bytes(columns));
     RowTask task;

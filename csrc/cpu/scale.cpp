@@ -4,8 +4,8 @@
 namespace kdfast {
 
 void scale_(Tensor x, Tensor factor) {
-  STD_TORCH_CHECK(factor.numel() == 1 && x.is_contiguous(), "expected one factor and a contiguous x");
-  const double by = Numbers(factor)[0];
+  STD_TORCH_CHECK(x.is_contiguous(), "expected a contiguous x");
+  const double by = Numbers(factor, 1)[0];
   if (by == 1) return;
   const int64_t bytes = int64_t(x.element_size());
   char* data = static_cast<char*>(x.data_ptr());

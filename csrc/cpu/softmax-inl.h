@@ -83,6 +83,7 @@ struct Exponentials {
 template <typename T>
 struct Base2 {
   T scale_log2 = 0, origin = 0;
+  bool is_placed = true;  // the origin is a logit's
   KD_INLINE Vec<T> operator()(Vec<T> x) const { return (x - Vec<T>(origin)) * Vec<T>(scale_log2); }
   double offset() const { return double(origin) * double(scale_log2); }
 };
@@ -253,7 +254,8 @@ T maximum(const From* x, int count) {
 template <typename T, typename From>
 Base2<T> base2(T scale_log2, const From* x, int count) {
   const T largest = maximum<T>(x, count);
-  return {scale_log2, is_finite(largest) ? largest : T(0)};
+  const bool is_placed = is_finite(largest);
+  return {scale_log2, is_placed ? largest : T(0), is_placed};
 }
 
 }  // namespace KDFAST_TARGET

@@ -88,15 +88,17 @@ RowOutputs run(const SparseArguments& arguments, const Tensor* grad) {
   const auto forward = wide ? kernels().sparse_double : kernels().sparse_float;
   const auto other = wide ? kernels().dense_double : kernels().dense_float;
   const Tensor& student = arguments.student;
-  const int64_t rows = student.size(0) * student.size(1), entries = arguments.ids.numel();
+  const int64_t rows = count_rows(student), entries = arguments.ids.numel();
   const auto* ids = vector_data<int32_t>(arguments.ids, ScalarType::Int, entries);
   const auto* weights = vector_data<float>(arguments.weights, ScalarType::Float, entries);
   const auto* offsets = vector_data<int64_t>(arguments.offsets, ScalarType::Long, rows + 1);
   for (int64_t i = 0; i < rows; ++i)
     STD_TORCH_CHECK(0 <= offsets[i] && offsets[i] <= offsets[i + 1] && offsets[i + 1] <= entries,
                     "offsets must not decrease or leave the entries");
+  STD_TORCH_CHECK(arguments.vocab >= 0, "vocab must not be negative");
   const Prototypes prototypes(arguments, divergence, rows);
-  const std::optional<Numbers> tails = arguments.tail ? std::optional<Numbers>(*arguments.tail) : std::nullopt;
+  std::optional<Numbers> tails;
+  if (arguments.tail) tails.emplace(*arguments.tail, rows);
   const int64_t shared = std::min(student.size(2), arguments.vocab);
   const bool subtract_entropy = divergence.kind == Kind::kForwardKl;
   return for_each_row(arguments, grad, [&](int64_t i, RowTask& task, void* workspace) {

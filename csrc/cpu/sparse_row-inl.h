@@ -120,6 +120,7 @@ class SparseRow : RowSweep<T> {
     for (int64_t k = 0; k < tile_count(s_.columns); ++k) tail_factor_[k] = s_.factor[k];
     const bool squared = this->unit_tau_ == UnitTau::kSquared;
     for (int64_t i = 0; i < entries_.count; ++i) {
+      if (entries_.is_padding(i)) continue;
       s_.include(logit(i));
       if (squared) unit_.include(logit(i));
     }
@@ -143,8 +144,8 @@ class SparseRow : RowSweep<T> {
   double heads_value() {
     double total = 0;
     for (int64_t i = 0; i < entries_.count; ++i) {
+      if (entries_.is_padding(i)) continue;
       const double w = entries_.weight[i];
-      if (w == 0) continue;
       mass_ += w;
       total += w * ((entries_.subtract_entropy ? ::log(w) : 0) - s_.log_probability(logit(i)));
     }
@@ -222,6 +223,7 @@ class SparseRow : RowSweep<T> {
     double best = -1;
     int64_t id = -1;
     for (int64_t i = 0; i < entries_.count; ++i) {
+      if (entries_.is_padding(i)) continue;
       const double log_q = s_.log_probability(logit(i)), q = ::exp(log_q);
       if (q > 0) result.entropy -= q * log_q;
       if (entry_scale_ * entries_.weight[i] > best) {

@@ -101,6 +101,7 @@ class TailPrototype {
   double entropy(double mass, T* buffer) const {
     double taken = 0, entropy_taken = 0;
     for (int64_t i = 0; i < entries_.count; ++i) {
+      if (entries_.is_padding(i)) continue;
       const T r = T(load_one(entries_.prototype, entries_.id[i]));
       taken += r;
       if (r > 0) entropy_taken += double(r) * log_or_lowest(V(r)).v[0];

@@ -31,10 +31,12 @@ void launch(const DenseTask& task, int cluster, cudaStream_t stream) {
 
 Tensor dense_rows_cluster(const DenseClusterArguments& arguments) {
   const Tensor &student = arguments.student, &teacher = arguments.teacher, &coef = arguments.coef;
-  STD_TORCH_CHECK(teacher.size(2) >= student.size(2), "a teacher of fewer columns is for another kernel");
   STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), "student and teacher must have one dtype");
-  const Tensor loss = torch::stable::new_empty(coef, {coef.size(1)}, coef.scalar_type());
-  const DenseTask task = {row_task(arguments, loss, 2), rows_of(teacher), divergence_of(arguments)};
+  const int64_t rows = coef.size(1);
+  const Tensor loss = torch::stable::new_empty(coef, {rows}, coef.scalar_type());
+  // A teacher of fewer columns is for another kernel.
+  const RowTask row = row_task(arguments, loss, 2);
+  const DenseTask task = {row, rows_of(teacher, rows, student.size(2)), divergence_of(arguments)};
   on_device(student,
             [&](auto zero, cudaStream_t stream) { launch<decltype(zero)>(task, int(arguments.cluster), stream); });
   return loss;

@@ -28,6 +28,14 @@ inline StridedRows rows_of(const Tensor& x) {
   return {static_cast<char*>(x.data_ptr()), x.size(1), x.stride(0), x.stride(1)};
 }
 
+// Rows that go with `count` others.
+inline StridedRows rows_of(const Tensor& x, int64_t count, int64_t columns) {
+  const StridedRows rows = rows_of(x);
+  STD_TORCH_CHECK(x.size(0) * x.size(1) == count && x.size(2) >= columns,
+                  "teacher and grad must have the student's rows and columns");
+  return rows;
+}
+
 inline void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, cudaGetErrorString(status)); }
 
 // Bytes of shared memory that a block needs for its part of `rows_held` rows.
@@ -39,13 +47,15 @@ inline int slice_bytes(const Tensor& student, int cluster, int rows_held) {
 template <typename Arguments>
 RowTask row_task(const Arguments& arguments, const Tensor& loss, int rows_held) {
   const Tensor& student = arguments.student;
+  STD_TORCH_CHECK(student.dim() == 3, "student must be (outer, inner, columns)");
   const int64_t rows = student.size(0) * student.size(1), columns = student.size(2);
   const int64_t element_size = int64_t(student.element_size());
   const int cluster = int(arguments.cluster);
   STD_TORCH_CHECK(cluster > 0 && cluster <= kMaxCluster &&
                       slice_bytes(student, cluster, rows_held) <= kLargestSliceBytes + rows_held * int(sizeof(uint4)),
                   "a cluster of this many blocks does not hold rows of this width");
-  RowTask task = {rows_of(student), arguments.grad ? rows_of(*arguments.grad) : StridedRows(), rows, int(columns)};
+  RowTask task = {rows_of(student), StridedRows(), rows, int(columns)};
+  if (arguments.grad) task.grad = rows_of(*arguments.grad, rows, columns);
   task.coef = vector_data<float>(arguments.coef, ScalarType::Float, 5 * rows);
   task.label = arguments.label ? vector_data<int64_t>(*arguments.label, ScalarType::Long, rows) : nullptr;
   task.smoothing = float(arguments.smoothing);

@@ -13,6 +13,10 @@ namespace kdfast::cuda {
 constexpr float kInf = __builtin_huge_valf(), kLowest = -3.402823466e+38f;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// Whether numbers are doubles.
+template <typename V>
+constexpr bool kIsWide = false;
+
 // 2^x; exactly 0 below float's range.
 KD_INLINE float exp2(float x) {
 #ifdef __CUDA_ARCH__

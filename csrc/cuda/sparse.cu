@@ -17,13 +17,13 @@ Tensor sparse_rows_cluster(const SparseClusterArguments& arguments) {
   const int64_t rows = coef.size(1), entries = arguments.ids.numel();
   const Tensor loss = torch::stable::new_empty(coef, {rows}, coef.scalar_type());
   const Tensor logits = torch::stable::new_empty(coef, {entries}, coef.scalar_type());
-  const SparseTask task = {row_task(arguments, loss, 1),
-                           vector_data<int32_t>(arguments.ids, ScalarType::Int, entries),
-                           vector_data<float>(arguments.weights, ScalarType::Float, entries),
-                           vector_data<int64_t>(arguments.offsets, ScalarType::Long, rows + 1),
-                           arguments.tail ? vector_data<float>(*arguments.tail, ScalarType::Float, rows) : nullptr,
-                           static_cast<float*>(logits.data_ptr()),
-                           arguments.subtract_entropy};
+  const EntryLists lists = {vector_data<int32_t>(arguments.ids, ScalarType::Int, entries),
+                            vector_data<float>(arguments.weights, ScalarType::Float, entries),
+                            vector_data<int64_t>(arguments.offsets, ScalarType::Long, rows + 1),
+                            arguments.tail ? vector_data<float>(*arguments.tail, ScalarType::Float, rows) : nullptr,
+                            static_cast<float*>(logits.data_ptr()),
+                            entries};
+  const SparseTask task = {row_task(arguments, loss, 1), lists, arguments.subtract_entropy};
   on_device(student, [&](auto zero, cudaStream_t stream) {
     using T = decltype(zero);
     const int shared_bytes = task.row.packs * int(sizeof(Pack<T>));

@@ -9,20 +9,11 @@ namespace kdfast::cuda {
 
 struct SparseTask {
   RowTask row;
-  const int32_t* ids;      // (nnz,)
-  const float* weights;    // (nnz,)
-  const int64_t* offsets;  // (rows + 1,)
-  const float* tail;       // (rows,); nullptr: none
-  float* logits;           // (nnz,), a buffer for the student's logits at the entries
+  EntryLists entries;
   bool subtract_entropy;
 };
 
 #ifdef KDFAST_HAS_CLUSTERS
-
-__device__ inline EntriesView entries_of(const SparseTask& task, int64_t row) {
-  const int64_t begin = task.offsets[row], count = task.offsets[row + 1] - begin;
-  return {task.ids + begin, task.weights + begin, task.logits + begin, count, task.tail ? task.tail[row] : -kInf};
-}
 
 template <UnitTau kUnitTau, typename T>
 __device__ SparseSums sums_of(const Slice<T>& slice, Pack<T>* student, const EntriesView& entries, Scales scales) {
@@ -56,7 +47,7 @@ __device__ void sparse_row(const SparseTask& task) {
   if (!coef.counts()) return finish_uncounted(task.row, row, slice);
   loader.start(nullptr);
   cluster.barrier_arrive();  // a block must have started before another one writes to its memory
-  EntriesView entries = entries_of(task, row);
+  EntriesView entries = task.entries.row(row);
   if (coef.kd == 0) entries.count = 0;
   const int label = coef.label_column(slice.columns);
   const float label_logit = logit_of<T>(task.row, row, label);

@@ -8,13 +8,33 @@
 
 namespace kdfast::cuda {
 
-// A row's entries. The student's logits move from the row, which is masked there, to `logit`.
+// A row's entries. The student's logits move from the row, which is masked there, to `logit`. An entry of weight 0 is
+// padding: whatever its id, it is as if it were not there.
 struct EntriesView {
   const int32_t* id;
   const float* weight;
   float* logit;
   int64_t count;
   float tail;  // log-mass of everything else; -inf: none
+
+  KD_INLINE bool is_padding(int64_t i) const { return weight[i] == 0; }
+};
+
+// The entries of all rows, one row's after another's.
+struct EntryLists {
+  const int32_t* ids;      // (count,)
+  const float* weights;    // (count,)
+  const int64_t* offsets;  // (rows + 1,)
+  const float* tail;       // (rows,); nullptr: none
+  float* logits;           // (count,), a buffer for the student's logits at the entries
+  int64_t count;
+
+  // A row's. Offsets that leave the lists, or go back, make its loss NaN: nothing outside the lists is read.
+  KD_INLINE EntriesView row(int64_t i) const {
+    const int64_t begin = offsets[i], end = offsets[i + 1];
+    if (begin < 0 || begin > end || end > count) return {ids, weights, logits, 0, __builtin_nanf("")};
+    return {ids + begin, weights + begin, logits + begin, end - begin, tail ? tail[i] : -kInf};
+  }
 };
 
 struct SparseSums {
@@ -47,6 +67,7 @@ KD_INLINE void take_entries(SparseSums& sums, const Slice<T>& slice, Pack<T>* st
                             int thread, int threads, Scales c) {
   constexpr int kLanes = Pack<T>::kLanes;
   for (int64_t i = thread; i < entries.count; i += threads) {
+    if (entries.is_padding(i)) continue;
     const int id = entries.id[i], at = id - slice.first;
     if (!slice.has(id)) sums.entries.s = __builtin_nanf("");
     if (!slice.has(id) || at < 0 || at >= slice.packs * kLanes) continue;
@@ -140,6 +161,7 @@ KD_INLINE void write_entries(const Slice<T>& slice, const EntriesView& entries, 
                              const SparseOutcome& out, int label, UnitTau mode, const GradientRow<T>& to) {
   const Gradient& g = out.row.gradient;
   for (int64_t i = thread; i < entries.count; i += threads) {
+    if (entries.is_padding(i)) continue;
     const int id = entries.id[i], at = id - slice.first;
     if (at < 0 || at >= slice.packs * Pack<T>::kLanes) continue;
     const float x = entries.logit[i], e = exp2(::fmaf(x, out.all.c.s, -out.all.origin_s));

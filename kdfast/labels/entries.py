@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Entries", "offsets_of"]
+__all__ = ["Entries", "offsets_of", "rows_of_entries"]
 
 
 class Entries(NamedTuple):
@@ -22,13 +22,17 @@ class Entries(NamedTuple):
     def of(cls, ids: Tensor, weights: Tensor, offsets: Tensor) -> Entries:
         """Row i owns entries ``offsets[i]:offsets[i + 1]``."""
         begin, end = offsets[0], offsets[-1]
-        row = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=ids.device), offsets.diff())
-        return cls(row, ids[begin:end].long(), weights[begin:end])
+        ids = ids[begin:end].long()
+        return cls(rows_of_entries(offsets - begin, len(ids)), ids, weights[begin:end])
+
+    def where(self, kept: Tensor) -> Entries:
+        """The entries that a bool mask selects."""
+        return Entries(self.row[kept], self.id[kept], self.weight[kept])
 
     def of_rows(self, rows: Tensor) -> Entries:
         """The entries of the rows that a bool mask selects, whose row numbers are counted anew."""
-        mine = rows[self.row]
-        return Entries((rows.cumsum(0) - 1)[self.row[mine]], self.id[mine], self.weight[mine])
+        mine = self.where(rows[self.row])
+        return mine._replace(row=(rows.cumsum(0) - 1)[mine.row])
 
     def best(self, rows: int) -> Tensor:
         """(rows,) the id of each row's largest weight, the first of several; -1 for a row without entries."""
@@ -37,6 +41,17 @@ class Entries(NamedTuple):
         place = torch.where(self.weight == top[self.row], place, len(place))
         first = place.new_full((rows,), len(place)).scatter_reduce(0, self.row, place, "amin")
         return torch.cat([self.id, self.id.new_full((1,), -1)])[first]
+
+
+def rows_of_entries(offsets: Tensor, entries: int) -> Tensor:
+    """(entries,) int64: the row that each entry belongs to. Writes nothing elsewhere, whatever the offsets are.
+
+    ``torch.repeat_interleave`` of the rows' counts does the same, and trusts them: it writes past its result where
+    offsets go back.
+    """
+    begun = torch.zeros(entries + 1, dtype=torch.int64, device=offsets.device)
+    inner = offsets[1:-1].clamp(0, entries)  # where every row but the first one begins
+    return begun.index_add_(0, inner, torch.ones_like(inner))[:entries].cumsum(0)
 
 
 def offsets_of(counts: Tensor) -> Tensor:

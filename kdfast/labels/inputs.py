@@ -7,9 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdfast.labels.entries import rows_of_entries
+from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids, is_readable
 from kdfast.masks import as_mask
 
-__all__ = ["check_present", "check_prototypes", "check_temperatures", "flat_entries"]
+__all__ = [
+    "check_entries",
+    "check_not_negative",
+    "check_present",
+    "check_prototypes",
+    "check_temperatures",
+    "flat_entries",
+]
 
 
 def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +44,34 @@ def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[T
             f"and offsets {offsets.dtype} {tuple(offsets.shape)}"
         )
     return ids.reshape(-1).to(torch.int32).contiguous(), values.reshape(-1).float().contiguous(), offsets.contiguous()
+
+
+def check_entries(
+    ids: Tensor, offsets: Tensor, padding: Tensor, present: Tensor | None, size: int, *, once: str | None
+) -> None:
+    """Raise ``ValueError`` for offsets, ids or repeats that a loss cannot take, where looking at them is cheap.
+
+    Args:
+        ids, padding: (nnz,), padding bool: entries that do not count, whatever their ids.
+        present: (rows,) bool: rows whose entries count; None: all.
+        once: how to mend a row that names an id twice; None: it may.
+    """
+    if offsets.device != ids.device:
+        raise ValueError(f"ids are on {ids.device}, offsets on {offsets.device}")
+    if not (is_readable(ids) and is_readable(padding)):
+        return
+    check_offsets(offsets, len(ids))
+    if present is not None and len(ids):
+        padding = padding | ~present.to(ids.device)[rows_of_entries(offsets, len(ids))]
+    check_ids(ids, offsets, padding, size, once=once)
+
+
+def check_not_negative(name: str, values: Tensor) -> None:
+    """Raise ``ValueError`` for a negative weight or probability, where looking at them is cheap."""
+    if is_readable(values) and values.numel() and float(values.min()) < 0.0:
+        raise ValueError(
+            f"{name} must not be negative, got {float(values.min())}; of log-probabilities take the exponential"
+        )
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
@@ -63,3 +100,5 @@ def check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, r
             f"prototypes must be a contiguous (S, {vocab_size}) table, got {tuple(prototypes.shape)} with strides "
             f"{prototypes.stride()}"
         )
+    if is_readable(prototype_ids):
+        check_prototype_ids(prototype_ids, len(prototypes))

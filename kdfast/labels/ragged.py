@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kdfast.divergences import DIVERGENCES
-from kdfast.labels.entries import Entries, offsets_of
+from kdfast.labels.entries import Entries, offsets_of, rows_of_entries
 from kdfast.labels.soft_labels import SoftLabels, Support
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+TINY = torch.finfo(torch.float32).tiny
 
 __all__ = ["Prototype", "Ragged", "Tailed", "TopK", "Weights", "same_table", "table_on"]
 
@@ -40,7 +42,12 @@ class Ragged(SoftLabels):
     @property
     def entry_rows(self) -> Tensor:
         """(nnz,) int64: the row that each entry belongs to."""
-        return torch.repeat_interleave(self.counts, output_size=self.values.numel())
+        return rows_of_entries(self.offsets, self.values.numel())
+
+    @property
+    def padding(self) -> Tensor:
+        """(nnz,) bool: entries that are as if they were not there, whatever their ids."""
+        return self.values == 0.0
 
     def at(self, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """(nnz,) weights and, for top-k and prototypes, (rows,) log tail mass at one of the labels' temperatures.
@@ -62,7 +69,8 @@ class Ragged(SoftLabels):
         """``at`` a temperature that is number ``known`` of the labels'."""
 
     def argmax(self) -> Tensor:
-        return Entries.of(self.ids, self.values, self.offsets).best(len(self))
+        entries = Entries.of(self.ids, self.values, self.offsets)
+        return entries.where(~self.padding).best(len(self))
 
     def to_dense(self) -> SoftLabels:
         raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
@@ -71,8 +79,8 @@ class Ragged(SoftLabels):
         counts = self.counts[index]
         offsets = offsets_of(counts)
         # Entry e of the result sits `e - offsets[row]` past its row's old start.
-        shift = torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], counts)
-        entries = shift + torch.arange(shift.numel(), device=self.device)
+        row = rows_of_entries(offsets, int(offsets[-1]))
+        entries = (self.offsets[:-1][index] - offsets[:-1])[row] + torch.arange(len(row), device=self.device)
         present = None if self.present is None else self.present[index]
         return {"values": self.values[entries], "ids": self.ids[entries], "offsets": offsets, "present": present}
 
@@ -117,6 +125,10 @@ class Tailed(Ragged):
         # A tail that rounding took above all of the mass leaves nothing to the entries.
         return tail, -torch.expm1(tail.clamp(max=0.0))
 
+    def _weights(self, weights: Tensor) -> Tensor:
+        """``weights`` of entries: however small, they stay entries, which a weight of 0 is not."""
+        return torch.where(self.padding, weights, weights.clamp(min=TINY))
+
     def _taken(self, index: Tensor) -> dict[str, Any]:
         return {**super()._taken(index), "tails": self.tails[:, index]}
 
@@ -131,17 +143,21 @@ class TopK(Tailed):
     kind: ClassVar[str] = "topk"
     support: ClassVar[Support] = Support({"forward_kl": "lower bound", "soft_ce": "lower bound"})
 
+    @property
+    def padding(self) -> Tensor:
+        return self.values == -torch.inf
+
     def _at(self, temperature: float, known: int) -> tuple[Tensor, Tensor | None]:
         tail, mass = self._tail(known)
         head, tempered = torch.log(mass), self.values / temperature
         if self.width is not None:
             tempered = tempered.view(len(self), self.width)
             log_probs = tempered + (head - _finite(torch.logsumexp(tempered, 1)))[:, None]
-            return log_probs.exp().view(-1), tail
+            return self._weights(log_probs.exp().view(-1)), tail
         row = self.entry_rows
         top = _finite(head.new_full((len(self),), -torch.inf).scatter_reduce(0, row, tempered, "amax"))
         total = torch.zeros_like(head).index_add(0, row, (tempered - top[row]).exp())
-        return (tempered - top[row] + (head - _finite(total.log()))[row]).exp(), tail
+        return self._weights((tempered - top[row] + (head - _finite(total.log()))[row]).exp()), tail
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -159,7 +175,7 @@ class Prototype(Tailed):
         tail, mass = self._tail(known)
         row = self.entry_rows
         total = torch.zeros_like(mass).index_add(0, row, self.values)
-        return self.values * torch.where(total == 0.0, 0.0, mass / total)[row], tail
+        return self._weights(self.values * torch.where(total == 0.0, 0.0, mass / total)[row]), tail
 
     def argmax(self) -> Tensor:
         best = super().argmax()

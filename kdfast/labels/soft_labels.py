@@ -13,7 +13,15 @@ from torch import Tensor
 
 from kdfast.divergences import Divergence
 from kdfast.labels.head import OutputLayer
-from kdfast.labels.inputs import check_present, check_prototypes, check_temperatures, flat_entries
+from kdfast.labels.inputs import (
+    check_entries,
+    check_not_negative,
+    check_present,
+    check_prototypes,
+    check_temperatures,
+    flat_entries,
+)
+from kdfast.labels.repeats import merged_repeats
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,7 +92,8 @@ class SoftLabels(ABC):
     ========== ============================================= =======================================================
 
     Each kind is a class of ``kdfast.labels``: ``TopK``, ``Weights``, ``Prototype``, ``Dense`` and ``Hidden``. The first
-    three are ``Ragged``: row i owns entries ``offsets[i]:offsets[i + 1]``. Ids are unique within a row.
+    three are ``Ragged``: row i owns entries ``offsets[i]:offsets[i + 1]``. A row names an id once. An entry of
+    log-probability -inf, or of weight or probability 0, is padding: as if it were not there, whatever its id.
     ``present`` marks the rows that exist; an absent row is not counted and leaves the denominator.
     Index it by row: a slice, a bool mask, or integer rows.
     """
@@ -120,26 +129,34 @@ class SoftLabels(ABC):
         """Top-k labels with exact tails.
 
         Args:
-            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids.
-            log_probs: same shape: the teacher's log-probabilities at T = 1.
+            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids, each once in a row.
+            log_probs: same shape: the teacher's log-probabilities at T = 1; -inf for padding.
             tails: (len(temperatures), rows), or (rows,) for one temperature: the log of the probability that
                 the entries leave out, at each temperature (-inf: nothing is left out).
             temperatures: the teacher temperatures whose tail is known; a loss at another one raises.
+            offsets: (rows + 1,) int64 of ragged rows: from 0, never back, to nnz.
+
+        Raises:
+            ValueError: of tensors on a CPU also an id out of range or twice in a row, and offsets that go back. On a
+                GPU these are looked for where KDFAST_CHECK=1.
         """
         width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
         ids, log_probs, offsets = flat_entries(ids, log_probs, offsets)
+        padding = log_probs == -torch.inf
         tails = tails.reshape(len(temperatures), -1) if tails.dim() < 2 else tails
         rows = offsets.numel() - 1
         if tails.shape != (len(temperatures), rows):
             raise ValueError(f"tails must be ({len(temperatures)} temperatures, {rows} rows), got {tuple(tails.shape)}")
         check_temperatures(temperatures)
+        present = check_present(present, rows)
+        check_entries(ids, offsets, padding, present, int(vocab_size), once="add up their probabilities")
         return _of_kind(
             "topk",
             vocab_size=int(vocab_size),
             values=log_probs,
             temperatures=tuple(float(t) for t in temperatures),
-            present=check_present(present, rows),
-            ids=ids,
+            present=present,
+            ids=ids.masked_fill(padding, 0),
             offsets=offsets,
             width=width,
             tails=tails.float(),
@@ -158,17 +175,27 @@ class SoftLabels(ABC):
         """Unnormalised weights, what an unbiased sampler at ``temperature`` gives: E[w_j] = p_j.
 
         Args:
-            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids.
-            weights: same shape, non-negative; a row need not sum to 1.
+            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids. What a row names several times, as draws with
+                replacement do, has the sum of its weights.
+            weights: same shape, non-negative; a row need not sum to 1. 0 for padding.
+            offsets: (rows + 1,) int64 of ragged rows: from 0, never back, to nnz.
+
+        Raises:
+            ValueError: of tensors on a CPU also an id out of range, and offsets that go back.
         """
         ids, weights, offsets = flat_entries(ids, weights, offsets)
+        padding = weights == 0.0
         check_temperatures((temperature,))
+        check_not_negative("weights", weights)
+        present = check_present(present, offsets.numel() - 1)
+        check_entries(ids, offsets, padding, present, int(vocab_size), once=None)
+        ids = ids.masked_fill(padding, 0)
         return _of_kind(
             "weights",
             vocab_size=int(vocab_size),
-            values=weights,
+            values=merged_repeats(ids, weights, offsets),
             temperatures=(float(temperature),),
-            present=check_present(present, offsets.numel() - 1),
+            present=present,
             ids=ids,
             offsets=offsets,
         )
@@ -194,11 +221,16 @@ class SoftLabels(ABC):
         take all of it. A column that a prototype has at 0 makes reverse KL infinite, unless the student masks it.
 
         Args:
-            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids; K may be 0.
-            probs: same shape: the teacher's probabilities at ``temperature``.
+            ids: (rows, K) or, with ``offsets``, (nnz,) integer token ids, each once in a row; K may be 0.
+            probs: same shape: the teacher's probabilities at ``temperature``; 0 for padding.
             tails: (rows,) log of the probability that the entries leave out (-inf: nothing is left out).
             prototype_ids: (rows,) integers in [0, S).
             prototypes: (S, vocab_size) contiguous bfloat16 or float32, non-negative; a row need not sum to 1.
+            offsets: (rows + 1,) int64 of ragged rows: from 0, never back, to nnz.
+
+        Raises:
+            ValueError: of tensors on a CPU also an id out of range or twice in a row, a prototype out of range, and
+                offsets that go back. On a GPU these are looked for where KDFAST_CHECK=1.
         """
         width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
         ids, probs, offsets = flat_entries(ids, probs, offsets)
@@ -209,13 +241,16 @@ class SoftLabels(ABC):
             raise ValueError(
                 f"ids are on {ids.device}, prototype_ids on {prototype_ids.device}, prototypes on {prototypes.device}"
             )
+        check_not_negative("probs", probs)
+        padding, present = probs == 0.0, check_present(present, rows)
+        check_entries(ids, offsets, padding, present, int(vocab_size), once="add up their probabilities")
         return _of_kind(
             "prototype",
             vocab_size=int(vocab_size),
             values=probs,
             temperatures=(float(temperature),),
-            present=check_present(present, rows),
-            ids=ids,
+            present=present,
+            ids=ids.masked_fill(padding, 0),
             offsets=offsets,
             width=width,
             tails=tails.float()[None],

@@ -16,6 +16,7 @@ from kdfast._names import did_you_mean
 from kdfast._values import can_look, values_are_checked
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
+from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
 from kdfast.loss.option_names import REDUCTION_TERMS
 from kdfast.masks import check_zeros_and_ones, is_mask
 from kdfast.models import check_logits, check_plain
@@ -358,17 +359,14 @@ def look_like_probabilities(x: Tensor) -> bool:
 
 
 def _check_entries(labels: Ragged, columns: int) -> None:
-    ids = labels.ids
-    if bool(((ids < 0) | (ids >= min(columns, labels.vocab_size))).any()):
-        raise ValueError(
-            f"soft labels must name tokens in [0, {min(columns, labels.vocab_size)}), got {int(ids.min())} to "
-            f"{int(ids.max())}"
-        )
+    check_offsets(labels.offsets, labels.ids.numel())
+    padding = labels.padding
+    if labels.present is not None:
+        padding = padding | ~labels.present[labels.entry_rows]
+    check_ids(labels.ids, labels.offsets, padding, min(columns, labels.vocab_size), once="merge its entries")
     _check_masses(labels)
     if isinstance(labels, Prototype):
         _check_prototypes(labels.prototype_ids, labels.prototypes)
-    if torch.unique(labels.entry_rows * labels.vocab_size + ids).numel() != ids.numel():
-        raise ValueError("soft labels must name a token once per row, got a token twice")
 
 
 _ROUNDING = 1e-2  # stored values are rounded, and so is what they sum to
@@ -402,11 +400,7 @@ def _check_masses(labels: Ragged) -> None:
 
 
 def _check_prototypes(prototype_ids: Tensor, prototypes: Tensor) -> None:
-    if bool(((prototype_ids < 0) | (prototype_ids >= len(prototypes))).any()):
-        raise ValueError(
-            f"soft labels must name prototypes in [0, {len(prototypes)}), got {int(prototype_ids.min())} to "
-            f"{int(prototype_ids.max())}"
-        )
+    check_prototype_ids(prototype_ids, len(prototypes))
     if not bool(((prototypes >= 0) & (prototypes < math.inf)).all()):
         raise ValueError(
             f"prototypes must be finite and not negative, got {float(prototypes.min())} to {float(prototypes.max())}"

@@ -16,6 +16,7 @@ from kdfast.loss import ops
 from kdfast.loss.dispatch import scaled_coefficients
 from kdfast.loss.projection import autocast_dtype, multiply_out
 from kdfast.loss.reference import Targets
+from kdfast.loss.row_layout import RowLayout
 from kdfast.loss.vocab_parallel import in_group
 from kdfast.loss.vocabulary import Shard
 from kdfast.loss.workspace import Workspace, workspace_bytes
@@ -121,7 +122,7 @@ def teacher_chunks(
         dtype: of the loss's coefficients.
     """
     if isinstance(teacher, Tensor):
-        return LogitChunks(teacher.reshape(1, count, teacher.shape[-1]), divergence, kept)
+        return LogitChunks(RowLayout.lay_out(teacher).reshape(1, count, teacher.shape[-1]), divergence, kept)
     if isinstance(teacher, Head):
         teacher = flat_head(teacher, kept)
         return _head_chunks(teacher.hidden, teacher.layer, divergence, teacher.dtype)
@@ -131,7 +132,7 @@ def teacher_chunks(
         return _head_chunks(teacher.values, teacher.require_head(), divergence, torch.float32)
     if isinstance(teacher, Ragged):
         return SparseChunks(ops.SparseTeacher.of_labels(teacher, divergence, temperature, dtype))
-    return LogitChunks(teacher.to_dense().values[None], divergence)
+    return LogitChunks(RowLayout.lay_out(teacher.to_dense().values), divergence)
 
 
 def flat_head(head: Head, kept: Tensor | None) -> Head:

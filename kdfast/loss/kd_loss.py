@@ -303,7 +303,10 @@ def _run_by_chunks(
         want_parts=want_parts,
         shard=shard,
     )
-    flat = flat_head(student, kept) if isinstance(student, Head) else student.reshape(count, student.shape[-1])
+    if isinstance(student, Head):
+        flat = flat_head(student, kept)
+    else:
+        flat = layout.lay_out(student).reshape(count, student.shape[-1])
     loss, parts = loss_by_chunks(flat, rows, backward, reduction)
     if kept is None:
         return loss, parts

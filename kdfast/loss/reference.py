@@ -132,11 +132,14 @@ def sparse_rows(
 ) -> tuple[Tensor, Parts]:
     """Per-row loss against K (id, weight) entries per row of a teacher of ``vocab`` columns, and its parts.
 
+    An entry of weight 0 is padding: whatever its id, it is as if it were not there.
+
     With ``tail``, (rows,) log-mass, and prototypes: the loss against the logits log p of the whole distribution, at
     teacher temperature 1. Without prototypes the tail is one more class: soft cross-entropy is then
     -sum_k w_k log q_k - w_tail log q_tail, and forward KL that less the teacher's entropy. Those two are served alone.
     """
     entries = Entries.of(ids, weights.to(coef.dtype), offsets)
+    entries = entries.where(entries.weight != 0.0)
     tail = None if tail is None else tail.to(coef.dtype)
     if tail is not None and tail_prototypes is not None:
         p = _expand(entries, tail, tail_prototypes, student.shape[1], v)
@@ -304,7 +307,9 @@ def _dkd(s: Tensor, t: Tensor, index: Tensor, alpha: float, beta: float, v: Voca
     nckd = torch.where(_has_finite(rest_s, v) & _has_finite(rest_t, v), nckd, 0.0)
     odds_s, odds_t = _log_odds(v.pick(s, index), rest_s, v), _log_odds(v.pick(t, index), rest_t, v)
     tckd = _binary_kl(odds_t, odds_s)
-    return torch.where(bad, math.nan, alpha * tckd + beta * nckd)
+    # A term of weight 0 is left out: it may be infinite, and so may its gradient.
+    terms = [weight * term for weight, term in ((alpha, tckd), (beta, nckd)) if weight != 0.0]
+    return torch.where(bad, math.nan, sum(terms, torch.zeros_like(tckd)))
 
 
 def _log_odds(target: Tensor, rest: Tensor, v: Vocabulary) -> Tensor:

@@ -24,7 +24,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 
     Attention transfer (Zagoruyko & Komodakis 2017), in [0, 2] per sample. The authors' code also divides by the number
     of positions: their weight of 1000 is 1000 / (H W) here. Widths may differ. Where sizes do, each axis of the larger
-    map is averaged down to the smaller's. A map of zeros stays zero and gets no gradient.
+    map is averaged down to the smaller's; the authors pool features before the square, which a caller can do. A map of
+    zeros stays zero and gets no gradient.
 
     Args:
         student, teacher: (N, C, H, W), (N, C, D, H, W), or sequences (N, T, D), whose features come last.

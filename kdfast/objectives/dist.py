@@ -29,7 +29,9 @@ def dist_loss(
     (inter-class) and of a class over the batch's rows (intra-class). It is 0 where a side is constant, and has no
     gradient there: every class of a batch of one row.
 
-    A correlation does not shrink as temperatures grow, so there is no T^2; the authors' code multiplies by it.
+    A correlation does not shrink as temperatures grow, so there is no T^2; the authors' code multiplies by it. It also
+    has 1e-8 beside the lengths, which takes the correlation of an all but constant row or class to 0; here it stays
+    what it is.
 
     Args:
         student: (..., C) logits.

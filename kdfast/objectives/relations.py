@@ -61,8 +61,10 @@ def pkt(student: Tensor, teacher: Tensor, *, backward: str = "fused") -> Tensor:
     """The mean over j of KL(p_j || q_j), with p_j(i) = k_ij / sum over l != j of k_lj and k = (1 + cos) / 2.
 
     Probabilistic knowledge transfer (Passalis & Tefas 2018) with the cosine kernel. As in the paper, a sample is not
-    its own neighbour. Kernels are at least float32's rounding: a teacher's neighbour on the student's opposite side
-    costs much, and not everything. ``backward`` is ``kd_loss``'s: "eager" for second derivatives.
+    its own neighbour. The authors' code takes the mean over all N^2 pairs and counts a sample with itself: their weight
+    is to be divided by N^2 / (N - 1) here, some 66 at N = 64. Kernels are at least float32's rounding: a teacher's
+    neighbour on the student's opposite side costs much, and not everything. ``backward`` is ``kd_loss``'s: "eager" for
+    second derivatives.
 
     Raises:
         TypeError, ValueError: no features, other numbers of samples, or a teacher that requires grad.

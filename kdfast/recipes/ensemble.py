@@ -128,6 +128,8 @@ def label_trust(step: Step, *, shift: bool = False, ignore_index: int = IGNORE) 
 
         ProbabilityEnsemble(label_trust)
 
+    The authors' code divides the sum over teachers by K again: their weight of the loss is to be divided by K here.
+
     Args:
         step: with two teachers or more, and class indices as labels.
         shift: position i is judged by label i + 1.

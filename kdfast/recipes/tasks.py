@@ -245,10 +245,11 @@ def ranking_distillation(
 
         mean over lists of  -sum_r w_r log sigmoid(s[item_r]),   item_r at the teacher's place r = 0 ... k - 1
 
-    w_r is proportional to exp(-r / decay), so that early places count most, times
-    tanh(max(sharpness * (the student's rank of item_r - r), 0)), so that items which the student ranks high enough have
-    no loss; the k weights of a list are then normalised. The paper samples the student's ranks; here they are exact.
-    Add it to a loss of what users took: nothing in it lowers the scores of other items.
+    w_r is proportional to exp(-r / decay), so that early places count most, times tanh(max(sharpness * (the student's
+    rank of item_r - r), 0)), so that items which the student ranks high enough have no loss; the k weights of a list
+    are then normalised. The authors' code does that only if it is told to (``weight_renormalize``): by default its loss
+    is as much smaller as the second factor takes away. The paper samples the student's ranks; here they are exact. Add
+    it to a loss of what users took: nothing in it lowers the scores of other items.
 
     Args:
         student, teacher: (lists, items) scores.

@@ -11,7 +11,7 @@ from kdfast._calls import DivergenceNumbers
 from kdfast.divergences import Divergence, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.loss.reference import Targets
 from kdfast.testing import assert_close_to_eager, oracle_gradient
-from support.dense_checks import TEACHER_MAY_MASK
+from support.dense_checks import TEACHER_MAY_MASK, masked_from_the_start
 from support.native_rows import DTYPES, NVCC, WHERE, RowTask, load
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing, whose headers the kernels need")
@@ -89,6 +89,12 @@ def test_matches_oracle(run, divergence, dtype):
             student, teacher = torch.randn(6, columns) * 3, torch.randn(6, columns) * 3
             labels = Targets(torch.randint(0, columns, (6,)), None, 0.1)
             check(run, student.to(dtype), teacher.to(dtype), coefficients(6, tau), labels, divergence)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_masked_from_the_start(run, divergence):
+    for columns, tau in ((40, 0.1), (1001, 2.0)):
+        masked_from_the_start(run, divergence, columns, tau)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

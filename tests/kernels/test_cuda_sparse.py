@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from kdfast.loss.reference import Targets
 from kdfast.testing import assert_close_to_eager
 from support.native_rows import DTYPES, NVCC, WHERE, RowTask, load
-from support.sparse_rows import coefficients, make_teacher, oracle
+from support.sparse_rows import coefficients, make_teacher, oracle, with_padding
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is missing, whose headers the kernels need")
 
@@ -18,6 +19,7 @@ class Task(ctypes.Structure):
     _fields_ = [
         ("row", RowTask),
         *((name, ctypes.c_void_p) for name in ("ids", "weights", "offsets", "tail", "logits")),
+        ("count", ctypes.c_int64),
         ("subtract_entropy", ctypes.c_int),
     ]
 
@@ -39,7 +41,8 @@ def run(kernel, request):
         logits = torch.empty(len(teacher.ids))
         entries = teacher.ids.data_ptr(), teacher.weights.data_ptr(), teacher.offsets.data_ptr()
         pointers = *entries, None if tail is None else tail.data_ptr(), logits.data_ptr()
-        kernel(ctypes.byref(Task(row, *pointers, teacher.divergence.name == "forward_kl")), DTYPES[student.dtype])
+        count, subtract = len(teacher.ids), teacher.divergence.name == "forward_kl"
+        kernel(ctypes.byref(Task(row, *pointers, count, subtract)), DTYPES[student.dtype])
         return loss, grad
 
     def on_gpu(student, teacher, coef, labels):
@@ -106,6 +109,26 @@ def test_a_tail_without_columns_is_infinite(run):
     loss, grad = run(torch.randn(1, 8), teacher, torch.ones(5, 1), Targets())
     assert loss == math.inf
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_padding_is_as_if_it_were_not_there(run, tail):
+    student, teacher = torch.randn(6, 301), make_teacher(6, 301, tail=tail, counts=[0, 1, 2, 5, 9, 3])
+    label, coef = torch.randint(0, 301, (6,)), coefficients(6, torch.float32, 2.0)
+    label[3] = teacher.ids[5]  # an entry's
+    padded = with_padding(teacher, label, 301)
+    clean, same = (run(student, x, coef, Targets(label, None, 0.1)) for x in (teacher, padded))
+    for a, b in zip(clean, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("place", "bad"), [(1, 2**40), (1, 7), (2, -1), (3, 2**62)])
+def test_offsets_that_are_no_rows_touch_no_memory(run, place, bad):
+    teacher = make_teacher(3, 100, counts=[2] * 3)
+    teacher.offsets[place] = bad
+    loss, grad = run(torch.randn(3, 100), teacher, torch.ones(5, 3), Targets(torch.zeros(3, dtype=torch.long)))
+    good = [0 <= a <= b <= 6 for a, b in pairwise(teacher.offsets.tolist())]
+    assert loss.isfinite().tolist() == grad.isfinite().all(1).tolist() == good
 
 
 def test_bad_rows_are_nan_and_harm_no_others(run):

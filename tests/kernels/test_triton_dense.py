@@ -1,11 +1,13 @@
 """The dense Triton kernels keep the laws of the dense row op."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from support import dense_checks as laws
+from support import hostile
 
 pytest.importorskip("triton")
 
@@ -64,6 +66,16 @@ def test_narrow_logits(dtype, divergence, tau):
 @pytest.mark.parametrize("divergence", [Divergence(name) for name in _C.divergences()], ids=str)
 def test_masked_vocabulary(divergence):
     laws.masked_vocabulary(OP, divergence, torch.float32, 800, 807, DEVICE)
+
+
+@pytest.mark.parametrize("divergence", [Divergence(name) for name in _C.divergences()], ids=str)
+def test_masked_from_the_start(divergence):
+    for columns, tau in ((40, 0.1), (600, 2.0)):
+        laws.masked_from_the_start(partial(laws.run, OP), divergence, columns, tau, device=DEVICE)
+
+
+def test_a_term_of_weight_0_is_left_out():
+    laws.a_term_of_weight_0_is_left_out(OP, 300, DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +214,13 @@ class TestRowsInRegisters:
 
     def test_small_gap_keeps_its_gradient(self, divergence):
         laws.small_gap_keeps_its_gradient(in_registers, divergence, 504, DEVICE)
+
+
+# What the kernel reads rightly: other dtypes of numbers, strides of coef, and prototypes without tails.
+HARMLESS = {"coef in halves", "coef transposed", "no tails", "a negative divergence"}
+
+
+@pytest.mark.parametrize("case", [x for x in hostile.DENSE if not ("integers" in x or x in HARMLESS)])
+def test_tensors_that_are_not_what_it_reads_are_named(case):
+    with pytest.raises((ValueError, IndexError)):
+        FORMS.losses(hostile.STUDENT, *hostile.dense(**hostile.DENSE[case]))

@@ -206,6 +206,16 @@ def test_a_bad_row_has_no_likeliest_column_and_harms_no_other(bad):
         assert all(torch.equal(a[row], b[row]) for a, b in zip(out, whole, strict=True))
 
 
+@pytest.mark.parametrize("at", [0, 400, 499])
+def test_top_columns_behind_a_lead_that_exponentials_do_not_reach(at):
+    logits = torch.randn(3, 500) * 20 - 200
+    logits[0, :250] = -math.inf
+    logits[1, 2:] = -math.inf
+    logits[:, at] = 0.0
+    for k in (1, 5, 20):
+        assert_top(top(logits, k=k), logits, 1.0, k)
+
+
 def test_top_does_not_depend_on_batch_or_strides():
     logits = torch.randn(4, 300)
     whole = top(logits)

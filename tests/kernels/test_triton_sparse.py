@@ -11,6 +11,7 @@ from kdfast.divergences import Divergence
 from kdfast.kernels import launch, sparse
 from kdfast.loss.dispatch import forms_of
 from kdfast.loss.reference import Targets
+from support import hostile
 from support import prototype_rows as shaped
 from support import sparse_rows as plain
 from support.sparse_checks import check, run
@@ -98,6 +99,28 @@ def test_masked_students():
     assert (grad[:, 20:140] == 0.0).all()
 
 
+@pytest.mark.parametrize("tail", [True, False])
+def test_padding_is_as_if_it_were_not_there(tail):
+    student, teacher = torch.randn(6, 300), plain.make_teacher(6, 300, tail=tail, counts=[0, 1, 2, 5, 9, 3])
+    label, coef = torch.randint(0, 300, (6,)), plain.coefficients(6, torch.float32, 2.0)
+    label[3] = teacher.ids[5]  # an entry's
+    padded = plain.with_padding(teacher, label, 300)
+    clean, same = (run_on_device(student, x, coef, Targets(label, None, 0.1)) for x in (teacher, padded))
+    for a, b in zip(clean, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("divergence", [*shaped.DIVERGENCES[:2], "dkd"], ids=str)
+def test_padding_of_rows_with_prototypes_is_as_if_it_were_not_there(divergence):
+    divergence = Divergence("dkd") if divergence == "dkd" else divergence
+    student, teacher = torch.randn(3, 280), shaped.make_teacher(280, 300, divergence, counts=[2, 0, 5])
+    label = torch.tensor([int(teacher.ids[0]), 5, 279])
+    padded = plain.with_padding(teacher, label, 280)
+    clean, same = (run_on_device(student, x, torch.ones(5, 3), Targets(label)) for x in (teacher, padded))
+    for a, b in zip(clean, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("divergence", [None, *shaped.DIVERGENCES[:3]], ids=str)
 def test_bad_ids_and_offsets_make_their_own_row_nan(divergence):
     for name, bad in (("ids", -1), ("ids", 300), ("ids", 2**31 - 1), ("offsets", 2**40)):
@@ -160,3 +183,15 @@ def test_a_tail_without_a_prototype_serves_forward_divergences_only():
     arguments = plain.make_teacher(6, 300).arguments(torch.ones(5, 6), Targets())._replace(kind=2)
     with pytest.raises(ValueError, match="divergence reverse_kl needs prototypes of the tails"):
         OP(torch.randn(1, 6, 300), *arguments)
+
+
+# What the kernel reads rightly: other dtypes, strides of coef, prototypes without tails, and values of offsets.
+HARMLESS = {"coef in halves", "coef transposed", "no tails", "a negative divergence"}
+
+
+@pytest.mark.parametrize(
+    "case", [x for x in hostile.SPARSE if not ("integers" in x or "offsets that" in x or x in HARMLESS)]
+)
+def test_tensors_that_are_not_what_it_reads_are_named(case):
+    with pytest.raises((ValueError, IndexError)):
+        FORMS.losses(hostile.STUDENT, *hostile.sparse(**hostile.SPARSE[case]))

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from kdfast import _C
+from kdfast import _C, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
 from kdfast.loss.reference import Targets
+from kdfast.testing import loss_and_gradient, oracle_gradient
 from support import dense_checks as laws
 from support.dense_checks import DIVERGENCES, coefficients
 
@@ -39,6 +40,36 @@ def test_matches_oracle(divergence, dtype):
 def test_masked_vocabulary(divergence, dtype):
     for s, t in SHAPES[1:]:
         laws.masked_vocabulary(OP, divergence, dtype, s, t)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_masked_from_the_start(divergence, dtype):
+    for columns, tau in ((40, 1.0), (40, 0.1), (1100, 2.0), (2100, 50.0)):
+        laws.masked_from_the_start(run, divergence, columns, tau, dtype)
+
+
+def test_a_term_of_weight_0_is_left_out():
+    for columns in (5, 1100):
+        laws.a_term_of_weight_0_is_left_out(OP, columns)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 10.0, 30.0])
+@pytest.mark.parametrize("a", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("make", [jsd, skew_forward_kl, skew_reverse_kl])
+def test_mixtures_are_as_exact_as_float64(make, a, scale):
+    student, teacher = torch.randn(4, 60, dtype=torch.float64) * scale, torch.randn(4, 60, dtype=torch.float64) * scale
+    results = [x(student, teacher, divergence=make(a)) for x in (loss_and_gradient, _reference_loss_and_gradient)]
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-15)
+
+
+def _reference_loss_and_gradient(student, teacher, divergence):
+    coef = torch.ones(5, len(student), dtype=torch.float64) / len(student)
+    coef[:2] = 1.0
+    coef[3:] = 0.0
+    loss, grad, _ = oracle_gradient(student, teacher, coef, Targets(), divergence)
+    return loss.sum(), grad
 
 
 @pytest.mark.parametrize(

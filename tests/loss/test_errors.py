@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kdfast.loss import label_values
 
 S, T, Y = torch.randn(4, 7), torch.randn(4, 7), torch.tensor([0, 1, 2, 6])
 IDS, LOG_PROBS, TAILS = torch.tensor([[0, 3]] * 4), torch.full((4, 2), -1.0), torch.full((4,), -1.0)
+GOES_BACK = torch.tensor([0, 100, 8])
 TOPK = SoftLabels.topk(IDS, LOG_PROBS, TAILS, vocab_size=7)
 WEIGHTS = SoftLabels.weights(IDS, torch.rand(4, 2), vocab_size=7)
 GRAD = torch.tensor(1.0, requires_grad=True)
@@ -143,6 +145,31 @@ CASES = {
         ValueError,
         "unless offsets are given",
     ),
+    "soft label offsets that go back": (
+        lambda: SoftLabels.topk(IDS.flatten(), LOG_PROBS.flatten(), TAILS[:2], vocab_size=7, offsets=GOES_BACK),
+        ValueError,
+        r"never go back and end at the number of entries, 8, got \[0, 100, 8\]; torch.nn.functional.pad",
+    ),
+    "soft label offsets of fewer entries": (
+        lambda: SoftLabels.weights(IDS.flatten(), LOG_PROBS.flatten().exp(), vocab_size=7, offsets=GOES_BACK[:1]),
+        ValueError,
+        r"end at the number of entries, 8, got \[0\]",
+    ),
+    "soft label range": (
+        lambda: SoftLabels.topk(IDS + 4, LOG_PROBS, TAILS, vocab_size=7),
+        ValueError,
+        r"tokens in \[0, 7\), got 4 to 7, first in row",
+    ),
+    "soft label twice": (
+        lambda: SoftLabels.topk(IDS * 0 + 3, LOG_PROBS, TAILS, vocab_size=7),
+        ValueError,
+        "once per row, got 3 twice in row 0; add up their probabilities",
+    ),
+    "soft label weights": (
+        lambda: SoftLabels.weights(IDS, LOG_PROBS, vocab_size=7),
+        ValueError,
+        "weights must not be negative, got -1.0; of log-probabilities take the exponential",
+    ),
     "soft label tails": (
         lambda: SoftLabels.topk(IDS, LOG_PROBS, TAILS[:2], vocab_size=7),
         ValueError,
@@ -176,10 +203,7 @@ def test_named_error(case):
 CHECKED = {
     "temperature": (lambda: kd_loss(S, T, temperature=torch.tensor([1.0, 0.0, 1.0, 1.0])), "temperatures must be"),
     "token": (lambda: kd_loss(S[:, :3], TOPK, vocab="shared"), r"tokens in \[0, 3\), got 0 to 3"),
-    "token twice": (
-        lambda: kd_loss(S, SoftLabels.topk(IDS * 0, LOG_PROBS, TAILS, vocab_size=7)),
-        "once per row, got a token twice",
-    ),
+    "token twice": (lambda: kd_loss(S, replace(TOPK, ids=TOPK.ids * 0)), "once per row, got 0 twice in row 0"),
 }
 
 

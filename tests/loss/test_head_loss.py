@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kdfast import Head, kd_loss
+from kdfast import Head, SoftLabels, kd_loss
 from kdfast.loss import head_loss, workspace
 from support import teachers
 
@@ -108,6 +108,32 @@ def test_a_teachers_head_alone(backward, dtype):
     ours, eager = (kd_loss(student * 1, x, labels, ce_weight=1.0, backward=backward) for x in (given, expected))
     assert torch.allclose(ours, eager)
     assert torch.allclose(*(torch.autograd.grad(3.0 * x, student)[0] for x in (ours, eager)), atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"backward": "recompute"}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_logits_that_lie_the_other_way(dtype, options):
+    """Of a student whose teacher has a head, and of a teacher, as a tensor or as labels, whose student has one."""
+    hidden, weight, logits = (torch.randn(n, d).to(dtype) for n, d in ((5, 8), (20, 8), (5, 20)))
+    transposed = logits.t().contiguous().t()
+    assert not transposed.is_contiguous()
+
+    def run(student, teacher, leaf):
+        leaf.requires_grad_()
+        loss = kd_loss(student, teacher, **options)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        with torch.no_grad():
+            assert torch.equal(kd_loss(student, teacher, **options), loss)
+        return loss.detach(), grad
+
+    def both(x):
+        # The gradient is asked of a leaf that lies as x does.
+        student, of_hidden = x.detach(), hidden.clone()
+        yield from run(student, Head(hidden, weight), student)
+        for teacher in (x.detach(), SoftLabels.dense(x.detach())):
+            yield from run(Head(of_hidden, weight), teacher, of_hidden)
+
+    assert all(torch.equal(a, b) for a, b in zip(both(logits), both(transposed), strict=True))
 
 
 def test_class_probabilities_and_parts():

@@ -1,6 +1,7 @@
 """Labels whose tails are prototypes: the sparse row op against the oracle in float64, gradients first."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kdfast.loss.reference import Targets
 from kdfast.testing import loss_and_gradient, relative_error
 from support.prototype_rows import DIVERGENCES, OTHERS, ROWS, coefficients, make_table, make_teacher
 from support.sparse_checks import check, run
-from support.sparse_rows import oracle
+from support.sparse_rows import oracle, with_padding
 
 # (V_s, V_t): two columns, below a vector, around a tile (1024), and either vocabulary wider.
 SHAPES = [(2, 2), (5, 5), (1031, 1031), (1030, 1023), (1023, 1030), (2100, 2100)]
@@ -144,6 +145,16 @@ def test_logits_far_from_zero():
         teacher = make_teacher(2100, 2100, divergence)
         student = torch.randn(ROWS, 2100).half().float() + 3e4
         check(oracle, student, teacher, coefficients(torch.float32, 2.0), Targets(torch.randint(0, 2100, (ROWS,))))
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES[:3], jsd(0.5)], ids=str)
+def test_padding_is_as_if_it_were_not_there(divergence):
+    student, teacher = torch.randn(3, 1000), make_teacher(1000, 1020, divergence, counts=[2, 0, 9])
+    label = torch.tensor([int(teacher.ids[0]), 5, 999])
+    padded = with_padding(teacher, label, 1000)
+    clean, same = (run(student, x, torch.ones(5, 3), Targets(label, None, 0.1)) for x in (teacher, padded))
+    for a, b in zip(clean, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("divergence", [*DIVERGENCES[:3], jsd(0.5)], ids=str)
@@ -344,9 +355,9 @@ def test_no_rows_and_no_shapes():
     kd_loss(leaf, nothing, divergence="jsd").backward()
     assert leaf.grad.shape == (0, 20)
     # An index into an empty table is out of range like any other.
-    table = make_table(20)[:0]
     ids, probs, zeros = torch.zeros(2, 0).int(), torch.zeros(2, 0), torch.zeros(2)
-    labels = SoftLabels.prototype(ids, probs, zeros, zeros.long(), table, vocab_size=20)
+    labels = SoftLabels.prototype(ids, probs, zeros, zeros.long(), make_table(20), vocab_size=20)
+    labels = replace(labels, prototypes=labels.prototypes[:0])
     assert kd_loss(torch.randn(2, 20), labels, reduction="none").isnan().all()
 
 
@@ -385,12 +396,17 @@ def test_entries_and_tail_are_a_distribution():
     assert torch.allclose(weights.view(5, 4).sum(1) + tail.exp(), torch.ones(5))
     assert torch.allclose(weights[0] / weights[1], labels.values[0] / labels.values[1])
     ids = torch.tensor([[0, 1], [2, 3]])
-    impossible = SoftLabels.prototype(
+    padded = SoftLabels.prototype(
         ids, torch.zeros(2, 2), torch.tensor([-0.5, 0.0]), torch.zeros(2).int(), labels.prototypes, vocab_size=30
     )
-    assert (impossible.at(1.0)[0] == 0.0).all()
-    assert kd_loss(torch.randn(2, 30), impossible, divergence="reverse_kl") == math.inf
-    assert kd_loss(torch.randn(2, 30), impossible).isfinite()
+    assert (padded.at(1.0)[0] == 0.0).all()
+    # Entries of probability 0 are none: their columns have the prototype's.
+    prototype = labels.prototypes[:1].float().log().expand(2, -1)
+    student = torch.randn(2, 30)
+    for divergence in ("forward_kl", "reverse_kl"):
+        torch.testing.assert_close(
+            kd_loss(student, padded, divergence=divergence), kd_loss(student, prototype, divergence=divergence)
+        )
 
 
 IDS, PROBS, TAILS = torch.tensor([[0, 3], [1, 2]]), torch.full((2, 2), 0.1), torch.full((2,), -0.2)
@@ -414,6 +430,7 @@ ERRORS = {
         r"must be \(2,\), a row of prototypes each, got \(2, 2\)",
     ),
     "table type": (lambda: prototype(prototypes=TABLE.half()), TypeError, "float32 or bfloat16 .*got torch.float16"),
+    "shape range": (lambda: prototype(prototype_ids=IDS[0]), ValueError, r"prototypes in \[0, 3\), got 0 to 3"),
     "table width": (lambda: prototype(prototypes=TABLE[:, :6]), ValueError, r"\(S, 7\) table, got \(3, 6\)"),
     "table strides": (lambda: prototype(prototypes=TABLE.t().contiguous().t()), ValueError, r"with strides \(1, 3\)"),
     "devices": (lambda: prototype(prototypes=TABLE.to("meta")), ValueError, "ids are on cpu, .* prototypes on meta"),
@@ -446,10 +463,11 @@ def test_named_error(case):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (prototype(prototype_ids=torch.tensor([0, 3])), r"prototypes in \[0, 3\), got 0 to 3"),
+        # A device tensor's values are not looked at when labels are made of them.
+        (replace(prototype(), prototype_ids=torch.tensor([0, 3])), r"prototypes in \[0, 3\), got 0 to 3"),
         (prototype(prototypes=-TABLE), "prototypes must be finite and not negative, got -0.125 to -0.125"),
         (prototype(prototypes=TABLE / 0), "prototypes must be finite and not negative, got inf to inf"),
-        (prototype(ids=IDS + 6), r"tokens in \[0, 7\), got 6 to 9"),
+        (replace(prototype(), ids=(IDS + 6).int().flatten()), r"tokens in \[0, 7\), got 6 to 9"),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import torch
 from kdfast import SoftLabels, kd_loss
 from kdfast.loss.reference import Targets
 from support.sparse_checks import check, run
-from support.sparse_rows import coefficients, make_teacher, oracle
+from support.sparse_rows import coefficients, make_teacher, oracle, with_padding
 
 # Below a vector, a tile (1024) and its whole vectors; both vocabularies wider.
 SHAPES = [(5, 5), (1000, 1000), (1030, 1023), (1023, 1030), (2500, 2500), (2500, 1024)]
@@ -66,6 +66,17 @@ def test_masked_students():
     )
     assert (loss == math.inf).all()
     assert (grad[:, 200:400] == 0.0).all()
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_padding_is_as_if_it_were_not_there(tail):
+    student, teacher = torch.randn(6, 1030), make_teacher(6, 1030, tail=tail, counts=[0, 1, 2, 5, 9, 3])
+    label, coef = torch.randint(0, 1030, (6,)), coefficients(6, torch.float32, 2.0)
+    label[3] = teacher.ids[5]  # an entry's
+    padded = with_padding(teacher, label, 1030)
+    clean, same = (run(student, x, coef, Targets(label, None, 0.1)) for x in (teacher, padded))
+    for a, b in zip(clean, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_bad_ids_make_their_own_row_nan():

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kdfast import _C, alpha_beta, jsd, skew_forward_kl, skew_reverse_kl
+from kdfast import _C, alpha_beta, dkd, jsd, skew_forward_kl, skew_reverse_kl
 from kdfast.divergences import Divergence
 from kdfast.loss import ops
 from kdfast.loss.reference import Targets
@@ -88,6 +88,50 @@ def masked_vocabulary(op, divergence, dtype, s, t, device="cpu"):
     check(op, student, teacher, coefficients(6, wide, 2.0).to(device), Targets(target, None, 0.1), divergence)
     _, grad, _ = run(op, student, teacher, coefficients(6, wide).to(device), Targets(target), divergence)
     assert (grad[:, dead[:s]] == 0.0).all()
+
+
+def masked_from_the_start(run, divergence, columns, tau, dtype=torch.float32, device="cpu"):
+    """The first columns masked, on the teacher's side where that is finite, else on both, and the others far from 0."""
+    if divergence.name.endswith("chi2"):
+        tau = max(tau, 1.0)  # below, ratios of probabilities leave the range
+    student, teacher = (torch.randn(6, columns, dtype=torch.float64) * 3 for _ in range(2))
+    student += torch.tensor([0.0, 150, -150, 1e4, -1e4, -14])[:, None]
+    teacher += torch.tensor([-150, 0, -1e4, 150, 1e4, -14])[:, None]
+    first = columns // 2
+    teacher[:, :first] = -math.inf
+    student[:2, :first] = -math.inf
+    if divergence.canonical().name not in TEACHER_MAY_MASK or divergence.standardize:
+        student[:, :first] = -math.inf
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    coef = torch.tensor([[tau], [tau], [1.0], [0.0], [0.0]], dtype=wide, device=device).repeat(1, 6)
+    labels = Targets(torch.full((6,), columns - 1, device=device))
+    student, teacher = student.to(device, dtype), teacher.to(device, dtype)
+    loss, grad, *_ = run(student, teacher, coef, labels, divergence)
+    eager_loss, eager_grad, _ = oracle_gradient(student, teacher, coef, labels, divergence)
+    exact_loss, exact_grad, _ = oracle_gradient(student.double(), teacher.double(), coef.double(), labels, divergence)
+    rounding = 1e-11 if dtype == torch.float64 else 1e-5
+    size = exact_loss.abs().clamp(min=1.0)
+    assert ((loss - exact_loss).abs() <= rounding * size + 2 * (eager_loss - exact_loss).abs()).all()
+    size = (size / min(tau, 1.0)).maximum(exact_grad.abs().amax(1))[:, None]
+    eager_error = (eager_grad - exact_grad).abs().amax(1, keepdim=True)
+    assert ((grad - exact_grad).abs() <= rounding * size + 2 * eager_error).all()
+
+
+def a_term_of_weight_0_is_left_out(op, columns, device="cpu"):
+    """dkd's, where it is infinite: a student that masks the label, or a class that the teacher does not."""
+    student, teacher = torch.randn(2, columns, device=device), torch.randn(2, columns, device=device)
+    labels = Targets(torch.tensor([0, 1], device=device))
+    student[:, 0] = -math.inf
+    coef = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]], device=device).repeat(1, 2)
+    for row, divergence in ((0, dkd(0.0, 2.0)), (1, dkd(2.0, 0.0))):
+        loss, grad, _ = run(op, student, teacher, coef, labels, divergence)
+        exact_loss, exact_grad, _ = oracle_gradient(
+            student.double(), teacher.double(), coef.double(), labels, divergence
+        )
+        for x, exact in ((loss, exact_loss), (grad, exact_grad)):
+            assert x[row].isfinite().all()
+            torch.testing.assert_close(x[row].double(), exact[row], rtol=1e-5, atol=1e-6)
+        assert run(op, student, teacher, coef, labels, dkd(1.0, 1.0))[0][row] == math.inf
 
 
 def infinite_divergence(op, divergence, masked, gap, columns, device="cpu"):

@@ -33,3 +33,24 @@ def oracle(student, teacher, coef, labels):
     loss, parts = reference.sparse_rows(leaf, **teacher._asdict(), coef=coef, targets=labels)
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), grad, parts
+
+
+def with_padding(teacher, label, columns):
+    """The teacher with entries of weight 0 before, between and behind its own.
+
+    Their ids are the entries' own, the label's, another one's, and some that are no column's.
+    """
+    counts, rows = teacher.offsets.diff().tolist(), []
+    for ids, weights, y in zip(teacher.ids.split(counts), teacher.weights.split(counts), label.tolist(), strict=True):
+        no_column = [-1, columns, 2**31 - 1, -(2**31)]
+        pad = torch.cat([ids.flip(0), torch.tensor([y, 0, columns - 1, *no_column]), ids]).int()
+        half, zeros = len(ids) // 2, torch.zeros(len(pad))
+        rows.append(
+            (
+                torch.cat([pad, ids[:half], pad, ids[half:], pad]),
+                torch.cat([zeros, weights[:half], zeros, weights[half:], zeros]),
+            )
+        )
+    counts = torch.tensor([len(ids) for ids, _ in rows])
+    ids, weights = map(torch.cat, zip(*rows, strict=True))
+    return teacher._replace(ids=ids, weights=weights, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))

@@ -24,7 +24,8 @@ class TopRow : ChunkedRow<T, From> {
  public:
   TopRow(const SelectTask& task, void* workspace) : Base(task, workspace), kept_(task.entries) {}
 
-  // The likeliest one first; of equal ones, the one with the smaller id. None has a probability of 0.
+  // The likeliest one first; of equal ones, the one with the smaller id. None is masked. They are chosen by their
+  // logits, so that columns whose exponentials underflow have an order too.
   Selection run() {
     if (!Base::sweep()) return {0, __builtin_nan("")};
     if (task_.capacity == 0) return {0, Base::lse(), 1};
@@ -37,15 +38,18 @@ class TopRow : ChunkedRow<T, From> {
   }
 
  private:
-  // More than the exponentials' relative error: a column that they rule out is not among the likeliest.
+  // More than the exponentials' relative error: a chunk that they rule out has none of the likeliest columns.
   static constexpr double kSlack = 1 - 1e-3;
+  // Of the row's mass: chunks of less have columns that underflow, and rule out nothing.
+  static constexpr double kSound = 1e-30;
 
   void look(int64_t k) {
-    exponentiate(k);
     const From* x = Base::chunk(k);
-    const double scale = mass_[k] / sum_;
-    for (int i = 0; i < kSelectChunk; ++i)
-      if (double(e_[i]) * scale > lowest_) offer({int32_t(k * kSelectChunk + i), double(to_real(x[i]))});
+    if (!(double(maximum<T>(x, kSelectChunk)) > least_)) return;
+    for (int i = 0; i < kSelectChunk; ++i) {
+      const double logit = double(to_real(x[i]));
+      if (logit > least_) offer({int32_t(k * kSelectChunk + i), logit});
+    }
   }
 
   static bool is_worse(const Entry& a, const Entry& b) { return a.value != b.value ? a.value < b.value : a.id > b.id; }
@@ -61,7 +65,10 @@ class TopRow : ChunkedRow<T, From> {
     } else {
       return;
     }
-    if (count_ == task_.capacity) lowest_ = Base::mass_of(kept_[0].value) * kSlack;
+    if (count_ < task_.capacity) return;
+    least_ = kept_[0].value;
+    const double mass = Base::mass_of(least_);
+    lowest_ = mass > kSound ? mass * kSlack : -1;
   }
 
   // Replaces the heap's first entry and restores its order.
@@ -101,12 +108,13 @@ class TopRow : ChunkedRow<T, From> {
     double sum = 0;
     for (int i = 0; i < kSelectChunk; ++i)
       if (is_worse({int32_t(k * kSelectChunk + i), double(to_real(x[i]))}, kept_[0])) sum += double(e_[i]);
-    return sum * (mass_[k] / sum_);
+    return sum > 0 ? sum * (mass_[k] / sum_) : 0;
   }
 
   Entry* kept_;
   int64_t count_ = 0;
-  double lowest_ = 0;  // no column of less mass can still be kept
+  double least_ = -Real<double>::kInf;  // no column of a smaller logit, or of this one, can still be kept
+  double lowest_ = -1;                  // nor one in a chunk of less mass; -1: any chunk may have one
 };
 
 }  // namespace KDFAST_TARGET

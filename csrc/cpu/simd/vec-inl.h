@@ -66,6 +66,12 @@ struct Vec {
   KD_INLINE void store(T* to) const { __builtin_memcpy(to, &v, sizeof(Value)); }
 };
 
+// Whether its numbers are doubles.
+template <typename V>
+constexpr bool kIsWide = false;
+template <>
+inline constexpr bool kIsWide<Vec<double>> = true;
+
 // 0, 1, 2, ...
 template <typename T>
 KD_INLINE Vec<T> lane_numbers() {

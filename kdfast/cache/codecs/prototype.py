@@ -18,7 +18,7 @@ from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
-from kdfast.cache.selection.select import Top, threshold, top
+from kdfast.cache.selection.select import Top, missing, threshold, top
 from kdfast.labels import Prototype as PrototypeLabels
 from kdfast.labels import SoftLabels
 from kdfast.labels.entries import offsets_of
@@ -128,7 +128,7 @@ class Prototype(EntryCodec):
         likeliest = top(logits, temperature=self.temperatures[0], k=self.k)
         prototype = self._assign(logits, first_row, likeliest).cpu().numpy()
         probs = likeliest.probs.cpu().numpy()
-        kept = probs > 0  # a masked column is no entry
+        kept = ~missing(logits, likeliest).cpu().numpy()  # a masked column is no entry
         counts = kept.sum(1)
         flat, mass = likeliest.ids.cpu().numpy()[kept], probs[kept]
         sort, _ = by_rank(flat, counts, self.order, prototype)

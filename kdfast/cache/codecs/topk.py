@@ -17,7 +17,7 @@ from kdfast._C import first_bad_top
 from kdfast.cache.codecs.base import Codec, FixedWidthCodec, require_kind
 from kdfast.cache.codecs.ids import id_field, pack_ids, unpack_ids
 from kdfast.cache.codecs.registry import register
-from kdfast.cache.selection.select import top
+from kdfast.cache.selection.select import missing, top
 from kdfast.labels import Ragged, SoftLabels
 from kdfast.labels import TopK as TopKLabels
 from kdfast.labels.entries import offsets_of
@@ -77,15 +77,17 @@ class TopK(FixedWidthCodec):
     def select(self, logits: Tensor, key: bytes) -> TopKLabels:
         logits = logits.detach()
         likeliest = top(logits, temperature=1.0, k=self.k)
-        ids, lost = likeliest.ids.long(), likeliest.probs[:, -1] == 0.0
-        if bool(lost.any()):  # columns whose probability underflows are columns still
-            ids[lost] = logits[lost].topk(self.k, dim=1).indices
-        entries = logits.gather(1, ids).double()
+        ids = likeliest.ids.long()
+        entries = logits.gather(1, ids).double().masked_fill(missing(logits, likeliest), -torch.inf)
         log_probs = (entries - entries[:, :1] + likeliest.probs[:, :1].log()).float()
         kept = log_probs.to(VALUE_DTYPES[self.value_dtype]).isfinite()
         rests = [likeliest.rest if t == 1.0 else top(logits, temperature=t, k=self.k).rest for t in self.temperatures]
+        # A tail has what the stored type cannot hold, too.
+        cut = (entries > -torch.inf).ne(kept).any(1)
         columns = ids.where(kept, -1)
-        tails = torch.stack([_tail(logits, columns, rest, t) for rest, t in zip(rests, self.temperatures, strict=True)])
+        tails = torch.stack(
+            [_tail(logits, columns, rest, t, cut) for rest, t in zip(rests, self.temperatures, strict=True)]
+        )
         return TopKLabels(
             vocab_size=self.vocab_size,
             values=log_probs[kept],
@@ -129,10 +131,13 @@ class TopK(FixedWidthCodec):
         )
 
 
-def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float) -> Tensor:
-    """(rows,): the log of the mass beside the columns ``ids``, which is ``rest`` where that has not lost its digits."""
+def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float, cut: Tensor) -> Tensor:
+    """(rows,): the log of the mass beside the columns ``ids``.
+
+    That is ``rest``, unless it has lost its digits, or the row is ``cut``: it keeps fewer columns than ``rest`` left.
+    """
     tails = rest.log()
-    rows = (rest < TINY).nonzero()[:, 0]
+    rows = ((rest < TINY) | cut).nonzero()[:, 0]
     if rows.numel():
         z, entries = logits[rows].double() / temperature, ids[rows]
         inside = torch.zeros_like(z).scatter_add(1, entries.clamp(min=0), (entries >= 0).double())

@@ -27,6 +27,7 @@ __all__ = [
     "Drawn",
     "Thresholded",
     "Top",
+    "missing",
     "record_seed",
     "sample",
     "splitmix64",
@@ -58,7 +59,7 @@ class Top(NamedTuple):
     """The k likeliest columns of each row, and the probability of all others."""
 
     ids: Tensor  # (rows, k) int32, the likeliest first; of equal ones, on a CPU, the smaller id; 0 for the missing
-    probs: Tensor  # (rows, k) float64; 0 where a row has fewer columns of any probability
+    probs: Tensor  # (rows, k) float64; 0 where a row has fewer columns that are not masked, or where it underflows
     rest: Tensor  # (rows,) float64: the probability of all other columns
     lse: Tensor  # (rows,) float32: log-sum-exp of logits / temperature
 
@@ -129,6 +130,16 @@ def top(logits: Tensor, *, temperature: float, k: int) -> Top:
     if not 0 <= index(k) <= logits.shape[1]:
         raise ValueError(f"k must lie in [0, {logits.shape[1]}], got {k}")
     return Top(*torch.ops.kdfast.select_top(_rows(logits), float(temperature), index(k)))
+
+
+def missing(logits: Tensor, likeliest: Top) -> Tensor:
+    """(rows, k) bool: which of ``top``'s columns are none, for their rows have fewer that are not masked."""
+    none = likeliest.probs == 0.0
+    rows = none.any(1).nonzero()[:, 0]
+    if rows.numel():  # columns whose probability underflows are columns still
+        finite = (logits[rows] > -torch.inf).sum(1, keepdim=True)
+        none[rows] = torch.arange(none.shape[1], device=none.device) >= finite
+    return none
 
 
 def record_seed(seed: int, key: bytes) -> int:
@@ -236,8 +247,10 @@ def _sample(
 
 def _top(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, lse = _probabilities(logits, temperature)
-    probs, ids = p.topk(k, dim=1)
-    return ids.masked_fill(probs == 0, 0).int(), probs, p.scatter(1, ids, 0.0).sum(1), lse
+    # By the logits, which have an order where probabilities underflow.
+    best, ids = logits.reshape(-1, logits.shape[-1]).topk(k, dim=1)
+    probs, rest = p.gather(1, ids), p.scatter(1, ids, 0.0).sum(1)
+    return ids.masked_fill((best == -math.inf) | p.isnan().any(1)[:, None], 0).int(), probs, rest, lse
 
 
 MOST_IN_KERNEL = 64  # columns of a row that its kernel sorts

@@ -97,6 +97,27 @@ def test_a_log_probability_too_small_for_its_type_stays_in_the_tail():
     assert entries(roundtrip(topk(4, k=4, value_dtype="float32"), row), 0)[0] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("at", [0, 130, 299])
+@pytest.mark.parametrize("lead", [90.0, 130.0, 400.0, 2000.0])
+def test_entries_and_tails_behind_a_lead_that_exponentials_do_not_reach(lead, at):
+    torch.manual_seed(int(lead))
+    logits = torch.randn(3, 300) * 10 - lead
+    logits[:, at] = 0.0
+    labels = roundtrip(topk(300, (1.0, 50.0), k=5, value_dtype="float32"), logits)
+    student = torch.randn(3, 300, dtype=torch.float64)
+    for i, row in enumerate(logits):
+        assert sorted(entries(labels, i)[0]) == sorted(row.topk(5).indices.tolist())
+    for t in (1.0, 50.0):
+        loss, _ = loss_and_gradient(student, labels, temperature=t)
+        p, lq = (logits.double() / t).log_softmax(1), (student / t).log_softmax(1)
+        ids = logits.topk(5).indices
+        classes = [
+            torch.cat([x.gather(1, ids), x.scatter(1, ids, -math.inf).logsumexp(1)[:, None]], 1) for x in (p, lq)
+        ]
+        truth = t**2 * (classes[0].exp() * (classes[0] - classes[1])).sum(1).mean()
+        assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["topk", "dense"])
 def test_rows_wanted_from_the_middle_of_a_block(name):
     codec = codecs.create(name, 9, (1.0, 3.0), {})

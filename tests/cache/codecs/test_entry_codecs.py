@@ -1,5 +1,7 @@
 """The codecs of entries: what they keep of a row, without bias where promised, and that bytes lose nothing of it."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,17 @@ def test_a_prototype_is_close_to_the_row_in_every_part():
     ratio = held.gather(1, ids) / top
     assert ratio.log().abs().max() < 4 * 0.125 + 0.125
     assert (held.sum(1) + log_tail.exp() - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("lead", [50.0, 120.0, 900.0])
+def test_a_prototypes_entries_behind_a_lead_that_exponentials_do_not_reach(lead):
+    logits = make_logits(4) - lead
+    logits[:, 200] = 0.0
+    logits[1, :298] = -math.inf  # leaves two columns
+    labels = codecs.create("prototype", VOCAB, (1.0,), {"k": 4, "prototypes": make_prototypes()}).select(logits, b"")
+    rows = labels.ids.split(labels.counts.tolist())
+    wanted = [set(row.topk(4).indices.tolist()) & set(row.isfinite().nonzero()[:, 0].tolist()) for row in logits]
+    assert [set(row.tolist()) for row in rows] == wanted
 
 
 def test_the_shape_chosen_is_the_one_whose_label_is_closest():

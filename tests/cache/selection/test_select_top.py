@@ -32,6 +32,39 @@ def test_a_rest_far_below_1_keeps_its_digits():
     torch.testing.assert_close(out.rest[0].item(), 999 * math.exp(-30) / (1 + 999 * math.exp(-30)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [60, 400, 1000])
+@pytest.mark.parametrize("at", [0, 0.5, 1])
+def test_columns_behind_a_lead_that_exponentials_do_not_reach(dtype, vocab, at):
+    torch.manual_seed(vocab)
+    logits = torch.randn(4, vocab) * 20 - 200
+    logits[0, : vocab // 2] = -math.inf
+    logits[1, vocab // 3 :] = -math.inf
+    logits[:, int(at * (vocab - 1))] = 0.0
+    logits[2] *= 10  # beyond float64's range, too
+    logits = logits.to(dtype)
+    for temperature in (1.0, 50.0):
+        for k in (1, 5, vocab):
+            assert_top(select.top(logits, temperature=temperature, k=k), logits, temperature, k)
+    fallback = select.Top(*select._top(logits[None], 1.0, 5))
+    here = fallback.ids == select.top(logits, temperature=1.0, k=5).ids
+    same = logits.gather(1, fallback.ids.long()) == logits.gather(
+        1, select.top(logits, temperature=1.0, k=5).ids.long()
+    )
+    assert (here | same).all()  # equal columns have no order there
+
+
+def test_missing_columns_are_masked_ones():
+    logits = torch.full((3, 300), -math.inf)
+    logits[0, [7, 200]] = torch.tensor([0.0, -2000.0])
+    logits[1, 5] = 1.0
+    logits[2] = -3000.0
+    logits[2, 9] = 0.0
+    likeliest = select.top(logits, temperature=1.0, k=3)
+    assert select.missing(logits, likeliest).tolist() == [[False, False, True], [False, True, True], [False] * 3]
+    assert likeliest.ids.tolist() == [[7, 200, 0], [5, 0, 0], [9, 0, 1]]
+
+
 def test_a_row_with_fewer_columns_than_asked_for():
     logits = torch.full((1, 300), -math.inf)
     logits[0, [7, 200]] = torch.tensor([0.0, math.log(3.0)])

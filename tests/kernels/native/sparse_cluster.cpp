@@ -7,11 +7,7 @@ namespace {
 
 struct Task {
   RowTask row;
-  const int32_t* ids;
-  const float* weights;
-  const int64_t* offsets;
-  const float* tail;
-  float* logits;
+  EntryLists entries;
   int subtract_entropy;
 };
 
@@ -45,9 +41,8 @@ void run_row(const Task& task, int64_t row) {
   Blocks<T> blocks(x, x, columns, task.row.cluster);
   task.row.loss[row] = 0;
   if (!coef.counts()) return blocks.fill(0, to);
-  const int64_t begin = task.offsets[row];
-  const EntriesView entries = {task.ids + begin, task.weights + begin, task.logits + begin,
-                               coef.kd == 0 ? 0 : task.offsets[row + 1] - begin, task.tail ? task.tail[row] : -kInf};
+  EntriesView entries = task.entries.row(row);
+  if (coef.kd == 0) entries.count = 0;
   const Scales scales = scales_of(coef, Kind::kSoftCe);
   const UnitTau mode = unit_tau_of(coef);
   const Smoothing smoothing = blocks.smoothing();
