@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 import kdfast._C as _C  # noqa: F401  (registers the schemas)
 from kdfast import _triton
@@ -256,7 +257,8 @@ def _on_autograd(op: Op, kernel: Callable[..., Any]) -> None:
     """Register what autograd runs. ``torch.library.register_autograd`` alone drops forward mode's tangents unsaid."""
 
     def checked(keyset: Any, *arguments: Any) -> Any:
-        refuse_tangents(op.name(), arguments)
+        if forward_ad._current_level >= 0:
+            refuse_tangents(op.name(), arguments)
         return kernel(keyset, *arguments)
 
     _FRAGMENT.impl(op.name(), checked, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]

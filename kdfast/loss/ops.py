@@ -193,7 +193,9 @@ def save_gradients(ctx: Any, loss: Tensor, *grads: Tensor | None) -> None:
     The loss, a number, stays with them: as autograd hands it back, it leads to what the gradients depend on. In a
     compiled graph, where no attribute of ``ctx`` lives, a number takes its place that says whether they have been used.
     """
-    ctx.save_for_backward(*grads, torch.zeros_like(loss) if torch.compiler.is_compiling() else loss)
+    ctx.set_materialize_grads(False)  # of the parts
+    ctx.compiled = torch.compiler.is_compiling()
+    ctx.save_for_backward(*grads, torch.zeros_like(loss) if ctx.compiled else loss)
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -204,8 +206,9 @@ def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """
     *grads, loss = ctx.saved_tensors
     if torch.compiler.is_compiling():
-        torch._assert_async(loss == 0.0, _TWICE_COMPILED)
-        loss.fill_(1.0)
+        if ctx.compiled:  # the forward pass, too
+            torch._assert_async(loss == 0.0, _TWICE_COMPILED)
+            loss.fill_(1.0)
         return tuple(None if grad is None else _scale(grad, upstream) for grad in grads)
     if getattr(ctx, "scaled", False):
         raise RuntimeError(_TWICE)
