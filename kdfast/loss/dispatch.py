@@ -26,6 +26,7 @@ from kdfast.loss.reference import BY_INDEX, Selection
 
 __all__ = [
     "DENSE_ROWS",
+    "LIBRARY",
     "SCALE_",
     "SPARSE_ROWS",
     "Op",
@@ -207,7 +208,7 @@ def _slow_forms(losses: Callable[..., tuple[Tensor, Tensor]]) -> RowOps:
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-_FRAGMENT = torch.library.Library("kdfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("kdfast", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _fakes(of: type[DenseCall | SparseCall]) -> RowOps:
@@ -261,7 +262,7 @@ def _on_autograd(op: Op, kernel: Callable[..., Any]) -> None:
             refuse_tangents(op.name(), arguments)
         return kernel(keyset, *arguments)
 
-    _FRAGMENT.impl(op.name(), checked, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(op.name(), checked, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _below_autograd(op: Op) -> Callable[..., Any]:
