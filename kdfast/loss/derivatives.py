@@ -78,8 +78,6 @@ def refuse_batched(x: Tensor) -> None:
 
 def refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
     """Raise ``NotImplementedError`` if an argument of the op ``name`` carries a tangent: it would be lost."""
-    if forward_ad._current_level < 0:
-        return
     for x in arguments:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(_NO_TANGENT.format(name=name))

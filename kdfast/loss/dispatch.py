@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 import kdfast._C as _C  # noqa: F401  (registers the schemas)
 from kdfast import _triton
@@ -25,6 +26,7 @@ from kdfast.loss.reference import BY_INDEX, Selection
 
 __all__ = [
     "DENSE_ROWS",
+    "LIBRARY",
     "SCALE_",
     "SPARSE_ROWS",
     "Op",
@@ -206,7 +208,7 @@ def _slow_forms(losses: Callable[..., tuple[Tensor, Tensor]]) -> RowOps:
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-_FRAGMENT = torch.library.Library("kdfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("kdfast", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _fakes(of: type[DenseCall | SparseCall]) -> RowOps:
@@ -256,10 +258,11 @@ def _on_autograd(op: Op, kernel: Callable[..., Any]) -> None:
     """Register what autograd runs. ``torch.library.register_autograd`` alone drops forward mode's tangents unsaid."""
 
     def checked(keyset: Any, *arguments: Any) -> Any:
-        refuse_tangents(op.name(), arguments)
+        if forward_ad._current_level >= 0:
+            refuse_tangents(op.name(), arguments)
         return kernel(keyset, *arguments)
 
-    _FRAGMENT.impl(op.name(), checked, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(op.name(), checked, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _below_autograd(op: Op) -> Callable[..., Any]:

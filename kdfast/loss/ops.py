@@ -13,6 +13,7 @@ from kdfast.labels import Prototype, Ragged
 from kdfast.loss.derivatives import is_batched, once, saveable
 from kdfast.loss.dispatch import (
     DENSE_ROWS,
+    LIBRARY,
     SCALE_,
     SPARSE_ROWS,
     Op,
@@ -161,9 +162,10 @@ def row_loss_fused(
 
     The forward pass computes the gradient too, and keeps it. The backward pass scales it, once.
     """
-    return _Fused.apply(  # type: ignore[no-untyped-call]
-        student, teacher.ops.grad, *teacher.arguments(coef, targets, want_parts)
-    )
+    arguments = teacher.arguments(coef, targets, want_parts)
+    if torch.compiler.is_compiling():
+        return _WHOLE[teacher.ops.grad](student, *arguments)  # type: ignore[no-any-return]
+    return _Fused.apply(student, teacher.ops.grad, *arguments)  # type: ignore[no-untyped-call]
 
 
 def row_loss_inplace(
@@ -173,9 +175,10 @@ def row_loss_inplace(
 
     The forward pass overwrites the student's logits with the gradient. The backward pass scales it, once.
     """
-    return _InPlace.apply(  # type: ignore[no-untyped-call]
-        student, teacher.ops.inplace, *teacher.arguments(coef, targets, want_parts)
-    )
+    arguments = teacher.arguments(coef, targets, want_parts)
+    if torch.compiler.is_compiling():
+        return _WHOLE[teacher.ops.inplace](student, *arguments)  # type: ignore[no-any-return]
+    return _InPlace.apply(student, teacher.ops.inplace, *arguments)  # type: ignore[no-untyped-call]
 
 
 # ---- gradient in the forward pass -----------------------------------------------------------------------------------
@@ -184,16 +187,15 @@ _TWICE = (
     "the gradient that kd_loss computed in its forward pass has been used by an earlier backward; "
     'for several backward passes through one loss use backward="recompute"'
 )
-_TWICE_COMPILED = _TWICE.replace('"', "'")  # it becomes a literal of C++
 
 
 def save_gradients(ctx: Any, loss: Tensor, *grads: Tensor | None) -> None:
     """Keep for ``scaled_gradients`` what a forward pass computed.
 
-    The loss, a number, stays with them: as autograd hands it back, it leads to what the gradients depend on. In a
-    compiled graph, where no attribute of ``ctx`` lives, a number takes its place that says whether they have been used.
+    The loss, a number, stays with them: as autograd hands it back, it leads to what the gradients depend on.
     """
-    ctx.save_for_backward(*grads, torch.zeros_like(loss) if torch.compiler.is_compiling() else loss)
+    ctx.set_materialize_grads(False)  # of the parts
+    ctx.save_for_backward(*grads, loss)
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,9 +205,7 @@ def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         RuntimeError: a second call, as after ``backward(retain_graph=True)``: they have been scaled.
     """
     *grads, loss = ctx.saved_tensors
-    if torch.compiler.is_compiling():
-        torch._assert_async(loss == 0.0, _TWICE_COMPILED)
-        loss.fill_(1.0)
+    if torch.compiler.is_compiling():  # AOTAutograd makes this functional: what is saved stays what it is
         return tuple(None if grad is None else _scale(grad, upstream) for grad in grads)
     if getattr(ctx, "scaled", False):
         raise RuntimeError(_TWICE)
@@ -255,3 +255,30 @@ def _saved(ctx: Any, arguments: tuple[Any, ...], grad: Tensor, loss: Tensor, par
     ctx.mark_non_differentiable(parts)
     ctx.others = 1 + len(arguments)
     return loss, parts
+
+
+# ---- what torch.compile sees ----------------------------------------------------------------------------------------
+
+
+def _whole(op: Op, like: Op, function: type[torch.autograd.Function]) -> Op:
+    """One op for ``function`` of ``op``, with the arguments and results of the op ``like``.
+
+    Dynamo would trace the function's two passes apart, and drop what lives between them: that a gradient is used once,
+    and has no derivative. A composite op goes into its graph as it is. What runs graphs as they are runs the function,
+    and AOTAutograd looks inside.
+    """
+    name = op.name().removeprefix("kdfast::") + "_whole"
+    schema = str(like._schema)
+    LIBRARY.define(name + schema[schema.index("(") :])  # type: ignore[no-untyped-call]
+    LIBRARY.impl(
+        name,
+        lambda student, *arguments: function.apply(student, op, *arguments),  # type: ignore[no-untyped-call]
+        "CompositeImplicitAutograd",
+    )
+    return getattr(torch.ops.kdfast, name).default
+
+
+_WHOLE = {
+    **{ops.grad: _whole(ops.grad, ops.losses, _Fused) for ops in (DENSE_ROWS, SPARSE_ROWS)},
+    **{ops.inplace: _whole(ops.inplace, ops.inplace, _InPlace) for ops in (DENSE_ROWS, SPARSE_ROWS)},
+}

@@ -41,9 +41,9 @@ def unit(x: Tensor) -> Tensor:
 
     ``F.normalize`` divides it by 1e-12, which makes its gradient 1e12 times too large.
     """
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    zero = length == 0.0
-    return torch.where(zero, 0.0, x / length.masked_fill(zero, 1.0))
+    zero = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) == 0.0
+    x = torch.where(zero, 1.0, x)  # the length of zeros has no second derivative
+    return torch.where(zero, 0.0, x / torch.linalg.vector_norm(x, dim=-1, keepdim=True))
 
 
 def gram(x: Tensor) -> Tensor:

@@ -64,6 +64,23 @@ def test_gradient(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_second_derivatives(name):
+    """A sample's difference from itself is zeros, whose length has none: that must not make all of them NaN."""
+    student, teacher = batch()
+    with torch.no_grad():
+        student[1] = 0.0
+    options = {"backward": "eager"} if name == "pkt" else {}
+    (grad,) = torch.autograd.grad(LOSSES[name](student, teacher, **options), student, create_graph=True)
+    if name == "rkd_distance":  # PyTorch has none of pdist
+        with pytest.raises(NotImplementedError, match="pdist"):
+            grad.sum().backward()
+        return
+    assert torch.autograd.grad(grad.sum(), student)[0].isfinite().all()
+    student = batch()[0]
+    assert torch.autograd.gradgradcheck(lambda s: LOSSES[name](s, teacher, **options), student)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_maps_are_flattened(name):
     student, teacher = torch.randn(5, 2, 3).double(), torch.randn(5, 2, 2, 2).double()
     assert torch.equal(LOSSES[name](student, teacher), LOSSES[name](student.flatten(1), teacher.flatten(1)))
