@@ -32,7 +32,9 @@ def no_option(who: str, unknown: Iterable[str], known: Iterable[str], terms: Map
 def _meant(name: object, known: Iterable[str], terms: Mapping[str, str]) -> str | None:
     from difflib import get_close_matches  # for errors alone
 
-    word = str(name).strip().lower().replace("-", "_").replace(" ", "_")
+    if not isinstance(name, str):
+        return None
+    word = name.strip().lower().replace("-", "_").replace(" ", "_")
     meant = terms.get(word)
     if meant is None:
         names = {one.lower(): one for one in known}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kdfast._names import did_you_mean
+from kdfast._numbers import LARGEST, check_flags, check_integer, check_number
 from kdfast._values import can_look, values_are_checked
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
@@ -23,11 +23,10 @@ from kdfast.models import check_logits
 __all__ = [
     "check_backward",
     "check_effects",
-    "check_flags",
     "check_group",
-    "check_ignore_index",
     "check_labels",
     "check_numbers",
+    "check_options",
     "check_smoothing",
     "check_student",
     "check_teacher",
@@ -157,17 +156,11 @@ def _classes_last(student: Tensor | Head, labels: Tensor) -> str:
     return ""
 
 
-def check_ignore_index(value: object) -> None:
-    """Raise ``TypeError`` unless it is an integer."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"ignore_index must be an integer, got {type(value).__name__}; -100 marks no class")
-
-
-def check_flags(**flags: object) -> None:
-    """Raise ``TypeError`` unless all are bools."""
-    for name, value in flags.items():
-        if not isinstance(value, (bool, int)) and type(value).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+def check_options(ignore_index: object, **flags: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``ignore_index`` is an integer and all flags are bools."""
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        check_integer("ignore_index", ignore_index, hint="; -100 marks no class")
+    check_flags(**flags)
 
 
 def check_effects(
@@ -205,10 +198,11 @@ def check_numbers(
     it is one, and at hand.
     """
     _check_positive("temperature", temperature)
-    _check_positive("teacher_temperature", teacher_temperature)
+    if teacher_temperature is not temperature:
+        _check_positive("teacher_temperature", teacher_temperature)
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
-        number = _number(name, value)
-        if number is not None and not 0.0 <= number <= _MOST:
+        number = value if type(value) is float else _number(name, value)
+        if number is not None and not 0.0 <= number <= LARGEST:
             wrong = "not be negative" if number < 0.0 else "be finite"
             raise ValueError(f"{name} must {wrong}, got {value}")
     if row_weight is not None:
@@ -221,14 +215,11 @@ def check_numbers(
         check_zeros_and_ones("row_weight", row_weight, "weights are floating-point numbers: row_weight.float()")
 
 
-_MOST = sys.float_info.max
-
-
 def _check_positive(name: str, value: object) -> None:
-    number = _number(name, value)
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
+    number = value if type(value) is float else _number(name, value)
+    if number is None and isinstance(value, Tensor) and value.dtype == torch.bool:
         raise TypeError(f"{name} must be a number or numbers per row, got {value.dtype}")
-    if number is not None and not 0.0 < number <= _MOST:
+    if number is not None and not 0.0 < number <= LARGEST:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -253,10 +244,7 @@ def _check_tensor(name: str, value: Tensor) -> None:
 
 def check_smoothing(value: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless a label smoothing is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"label_smoothing must be a number, got {type(value).__name__}")
-    if not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
+    check_number("label_smoothing", value, least=0.0, most=1.0)
 
 
 def check_backward(backward: str, reduction: str, num_items: object, student: Tensor | Head) -> None:

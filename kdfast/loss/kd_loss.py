@@ -121,8 +121,7 @@ def kd_loss(
     """
     student = checks.check_student(student)
     teacher = unpacked(teacher)
-    checks.check_flags(scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)
-    checks.check_ignore_index(ignore_index)
+    checks.check_options(ignore_index, scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)
     if group is not None:
         checks.check_group(group)
     shard = None if group is None else Shard(group, student.shape[-1])
@@ -135,7 +134,8 @@ def kd_loss(
     checks.check_smoothing(label_smoothing)
     tau_t = temperature if teacher_temperature is None else teacher_temperature
     checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
-    checks.check_labels(labels, student, _needs_labels(div, ce_weight))
+    needed_by = _needs_labels(div, ce_weight)
+    checks.check_labels(labels, student, needed_by)
     _check_divergence(div, student, teacher, tau_t, vocab, shard)
     checks.check_effects(label_smoothing, kd_weight, ce_weight, z_weight, return_parts)
     look_once(student, teacher)
@@ -151,8 +151,7 @@ def kd_loss(
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     if labels is not None:
         columns = student.shape[-1] if shard is None else shard.columns
-        used = _needs_labels(div, ce_weight) is not None
-        check_label_values(index, probs, weight, columns, ignore_index, used=used)
+        check_label_values(index, probs, weight, columns, ignore_index, used=needed_by is not None)
     targets = Targets(index, probs, float(label_smoothing))
     if isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
         loss, parts = _run_by_chunks(

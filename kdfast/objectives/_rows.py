@@ -58,7 +58,7 @@ class CountedRows:
         if labels is not None and labels.is_floating_point():
             raise TypeError(f"labels must be class indices here, got {labels.dtype} probabilities")
         checks.check_backward("recompute", reduction, num_items, student)
-        checks.check_ignore_index(ignore_index)
+        checks.check_options(ignore_index)
         checks.check_numbers(1.0, 1.0, 1.0, 1.0, 1.0, row_weight)
         self._rows = RowLayout(student, shift=False)
         self._reduction = reduction

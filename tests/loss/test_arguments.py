@@ -337,7 +337,7 @@ NAMES = {
     "a of reverse_kl": (lambda: Divergence("reverse_kl", a=9.0), ValueError, "reverse_kl has no parameter a, got 9.0"),
     "b of jsd": (lambda: Divergence("jsd", b=0.5), ValueError, "jsd has no parameter b"),
     "nan of jsd": (lambda: jsd(math.nan), ValueError, "must be finite, got nan"),
-    "a string": (lambda: Divergence("jsd", a="0.5"), TypeError, "jsd: parameters must be numbers, got str"),
+    "a string": (lambda: Divergence("jsd", a="0.5"), TypeError, "jsd: beta must be a number, got str"),
     "no flag": (lambda: Divergence("jsd", standardize=1.0), TypeError, "standardize must be a bool, got float"),
     "no name": (lambda: Divergence(["jsd"]), TypeError, "must be a string, got list"),
 }
