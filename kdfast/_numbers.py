@@ -35,8 +35,8 @@ def check_integer(name: str, value: object, *, least: int = -(2**63), hint: str 
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}{hint}")
-    if not least <= value < 2**63:
-        wanted = f"at least {least}" if value < least else "an integer of 64 bits"
+    if not least <= int(value) < 2**63:
+        wanted = f"at least {least}" if int(value) < least else "an integer of 64 bits"
         raise ValueError(f"{name} must be {wanted}, got {repr(value)[:40]}")
     return int(value)
 
