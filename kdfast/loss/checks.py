@@ -57,6 +57,8 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
                 f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}. A cache "
                 "has rows of real tokens only: take the student's at attention_mask.bool()"
             )
+        if teacher.values.requires_grad and torch.is_grad_enabled():
+            raise ValueError("soft labels of the teacher require grad, but only the student is trained: detach them")
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)
         if torch.is_grad_enabled() and _is_trained(logits):

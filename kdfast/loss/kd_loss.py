@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -180,9 +181,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = set(kd_loss.__kwdefaults__ or ())
-        if not known.issuperset(options):
-            raise no_option("kd_loss", set(options) - known, known, OPTION_TERMS)
+        _check_known(options)
         self.options = options
 
     def forward(
@@ -192,10 +191,18 @@ class KDLoss(nn.Module):
         labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
+        if options:
+            _check_known(options)
         return kd_loss(student, teacher, labels, **{**self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    known = set(kd_loss.__kwdefaults__ or ())
+    if not known.issuperset(options):
+        raise no_option("kd_loss", set(options) - known, known, OPTION_TERMS)
 
 
 def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:

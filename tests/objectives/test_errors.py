@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from kdfast import Head, SoftLabels
 from kdfast.objectives import (
@@ -92,6 +93,24 @@ def test_named_error(case):
     call, error, message = CASES[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_teacher_may_require_grad_where_nothing_is_trained():
+    trained, features = T.clone().requires_grad_(), FEATURES.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(dist_loss(S, trained), dist_loss(S, T))
+        assert torch.equal(rkd_distance(FEATURES[0], features[1]), rkd_distance(*FEATURES))
+        assert torch.equal(class_weighted_ce(S, T, nn.Parameter(W)), class_weighted_ce(S, T, W))
+    with pytest.raises(ValueError, match="teacher requires grad"):
+        rkd_distance(FEATURES[0], features[1])
+
+
+@pytest.mark.parametrize(
+    "call", [dist_loss, entropy_matching, lambda s, t: class_weighted_ce(s, t, W)], ids=["dist", "entropy", "weighted"]
+)
+def test_probabilities_are_found_at_the_first_call(call):
+    with pytest.raises(ValueError, match="teacher holds probabilities"):
+        call(S, PROBS)
 
 
 def test_values_are_looked_at_on_request(monkeypatch):
