@@ -32,6 +32,7 @@ __all__ = [
     "check_teacher",
     "check_values",
     "check_vocabularies",
+    "check_weight_values",
     "look_like_probabilities",
     "values_are_checked",
 ]
@@ -316,6 +317,15 @@ def check_values(
             raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
     if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
+
+
+def check_weight_values(**weights: object) -> None:
+    """Raise ``ValueError`` for a weight per row that is negative or not finite."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and not bool(((value >= 0) & (value < math.inf)).all()):
+            raise ValueError(
+                f"{name} must be finite and not negative, got {float(value.min())} to {float(value.max())}"
+            )
 
 
 def look_like_probabilities(x: Tensor) -> bool:

@@ -146,6 +146,7 @@ def kd_loss(
     if checks.values_are_checked():
         columns = student.shape[-1] if shard is None else shard.columns
         checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
+        checks.check_weight_values(kd_weight=kd_weight, ce_weight=ce_weight, z_weight=z_weight)
     weight = rows.weights(counted, row_weight, reduction, num_items)
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)

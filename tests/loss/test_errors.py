@@ -175,6 +175,10 @@ def test_named_error(case):
 
 CHECKED = {
     "temperature": (lambda: kd_loss(S, T, temperature=torch.tensor([1.0, 0.0, 1.0, 1.0])), "temperatures must be"),
+    "weight": (
+        lambda: kd_loss(S, T, kd_weight=torch.tensor([1.0, -0.5, 1.0, 1.0])),
+        r"kd_weight must be finite and not negative, got -0.5 to 1.0",
+    ),
     "token": (lambda: kd_loss(S[:, :3], TOPK, vocab="shared"), r"tokens in \[0, 3\), got 0 to 3"),
     "token twice": (
         lambda: kd_loss(S, SoftLabels.topk(IDS * 0, LOG_PROBS, TAILS, vocab_size=7)),
