@@ -101,8 +101,9 @@ def kd_loss(
         shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
             copying; the last position does not count. The teacher is not shifted: it predicts what the student does. A
             mask of (..., length) is the labels', taken as ``row_weight[..., 1:]``: nothing learns to predict padding.
-            Numbers of (..., length) are the logits': temperatures, weights and a ``row_weight`` that is no mask. Of
-            (..., length - 1) both leave a position out already.
+            With padding on the left the position before the first token counts, as in Hugging Face's losses;
+            ``mask[..., :-1] * mask[..., 1:]`` leaves it out. Numbers of (..., length) are the logits': temperatures,
+            weights and a ``row_weight`` that is no mask. Of (..., length - 1) both leave a position out already.
         return_parts: also return ``LossParts``.
         group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
             its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
