@@ -52,7 +52,10 @@ __getattr__ = _lazy_attributes(
     },
 )
 
-_C.cpu_isa()  # a wrong KDFAST_CPU_ISA is an error here, not in the middle of a training step
+try:
+    _C.cpu_isa()  # a wrong KDFAST_CPU_ISA is an error here, not in the middle of a training step
+except RuntimeError as error:
+    raise ValueError(str(error)) from None
 
 
 def __dir__() -> list[str]:

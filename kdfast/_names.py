@@ -23,7 +23,7 @@ def no_option(who: str, unknown: Iterable[str], known: Iterable[str], terms: Map
     """The error of a function that was given options it lacks: what each may have meant, or which ones there are."""
     unknown, known = sorted(unknown), sorted(known)
     said = {name: _meant(name, known, terms) for name in unknown}
-    hints = [f"did you mean {meant} by {name}?" for name, meant in said.items() if meant]
+    hints = [f"did you mean {meant}{f' by {name}' if unknown[1:] else ''}?" for name, meant in said.items() if meant]
     if len(hints) < len(unknown):
         hints.append(f"it has {', '.join(known)}")
     return TypeError(f"{who} has no option {', '.join(unknown)}: {' '.join(hints)}")
@@ -32,7 +32,9 @@ def no_option(who: str, unknown: Iterable[str], known: Iterable[str], terms: Map
 def _meant(name: object, known: Iterable[str], terms: Mapping[str, str]) -> str | None:
     from difflib import get_close_matches  # for errors alone
 
-    word = str(name).strip().lower().replace("-", "_").replace(" ", "_")
+    if not isinstance(name, str):
+        return None
+    word = name.strip().lower().replace("-", "_").replace(" ", "_")
     meant = terms.get(word)
     if meant is None:
         names = {one.lower(): one for one in known}

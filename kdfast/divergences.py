@@ -64,8 +64,16 @@ _DEFAULTS: dict[str, tuple[float, float]] = {
 
 DIVERGENCES: tuple[str, ...] = tuple(_DEFAULTS)
 
-# How many of a and b a divergence has; the others have none.
-_PARAMETERS = {"jsd": 1, "skew_forward_kl": 1, "skew_reverse_kl": 1, "alpha_beta": 2, "dkd": 2}
+# What a and b are called, of the divergences that have them.
+_PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "jsd": ("beta",),
+        "skew_forward_kl": ("lam",),
+        "skew_reverse_kl": ("lam",),
+        "alpha_beta": ("a", "b"),
+        "dkd": ("alpha", "beta"),
+    }
+)
 
 # What the divergences are called elsewhere.
 _TERMS: Mapping[str, str] = MappingProxyType(
@@ -164,20 +172,22 @@ class Divergence:
         """Parameter ``i``, or its default where it was not given."""
         if value is _NOT_GIVEN:
             return _DEFAULTS[self.name][i]
-        if isinstance(value, (bool, str)):
-            raise TypeError(f"{self.name}: parameters must be numbers, got {type(value).__name__}")
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(f"{self.name}: parameters must be numbers, got {type(value).__name__}: {error}") from error
+        names = _PARAMETERS.get(self.name, ())
+        called = names[i] if i < len(names) else "ab"[i]
+        try:  # a number of any kind, a tensor's included
+            number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+        if not isinstance(value, float) and number != number:
+            raise TypeError(f"{self.name}: {called} must be a number, got {type(value).__name__}")
         # 0 is what such a divergence stores for it, and what dataclasses.replace hands over.
-        if i >= _PARAMETERS.get(self.name, 0) and number != 0.0:
-            raise ValueError(f"{self.name} has no parameter {'ab'[i]}, got {number}")
+        if i >= len(names) and number != 0.0:
+            raise ValueError(f"{self.name} has no parameter {called}, got {number}")
+        if not abs(number) < math.inf:
+            raise ValueError(f"{self.name}: {called} must be finite, got {number}")
         return number
 
     def _check(self) -> None:
-        if not (abs(self.a) < math.inf and abs(self.b) < math.inf):
-            raise ValueError(f"{self.name}: parameters must be finite, got {self.a} and {self.b}")
         if self.normalize and self.name != "jsd":
             raise ValueError(f"normalize applies to jsd only, got {self.name}")
         if self.name == "jsd" and self.normalize and not 0.0 <= self.a <= 1.0:

@@ -44,7 +44,7 @@ def as_mask(name: str, mask: object, shape: Sequence[int]) -> Tensor:
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a bool tensor of {tuple(shape)}, got {type(mask).__name__}")
-    if mask.shape != tuple(shape) or not is_mask(mask):
+    if mask.shape != tuple(shape) or not is_mask(mask) or mask.layout != torch.strided:
         hint = "" if is_mask(mask) else f": {name} != 0 makes a mask of numbers"
         raise ValueError(f"{name} must be a bool tensor of {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}{hint}")
     check_zeros_and_ones(name, mask, f"{name} != 0 makes a mask of other numbers")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kdfast._names import did_you_mean
+from kdfast._numbers import LARGEST, check_flags, check_integer, check_number
 from kdfast._values import can_look, values_are_checked
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
@@ -25,16 +25,16 @@ __all__ = [
     "check_backward",
     "check_eager",
     "check_effects",
-    "check_flags",
     "check_group",
-    "check_ignore_index",
     "check_labels",
     "check_numbers",
+    "check_options",
     "check_smoothing",
     "check_student",
     "check_teacher",
     "check_values",
     "check_vocabularies",
+    "check_weight_values",
     "look_like_probabilities",
     "values_are_checked",
 ]
@@ -66,6 +66,8 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
                 f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
                 + _PADDED * (len(teacher) < rows and len(student.shape) > 2)
             )
+        if teacher.values.requires_grad and torch.is_grad_enabled():
+            raise ValueError("soft labels of the teacher require grad, but only the student is trained: detach them")
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)
         if torch.is_grad_enabled() and _is_trained(logits):
@@ -102,7 +104,9 @@ def check_vocabularies(student: int, teacher: int, vocab: str) -> None:
         raise TypeError(f'vocab must be "same" or "shared", got {type(vocab).__name__}')
     if vocab not in ("same", "shared"):
         raise ValueError(f'vocab must be "same" or "shared", got {vocab!r}')
-    if vocab == "same" and not _is_padding(min(student, teacher), max(student, teacher)):
+    if student == teacher or vocab == "shared":
+        return
+    if not _is_padding(min(student, teacher), max(student, teacher)):
         raise ValueError(
             f"the student has {student} classes, the teacher {teacher}: more than the padding of one vocabulary. If "
             f'the first {min(student, teacher)} are the same classes, vocab="shared" compares these'
@@ -110,8 +114,6 @@ def check_vocabularies(student: int, teacher: int, vocab: str) -> None:
 
 
 def _is_padding(least: int, most: int) -> bool:
-    if least == most:
-        return True
     if least < _MANY or most - least > max(_PADDING, _SHARE * most):
         return False
     # Added tokens make any number; but 1001 classes are 1000 and a background.
@@ -166,17 +168,11 @@ def _classes_last(student: Tensor | Head, labels: Tensor) -> str:
     return ""
 
 
-def check_ignore_index(value: object) -> None:
-    """Raise ``TypeError`` unless it is an integer."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"ignore_index must be an integer, got {type(value).__name__}; -100 marks no class")
-
-
-def check_flags(**flags: object) -> None:
-    """Raise ``TypeError`` unless all are bools."""
-    for name, value in flags.items():
-        if not isinstance(value, (bool, int)) and type(value).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+def check_options(ignore_index: object, **flags: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``ignore_index`` is an integer and all flags are bools."""
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        check_integer("ignore_index", ignore_index, hint="; -100 marks no class")
+    check_flags(**flags)
 
 
 def check_effects(
@@ -214,10 +210,11 @@ def check_numbers(
     it is one, and at hand.
     """
     _check_positive("temperature", temperature)
-    _check_positive("teacher_temperature", teacher_temperature)
+    if teacher_temperature is not temperature:
+        _check_positive("teacher_temperature", teacher_temperature)
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight), ("z_weight", z_weight)):
-        number = _number(name, value)
-        if number is not None and not 0.0 <= number <= _MOST:
+        number = value if type(value) is float else _number(name, value)
+        if number is not None and not 0.0 <= number <= LARGEST:
             wrong = "not be negative" if number < 0.0 else "be finite"
             raise ValueError(f"{name} must {wrong}, got {value}")
     if row_weight is not None:
@@ -230,14 +227,11 @@ def check_numbers(
         check_zeros_and_ones("row_weight", row_weight, "weights are floating-point numbers: row_weight.float()")
 
 
-_MOST = sys.float_info.max
-
-
 def _check_positive(name: str, value: object) -> None:
-    number = _number(name, value)
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
+    number = value if type(value) is float else _number(name, value)
+    if number is None and isinstance(value, Tensor) and value.dtype == torch.bool:
         raise TypeError(f"{name} must be a number or numbers per row, got {value.dtype}")
-    if number is not None and not 0.0 < number <= _MOST:
+    if number is not None and not 0.0 < number <= LARGEST:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -263,10 +257,7 @@ def _check_tensor(name: str, value: Tensor) -> None:
 
 def check_smoothing(value: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless a label smoothing is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"label_smoothing must be a number, got {type(value).__name__}")
-    if not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
+    check_number("label_smoothing", value, least=0.0, most=1.0)
 
 
 def check_backward(backward: str, reduction: str, num_items: object, student: Tensor | Head) -> None:
@@ -348,6 +339,15 @@ def check_values(
             raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
     if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
+
+
+def check_weight_values(**weights: object) -> None:
+    """Raise ``ValueError`` for a weight per row that is negative or not finite."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and not bool(((value >= 0) & (value < math.inf)).all()):
+            raise ValueError(
+                f"{name} must be finite and not negative, got {float(value.min())} to {float(value.max())}"
+            )
 
 
 def look_like_probabilities(x: Tensor) -> bool:

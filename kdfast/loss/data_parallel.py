@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast._numbers import check_integer
 from kdfast.loss import checks
 from kdfast.masks import as_mask
 
@@ -30,17 +31,19 @@ def global_items(
     unevenly they are spread. Give the labels of all micro-batches of a step, and the result to each loss. What divides
     a loss or its gradient afterwards is divided out here, so it must be known:
 
-    ===============================================  ================================================================
-    who divides                                      ``num_items``
-    ===============================================  ================================================================
-    a loop of one process, ``loss.backward()``       ``global_items(*labels)``: nobody
-    DDP, FSDP: by the number of processes            ``global_items(*labels)``: the count over their number
-    ``accelerator.backward(loss)``: also by          ``global_items(*labels,
-    ``accelerator.gradient_accumulation_steps``      accumulation_steps=accelerator.gradient_accumulation_steps)``
-    Hugging Face ``Trainer.compute_loss(...,         ``num_items_in_batch / trainer.accelerator.num_processes``: the
-    num_items_in_batch)``: only DDP's average        count is of all processes (``average_tokens_across_devices``)
-    Lightning: ``accumulate_grad_batches``           ``global_items(*labels, accumulation_steps=...)``
-    ===============================================  ================================================================
+    ================================================  ===============================================================
+    who divides                                       ``num_items``
+    ================================================  ===============================================================
+    a loop of one process, ``loss.backward()``        ``global_items(*labels)``: nobody divides
+    DDP, FSDP: by the number of processes             ``global_items(*labels)``: the count over their number
+    ``accelerator.backward(loss)``: also by its       ``global_items(*labels,
+    ``gradient_accumulation_steps``                   accumulation_steps=accelerator.gradient_accumulation_steps)``
+    Lightning: also by ``accumulate_grad_batches``    ``global_items(*labels, accumulation_steps=...)``
+    Hugging Face's ``Trainer`` with ``compute_loss``  ``num_items_in_batch / trainer.accelerator.num_processes``, which
+    of your own: DDP alone                            is a count of all processes (``average_tokens_across_devices``)
+    ... with ``compute_loss_func=``: it multiplies    ``num_items_in_batch``
+    by the number of processes itself
+    ================================================  ===============================================================
 
     Args:
         labels: (...,) class indices of one or several micro-batches.
@@ -54,6 +57,8 @@ def global_items(
         TypeError, ValueError: no labels, labels that are no class indices, a mask for several micro-batches, or of
             another shape or dtype.
     """
+    checks.check_options(ignore_index, shift=shift)
+    check_integer("accumulation_steps", accumulation_steps, least=1)
     if not labels:
         raise ValueError("global_items needs the labels of at least one micro-batch")
     for x in labels:
@@ -64,12 +69,9 @@ def global_items(
         raise ValueError(
             f"a mask is of one micro-batch's labels, got labels of {len(labels)}: set them to ignore_index"
         )
-    checks.check_ignore_index(ignore_index)
-    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
-        raise TypeError(f"accumulation_steps must be an integer, got {type(accumulation_steps).__name__}")
-    if accumulation_steps < 1:
-        raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
     count = torch.stack([_count(x, mask, ignore_index, shift) for x in labels]).sum().float() / accumulation_steps
+    if group is not None:
+        checks.check_group(group)
     if not dist.is_available() or not dist.is_initialized():
         return count
     dist.all_reduce(count, group=group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor
 
 from kdfast._values import can_look
@@ -22,10 +23,10 @@ _seen: set[_Place] = set()  # places whose first call was in order
 
 def look_once(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> None:
     """Raise ``ValueError`` for probabilities in logits' place, if this place in the user's code is a new one."""
-    if not isinstance(student, Tensor) or not can_look(student):
+    if torch.compiler.is_compiling():
         return
     place = _place(student.shape[-1])
-    if place in _seen:
+    if place in _seen or not can_look(student if isinstance(student, Tensor) else student.hidden):
         return
     logits = teacher.values if isinstance(teacher, Dense) else teacher
     for name, x in (("student", student), ("teacher", logits)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -105,8 +106,9 @@ def kd_loss(
         shift: position i's logits against label i + 1, for (..., length, V) logits and (..., length) labels, without
             copying; the last position does not count. The teacher is not shifted: it predicts what the student does. A
             mask of (..., length) is the labels', taken as ``row_weight[..., 1:]``: nothing learns to predict padding.
-            Numbers of (..., length) are the logits': temperatures, weights and a ``row_weight`` that is no mask. Of
-            (..., length - 1) both leave a position out already.
+            With padding on the left the position before the first token counts, as in Hugging Face's losses;
+            ``mask[..., :-1] * mask[..., 1:]`` leaves it out. Numbers of (..., length) are the logits': temperatures,
+            weights and a ``row_weight`` that is no mask. Of (..., length - 1) both leave a position out already.
         return_parts: also return ``LossParts``.
         group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
             its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
@@ -127,8 +129,7 @@ def kd_loss(
     """
     student = checks.check_student(student)
     teacher = unpacked(teacher)
-    checks.check_flags(scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)
-    checks.check_ignore_index(ignore_index)
+    checks.check_options(ignore_index, scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)
     if group is not None:
         checks.check_group(group)
     shard = None if group is None else Shard(group, student.shape[-1])
@@ -143,7 +144,8 @@ def kd_loss(
     checks.check_smoothing(label_smoothing)
     tau_t = temperature if teacher_temperature is None else teacher_temperature
     checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
-    checks.check_labels(labels, student, _needs_labels(div, ce_weight))
+    needed_by = _needs_labels(div, ce_weight)
+    checks.check_labels(labels, student, needed_by)
     _check_divergence(div, student, teacher, tau_t, vocab, shard)
     checks.check_effects(label_smoothing, kd_weight, ce_weight, z_weight, return_parts)
     look_once(student, teacher)
@@ -153,14 +155,14 @@ def kd_loss(
     if checks.values_are_checked():
         columns = student.shape[-1] if shard is None else shard.columns
         checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
+        checks.check_weight_values(kd_weight=kd_weight, ce_weight=ce_weight, z_weight=z_weight)
     weight = rows.weights(counted, row_weight, reduction, num_items)
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     if labels is not None:
         columns = student.shape[-1] if shard is None else shard.columns
-        used = _needs_labels(div, ce_weight) is not None
-        check_label_values(index, probs, weight, columns, ignore_index, used=used)
+        check_label_values(index, probs, weight, columns, ignore_index, used=needed_by is not None)
     targets = Targets(index, probs, float(label_smoothing))
     if backward == "eager":
         source = _op_teacher(_with_logits(teacher), rows, div, tau_t)
@@ -194,9 +196,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = set(kd_loss.__kwdefaults__ or ())
-        if not known.issuperset(options):
-            raise no_option("kd_loss", set(options) - known, known, OPTION_TERMS)
+        _check_known(options)
         self.options = options
 
     def forward(
@@ -206,10 +206,18 @@ class KDLoss(nn.Module):
         labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
+        if options:
+            _check_known(options)
         return kd_loss(student, teacher, labels, **{**self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    known = set(kd_loss.__kwdefaults__ or ())
+    if not known.issuperset(options):
+        raise no_option("kd_loss", set(options) - known, known, OPTION_TERMS)
 
 
 def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:

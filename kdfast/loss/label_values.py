@@ -67,6 +67,7 @@ def _check_probs(probs: Tensor, weight: Tensor) -> None:
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
             f"labels as class probabilities must be rows that sum to 1, got a sum of {float(total[row]):.4g} and "
-            f"values down to {float(low[row]):.4g}. A row's weight is row_weight's; several labels at once are a "
-            "binary problem per class, torch.stack((torch.zeros_like(z), z), -1) of each logit z"
+            f"values down to {float(low[row]):.4g}. Of a truncated row give probs / probs.sum(-1, keepdim=True), of a "
+            "weight row_weight; several labels at once are a binary problem per class, "
+            "torch.stack((torch.zeros_like(z), z), -1) of each logit z"
         )

@@ -140,7 +140,7 @@ class RowLayout:
 
     def weights(self, counted: Tensor, row_weight: Tensor | None, reduction: str, num_items: Number | None) -> Tensor:
         """(rows,) weights over the denominator, 0 in rows that do not count."""
-        weight = counted.to(self.dtype)
+        weight = ones = counted.to(self.dtype)
         if row_weight is not None and not is_mask(row_weight):
             weight = torch.where(counted, self.per_row("row_weight", row_weight), 0.0)
         elif row_weight is not None and row_weight.dtype != torch.bool and not can_look(row_weight):
@@ -149,7 +149,7 @@ class RowLayout:
         if reduction != "mean":
             return weight
         if num_items is None:
-            return weight / counted.sum().clamp(min=1).to(self.dtype)
+            return weight / ones.sum().clamp(min=1)
         items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
         return torch.where(counted, weight / items, 0.0)
 

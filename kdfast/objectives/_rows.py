@@ -8,6 +8,7 @@ from torch import Tensor
 from kdfast.labels import Head, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
 from kdfast.loss import checks
+from kdfast.loss.first_look import look_once
 from kdfast.loss.label_values import check_label_values
 from kdfast.loss.row_layout import RowLayout
 from kdfast.models import check_logits
@@ -27,6 +28,7 @@ def whole_rows(student: Tensor | Head, teacher: Teacher) -> Tensor | SoftLabels:
     rows = teacher.to_dense() if isinstance(teacher, SoftLabels) else check_logits("teacher", teacher)
     checks.check_teacher(checks.check_student(student), rows, student.shape[:-1].numel())
     check_classes(student, rows.vocab_size if isinstance(rows, SoftLabels) else rows.shape[-1])
+    look_once(student, rows)
     return rows
 
 
@@ -58,7 +60,7 @@ class CountedRows:
         if labels is not None and labels.is_floating_point():
             raise TypeError(f"labels must be class indices here, got {labels.dtype} probabilities")
         checks.check_backward("recompute", reduction, num_items, student)
-        checks.check_ignore_index(ignore_index)
+        checks.check_options(ignore_index)
         checks.check_numbers(1.0, 1.0, 1.0, 1.0, 1.0, row_weight)
         self._rows = RowLayout(student, shift=False)
         self._reduction = reduction

@@ -15,8 +15,8 @@ def check_features(student: object, teacher: object, *, dims: tuple[int, ...] | 
         TypeError, ValueError: anything else, naming it.
     """
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+            got = f"{x.dtype} {x.layout}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating-point tensor of features, got {got}")
         if x.dim() < 2 or (dims is not None and x.dim() not in dims):
             wanted = "at least 2" if dims is None else " or ".join(str(d) for d in dims)
@@ -27,7 +27,7 @@ def check_features(student: object, teacher: object, *, dims: tuple[int, ...] | 
         raise ValueError(f"student has {len(student)} samples, teacher {len(teacher)}")
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
-    if teacher.requires_grad:
+    if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ def class_weighted_ce(
             holds, and so what it weighs, is not known.
     """
     _check_weight(class_weight, student)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number for class weights, got {type(temperature).__name__}")
+    checks.check_numbers(temperature, temperature, 1.0, 1.0, 1.0, None)
     teacher = unpacked(teacher)
     soft_ce: dict[str, Any] = {"divergence": "soft_ce", "temperature": temperature}
     if isinstance(teacher, Weights):
@@ -61,14 +63,14 @@ def class_weighted_ce(
 
 def _check_weight(weight: object, student: Tensor | Head) -> None:
     shape = checks.check_student(student).shape
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"class_weight must be a floating-point tensor, got {got}")
     if weight.shape not in (shape, shape[-1:]):
         raise ValueError(f"class_weight must be {tuple(shape[-1:])} or {tuple(shape)}, got {tuple(weight.shape)}")
     if weight.device != student.device:
         raise ValueError(f"student is on {student.device}, class_weight on {weight.device}")
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("class_weight requires grad, but kd_loss differentiates with respect to the student only")
     if checks.values_are_checked() and not bool(((weight >= 0) & (weight < math.inf)).all()):
         raise ValueError(

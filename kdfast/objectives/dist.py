@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kdfast._numbers import check_number
 from kdfast.objectives._rows import PairedRows, Teacher
 from kdfast.objectives._vectors import unit
 
@@ -41,6 +42,8 @@ def dist_loss(
     Raises:
         TypeError, ValueError: bad arguments, labels that do not hold whole rows, numbers of classes that differ.
     """
+    check_number("beta", beta)
+    check_number("gamma", gamma)
     rows = PairedRows(student, teacher, labels, temperature=temperature, ignore_index=ignore_index)
     if not rows.counted.numel():
         return student.sum()

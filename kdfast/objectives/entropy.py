@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from kdfast._numbers import check_flags
 from kdfast.objectives._rows import PairedRows, Teacher
 
 __all__ = ["entropy_matching"]
@@ -40,6 +41,7 @@ def entropy_matching(
     Raises:
         TypeError, ValueError: bad arguments, labels that do not hold whole rows, numbers of classes that differ.
     """
+    check_flags(squared=squared)
     rows = PairedRows(
         student,
         teacher,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast._names import did_you_mean
+from kdfast._numbers import check_integer
 from kdfast.masks import as_mask
 from kdfast.objectives._vectors import check_features, mean_of, unit, widened
 
@@ -24,13 +26,14 @@ class Projector(nn.Module):
             1 x 1 convolution.
 
     Raises:
-        ValueError: a width below 1; on a call, features of another width.
+        TypeError, ValueError: a width below 1, or no integer; on a call, features of another width.
     """
 
     def __init__(self, student_width: int, teacher_width: int, dim: int = -1) -> None:
         super().__init__()
-        if student_width < 1 or teacher_width < 1:
-            raise ValueError(f"widths must be at least 1, got {student_width} and {teacher_width}")
+        check_integer("student_width", student_width, least=1)
+        check_integer("teacher_width", teacher_width, least=1)
+        check_integer("dim", dim)
         self.student_width, self.teacher_width, self.dim = student_width, teacher_width, dim
         same = student_width == teacher_width
         self.map: nn.Module = nn.Identity() if same else nn.Linear(student_width, teacher_width)
@@ -65,8 +68,10 @@ class Hint(nn.Module):
 
     def __init__(self, student_width: int, teacher_width: int, kind: str = "mse", dim: int = -1) -> None:
         super().__init__()
-        if kind not in _DISTANCES:
-            raise ValueError(f"kind must be one of {', '.join(_DISTANCES)}, got {kind!r}")
+        if not isinstance(kind, str) or kind not in _DISTANCES:
+            raise ValueError(
+                f"kind must be one of {', '.join(_DISTANCES)}, got {kind!r}{did_you_mean(kind, _DISTANCES, _TERMS)}"
+            )
         self.kind = kind
         self.projector = Projector(student_width, teacher_width, dim)
 
@@ -107,3 +112,4 @@ def _smooth_l1(x: Tensor, y: Tensor) -> Tensor:
 _DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
     {"mse": _mse, "cosine": _cosine, "smooth_l1": _smooth_l1}
 )
+_TERMS = MappingProxyType({"l2": "mse", "cos": "cosine", "huber": "smooth_l1", "l1": "smooth_l1"})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast._numbers import check_number
 from kdfast.loss import checks
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.models import check_logits
@@ -82,10 +83,7 @@ def _check(logits: Tensor, labels: Tensor, margin: float) -> None:
     checks.check_labels(labels, logits, "a margin")
     if labels.is_floating_point():
         raise TypeError(f"labels must be class indices for a margin, got {labels.dtype} probabilities")
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise TypeError(f"margin must be a number, got {type(margin).__name__}")
-    if not 0.0 <= margin < math.inf:
-        raise ValueError(f"margin must be finite and not negative, got {margin}")
+    check_number("margin", margin, least=0.0)
 
 
 def _at_label(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdfast.labels import Head, SoftLabels
 from kdfast.labels.packed import unpacked
+from kdfast.loss import checks
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.objectives._rows import Teacher
 
@@ -29,8 +30,14 @@ def teacher_argmax(teacher: Teacher, ignore_index: int = -100) -> Tensor:
         TypeError: something else.
         ValueError: labels of kind weights: the likeliest of a sampler's draws need not be the likeliest class.
     """
+    checks.check_options(ignore_index)
     if isinstance(teacher, Tensor):
-        if not teacher.is_floating_point() or teacher.dim() < 1 or teacher.shape[-1] < 1:
+        if (
+            not teacher.is_floating_point()
+            or teacher.layout != torch.strided
+            or teacher.dim() < 1
+            or teacher.shape[-1] < 1
+        ):
             raise TypeError(f"teacher must be (..., C) logits, got {teacher.dtype} {tuple(teacher.shape)}")
         return teacher.detach().argmax(-1)
     teacher = unpacked(teacher)
@@ -56,11 +63,12 @@ def teacher_argmax_ce(student: Tensor | Head, teacher: Teacher, labels: Tensor |
     Raises:
         TypeError, ValueError: as ``teacher_argmax`` and ``kd_loss``.
     """
+    columns = checks.check_student(student).shape[-1]
     classes = teacher_argmax(teacher, ignore_index=-1).reshape(-1, 1)
     hard = SoftLabels.weights(
         classes.clamp(min=0),
         torch.ones_like(classes, dtype=torch.float32),
-        vocab_size=student.shape[-1],
+        vocab_size=columns,
         present=(classes >= 0).squeeze(1),
     )
     return kd_loss(student, hard, labels, divergence="soft_ce", teacher_temperature=1.0, **options)

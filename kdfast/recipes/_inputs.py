@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdfast.distill.counting import counted_rows
@@ -105,7 +106,7 @@ def dense_logits(output: Any, like: Tensor) -> Tensor:
     if labels is not None:
         return labels.to_dense().values.reshape(*like.shape[:-1], -1)
     logits: Tensor = logits_of(output)
-    if logits.requires_grad:
+    if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
     return logits
 
@@ -127,5 +128,5 @@ def check_same_shape(frozen: str, /, **tensors: Tensor) -> None:
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"all of these must have one shape, got {shapes}")
-    if tensors[frozen].requires_grad:
+    if tensors[frozen].requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{frozen} requires grad, but only the student is trained: compute it under torch.no_grad()")

@@ -179,7 +179,8 @@ def hardest(
 
     Args:
         share: of the rows that count, in (0, 1].
-        by, temperature, shift, ignore_index: which loss is meant, as ``row_losses`` takes them.
+        by, temperature, shift, ignore_index: which loss is meant, as ``row_losses`` takes them. With ``shift`` the mask
+            leaves out the last position, as ``kd_loss`` takes a mask of positions.
 
     Raises:
         ValueError: ``share`` is not in (0, 1], or ``by`` is unknown.

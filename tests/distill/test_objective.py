@@ -107,3 +107,27 @@ def test_padding_does_not_count_whatever_the_row_weights_say(objective, shift):
         torch.testing.assert_close(make(row_weight=weight[:, :-1])(padded), make(row_weight=weight)(padded))
     with pytest.raises(ValueError, match="row_weight must be"):
         make(row_weight=weight[0])(padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=str)
+def test_a_mask_of_integers_meets_padding(dtype):
+    """The answer of a chat, as a collator marks it: the positions before its tokens predict it."""
+    student, teacher = torch.randn(2, 2, 6, 7, dtype=torch.double)
+    ids, real = torch.randint(0, 7, (2, 6)), torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    answer = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    step = Step(student, teacher, ids, {"input_ids": ids, "attention_mask": real})
+    rows = (answer * real)[:, 1:].bool()
+    sliced = (student[:, :-1][rows], teacher[:, :-1][rows], ids[:, 1:][rows])
+    expected = kd_loss(*sliced, temperature=2.0, kd_weight=0.5, ce_weight=0.5)
+    for mask in (answer.to(dtype), answer[:, 1:].to(dtype)):
+        torch.testing.assert_close(KD(shift=True, row_weight=lambda step, mask=mask: mask)(step), expected)
+    with pytest.raises(ValueError, match=r"row_weight of torch.int64 is a mask.*from 0 to 2"):
+        KD(shift=True, row_weight=2 * answer)(step)
+
+
+def test_narrow_labels_count_as_wide_ones():
+    student, teacher = torch.randn(2, 2, 5, 7)
+    labels, pad = torch.randint(0, 7, (2, 5)), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    expected = KD(shift=True)(Step(student, teacher, labels.masked_fill(pad, -100)))
+    narrow = labels.masked_fill(pad, 255).to(torch.uint8)
+    assert torch.equal(KD(shift=True, ignore_index=255)(Step(student, teacher, narrow)), expected)

@@ -292,6 +292,17 @@ def test_a_heads_parameters_are_constants_of_a_teacher():
         assert kd_loss(S, Head(hidden, layer.weight * 1.0)).isfinite()
 
 
+def test_soft_labels_that_are_trained_are_refused():
+    logits = T.flatten(0, 1).clone().requires_grad_()
+    ids = torch.arange(7).expand(6, 7)
+    topk = SoftLabels.topk(ids, logits.log_softmax(-1), torch.full((6,), -math.inf), vocab_size=7)
+    for labels in (SoftLabels.dense(logits), topk, SoftLabels.hidden(logits, vocab_size=7)):
+        with pytest.raises(ValueError, match="soft labels of the teacher require grad"):
+            kd_loss(S, labels)
+    with torch.no_grad():
+        assert torch.allclose(kd_loss(S, topk), kd_loss(S, T), atol=1e-6)
+
+
 # ---- options without effect, and names ------------------------------------------------------------------------------
 
 
@@ -309,6 +320,7 @@ NAMES = {
     "T": (lambda: KDLoss(T=4.0), TypeError, "no option T: did you mean temperature"),
     "tempereture": (lambda: KD(tempereture=4.0), TypeError, "KD has no option tempereture: did you mean temperature"),
     "mask": (lambda: KDLoss(attention_mask=Y), TypeError, "did you mean row_weight"),
+    "at a call": (lambda: KDLoss()(S, T, tau=2.0), TypeError, "no option tau: did you mean temperature"),
     "two": (
         lambda: KD(alpha=1, xyzzy=2),
         TypeError,
@@ -337,7 +349,7 @@ NAMES = {
     "a of reverse_kl": (lambda: Divergence("reverse_kl", a=9.0), ValueError, "reverse_kl has no parameter a, got 9.0"),
     "b of jsd": (lambda: Divergence("jsd", b=0.5), ValueError, "jsd has no parameter b"),
     "nan of jsd": (lambda: jsd(math.nan), ValueError, "must be finite, got nan"),
-    "a string": (lambda: Divergence("jsd", a="0.5"), TypeError, "jsd: parameters must be numbers, got str"),
+    "a string": (lambda: Divergence("jsd", a="0.5"), TypeError, "jsd: beta must be a number, got str"),
     "no flag": (lambda: Divergence("jsd", standardize=1.0), TypeError, "standardize must be a bool, got float"),
     "no name": (lambda: Divergence(["jsd"]), TypeError, "must be a string, got list"),
 }

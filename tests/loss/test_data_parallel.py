@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -152,3 +153,82 @@ def test_what_cannot_be_counted_is_refused():
         global_items(labels, labels, mask=labels > 0)
     with pytest.raises(ValueError, match="mask"):
         global_items(labels, mask=labels)
+    with pytest.raises(TypeError, match=r"labels must be tensors of class indices.*got int"):
+        global_items(3)
+    with pytest.raises(TypeError, match=r"class indices.*got torch.float32 \(2, 3\)"):
+        global_items(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="accumulation_steps must be at least 1, got 0"):
+        global_items(labels, accumulation_steps=0)
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got int"):
+        global_items(labels, group=2)
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got int"):
+        kd_loss(torch.randn(2, 7), torch.randn(2, 7), group=2)
+
+
+def test_narrow_labels_are_counted_as_wide_ones():
+    # As uint8, -100 would be 156.
+    labels = torch.tensor([1, 156, 255], dtype=torch.uint8)
+    assert global_items(labels) == 3
+    assert global_items(labels, ignore_index=255) == 2
+
+
+# What a trainer does with a loss of one process's micro-batch before its gradients are averaged over processes.
+TRAINERS = {
+    "a loop under DDP": lambda loss, steps: loss,
+    "accelerator.backward": lambda loss, steps: loss / steps,  # accelerate.Accelerator.backward
+    "Lightning": lambda loss, steps: loss / steps,  # its closure divides by accumulate_grad_batches
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(("world", "steps"), [(1, 1), (1, 4), (2, 1), (2, 4)])
+def test_who_divides(trainer, world, steps, monkeypatch):
+    """Whatever divides, the step's gradient is that of the mean over the whole batch."""
+    student, teacher, labels = _step(world * steps)
+    whole = _gradient(student, lambda s: kd_loss(s, teacher, labels, shift=True, ce_weight=0.5))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: world)
+    monkeypatch.setattr(dist, "all_reduce", lambda count, group: count.fill_((labels[:, 1:] != -100).sum() / divided))
+    divided = 1 if trainer == "a loop under DDP" else steps
+    mine = labels.chunk(world)[0].chunk(steps)
+    items = global_items(*mine, shift=True, accumulation_steps=divided)
+
+    def loss(s):
+        parts = zip(*(x.chunk(world * steps) for x in (s, teacher, labels)), strict=True)
+        losses = [kd_loss(*part, shift=True, ce_weight=0.5, num_items=items) for part in parts]
+        return sum(TRAINERS[trainer](x, steps) for x in losses) / world  # DDP averages gradients
+
+    assert torch.allclose(_gradient(student, loss), whole, atol=1e-7)
+
+
+@pytest.mark.parametrize("own", ["compute_loss", "compute_loss_func"])
+@pytest.mark.parametrize(("world", "steps"), [(1, 1), (1, 4), (2, 4)])
+def test_who_divides_in_a_trainer(own, world, steps):
+    """transformers' Trainer counts ``labels[..., 1:]`` of all processes and does not divide by steps; DDP averages.
+
+    Its own ``compute_loss`` multiplies what a ``compute_loss_func`` returns by the number of processes.
+    """
+    student, teacher, labels = _step(world * steps)
+    whole = _gradient(student, lambda s: kd_loss(s, teacher, labels, shift=True, ce_weight=0.5))
+    num_items_in_batch = (labels[..., 1:] != -100).sum()
+    items = num_items_in_batch / world if own == "compute_loss" else num_items_in_batch
+    times = 1 if own == "compute_loss" else world
+
+    def loss(s):
+        parts = zip(*(x.chunk(world * steps) for x in (s, teacher, labels)), strict=True)
+        return sum(times * kd_loss(*part, shift=True, ce_weight=0.5, num_items=items) for part in parts) / world
+
+    assert torch.allclose(_gradient(student, loss), whole, atol=1e-7)
+
+
+def _step(micro_batches):
+    torch.manual_seed(0)
+    rows = 2 * micro_batches
+    labels = torch.randint(0, VOCAB, (rows, LENGTH))
+    labels[: rows // 2, 2:] = -100  # unevenly spread
+    return torch.randn(rows, LENGTH, VOCAB), torch.randn(rows, LENGTH, VOCAB), labels
+
+
+def _gradient(student, loss):
+    leaf = student.clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf)[0]

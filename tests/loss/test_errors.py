@@ -202,6 +202,10 @@ def test_named_error(case):
 
 CHECKED = {
     "temperature": (lambda: kd_loss(S, T, temperature=torch.tensor([1.0, 0.0, 1.0, 1.0])), "temperatures must be"),
+    "weight": (
+        lambda: kd_loss(S, T, kd_weight=torch.tensor([1.0, -0.5, 1.0, 1.0])),
+        r"kd_weight must be finite and not negative, got -0.5 to 1.0",
+    ),
     "token": (lambda: kd_loss(S[:, :3], TOPK, vocab="shared"), r"tokens in \[0, 3\), got 0 to 3"),
     "token twice": (lambda: kd_loss(S, replace(TOPK, ids=TOPK.ids * 0)), "once per row, got 0 twice in row 0"),
 }
@@ -247,4 +251,6 @@ def test_an_unknown_isa_is_refused_at_import():
     command = [sys.executable, "-c", "import kdfast"]
     result = subprocess.run(command, env={"KDFAST_CPU_ISA": "mmx"}, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "KDFAST_CPU_ISA=mmx names no kernels that this processor runs; expected baseline" in result.stderr
+    assert (
+        "ValueError: KDFAST_CPU_ISA=mmx names no kernels that this processor runs; expected baseline" in result.stderr
+    )

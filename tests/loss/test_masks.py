@@ -135,6 +135,21 @@ def test_a_label_outside_the_mask_may_be_anything():
     assert torch.equal(kd_loss(student, teacher, labels, row_weight=real.double(), num_items=8, **OPTIONS), clean)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_nothing_waits_for_a_device(shift):
+    """A tensor without data fails whoever looks at it."""
+    student, teacher, labels, real = (x.to("meta") for x in batch())
+    two = torch.tensor(2.0, device="meta")
+    for row_weight in (real, real.bool(), real.double()):
+        loss, parts = kd_loss(
+            student, teacher, labels, row_weight=row_weight, shift=shift, temperature=two, teacher_temperature=two,
+            kd_weight=two, ce_weight=real.double(), z_weight=two, num_items=two, return_parts=True,
+        )  # fmt: skip
+        assert loss.device.type == parts.kd.device.type == "meta"
+    assert kd_loss(student, teacher, teacher, ce_weight=1.0, row_weight=real).device.type == "meta"
+    assert global_items(labels, mask=real, shift=shift).device.type == "meta"
+
+
 def test_compiled_masks_need_no_look(monkeypatch):
     """Nothing may look at values inside a graph."""
     student, teacher, labels, real = batch()

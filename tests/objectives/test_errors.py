@@ -1,15 +1,26 @@
 """What the losses on rows of logits refuse, by name."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from kdfast import Head, SoftLabels
 from kdfast.objectives import (
+    Hint,
+    Projector,
+    attention_transfer,
     class_weighted_ce,
     dist_loss,
     entropy_matching,
     margin_ce,
     pairwise_hinge,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
     teacher_argmax,
     teacher_argmax_ce,
 )
@@ -84,6 +95,24 @@ def test_named_error(case):
         call()
 
 
+def test_a_teacher_may_require_grad_where_nothing_is_trained():
+    trained, features = T.clone().requires_grad_(), FEATURES.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(dist_loss(S, trained), dist_loss(S, T))
+        assert torch.equal(rkd_distance(FEATURES[0], features[1]), rkd_distance(*FEATURES))
+        assert torch.equal(class_weighted_ce(S, T, nn.Parameter(W)), class_weighted_ce(S, T, W))
+    with pytest.raises(ValueError, match="teacher requires grad"):
+        rkd_distance(FEATURES[0], features[1])
+
+
+@pytest.mark.parametrize(
+    "call", [dist_loss, entropy_matching, lambda s, t: class_weighted_ce(s, t, W)], ids=["dist", "entropy", "weighted"]
+)
+def test_probabilities_are_found_at_the_first_call(call):
+    with pytest.raises(ValueError, match="teacher holds probabilities"):
+        call(S, PROBS)
+
+
 def test_values_are_looked_at_on_request(monkeypatch):
     monkeypatch.setenv("KDFAST_CHECK", "1")
     with pytest.raises(ValueError, match="teacher holds probabilities"):
@@ -92,3 +121,49 @@ def test_values_are_looked_at_on_request(monkeypatch):
         pairwise_hinge(S, Y + 3)
     with pytest.raises(ValueError, match=r"class_weight must be finite and not negative, got -1.0"):
         class_weighted_ce(S, T, -W)
+
+
+FEATURES, MASK = torch.randn(2, 4, 5, 6), torch.ones(4, 5) > 0
+CALLS = {
+    margin_ce: {"logits": S, "labels": Y, "margin": 1.0, "row_weight": Y > 0},
+    pairwise_hinge: {"logits": S, "labels": Y, "margin": 1.0, "row_weight": Y > 0},
+    dist_loss: {"student": S, "teacher": T, "labels": Y, "temperature": 2.0, "beta": 1.0, "gamma": 2.0},
+    entropy_matching: {"student": S, "teacher": T, "labels": Y, "temperature": 2.0, "squared": True, "num_items": 3},
+    class_weighted_ce: {"student": S, "teacher": T, "class_weight": W, "labels": Y, "temperature": 2.0},
+    teacher_argmax: {"teacher": T, "ignore_index": -100},
+    teacher_argmax_ce: {"student": S, "teacher": T, "labels": Y},
+    attention_transfer: {"student": FEATURES[0], "teacher": FEATURES[1], "mask": MASK},
+    rkd_distance: {"student": FEATURES[0], "teacher": FEATURES[1]},
+    rkd_angle: {"student": FEATURES[0], "teacher": FEATURES[1]},
+    similarity_preserving: {"student": FEATURES[0], "teacher": FEATURES[1]},
+    pkt: {"student": FEATURES[0], "teacher": FEATURES[1]},
+    Projector: {"student_width": 6, "teacher_width": 5, "dim": -1},
+    Hint: {"student_width": 6, "teacher_width": 6, "kind": "mse", "dim": -1},
+    Hint(6, 6): {"student": FEATURES[0], "teacher": FEATURES[1], "mask": MASK},
+}
+WRONG = [
+    None, "2", b"2", [1.0], (1,), {}, object(), np.ones(3), math.nan, math.inf, -3, 2.5, True, 1j, 10**400,
+    torch.ones(3), 1j * torch.ones(4, 7), Y > 0, torch.tensor(5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: getattr(call, "__name__", "Hint()"))
+def test_every_argument_of_a_wrong_type_is_named(call):
+    arguments = CALLS[call]
+    call(**arguments)
+    for name in arguments:
+        errors = [_error(call, {**arguments, name: value}) for value in WRONG]
+        assert any(errors), name
+        # Logits of another shape are right, and the labels or weights that were for others are not.
+        others = {"logits": ["labels"], "student": ["teacher", "class_weight"]}.get(name, [])
+        for value, error in zip(WRONG, errors, strict=True):
+            assert error is None or any(x in error for x in (name, *others)), (name, value, error)
+
+
+def _error(call, arguments):
+    """What a call says against its arguments; None if it takes them. Other errors are none of its kind."""
+    try:
+        call(**arguments)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None

@@ -85,7 +85,7 @@ def test_narrow_features_are_compared_in_float32():
 
 ERRORS = {
     "kind": (lambda: Hint(3, 5, "l2"), "kind must be one of mse, cosine, smooth_l1, got 'l2'"),
-    "width": (lambda: Projector(0, 5), "widths must be at least 1, got 0 and 5"),
+    "width": (lambda: Projector(0, 5), "student_width must be at least 1, got 0"),
     "student's width": (lambda: Hint(3, 5)(torch.randn(2, 4), torch.randn(2, 5)), r"student must have 3 .*\(2, 4\)"),
     "teacher's width": (lambda: Hint(3, 5)(torch.randn(2, 3), torch.randn(2, 6)), r"teacher must have 5 .*\(2, 6\)"),
     "no such dimension": (lambda: Hint(3, 5, dim=2)(torch.randn(2, 3), torch.randn(2, 5)), "dimension 2"),

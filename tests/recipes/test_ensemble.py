@@ -172,3 +172,29 @@ def test_misuse(ensemble, monkeypatch):
 def test_logit_mse_of_probabilities_is_refused():
     with pytest.raises(ValueError, match="use LogitEnsemble"):
         ProbabilityEnsemble(divergence="logit_mse")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_mask_is_of_the_labels_whatever_the_teachers_hold(dtype, shift):
+    """One that integers make, or that leaves the first label out, too."""
+    student, labels = torch.randn(2, 4, 6), torch.randint(0, 6, (2, 4))
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).to(dtype)
+    logits = [torch.randn(2, 4, 6) for _ in range(2)]
+    ids = torch.arange(6).expand(8, 6)
+    nothing = torch.full((8,), -torch.inf)
+    soft = [SoftLabels.topk(ids, x.flatten(0, 1).log_softmax(-1), nothing, vocab_size=6) for x in logits]
+    options = {"temperature": 1.0, "kd_weight": 1.0, "ce_weight": 0.5, "shift": shift}
+    rows = mask.bool()[:, 1:] if shift else mask.bool()
+    s, y = (student[:, :-1], labels[:, 1:]) if shift else (student, labels)
+    p = sum(x.softmax(-1) for x in logits) / 2
+    q = s.log_softmax(-1)[rows]
+    ce = 0.5 * torch.nn.functional.cross_entropy(s[rows], y[rows])
+    entropy = [-(x.softmax(-1) * x.log_softmax(-1)).sum(-1) for x in logits]
+    p, entropy = (x[:, :-1][rows] if shift else x[rows] for x in (p, sum(entropy) / 2))
+    expected = -(p * q).sum(-1).mean() + ce
+    for given in (mask, *([mask[:, 1:]] if shift else [])):
+        dense = ProbabilityEnsemble(**options, divergence="soft_ce", row_weight=given)
+        assert torch.allclose(dense(Step(student, tuple(logits), labels)), expected, atol=1e-6)
+        sparse = ProbabilityEnsemble(**options, row_weight=given)(Step(student, tuple(soft), labels))
+        assert torch.allclose(sparse + entropy.mean(), expected, atol=1e-6)

@@ -4,14 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from types import MappingProxyType
 from typing import Any
 
+from kdfast._names import did_you_mean, no_option
 from kdfast.cache.codecs.auto import choose
 from kdfast.cache.codecs.base import Codec
 
 __all__ = ["create", "current_options", "find", "names", "register", "restore"]
 
 _registry: dict[str, type[Codec]] = {}
+
+# What codecs, and their options, are called elsewhere.
+_CODECS: Mapping[str, str] = MappingProxyType(
+    {
+        "top_k": "topk",
+        "topk_logprobs": "topk",
+        "sparse": "topk",
+        "logits": "dense",
+        "full": "dense",
+        "quantized": "dense",
+        "rskd": "sample",
+        "random_sampling": "sample",
+        "sampling": "sample",
+        "nucleus": "threshold",
+        "top_p": "threshold",
+        "argmax": "hard",
+        "hard_labels": "hard",
+        "hidden_states": "hidden",
+    }
+)
+_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "top_k": "k",
+        "topk": "k",
+        "num_logprobs": "k",
+        "n": "draws",
+        "num_samples": "draws",
+        "samples": "draws",
+        "threshold": "tau",
+        "num_bits": "bits",
+    }
+)
 
 
 def register(codec: type[Codec]) -> type[Codec]:
@@ -27,8 +61,8 @@ def register(codec: type[Codec]) -> type[Codec]:
 
 def find(name: str) -> type[Codec]:
     """The class of the codec ``name``. Raises ``ValueError`` if there is none of this name."""
-    if name not in _registry:
-        raise ValueError(f"codec must be one of {names()}, got {name!r}")
+    if not isinstance(name, str) or name not in _registry:
+        raise ValueError(f"codec must be one of {names()}, got {name!r}{did_you_mean(name, _registry, _CODECS)}")
     return _registry[name]
 
 
@@ -59,6 +93,10 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         name, chosen, _ = choose(vocab_size, temperatures)
         options = {**chosen, **options}
     made = find(name)
+    takes = signature(made).parameters
+    known = {option for option in takes if option not in ("vocab_size", "temperatures")}
+    if not known.issuperset(options) and not any(x.kind is x.VAR_KEYWORD for x in takes.values()):
+        raise no_option(f"codec {name!r}", set(options) - known, known, _OPTIONS)
     try:
         return made(vocab_size, temperatures, **options)
     except TypeError as error:

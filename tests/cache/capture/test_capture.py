@@ -291,9 +291,10 @@ def test_training_flags_come_back(tmp_path, teacher, fails):
     assert torch.is_grad_enabled()
 
 
-def test_mask_stores_supervised_rows_alone(tmp_path, teacher):
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=str)
+def test_mask_stores_supervised_rows_alone(tmp_path, teacher, dtype):
     def mask(batch):
-        return batch["input_ids"] > 4
+        return (batch["input_ids"] > 4).to(dtype)
 
     run(teacher, batches(), tmp_path / "whole")
     run(teacher, batches(), tmp_path / "masked", mask=mask)
@@ -301,6 +302,18 @@ def test_mask_stores_supervised_rows_alone(tmp_path, teacher):
     assert masked.info.rows == sum(int((ids > 4).sum()) for ids in records()) < whole.info.rows
     for ids in records():
         assert torch.equal(masked[ids].values, whole[ids].values[ids > 4])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda batch: 3 * (batch["input_ids"] > 4), "mask of a record of torch.int64 is a mask of 0 and 1, .* 0 to 3"),
+        (lambda batch: (batch["input_ids"] > 4).float(), "mask of a record must be a bool tensor .*torch.float32"),
+    ],
+)
+def test_what_is_no_mask_stores_nothing(tmp_path, teacher, mask, message):
+    with pytest.raises(ValueError, match=message):
+        run(teacher, batches(), tmp_path, mask=mask)
 
 
 def test_targets_and_views_go_with_their_rows(tmp_path, teacher):

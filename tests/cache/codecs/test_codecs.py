@@ -214,7 +214,12 @@ def test_a_codec_is_rebuilt_from_its_config(name, options):
     ("args", "error", "message"),
     [
         (("zip", 5, (1.0,), {}), ValueError, r"codec must be one of \[.*'dense', .*'topk'.*got 'zip'"),
-        (("topk", 5, (1.0,), {"kk": 3}), TypeError, "codec 'topk'.*kk"),
+        (("top_k", 5, (1.0,), {}), ValueError, r"got 'top_k': did you mean topk\?"),
+        (("prototpe", 5, (1.0,), {}), ValueError, r"got 'prototpe': did you mean prototype\?"),
+        ((3, 5, (1.0,), {}), ValueError, "codec must be one of .* got 3"),
+        (("topk", 5, (1.0,), {"kk": 3}), TypeError, "codec 'topk' has no option kk: did you mean k"),
+        (("topk", 5, (1.0,), {"top_k": 3}), TypeError, r"codec 'topk' has no option top_k: did you mean k\?"),
+        (("sample", 5, (1.0,), {"num_samples": 3}), TypeError, r"did you mean draws\?"),
         (("topk", 5, (1.0,), {"k": 0}), ValueError, "codec 'topk': k must be at least 1, got 0"),
         (("topk", 5, (1.0,), {"k": 2.5}), TypeError, "codec 'topk'.*float"),
         (("topk", 5, (1.0,), {"value_dtype": "int8"}), ValueError, "value_dtype must be one of .* got 'int8'"),

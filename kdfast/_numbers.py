@@ -1,0 +1,48 @@
+"""Checks of arguments that are one number: what was passed, under its name, and what was wanted."""
+
+from __future__ import annotations
+
+import sys
+from numbers import Integral, Real
+
+__all__ = ["LARGEST", "check_flags", "check_integer", "check_number"]
+
+LARGEST = sys.float_info.max  # an int above it is no float
+
+
+def check_number(name: str, value: object, *, least: float = -LARGEST, most: float = LARGEST) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is not finite, or not in [least, most].
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not least <= value <= most:  # type: ignore[operator]
+        finite = "finite" if most == LARGEST else f"in [{least:g}, {most:g}]"
+        sign = " and not negative" if least == 0.0 and most == LARGEST else ""
+        raise ValueError(f"{name} must be {finite}{sign}, got {repr(value)[:40]}")
+    return float(value)
+
+
+def check_integer(name: str, value: object, *, least: int = -(2**63), hint: str = "") -> int:
+    """``value`` as an int.
+
+    Raises:
+        TypeError: it is no integer; ``hint`` ends the message.
+        ValueError: it is below ``least``, or has more than 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}{hint}")
+    if not least <= int(value) < 2**63:
+        wanted = f"at least {least}" if int(value) < least else "an integer of 64 bits"
+        raise ValueError(f"{name} must be {wanted}, got {repr(value)[:40]}")
+    return int(value)
+
+
+def check_flags(**flags: object) -> None:
+    """Raise ``TypeError`` unless all are bools, or 0 or 1."""
+    for name, value in flags.items():
+        if not isinstance(value, int) and type(value).__name__ not in ("bool", "bool_"):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
