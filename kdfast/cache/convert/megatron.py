@@ -33,6 +33,7 @@ TAR = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
 MEMBER = re.compile(r"(\d+)\.pt\.zst")
 META = "_meta.json"
 TENSORS = ("values", "indices_low", "bit_17")
+CHUNK = 2**20  # bytes unpacked at a time
 # An entry outside a row's nucleus: id -1, all ones in 17 bits, at a value of -1e4 (-1e3 in other versions).
 PADDING_ID, PADDING_VALUE = 2**17 - 1, -1e3
 
@@ -186,10 +187,14 @@ def _decode(where: str, data: bytes, max_bytes: int | None) -> Iterator[tuple[Te
     zstandard = optional_package("zstandard", "reading Megatron-Core shards")
     most = most_bytes(max_bytes, len(data))
     try:
+        parts, size = [], 0
         with zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(data) as reader:
-            raw = reader.read(most + 1)
-        if len(raw) > most:
-            raise ExpansionError.of(where, None, most)
+            while part := reader.read(CHUNK):
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise ExpansionError.of(where, None, most)
+        raw = b"".join(parts)
         _check_zip(where, raw, most)
         tensors = torch.load(io.BytesIO(raw), weights_only=True)
         lists = [tensors[name] for name in TENSORS]
