@@ -45,6 +45,7 @@ def capture_vllm(
     concurrency: int = 32,
     timeout: float = 600.0,
     retries: int = 5,
+    deadline: float | None = None,
     api_key: str | None = None,
     progress: bool = True,
     **options: Any,
@@ -80,6 +81,7 @@ def capture_vllm(
         concurrency: requests under way at once.
         timeout: seconds to wait for an answer.
         retries: how often to ask again after a lost connection or an answer 429, 502 or 503.
+        deadline: seconds that a request may take altogether, with its retries. Default: ``timeout`` for each of them.
         api_key: the server's ``--api-key``.
         progress: show how far it is on standard error: a bar on a terminal, elsewhere a line a minute.
         options: the ``Writer``'s: ``writer``, ``shard_bytes``, ...
@@ -97,7 +99,9 @@ def capture_vllm(
     fingerprint = with_tokenizer(teacher, tokenizer, add_special_tokens)
     select = partial(to_rows, vocab_size=vocab_size, k=k, value_dtype=value_dtype, tolerance=TOLERANCE)
     report = BiasReport(f"the vLLM server {url}")
-    with Server(url, concurrency=concurrency, timeout=timeout, retries=retries, api_key=api_key) as server:
+    with Server(
+        url, concurrency=concurrency, timeout=timeout, retries=retries, api_key=api_key, deadline=deadline
+    ) as server:
         model = server.choose_model(model, max(map(len, corpus), default=0))
         with Writer(path, vocab_size=vocab_size, teacher=fingerprint, **stored, **options) as writer:
             lacking = _lacking(corpus, writer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kdfast.cache.capture.http_session import BoundedSession, TooLong
 from kdfast.cache.convert.logprobs import pairs_of
 from kdfast.cache.convert.source import Record
-from kdfast.cache.errors import CacheError, optional_package
+from kdfast.cache.errors import CacheError
 
 __all__ = ["Server", "prompt_of", "record_of"]
 
 SCHEMES = ("http://", "https://")
-BUSY = (429, 502, 503)
-BACKOFF = 0.5  # seconds, doubled with each retry, where the server does not say how long to wait
+LIST_BYTES = 2**24  # of a list of models
+# Of an answer: so much for each entry that was asked for (id, log-probability, rank, a token in escapes), and some.
+ENTRY_BYTES, SPARE_BYTES = 512, 2**20
 BEYOND = 2  # tokens of a request that are no window's: one appended, one generated
 APPENDED = 0  # any id does: its own element is the distribution after the window's last token
 SHOWN = 500  # characters of an answer that is not understood
@@ -31,30 +34,31 @@ class Server:
         concurrency: connections to keep open.
         timeout: seconds to wait for a connection, and for an answer to begin.
         retries: how often to ask again after a lost connection, or an answer that the server is busy.
+        deadline: seconds that a request may take altogether, with its retries. Default: ``timeout`` for each of them.
         api_key: sent as a bearer token.
 
     Raises:
-        ValueError: ``url`` is of another kind.
+        ValueError: ``url`` is of another kind, or the deadline not positive.
         CacheError: requests is not installed.
     """
 
-    def __init__(self, url: str, *, concurrency: int, timeout: float, retries: int, api_key: str | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        api_key: str | None,
+        deadline: float | None = None,
+    ) -> None:
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline must be positive, got {deadline}")
         if not url.startswith(SCHEMES):
             raise ValueError(f"url must begin with http:// or https://, got {url!r}")
-        requests, urllib3 = (optional_package(name, "asking a vLLM server") for name in ("requests", "urllib3"))
         self._root = f"{url.rstrip('/').removesuffix('/v1')}/v1"
-        self._timeout, self._failures = timeout, requests.RequestException
-        again = urllib3.Retry(
-            retries,
-            status_forcelist=BUSY,
-            allowed_methods=None,  # POST as well: a request leaves nothing behind on the server
-            backoff_factor=BACKOFF,
-            raise_on_status=False,  # the last answer says why
-        )
-        self._session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency, max_retries=again)
-        for scheme in SCHEMES:
-            self._session.mount(scheme, adapter)
+        deadline = timeout * (retries + 1) if deadline is None else deadline
+        self._session = BoundedSession(concurrency=concurrency, timeout=timeout, retries=retries, deadline=deadline)
         if api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 
@@ -68,7 +72,7 @@ class Server:
             CacheError: another model is served, or several are, or its context is too short.
             OSError: the server does not answer.
         """
-        answer = self._json("the list of models", "GET", "models")
+        answer = self._json("the list of models", "GET", "models", LIST_BYTES)
         try:
             served = {model["id"]: model.get("max_model_len") for model in answer["data"]}
         except (AttributeError, KeyError, TypeError) as error:
@@ -104,20 +108,23 @@ class Server:
             "temperature": 0,
             "repetition_penalty": 1.0,
         }
-        return self._json(name, "POST", "completions", json=request)
+        most = SPARE_BYTES + ENTRY_BYTES * (k + 2) * len(prompt)
+        return self._json(name, "POST", "completions", most, json=request)
 
-    def _json(self, name: str, method: str, path: str, **options: Any) -> Any:
+    def _json(self, name: str, method: str, path: str, most: int, **options: Any) -> Any:
         url = f"{self._root}/{path}"
         try:
-            response = self._session.request(method, url, timeout=self._timeout, **options)
-        except self._failures as error:
+            answer = self._session.request(method, url, most=most, **options)
+        except ConnectionError as error:
             raise ConnectionError(f"{name}: no answer from {url}: {error}") from error
-        if not response.ok:
-            raise CacheError(f"{name}: {url} answers HTTP {response.status_code}: {_message(response)}")
+        except TooLong as error:
+            raise CacheError(f"{name}: the answer of {url} has {error}, which no answer to the request has") from error
+        if answer.status >= 400:
+            raise CacheError(f"{name}: {url} answers HTTP {answer.status}: {_message(answer.body)}")
         try:
-            return response.json()
-        except ValueError as error:
-            raise CacheError(f"{name}: {url} answers with what is not JSON: {response.text[:SHOWN]!r}") from error
+            return json.loads(answer.body)
+        except (ValueError, RecursionError) as error:
+            raise CacheError(f"{name}: {url} answers with what is not JSON: {_text(answer.body)!r}") from error
 
     def __enter__(self) -> Server:
         return self
@@ -128,13 +135,17 @@ class Server:
         self._session.close()
 
 
-def _message(response: Any) -> str:
+def _message(body: bytes) -> str:
     """The server's error message: ``{"error": {"message": ...}}``, or in older versions ``{"message": ...}``."""
     try:
-        body = response.json()
-        return str(body.get("error", body)["message"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return str(response.text[:SHOWN])
+        answer = json.loads(body)
+        return str(answer.get("error", answer)["message"])[:SHOWN]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return _text(body)
+
+
+def _text(body: bytes) -> str:
+    return body[:SHOWN].decode("utf-8", "replace")
 
 
 # ---- requests and answers -------------------------------------------------------------------------------------------
@@ -184,7 +195,7 @@ def _row(name: str, element: Any, token: int, k: int) -> list[tuple[int, float]]
     """The k likeliest tokens of one element of ``prompt_logprobs``, the one of the prompt's token ``token``."""
     try:
         pairs = pairs_of(element)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{name}: no entries {{id: {{'logprob': ...}}}}: {error}") from error
     if token not in dict(pairs):
         raise CacheError(

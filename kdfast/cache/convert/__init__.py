@@ -8,6 +8,7 @@ One file per format. Every import says what its records leave out: top-k labels 
 
 from kdfast.cache.convert.distillkit import DistillKit
 from kdfast.cache.convert.importing import TOLERANCE, import_records
+from kdfast.cache.convert.limits import ExpansionError
 from kdfast.cache.convert.logprobs import ALIGNMENTS, TopKLogProbs
 from kdfast.cache.convert.megatron import Megatron
 from kdfast.cache.convert.recompress import recompress
@@ -19,6 +20,7 @@ __all__ = [
     "TOLERANCE",
     "BiasReport",
     "DistillKit",
+    "ExpansionError",
     "Megatron",
     "Record",
     "Source",

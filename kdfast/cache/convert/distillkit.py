@@ -29,30 +29,36 @@ class DistillKit(Source):
     Args:
         path: the file or folder.
         config: the compression config, YAML or JSON. Default: ``compression_config.yaml`` in the folder.
+        max_bytes: what a file's row group may take once it is unpacked. Default: 256 MiB, or 64 times what it takes in
+            the file if that is more.
 
     Raises:
+        ExpansionError: a row group takes more than ``max_bytes``.
         CacheError: the config or a file is not there, or is not what DistillKit writes.
     """
 
     what = "DistillKit"
 
-    def __init__(self, path: Path, config: Path | None = None) -> None:
+    def __init__(self, path: Path, config: Path | None = None, max_bytes: int | None = None) -> None:
         self._files = parquet_files(path)
         config = config or self._files[0].parent / CONFIG
         if not config.exists():
             raise CacheError(f"{config}: is not there: give the config that the capture was made with")
-        self._layout = read_layout(config)
+        self._layout, self._max_bytes = read_layout(config), max_bytes
         self.k, self.value_dtype = self._layout.k, self._layout.value_dtype
         self.size = sum(map(row_count, self._files))
 
     def __iter__(self) -> Iterator[Record]:
         names = ["input_ids", *self._layout.columns]
         for path in self._files:
-            for number, row in enumerate(parquet_records(path, names)):
+            for number, row in enumerate(parquet_records(path, names, max_bytes=self._max_bytes)):
                 yield self._record(f"{path}: sample {number}", row)
 
     def _record(self, name: str, row: dict[str, Any]) -> Record:
-        tokens = row["input_ids"].values.to_numpy(zero_copy_only=False).astype(np.int64)
+        inner = row["input_ids"].values
+        if inner is None or inner.null_count:
+            raise CacheError(f"{name}: input_ids are null")
+        tokens = inner.to_numpy(zero_copy_only=False).astype(np.int64)
         layout = self._layout
         columns = {column: matrix(row[column], layout.nbytes(column), f"{name}: {column}") for column in layout.columns}
         lengths = {column: len(table) for column, table in columns.items()}

@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdfast.cache.codecs.base import MAX_VOCAB
 from kdfast.cache.convert.bits import FLOAT_BYTES, id_bits, read_bits, read_floats, read_words
 from kdfast.cache.errors import CacheError, optional_package
+from kdfast.cache.format.regular import read_regular
 
 __all__ = ["Layout", "LegacyLayout", "QuantizedLayout", "read_layout"]
+
+MOST_TERMS = 64  # powers of a rank: beyond, they are not finite
+MOST_CONFIG = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,19 @@ class QuantizedLayout:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> QuantizedLayout:
         bins = [
-            ResidualBin(_dtype(b["scale_dtype"]), int(b["element_bits"]), int(b["num_elements"]))
+            ResidualBin(
+                _dtype(b["scale_dtype"]), _integer(b, "element_bits", 1, 32), _integer(b, "num_elements", 0, MAX_VOCAB)
+            )
             for b in config.get("residual_bins") or ()
         ]
+        vocab_size, k, exact_k = _sizes(config, "d")
+        if sum(b.count for b in bins) > k - exact_k:
+            raise ValueError(f"residual_bins of {sum(b.count for b in bins)} numbers for {k - exact_k} entries")
         terms = tuple(_term(term) for term in config.get("polynomial_terms") or ())
         return cls(
-            vocab_size=int(config["d"]),
-            k=int(config["k"]),
-            exact_k=int(config["exact_k"]),
+            vocab_size=vocab_size,
+            k=k,
+            exact_k=exact_k,
             exact_dtype=_dtype(config.get("exact_dtype", "float32")),
             terms=terms,
             term_dtype=_dtype(config.get("term_dtype", "float32")),
@@ -141,11 +151,12 @@ class LegacyLayout:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LegacyLayout:
+        vocab_size, k, exact_k = _sizes(config, "vocab_size")
         return cls(
-            vocab_size=int(config["vocab_size"]),
-            k=int(config["k"]),
-            exact_k=int(config["exact_k"]),
-            degree=int(config["polynomial_degree"]),
+            vocab_size=vocab_size,
+            k=k,
+            exact_k=exact_k,
+            degree=_integer(config, "polynomial_degree", 0, MOST_TERMS),
             inverted=bool(config.get("invert_polynomial", True)),
             sqrt=bool(config.get("with_sqrt_term", False)),
         )
@@ -178,10 +189,15 @@ def read_layout(path: Path) -> Layout:
     Raises:
         CacheError: it describes none; the message names the file and what is wrong.
     """
-    text = path.read_text()
+    try:
+        text = read_regular(path, MOST_CONFIG).decode("utf-8")
+    except UnicodeError as error:
+        raise CacheError(f"{path}: is no text: {error}") from error
     try:
         parse = json.loads if path.suffix == ".json" else optional_package("yaml", "reading YAML").safe_load
         config = parse(text)
+    except RecursionError as error:
+        raise CacheError(f"{path}: is nested too deeply") from error
     except ValueError as error:
         raise CacheError(f"{path}: is not JSON: {error}") from error
     except Exception as error:
@@ -195,17 +211,35 @@ def read_layout(path: Path) -> Layout:
         if "polynomial_degree" in config:
             return LegacyLayout.of(config)
         return QuantizedLayout.of(config.get("logprob_compressor", config))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{path}: is not a DistillKit compression config: {error!r}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CacheError(f"{path}: is not a DistillKit compression config: {error!r:.300}") from error
 
 
-def _dtype(name: str) -> str:
-    if name not in FLOAT_BYTES:
-        raise ValueError(f"dtype {name!r} is none of {sorted(FLOAT_BYTES)}")
+def _sizes(config: Mapping[str, Any], vocabulary: str) -> tuple[int, int, int]:
+    """The vocabulary's size, the entries of a row, and how many of these are exact: they decide what is allocated."""
+    vocab_size = _integer(config, vocabulary, 2, MAX_VOCAB)
+    k = _integer(config, "k", 1, vocab_size)
+    return vocab_size, k, _integer(config, "exact_k", 0, k)
+
+
+def _integer(config: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    number = config[name]
+    if type(number) is not int or not low <= number <= high:
+        shown = number if type(number) in (bool, float, int) else type(number).__name__
+        raise ValueError(f"{name} must be an integer in [{low}, {high}], got {shown}")
+    return number
+
+
+def _dtype(name: Any) -> str:
+    if not isinstance(name, str) or name not in FLOAT_BYTES:
+        raise ValueError(f"a dtype is none of {sorted(FLOAT_BYTES)}")
     return name
 
 
-def _term(term: int | str) -> int | str:
-    if term not in ("sqrt", "exp") and not (isinstance(term, int) and term >= 0):
-        raise ValueError(f"polynomial term {term!r} is neither a power, nor 'sqrt', nor 'exp'")
-    return term
+def _term(term: Any) -> int | str:
+    if type(term) is int and 0 <= term <= MOST_TERMS:
+        return term
+    if isinstance(term, str) and term in ("sqrt", "exp"):
+        return term
+    shown = term if type(term) in (int, float, str) else type(term).__name__
+    raise ValueError(f"polynomial term {shown!r} is neither a power up to {MOST_TERMS}, nor 'sqrt', nor 'exp'")

@@ -14,11 +14,12 @@ import numpy as np
 from kdfast.cache.convert.parquet import parquet_records
 from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheError
+from kdfast.cache.format.regular import open_regular
 
 __all__ = ["ALIGNMENTS", "TopKLogProbs", "pairs_of"]
 
 ALIGNMENTS = ("position", "next")
-TOKEN = re.compile(r"(?:token_id:)?(\d+)")
+TOKEN = re.compile(r"(?:token_id:)?([0-9]{1,18})")
 CLAMPED = -9999.0  # what vLLM writes for -inf, which JSON cannot say
 
 
@@ -39,20 +40,23 @@ class TopKLogProbs(Source):
             ``"position"``: element i is the distribution *of* token i, as vLLM's prompt_logprobs has it. The first is
             null, for no teacher has one, and the last token's successor has none.
             ``"next"``: element i is the distribution of what follows token i. It may be missing for the last token.
+        max_bytes: what a row group of a Parquet file may take once it is unpacked. Default: 256 MiB, or 64 times what
+            it takes in the file if that is more.
 
     Raises:
+        ExpansionError: a row group takes more than ``max_bytes``.
         CacheError: a sample is not of this form or alignment: file, sample and position.
     """
 
     what = "top-k log-probabilities"
 
-    def __init__(self, path: Path, alignment: str | None) -> None:
+    def __init__(self, path: Path, alignment: str | None, max_bytes: int | None = None) -> None:
         if alignment not in ALIGNMENTS:
             raise CacheError(
                 f"{path}: alignment must be 'position' (element i is the distribution of token i, the first one null) "
                 f"or 'next' (element i is the distribution of token i + 1), got {alignment!r}"
             )
-        self._path, self._alignment = path, alignment
+        self._path, self._alignment, self._max_bytes = path, alignment, max_bytes
         self.k, self.size = 0, 0
         for record in self:  # what a cache must be told before its first row
             self.k = max(self.k, int(record.counts.max(initial=0)))
@@ -61,18 +65,20 @@ class TopKLogProbs(Source):
             raise CacheError(f"{path}: holds no log-probability")
 
     def __iter__(self) -> Iterator[Record]:
-        samples = _parquet(self._path) if self._path.suffix == ".parquet" else _json_lines(self._path)
+        samples = _parquet(self._path, self._max_bytes) if self._path.suffix == ".parquet" else _json_lines(self._path)
         for number, sample in samples:
             name = f"{self._path}: sample {number}"
             try:
                 yield self._record(name, sample)
-            except (KeyError, TypeError, ValueError) as error:
-                if isinstance(error, CacheError):
-                    raise
-                raise CacheError(f"{name}: {error!r}") from error
+            except CacheError:
+                raise
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise CacheError(f"{name}: {error!r:.300}") from error
 
     def _record(self, name: str, sample: Mapping[str, Any]) -> Record:
         tokens = np.asarray(sample["input_ids"], np.int64)
+        if tokens.ndim != 1:
+            raise CacheError(f"{name}: its input_ids are no list of ids")
         given = sample.get("target_token_ids")
         elements = [
             None if element is None or len(element) == 0 else _entries(element, given[i] if given is not None else None)
@@ -150,20 +156,20 @@ def _value(value: Any) -> float:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with open_regular(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                sample = json.loads(line)
-            except ValueError as error:
+                sample = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise CacheError(f"{path}: line {number} is not JSON: {error}") from error
             if not isinstance(sample, dict) or not {"input_ids", "logprobs"} <= sample.keys():
                 raise CacheError(f"{path}: line {number} lacks input_ids or logprobs")
             yield number, sample
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _parquet(path: Path, max_bytes: int | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     columns = ["input_ids", "logprobs"]
-    for number, row in enumerate(parquet_records(path, columns, ["target_token_ids"])):
+    for number, row in enumerate(parquet_records(path, columns, ["target_token_ids"], max_bytes)):
         yield number, {name: scalar.as_py() for name, scalar in row.items()}

@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast.cache.convert.limits import ExpansionError, most_bytes
 from kdfast.cache.convert.source import Record, Source
 from kdfast.cache.errors import CacheCorruptError, CacheError, optional_package
+from kdfast.cache.format.regular import open_regular
+from kdfast.cache.format.strict import parse_json
 
 __all__ = ["Megatron"]
 
@@ -29,6 +33,7 @@ TAR = re.compile(r"cp(\d+)_dp(\d+)__(\d+)\.tar")
 MEMBER = re.compile(r"(\d+)\.pt\.zst")
 META = "_meta.json"
 TENSORS = ("values", "indices_low", "bit_17")
+CHUNK = 2**20  # bytes unpacked at a time
 # An entry outside a row's nucleus: id -1, all ones in 17 bits, at a value of -1e4 (-1e3 in other versions).
 PADDING_ID, PADDING_VALUE = 2**17 - 1, -1e3
 
@@ -44,8 +49,11 @@ class Megatron(Source):
         path: the folder.
         tokens: JSON lines, one per sample: ``{"iteration": 1, "dp": 0, "microbatch": 0, "sample": 0, "input_ids":
             [...]}``; ``sample`` counts within the microbatch.
+        max_bytes: what one iteration may take once it is unpacked. Default: 256 MiB, or 64 times what it takes in the
+            file if that is more.
 
     Raises:
+        ExpansionError: an iteration takes more than ``max_bytes``.
         CacheError: zstandard is not installed, a sample's tokens are missing, or the capture was sharded over the
             sequence (context parallelism), which reorders positions.
         CacheCorruptError: a file is not what Megatron writes.
@@ -53,20 +61,20 @@ class Megatron(Source):
 
     what = "Megatron-Core offline logits"
 
-    def __init__(self, path: Path, tokens: Path) -> None:
+    def __init__(self, path: Path, tokens: Path, max_bytes: int | None = None) -> None:
         optional_package("zstandard", "reading Megatron-Core shards")
         self._tars = _tars(path)
-        self._tokens = _Tokens(tokens)
+        self._tokens, self._max_bytes = _Tokens(tokens), max_bytes
         self.size = len(self._tokens)
         saver = _saver(self._tars[0][1])
-        self.k = int(saver["k"])
+        self.k = saver["k"]
         self.value_dtype = "float16" if saver.get("save_dtype") == "fp16" else "float32"
 
     def __iter__(self) -> Iterator[Record]:
         for rank, path in self._tars:
             for iteration, data in _members(path):
                 where = f"{path}: iteration {iteration}"
-                for microbatch, (values, ids) in enumerate(_decode(where, data)):
+                for microbatch, (values, ids) in enumerate(_decode(where, data, self._max_bytes)):
                     for sample in range(values.shape[1]):
                         name = f"{where}, microbatch {microbatch}, sample {sample}"
                         tokens = self._tokens.find(name, (iteration, rank, microbatch, sample))
@@ -86,7 +94,7 @@ class _Tokens:
         self._path = path
         self._lines: dict[tuple[int, ...], _Line] = {}
         offset = 0
-        with path.open("rb") as lines:
+        with open_regular(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     self._add(line, _Line(offset, number))
@@ -94,11 +102,11 @@ class _Tokens:
 
     def _add(self, text: bytes, line: _Line) -> None:
         try:
-            row = json.loads(text)
+            row = parse_json(text)
             place = tuple(int(row[name]) for name in ("iteration", "dp", "microbatch", "sample"))
             row["input_ids"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"{self._path}: line {line.number} is not a sample's tokens: {error!r}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CacheError(f"{self._path}: line {line.number} is not a sample's tokens: {error!r:.200}") from error
         if place in self._lines:
             raise CacheError(f"{self._path}: lines {self._lines[place].number} and {line.number} are of one sample")
         self._lines[place] = line
@@ -109,9 +117,16 @@ class _Tokens:
     def find(self, name: str, place: tuple[int, int, int, int]) -> NDArray[np.int64]:
         if place not in self._lines:
             raise CacheError(f"{name}: {self._path} has no tokens for it")
-        with self._path.open("rb") as lines:
-            lines.seek(self._lines[place].offset)
-            return np.asarray(json.loads(lines.readline())["input_ids"], np.int64)
+        line = self._lines[place]
+        with open_regular(self._path) as lines:
+            lines.seek(line.offset)
+            try:
+                tokens = np.asarray(json.loads(lines.readline())["input_ids"], np.int64)
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+                raise CacheError(f"{self._path}: line {line.number}: its input_ids are no ids: {error}") from error
+        if tokens.ndim != 1:
+            raise CacheError(f"{self._path}: line {line.number}: its input_ids are no list of ids")
+        return tokens
 
 
 def _tars(path: Path) -> list[tuple[int, Path]]:
@@ -134,11 +149,13 @@ def _saver(path: Path) -> dict[str, Any]:
     for name, data in _files(path):
         if name == META:
             try:
-                saver = json.loads(data)["saver"]
-                saver["k"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise CacheCorruptError(f"{path}: its {META} does not say k: {error!r}") from error
-            return dict(saver)
+                saver = dict(parse_json(data)["saver"])
+                k = saver["k"]
+            except (LookupError, TypeError, ValueError) as error:
+                raise CacheCorruptError(f"{path}: its {META} does not say k: {error!r:.200}") from error
+            if type(k) is not int or not 1 <= k <= PADDING_ID:
+                raise CacheCorruptError(f"{path}: its {META} says k {k!r:.60}, which is no number of entries")
+            return saver
     raise CacheCorruptError(f"{path}: lacks {META}")
 
 
@@ -149,29 +166,73 @@ def _members(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None:
-                    yield member.name, file.read()
-    except tarfile.TarError as error:
-        raise CacheCorruptError(f"{path}: is not a readable tar file: {error}") from error
+    with open_regular(path) as whole:
+        size = path.stat().st_size
+        try:
+            with tarfile.open(fileobj=whole, mode="r:") as tar:  # Megatron compresses members, not the file
+                for member in tar:
+                    if member.isreg() and (member.issparse() or not 0 <= member.size <= size):
+                        raise CacheCorruptError(
+                            f"{path}: {member.name!r:.80} claims {member.size} bytes in a file of {size}, or has holes"
+                        )
+                    file = tar.extractfile(member) if member.isreg() else None
+                    if file is not None:
+                        yield member.name, file.read()
+        except (tarfile.TarError, ArithmeticError, EOFError, UnicodeError) as error:
+            raise CacheCorruptError(f"{path}: is not a readable tar file: {error}") from error
 
 
-def _decode(where: str, data: bytes) -> Iterator[tuple[Tensor, Tensor]]:
+def _decode(where: str, data: bytes, max_bytes: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield per microbatch (tokens, samples, K) log-probabilities in float64, and ids of the same shape."""
     zstandard = optional_package("zstandard", "reading Megatron-Core shards")
+    most = most_bytes(max_bytes, len(data))
     try:
-        raw = zstandard.ZstdDecompressor().decompress(data)
+        parts, size = [], 0
+        with zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(data) as reader:
+            while part := reader.read(CHUNK):
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise ExpansionError.of(where, None, most)
+        raw = b"".join(parts)
+        _check_zip(where, raw, most)
         tensors = torch.load(io.BytesIO(raw), weights_only=True)
         lists = [tensors[name] for name in TENSORS]
         for values, low, high in zip(*lists, strict=True):
             if values.dim() != 3 or not values.shape == low.shape == high.shape:
                 raise ValueError(f"shapes {tuple(values.shape)}, {tuple(low.shape)} and {tuple(high.shape)}")
+            # A view that repeats its memory, with strides of 0, stands for any number of values.
+            if any(x.layout != torch.strided or x.numel() > x.untyped_storage().nbytes() for x in (values, low, high)):
+                raise ValueError(f"tensors of {values.numel()} values that the file does not hold")
             yield values.double(), high.long() << 16 | low.long()
-    except (zstandard.ZstdError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except CacheError:
+        raise
+    except (
+        zstandard.ZstdError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CacheCorruptError(f"{where}: is not what Megatron-Core writes: {error}") from error
+
+
+def _check_zip(where: str, raw: bytes, most: int) -> None:
+    """Raise unless ``raw`` is a zip file as torch.save writes it: its members stored, not compressed once more."""
+    total = 0
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        for member in archive.infolist():
+            total += member.file_size
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise ValueError(f"{member.filename!r:.80} is compressed, which torch.save does not do")
+    if total > len(raw):
+        raise ExpansionError.of(where, total, min(most, len(raw)))
 
 
 def _record(name: str, tokens: NDArray[np.int64], ids: Tensor, values: Tensor) -> Record:

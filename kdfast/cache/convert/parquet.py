@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdfast.cache.convert.limits import ExpansionError, most_bytes
 from kdfast.cache.errors import CacheCorruptError, CacheError, optional_package
+from kdfast.cache.format.regular import open_regular
 
 __all__ = ["matrix", "parquet_files", "parquet_records", "row_count"]
 
+NUMBER_BYTES, TEXT_BYTES = 8, 32  # of a value in memory; a text is a token's id
 BATCH = 16  # samples at a time: of 8,192 tokens and 350 bytes a token, 46 MB
 
 
@@ -32,11 +35,17 @@ def row_count(path: Path) -> int:
     return int(_open(path).metadata.num_rows)
 
 
-def parquet_records(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def parquet_records(
+    path: Path, columns: list[str], optional: Sequence[str] = (), max_bytes: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield each row as pyarrow scalars by column: ``columns``, and those of ``optional`` that the file has.
+
+    Args:
+        max_bytes: what the columns of a row group may take once they are unpacked; None: ``most_bytes`` says.
 
     Raises:
         CacheError: pyarrow is not installed, or a column is missing; the message names it.
+        ExpansionError: a row group takes more than ``max_bytes``.
         CacheCorruptError: it is not a Parquet file.
     """
     file = _open(path)
@@ -44,9 +53,41 @@ def parquet_records(path: Path, columns: list[str], optional: Sequence[str] = ()
     if missing:
         raise CacheError(f"{path}: lacks the columns {missing}; it has {file.schema_arrow.names}")
     columns = columns + [name for name in optional if name in file.schema_arrow.names]
-    for batch in file.iter_batches(batch_size=BATCH, columns=columns):
-        for row in range(batch.num_rows):
-            yield {name: batch.column(name)[row] for name in columns}
+    arrow = optional_package("pyarrow", "reading Parquet")
+    for group in range(file.metadata.num_row_groups):
+        _require_room(path, file.metadata.row_group(group), group, columns, max_bytes)
+        try:
+            batches = file.iter_batches(batch_size=BATCH, columns=columns, row_groups=[group])
+            for batch in batches:
+                for row in range(batch.num_rows):
+                    yield {name: batch.column(name)[row] for name in columns}
+        except (arrow.ArrowException, OSError) as error:
+            raise CacheCorruptError(f"{path}: is not a readable Parquet file: {error}") from error
+
+
+def _require_room(path: Path, group: Any, number: int, columns: Sequence[str], max_bytes: int | None) -> None:
+    """Raise ``ExpansionError`` for a row group whose values, each at most as long as it could be, take too much.
+
+    Runs of one value, and texts that a dictionary has once, take next to nothing in the file.
+    """
+    wanted = stored = 0
+    for at in range(group.num_columns):
+        column = group.column(at)
+        if column.path_in_schema.split(".")[0] not in columns:
+            continue
+        stored += column.total_compressed_size
+        wanted += NUMBER_BYTES * column.num_values
+        if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+            statistics = column.statistics
+            # Without statistics, which writers leave out where a text is long, one may be as long as all of it.
+            longest = column.total_uncompressed_size
+            if statistics is not None and statistics.has_min_max:
+                texts = [len(str(text)) for text in (statistics.min, statistics.max)]
+                longest = min(longest, max(TEXT_BYTES, *texts))
+            wanted += max(column.total_uncompressed_size, longest * column.num_values)
+    most = most_bytes(max_bytes, stored)
+    if wanted > most:
+        raise ExpansionError.of(f"{path}: row group {number}", wanted, most)
 
 
 def matrix(scalar: Any, width: int, what: str) -> NDArray[Any]:
@@ -64,6 +105,7 @@ def matrix(scalar: Any, width: int, what: str) -> NDArray[Any]:
 def _open(path: Path) -> Any:
     arrow, parquet = (optional_package(name, "reading Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     try:
+        open_regular(path).close()
         return parquet.ParquetFile(path)
-    except arrow.ArrowInvalid as error:
+    except arrow.ArrowException as error:
         raise CacheCorruptError(f"{path}: is not a readable Parquet file: {error}") from error

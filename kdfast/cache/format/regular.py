@@ -44,10 +44,10 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: it cannot be read.
     """
     with with_filename(path), open_regular(path) as file:
-        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else b""
-        if len(data) > limit or os.fstat(file.fileno()).st_size > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise CacheCorruptError(f"{path}: is longer than the {limit} bytes that such a file can have")
-        return data
+        return file.read(size)  # not the limit: Python makes room for as much as is asked for
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:

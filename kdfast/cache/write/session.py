@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -188,7 +189,16 @@ class Session:
 
     def _restore(self) -> tuple[Unfinished | None, list[Record]]:
         """The unsealed shard and the parked records of the journal, without what has been sealed after all."""
-        left = Unfinished.restore(self._folder, self._journal)
+        try:
+            left = Unfinished.restore(self._folder, self._journal)
+            if left is not None:
+                CacheMeta.from_strings(left[0].metadata)  # which is asked for later, and whose error is the journal's
+        except CacheError:
+            raise
+        except Exception as error:  # whatever entries give that have the right checksum and are none of a writer's
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's beginning
+                raise
+            raise CacheError(f"{self._journal.path} cannot be continued: {error!r:.200}") from error
         if left is None:
             return None, []
         unfinished, parked = left
