@@ -11,14 +11,27 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kdfast.cache.errors import CacheCorruptError
+from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.shard import Shard
 from kdfast.cache.format.storage import Storage
 
-__all__ = ["MANIFEST", "SHARD_NAME", "check_listed", "entry_of", "load_shards", "read_manifest", "shard_names"]
+__all__ = [
+    "MANIFEST",
+    "SHARD_NAME",
+    "UNFINISHED",
+    "check_listed",
+    "entry_of",
+    "load_shards",
+    "no_shard",
+    "read_manifest",
+    "shard_names",
+    "unfinished_names",
+]
 
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-([A-Za-z0-9_]+)-(\d{5,})\.safetensors")
+
+UNFINISHED = (".part", ".journal")  # what a writer is at work on, or has left when it was killed
 
 Entry = dict[str, str | int]
 
@@ -44,6 +57,26 @@ def shard_names(storage: Storage) -> list[str]:
     """The file names of all shards in ``storage``, sorted by writer and number."""
     matches = [match for name in storage.list() if (match := SHARD_NAME.fullmatch(name))]
     return [match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2])))]
+
+
+def unfinished_names(storage: Storage) -> list[str]:
+    """The names of the files that writers have not finished, sorted; none without a directory."""
+    try:
+        return [name for name in storage.list() if name.endswith(UNFINISHED)]
+    except FileNotFoundError:
+        return []
+
+
+def no_shard(storage: Storage) -> CacheError:
+    """The error for a cache without a shard, which says so if a writer has begun one."""
+    left = unfinished_names(storage)
+    if not left:
+        return CacheError(f"{storage.url}: holds no shard of a kdfast cache")
+    return CacheError(
+        f"{storage.url}: holds no shard of a kdfast cache yet, only what writers have not finished "
+        f"({', '.join(left[:4])}): start the writer again, and it resumes; or seal what there is with "
+        "kdfast.cache.salvage(path)"
+    )
 
 
 def entry_of(name: str, records: int, rows: int, file_bytes: int, seal: str) -> Entry:

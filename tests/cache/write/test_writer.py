@@ -461,7 +461,6 @@ def test_a_directory_that_vanishes_is_named(tmp_path):
             w.close()
     kept = [w]
     del w
-    del w
     with pytest.warns() as caught:
         kept.clear()
     assert "gone was not closed" in str(caught.list[0].message)
