@@ -13,7 +13,7 @@ from typing import Any
 
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.shard import Shard
-from kdfast.cache.format.storage import Storage
+from kdfast.cache.format.storage import LocalStorage, Storage
 
 __all__ = [
     "MANIFEST",
@@ -84,12 +84,20 @@ def entry_of(name: str, records: int, rows: int, file_bytes: int, seal: str) -> 
     return {"name": name, "records": records, "rows": rows, "bytes": file_bytes, "seal": seal}
 
 
-def read_manifest(storage: Storage) -> dict[str, Any]:
-    """The manifest's entries by shard name; none without a manifest. Raises ``CacheCorruptError`` if it is broken."""
+def read_manifest(storage: Storage, *, torn: bool = False) -> dict[str, Any]:
+    """The manifest's entries by shard name; none without a manifest. Raises ``CacheCorruptError`` if it is broken.
+
+    Args:
+        torn: whether one whose upload broke off counts as none, for a writer that will write it again.
+    """
     try:
-        return {entry["name"]: entry for entry in json.loads(storage.read_bytes(MANIFEST))["shards"]}
+        data = storage.read_bytes(MANIFEST)
     except FileNotFoundError:
         return {}
+    if torn and not isinstance(storage, LocalStorage) and not data.rstrip().endswith(b"}"):
+        return {}
+    try:
+        return {entry["name"]: entry for entry in json.loads(data)["shards"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         where = storage.describe(MANIFEST)
         raise CacheCorruptError(f"{where}: cannot be read ({error!r}); without it the shards still open") from error
