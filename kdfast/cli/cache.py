@@ -22,7 +22,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Capture, inspect, convert, merge and export caches of soft labels.")
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The cache's directory.", show_default=False)]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="The cache's directory or URL.", show_default=False)]
 
 for command in (capture, capture_vllm, convert):
     app.command()(command)
@@ -66,7 +66,8 @@ def stats(
 @app.command()
 def merge(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="SRC... DST", help="Caches of one kind, and the directory to merge them in.")
+        list[str],
+        typer.Argument(metavar="SRC... DST", help="Caches of one kind, and the directory or URL to merge them in."),
     ],
     link: Annotated[bool, typer.Option("--link", help="Make hard links instead of copies.")] = False,
 ) -> None:

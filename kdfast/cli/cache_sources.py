@@ -14,6 +14,7 @@ from rich.console import Console
 
 import kdfast.cache
 from kdfast._optional import import_optional
+from kdfast._paths import local_path
 from kdfast.cache import CacheError
 from kdfast.cache.capture.corpus import cut
 from kdfast.cache.capture.ranks import Ranks, capture_share
@@ -139,8 +140,10 @@ class Format(str, Enum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A file or folder.", show_default=False)],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The cache's directory.", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A file or folder.", show_default=False)],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", help="The cache's directory or URL.", show_default=False)
+    ],
     form: Annotated[Format, typer.Option("--from", help="What SRC is.", show_default=False)],
     vocab_size: Annotated[
         int | None, typer.Option(min=1, help="The teacher's vocabulary. Known if SRC is a kdfast cache.")
@@ -169,7 +172,7 @@ def convert(
             if vocab_size is None:
                 raise CacheError(f"--vocab-size is needed: {form.value} files do not say it")
             checks = {"tolerance": tolerance, "drop_broken": drop_broken}
-            records = _source(form, source, config, alignment, tokens)
+            records = _source(form, local_path(source), config, alignment, tokens)
             stored = {"vocab_size": vocab_size, "codec": codec, "teacher": teacher, **options}
             report = _import(records, destination, **checks, **stored)
     print_bias(report)
@@ -191,14 +194,14 @@ def load_tokenizer(name: str) -> Any:
     return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def _recompress(source: Path, destination: Path, **options: Any) -> BiasReport:
+def _recompress(source: str, destination: str, **options: Any) -> BiasReport:
     from kdfast.cache.convert import recompress
 
     with progress_bar("Records", len(kdfast.cache.open(source))) as advance:
         return recompress(source, destination, progress=lambda: advance(1), **options)
 
 
-def _import(records: Source, destination: Path, **options: Any) -> BiasReport:
+def _import(records: Source, destination: str, **options: Any) -> BiasReport:
     from kdfast.cache.convert import import_records
 
     with progress_bar("Records", records.size) as advance:

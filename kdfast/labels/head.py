@@ -195,7 +195,8 @@ class Head:
                 of ``x = scale * (hidden @ weight.T + bias)``.
         """
         if torch.compiler.is_compiling():  # hooks are no part of a graph
-            return torch.compiler.disable(cls.of)(model, *args, layer=layer, return_output=return_output, **inputs)
+            outside: Any = torch.compiler.disable(cls.of)  # type: ignore[no-untyped-call]
+            return outside(model, *args, layer=layer, return_output=return_output, **inputs)
         run = run_to_output_layer(model, layer, args, inputs)
         head = cls(run.hidden, run.weight, run.bias, scale=run.scale, softcap=run.softcap)
         if not return_output:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdfast.cache.format.teacher import Fingerprint
 from kdfast.labels.digest import TensorDigest
 from kdfast.labels.head import OutputLayer
 
@@ -15,16 +18,62 @@ __all__ = ["fingerprint", "head_fingerprint", "tokenizer_fingerprint", "with_tok
 
 # Of a configuration: where it came from and who saved it, not what it computes. Tensors bring their own dtype.
 UNRELATED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Of a Hugging Face configuration, in every part of it: what saving adds, what names things, what is only returned or
+# remembered, what training or generation alone look at.
+NO_ANSWER = (
+    *UNRELATED,
+    "architectures",
+    "attn_implementation",
+    "finetuning_task",
+    "generation_config",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "tokenizer_class",
+    "torchscript",
+    "use_cache",
+)
+DROPOUT = re.compile(r".*(dropout|dropout_prob|dropout_rate|dropout_p|_pdrop|drop_rate|layerdrop|drop_path_rate)")
+WITHOUT_ANSWER = re.compile(r"Identity|Sequential|Module(List|Dict)|Container|(Feature)?(Alpha)?Dropout[123]?d?")
+# Names that wrappers put between those of a module's own parts.
+WRAPPED = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
+SHORT = 40  # characters of a part that is kept as it is
 
 
-def fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits of a model's configuration, if it has one, and of every parameter and buffer it saves.
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """32 hexadecimal digits of what a model computes: its configuration, if it has one, or else its kinds of modules,
+    and every parameter and buffer that it saves.
 
-    BLAKE2b-128 over names, dtypes, shapes and bytes. It reads all weights once: about a second per gigabyte.
+    What changes no answer stays out: who saved the model and where, the names of its labels, dropout, caching, what it
+    returns besides, padding where it does not look at it, and wrappers (``torch.compile``, data parallelism).
+
+    BLAKE2b-128 over names, dtypes, shapes and bytes. It reads all weights once: about a second per gigabyte. The text
+    remembers its parts, so that a writer can say in what two teachers differ.
 
     Raises:
         ValueError: a weight is on the meta device.
     """
+    inner = _unwrapped(model)
+    parts = dict(_configuration(inner))
+    parts |= {f"adapter.{name}": value for name, value in _adapters(inner)}
+    if not parts:
+        parts = {f"module.{name}": kind for name, kind in _kinds(inner)}
+    parts |= {f"weight.{name}": value for name, value in _weights(inner)}
+    digest = TensorDigest()
+    digest.text(_json(sorted(parts.items())))
+    return Fingerprint(digest.hex(), parts, lambda: [_first_form(model), _first_form(inner)])
+
+
+def _first_form(model: nn.Module) -> str:
+    """The fingerprint that versions up to 0.2 made."""
     digest = TensorDigest()
     digest.text(_json(_config(model)))
     for name, value in sorted(model.state_dict().items()):
@@ -35,6 +84,81 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hex()
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and data parallelism."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield what a model's configuration says about its answers, by name."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        looks_at_ids = bool(getattr(config, "is_encoder_decoder", False)) or hasattr(model, "score")
+        yield from _answers("config", config.to_dict(), () if looks_at_ids else ("pad_token_id",))
+        for name, module in model.named_modules():  # RoBERTa counts positions from it
+            if isinstance(index := getattr(module, "padding_idx", None), int) and not isinstance(module, nn.Embedding):
+                yield f"config.padding_idx.{_own(name)}", str(index)
+    elif isinstance(config, Mapping):
+        for name, value in config.items():
+            if name not in UNRELATED:
+                yield f"config.{name}", _brief(value)
+
+
+def _answers(path: str, config: Mapping[str, Any], others: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        name = str(name)
+        if name in NO_ANSWER or name in others or name.startswith("_") or DROPOUT.fullmatch(name):
+            continue
+        if isinstance(value, Mapping) and "model_type" in value:  # the configuration of a part
+            yield from _answers(f"{path}.{name}", value, others)
+        elif value is not None:  # saving drops and adds what is None
+            yield f"{path}.{name}", _brief(value)
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield what decides how adapters (PEFT's) take part: weights do not tell."""
+    for name, module in model.named_modules():
+        scaling, active = getattr(module, "scaling", None), getattr(module, "active_adapters", None)
+        if isinstance(scaling, Mapping) and active is not None and not callable(active):
+            state = [list(active), {str(key): float(value) for key, value in scaling.items()}]
+            yield _own(name), _brief([*state, bool(getattr(module, "disable_adapters", False))])
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the kind of each of PyTorch's modules, with its options: a model without a configuration has no other."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch.nn.modules") and not WITHOUT_ANSWER.fullmatch(kind.__name__):
+            yield _own(name), _brief(f"{kind.__name__}({module.extra_repr()})")
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, value in sorted(model.state_dict().items()):
+        digest = TensorDigest()
+        if isinstance(value, Tensor):
+            digest.tensor("", value)
+        else:  # a module's extra state
+            digest.text(repr(value))
+        yield _own(name), digest.hex()
+
+
+def _own(name: str) -> str:
+    """A part's name without what wrappers put in between."""
+    return WRAPPED.sub("", name).lstrip(".")
+
+
+def _brief(value: Any) -> str:
+    """A value as JSON, or its digest where that is long."""
+    text = _json(value)
+    return text if len(text) <= SHORT else blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def head_fingerprint(weight: Tensor, bias: Tensor | None = None, **options: Any) -> str:
     """``kdfast.OutputLayer(weight, bias, **options).fingerprint``, under the name it had before 0.2."""
     return OutputLayer(weight, bias, **options).fingerprint
@@ -43,20 +167,36 @@ def head_fingerprint(weight: Tensor, bias: Tensor | None = None, **options: Any)
 def tokenizer_fingerprint(tokenizer: Any, add_special_tokens: bool) -> str:
     """32 hexadecimal digits of a Hugging Face tokenizer and of the policy for special tokens.
 
-    All of a fast tokenizer goes in (merges, normalisers, templates); vocabulary and special tokens of a slow one.
+    All of a fast tokenizer goes in (merges, normalisers, templates); vocabulary and special tokens of a slow one. Which
+    token pads stays out: texts are tokenised one by one.
     """
-    digest = TensorDigest()
-    digest.text(_json({"add_special_tokens": add_special_tokens, "special": tokenizer.special_tokens_map}))
+    return _digest_of(_tokenizer_parts(tokenizer, add_special_tokens))
+
+
+def _tokenizer_parts(tokenizer: Any, add_special_tokens: bool, *, padding: bool = False) -> list[tuple[str, str]]:
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if padding or name != "pad_token"}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.text(_json(tokenizer.get_vocab()) if backend is None else _rules(backend.to_str()))
+    return [
+        ("special", _json({"add_special_tokens": add_special_tokens, "special": special})),
+        ("rules", _json(tokenizer.get_vocab()) if backend is None else _rules(backend.to_str())),
+    ]
+
+
+def _digest_of(parts: list[tuple[str, str]]) -> str:
+    digest = TensorDigest()
+    for _, text in parts:
+        digest.text(text)
     return digest.hex()
 
 
 def with_tokenizer(teacher: str, tokenizer: Any, add_special_tokens: bool) -> str:
     """The fingerprint ``teacher`` of a language model, with the tokenizer's added if one makes its ids."""
-    return (
-        teacher if tokenizer is None else f"{teacher} tokenizer {tokenizer_fingerprint(tokenizer, add_special_tokens)}"
-    )
+    if tokenizer is None:
+        return teacher
+    parts = _tokenizer_parts(tokenizer, add_special_tokens)
+    older = _digest_of(_tokenizer_parts(tokenizer, add_special_tokens, padding=True))
+    named = {name: blake2b(text.encode(), digest_size=8).hexdigest() for name, text in parts}
+    return Fingerprint.of(teacher).with_part("tokenizer", _digest_of(parts), named, older)
 
 
 def _rules(serialised: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,7 +13,7 @@ from kdfast.cache import codecs
 from kdfast.cache.capture.ranks import Ranks
 from kdfast.cache.capture.report import CaptureReport
 from kdfast.cache.errors import CacheError
-from kdfast.cache.format.storage import LocalStorage, open_storage
+from kdfast.cache.format.storage import open_storage
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -130,8 +129,7 @@ def _learns_first(
 
 def _everywhere(path: str | os.PathLike[str]) -> str:
     """``path`` as workers, which have another working directory, understand it."""
-    storage = open_storage(path)
-    return str(Path(storage.url).absolute()) if isinstance(storage, LocalStorage) else storage.url
+    return open_storage(path).url  # which is absolute
 
 
 def _check(ray: Any, make_teacher: Any, dataset: Any, workers: int, batch_size: int, options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -50,6 +50,18 @@ class Files(Protocol):
 
     def read_bytes(self, name: str) -> bytes:
         """The bytes of a whole file."""
+
+    def create(self) -> None:
+        """Make the cache's place, if it is not there."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+
+    def publish(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a small file, whole or not at all."""
+
+    def publish_new(self, name: str, data: bytes) -> bool:
+        """Write a small file unless there is one of this name. Returns whether it is this one."""
 
 
 class CaptureSource(Protocol):

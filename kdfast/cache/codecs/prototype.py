@@ -28,6 +28,7 @@ __all__ = ["Prototype"]
 
 K = 3  # the default
 PROTOTYPES = 256  # that a capture learns by default
+CHOSEN = "shapes.txt"  # holds the name of the table that those who learned one at the same time agreed on
 TABLE_NAME = re.compile(r"shapes-.*\.safetensors")
 CHUNK = 512  # rows at a time
 ASSIGN_TAU = 1 / 512  # a sample so fine finds prototypes whose labels' KL is 5e-4 nats above the best ones'
@@ -118,6 +119,7 @@ class Prototype(EntryCodec):
                 temperature=source.temperatures[0],
                 rounds=1,
             )
+            table = _agreed_table(table, source.files)
         return {**options, "prototypes": table}
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
@@ -217,10 +219,26 @@ def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def _stored_table(files: Files) -> PrototypeTable | None:
     """The table that an earlier session of the same capture has learned: resuming it takes the same one."""
     try:
-        names = [name for name in files.list() if TABLE_NAME.fullmatch(name)]
+        names = files.list()
     except FileNotFoundError:
         return None
-    return PrototypeTable.from_bytes(files.read_bytes(names[0])) if len(names) == 1 else None
+    tables = [name for name in names if TABLE_NAME.fullmatch(name)]
+    if CHOSEN in names:
+        name = files.read_bytes(CHOSEN).decode("ascii", "replace").strip()
+        return PrototypeTable.from_bytes(files.read_bytes(name)) if name in tables else None
+    return PrototypeTable.from_bytes(files.read_bytes(tables[0])) if len(tables) == 1 else None
+
+
+def _agreed_table(table: PrototypeTable, files: Files) -> PrototypeTable:
+    """``table``, or that of another process which has learned one at the same time and was faster."""
+    files.create()
+    if files.exists(CHOSEN):
+        return _stored_table(files) or table
+    if not files.exists(table.file_name):
+        files.publish(table.file_name, [table.to_bytes()])
+    if files.publish_new(CHOSEN, f"{table.file_name}\n".encode()):
+        return table
+    return _stored_table(files) or table
 
 
 def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDArray[np.bool_]) -> NDArray[np.int32]:

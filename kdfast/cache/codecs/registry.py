@@ -101,8 +101,8 @@ def create(name: str, vocab_size: int, temperatures: Sequence[float], options: M
         return made(vocab_size, temperatures, **options)
     except TypeError as error:
         given = ", ".join(f"{n}={v!r}" for n, v in options.items() if isinstance(v, (bool, int, float, str)))
-        takes = ", ".join(p.name for p in signature(made).parameters.values() if p.kind is p.KEYWORD_ONLY)
-        raise TypeError(f"codec {name!r}: {error}; it was given {given or 'nothing'}, and takes {takes}") from error
+        keywords = ", ".join(p.name for p in takes.values() if p.kind is p.KEYWORD_ONLY)
+        raise TypeError(f"codec {name!r}: {error}; it was given {given or 'nothing'}, and takes {keywords}") from error
     except ValueError as error:
         raise ValueError(f"codec {name!r}: {error}") from error
 

@@ -13,14 +13,27 @@ from typing import Any
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.meta import FORMAT, FORMAT_VERSION
 from kdfast.cache.format.shard import Shard
-from kdfast.cache.format.storage import Storage
+from kdfast.cache.format.storage import LocalStorage, Storage
 from kdfast.cache.format.strict import parse_json
 
-__all__ = ["MANIFEST", "SHARD_NAME", "check_listed", "entry_of", "load_shards", "read_manifest", "shard_names"]
+__all__ = [
+    "MANIFEST",
+    "SHARD_NAME",
+    "UNFINISHED",
+    "check_listed",
+    "entry_of",
+    "load_shards",
+    "no_shard",
+    "read_manifest",
+    "shard_names",
+    "unfinished_names",
+]
 
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-([A-Za-z0-9_]+)-([0-9]{5}|[1-9][0-9]{5,17})\.safetensors")
 SEAL = re.compile("[0-9a-f]{16}")
+
+UNFINISHED = (".part", ".journal")  # what a writer is at work on, or has left when it was killed
 
 Entry = dict[str, str | int]
 
@@ -48,13 +61,36 @@ def shard_names(storage: Storage) -> list[str]:
     return [match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2])))]
 
 
+def unfinished_names(storage: Storage) -> list[str]:
+    """The names of the files that writers have not finished, sorted; none without a directory."""
+    try:
+        return [name for name in storage.list() if name.endswith(UNFINISHED)]
+    except FileNotFoundError:
+        return []
+
+
+def no_shard(storage: Storage) -> CacheError:
+    """The error for a cache without a shard, which says so if a writer has begun one."""
+    left = unfinished_names(storage)
+    if not left:
+        return CacheError(f"{storage.url}: holds no shard of a kdfast cache")
+    return CacheError(
+        f"{storage.url}: holds no shard of a kdfast cache yet, only what writers have not finished "
+        f"({', '.join(left[:4])}): start the writer again, and it resumes; or seal what there is with "
+        "kdfast.cache.salvage(path)"
+    )
+
+
 def entry_of(name: str, records: int, rows: int, file_bytes: int, seal: str) -> Entry:
     """The manifest's entry for one shard."""
     return {"name": name, "records": records, "rows": rows, "bytes": file_bytes, "seal": seal}
 
 
-def read_manifest(storage: Storage) -> dict[str, Any]:
+def read_manifest(storage: Storage, *, torn: bool = False) -> dict[str, Any]:
     """The manifest's entries by shard name; none without a manifest.
+
+    Args:
+        torn: whether one whose upload broke off counts as none, for a writer that will write it again.
 
     Raises:
         CacheCorruptError: it is none that a writer makes; the message says what is wrong.
@@ -62,9 +98,13 @@ def read_manifest(storage: Storage) -> dict[str, Any]:
     """
     where = storage.describe(MANIFEST)
     try:
-        entries = _entries(parse_json(storage.read_bytes(MANIFEST)), where)
+        data = storage.read_bytes(MANIFEST)
     except FileNotFoundError:
         return {}
+    if torn and not isinstance(storage, LocalStorage) and not data.rstrip().endswith(b"}"):
+        return {}
+    try:
+        entries = _entries(parse_json(data), where)
     except CacheError:
         raise
     except ValueError as error:

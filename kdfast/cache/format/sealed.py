@@ -75,7 +75,7 @@ def scan(storage: Storage, torn: Callable[[str], bool] = lambda name: False) -> 
         CacheMismatchError: two shards are not of one cache.
         OSError: a file or the directory cannot be read.
     """
-    listed = read_manifest(storage)  # before the directory: another writer may be adding to both
+    listed = read_manifest(storage, torn=True)  # before the directory: another writer may be adding to both
     shards = []
     for name in shard_names(storage):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from kdfast.cache.format.regular import open_regular
 
 __all__ = ["LocalStorage", "RemoteStorage", "Storage", "open_storage"]
 
+SHORTENED = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")  # a URL that has been a Path
 CHUNK = 8 * 2**20  # of a file on its way into the cache
 MOST_READ = 2**32  # bytes of a file that is read whole: a manifest, or a table beside the shards
 TAIL = 8  # a shard ends with its seal, which tells it from another shard of its size
@@ -32,10 +34,15 @@ def open_storage(path: str | os.PathLike[str], *, local: str | os.PathLike[str] 
         local: the folder for downloaded files of a remote cache. The user's cache folder if None.
 
     Raises:
-        ValueError, ImportError: fsspec does not know the protocol, or lacks the package that serves it.
+        ValueError, ImportError: fsspec does not know the protocol, or lacks the package that serves it; or a URL has
+            gone through a ``Path``, which drops a slash.
     """
     text = os.fspath(path)
     if "://" not in text:
+        if SHORTENED.match(text) and not os.path.lexists(text.split("/")[0]):
+            raise ValueError(
+                f"{text} seems to be a URL that a Path has shortened: pass {text.replace(':/', '://', 1)!r}"
+            )
         return LocalStorage(local_path(text))
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 __all__ = ["Fingerprint", "differences"]
 
@@ -30,6 +31,9 @@ class Fingerprint(str):
     def of(cls, text: str) -> Fingerprint:
         """``text`` itself if it is one, else a fingerprint without parts."""
         return text if isinstance(text, Fingerprint) else cls(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fingerprint, (str(self), dict(self.parts))  # elsewhere there is no teacher to take older forms of
 
     def older(self) -> list[str]:
         """The texts that earlier versions made of the same teacher. Making them may take as long as this one."""

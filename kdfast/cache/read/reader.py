@@ -19,7 +19,7 @@ from kdfast.cache.codecs.auto import choose
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.format.keys import Key, describe
-from kdfast.cache.format.manifest import load_shards
+from kdfast.cache.format.manifest import load_shards, no_shard
 from kdfast.cache.format.meta import RANGE
 from kdfast.cache.format.shard import Shard
 from kdfast.cache.format.sorted_keys import INDEX, read_index, sort_keys, verify_index
@@ -99,7 +99,7 @@ def open_cache(
     storage = open_storage(path)
     shards = load_shards(storage)
     if not shards:
-        raise CacheError(f"{storage.url}: holds no shard of a kdfast cache")
+        raise no_shard(storage)
     for shard in shards:
         Decoder.of(shard, storage.fetch)
     index = storage.fetch(INDEX) if storage.exists(INDEX) else shards[0].path.with_name(INDEX)

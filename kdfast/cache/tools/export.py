@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from kdfast._atomic import replacing
+from kdfast._paths import local_path
 from kdfast.cache.errors import CacheError, optional_package
 from kdfast.cache.format.keys import Key
 from kdfast.cache.read.reader import CacheInfo, open_cache
@@ -53,7 +53,7 @@ def export(
     arrow, parquet = (optional_package(name, "writing Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     cache = open_cache(path)
     records = 0
-    with replacing(Path(out)) as part:
+    with replacing(local_path(out)) as part:
         writer = None
         for batch in walk(path, cache):
             table = _table(arrow, batch, cache.info)

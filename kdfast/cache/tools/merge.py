@@ -6,19 +6,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from kdfast._atomic import publish, with_filename
+from kdfast._atomic import with_filename
 from kdfast.cache.errors import CacheError, CacheMismatchError
-from kdfast.cache.format.manifest import SHARD_NAME, load_shards
-from kdfast.cache.format.sealed import write_manifest
+from kdfast.cache.format.declared import DECLARATION, Declaration, declare, read_declaration
+from kdfast.cache.format.manifest import SHARD_NAME, load_shards, no_shard, unfinished_names
+from kdfast.cache.format.meta import CacheMeta
+from kdfast.cache.format.sealed import scan, write_manifest
 from kdfast.cache.format.shard import Shard
-from kdfast.cache.format.storage import LocalStorage
-from kdfast.cache.read.reader import open_cache
+from kdfast.cache.format.sorted_keys import sort_keys
+from kdfast.cache.format.storage import LocalStorage, Storage, open_storage
 
 __all__ = ["MergeReport", "merge"]
-
-CHUNK = 8 * 2**20
-UNFINISHED = (".part", ".journal")  # what a writer is at work on, or has left when it was killed
 
 
 @dataclass
@@ -48,63 +48,110 @@ def merge(
     whole or not at all, and a second run resumes one that was cut short.
 
     Args:
-        sources: directories. They stay as they are.
-        destination: a directory: new, empty, or a cache of the same kind.
-        link: make hard links instead of copies. Both directories must lie on one file system.
+        sources: directories or URLs. They stay as they are; remote shards are downloaded as ``open`` does.
+        destination: a directory or URL: new, empty, or a cache of the same kind.
+        link: make hard links instead of copies. Both must be directories of one file system.
         progress: called after each shard.
 
     Raises:
-        CacheError: a source holds no shard, or is the destination.
+        CacheError: a source holds no shard, or is the destination; or ``link`` with a URL.
         CacheMismatchError: two of the caches differ in codec, options, vocabulary, temperatures or teacher.
         CacheCorruptError: a shard is corrupt.
         OSError: a file cannot be read, written or linked.
     """
-    target = Path(destination)
-    loaded = {path: _load(path, target) for path in dict.fromkeys(map(Path, sources))}
-    if not loaded:
+    target = open_storage(destination)
+    storages = {storage.url: storage for storage in map(open_storage, sources)}
+    if not storages:
         raise CacheError("merge needs at least one source")
-    held = load_shards(LocalStorage(target)) if target.exists() else []
-    _require_one_kind([*loaded.values(), *([held] if held else [])])
-    target.mkdir(parents=True, exist_ok=True)
+    if link and not all(isinstance(storage, LocalStorage) for storage in (target, *storages.values())):
+        raise CacheError("link=True makes hard links, which lead from a directory to a directory, not to a URL")
+    caches = {url: _load(storage, target) for url, storage in storages.items()}
+    held = _held(target)
+    _require_one_kind(caches, held, target)
+    target.create()
+    _declare(target, storages, caches)
     report = MergeReport()
-    for path, shards in loaded.items():
-        _copy_assets(path, shards[0], target, report)
-        report.unfinished += sorted(str(file) for file in path.iterdir() if file.suffix in UNFINISHED)
-    for shard, name in _names(list(loaded.values()), held):
-        _copy_shard(shard, None if name is None else target / name, link, report)
+    for url, storage in storages.items():
+        _copy_assets(storage, caches[url][0], target, report)
+        report.unfinished += [storage.describe(name) for name in unfinished_names(storage)]
+    for shard, name in _names(list(caches.values()), held):
+        _copy_shard(shard, name, target, link, report)
         if progress is not None:
             progress()
-    write_manifest(LocalStorage(target))
+    write_manifest(target)
     _count(target, report)
     return report
 
 
-def _load(path: Path, target: Path) -> list[Shard]:
-    if target.exists() and path.exists() and path.samefile(target):
-        raise CacheError(f"{path}: is both a source and the destination")
-    shards = load_shards(LocalStorage(path))
+class _Held(Protocol):
+    """A shard that the destination has: its name, what it is, and its seal."""
+
+    name: str
+    meta: CacheMeta
+    seal: str
+
+
+def _load(storage: Storage, target: Storage) -> list[Shard]:
+    if _same(storage, target):
+        raise CacheError(f"{storage.url}: is both a source and the destination")
+    shards = load_shards(storage)
     if not shards:
-        raise CacheError(f"{path}: holds no shard of a kdfast cache")
+        raise no_shard(storage)
     return shards
 
 
-def _require_one_kind(caches: list[list[Shard]]) -> None:
-    first = caches[0][0]
-    for other in (shards[0] for shards in caches[1:]):
+def _same(one: Storage, other: Storage) -> bool:
+    if isinstance(one, LocalStorage) and isinstance(other, LocalStorage):
+        folders = one.directory, other.directory
+        return all(folder.exists() for folder in folders) and folders[0].samefile(folders[1])
+    return one.url.rstrip("/") == other.url.rstrip("/")
+
+
+def _held(target: Storage) -> list[_Held]:
+    """The shards that the destination has. Of a remote one only their tables are fetched."""
+    try:
+        return list(scan(target))
+    except FileNotFoundError:
+        return []
+
+
+def _require_one_kind(caches: dict[str, list[Shard]], held: list[_Held], target: Storage) -> None:
+    kinds = [(str(shards[0].path), shards[0].meta) for shards in caches.values()]
+    kinds += [(target.describe(shard.name), shard.meta) for shard in held[:1]]
+    declared = None if held else _declared(target)
+    if declared is not None and unfinished_names(target):  # a writer has begun, and has no shard yet
+        kinds.append((target.describe(DECLARATION), declared.meta))
+    for where, meta in kinds[1:]:
         try:
-            other.meta.require_equal(first.meta, str(other.path), str(first.path))
+            meta.require_equal(kinds[0][1], where, kinds[0][0])
         except CacheMismatchError as error:
             raise CacheMismatchError(f"the caches cannot be merged: {error}") from error
 
 
-def _names(caches: list[list[Shard]], held: list[Shard]) -> Iterator[tuple[Shard, str | None]]:
+def _declared(storage: Storage) -> Declaration | None:
+    try:
+        return read_declaration(storage)
+    except FileNotFoundError:
+        return None
+
+
+def _declare(target: Storage, storages: dict[str, Storage], caches: dict[str, list[Shard]]) -> None:
+    """Say in the destination what it is, with what the first source says of the teacher's fingerprint."""
+    url, shards = next(iter(caches.items()))
+    there, source = read_declaration(target), read_declaration(storages[url])
+    if there is None or there.meta != shards[0].meta:
+        parts = {} if source is None or source.meta != shards[0].meta else source.teacher_parts
+        declare(target, Declaration(shards[0].meta, parts), replace=there is not None)
+
+
+def _names(caches: list[list[Shard]], held: list[_Held]) -> Iterator[tuple[Shard, str | None]]:
     """Yield each shard with its new name, None if the destination holds the same shard already.
 
     Names start with the number of the source, so that the sources' order is the order of the records. Numbers start
     where no name is taken by another shard.
     """
     seals = {shard.seal for shard in held}
-    taken = {shard.path.name: shard.seal for shard in held}
+    taken = {shard.name: shard.seal for shard in held}
     start = 0
     while not all(taken.get(name, shard.seal) == shard.seal for shard, name in _numbered(caches, start)):
         start += 1
@@ -117,49 +164,44 @@ def _numbered(caches: list[list[Shard]], start: int) -> Iterator[tuple[Shard, st
     for number, shards in enumerate(caches, start):
         for shard in shards:
             match = SHARD_NAME.fullmatch(shard.path.name)
-            assert match is not None  # load_shards found it by this pattern
+            if match is None:
+                raise CacheError(f"{shard.path}: is not a shard's name")
             yield shard, f"shard-merged{number:04d}_{match[1]}-{match[2]}.safetensors"
 
 
-def _copy_shard(shard: Shard, path: Path | None, link: bool, report: MergeReport) -> None:
-    if path is None:
+def _copy_shard(shard: Shard, name: str | None, target: Storage, link: bool, report: MergeReport) -> None:
+    if name is None:
         report.present += 1
         return
     shard.verify()  # a copy of a corrupt shard would outlive the chance to mend it
-    _copy(shard.path, path, link)
+    if link and isinstance(target, LocalStorage):
+        path = target.directory / name
+        with with_filename(path):
+            os.link(shard.path, path)
+    else:
+        target.add(shard.path, name)
     report.copied += 1
     report.copied_bytes += shard.file_bytes
 
 
-def _copy_assets(source: Path, shard: Shard, target: Path, report: MergeReport) -> None:
+def _copy_assets(source: Storage, shard: Shard, target: Storage, report: MergeReport) -> None:
     """Copy the files that the codec reads beside the shards. They come first: shards are of no use without them."""
-    names: list[str] = []
+    files: dict[str, bytes] = {}
 
     def read(name: str) -> bytes:
-        names.append(name)
-        return (source / name).read_bytes()
+        if Path(name).name != name:
+            raise CacheError(f"{shard.path}: its asset {name!r} is no file of the cache's own")
+        files[name] = source.read_bytes(name)
+        return files[name]
 
     shard.meta.make_codec(read)
-    for name in names:
-        if not (target / name).exists():
-            _copy(source / name, target / name, link=False)
+    for name, data in files.items():
+        if not target.exists(name):
+            target.publish(name, [data])
             report.assets += 1
 
 
-def _copy(source: Path, path: Path, link: bool) -> None:
-    if not link:
-        publish(path, _chunks(source))
-        return
-    with with_filename(path):
-        os.link(source, path)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def _count(target: Path, report: MergeReport) -> None:
-    about = open_cache(target).info
-    report.records, report.duplicates = about.records, about.duplicates
+def _count(target: Storage, report: MergeReport) -> None:
+    shards = scan(target)
+    report.duplicates = len(sort_keys(shards).duplicates)
+    report.records = sum(len(shard.keys) for shard in shards) - report.duplicates

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from kdfast.cache.codecs.prototype import CHOSEN
 from kdfast.cache.format.declared import DECLARATION
-from kdfast.cache.format.manifest import MANIFEST, shard_names
+from kdfast.cache.format.manifest import MANIFEST, UNFINISHED, shard_names
 from kdfast.cache.format.sorted_keys import INDEX
 from kdfast.cache.format.storage import Storage, open_storage
 from kdfast.cache.read.reader import CacheInfo, open_cache
 from kdfast.cache.read.walk import walk
-from kdfast.cache.tools.merge import UNFINISHED
 from kdfast.labels import Ragged, SoftLabels
 from kdfast.labels.ragged import Tailed
 
@@ -110,7 +110,7 @@ def _layout(storage: Storage) -> tuple[CacheBytes, NDArray[np.float64]]:
         total.model += model
         total.tables += storage.size(name) - payload - model
     for name in storage.list():
-        if name in (MANIFEST, INDEX, DECLARATION):
+        if name in (MANIFEST, INDEX, DECLARATION, CHOSEN):
             total.indices += storage.size(name)
         elif name not in shards and not name.endswith(UNFINISHED):
             total.assets += storage.size(name)

@@ -211,6 +211,12 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
         ours, theirs = getattr(codec.empty, name), getattr(labels, name)
         if ours != theirs:
             raise ValueError(f"codec {codec.name!r} stores labels of {name} {ours!r}, got {theirs!r}")
+    if isinstance(labels, Hidden) and labels.head is not None:
+        head = codec.config().get("head")
+        if head is not None and labels.head.fingerprint != head:
+            raise ValueError(
+                f"the hidden states are for the head {head}, but these labels' head is {labels.head.fingerprint}"
+            )
     if labels.present is not None and not bool(labels.present.all()):
         raise ValueError("labels must have all rows present: a cache holds no absent ones")
     copy = _copy(labels.to("cpu"))

@@ -149,28 +149,37 @@ class Session:
     def builder(self, codec: Codec, block_rows: int, shard_bytes: int) -> ShardBuilder:
         """The builder that resumes the writer's work with ``codec``, which is given the model."""
         for name, data in codec.assets().items():
-            if self._storage.exists(name) and self._storage.read_bytes(name) != data:
+            there = self._storage.read_bytes(name) if self._storage.exists(name) else data
+            if there == data:
+                continue
+            if isinstance(self._storage, LocalStorage) or not data.startswith(there):
                 raise CacheMismatchError(f"{self._storage.describe(name)} is not the asset that codec {codec.name} has")
+            self._storage.publish(name, [data])  # an upload that broke off
         if self.model:
             codec.use_model(self.model)
         return ShardBuilder(codec, self._start, self._storage, self._parked, block_rows, shard_bytes)
 
     def close(self, builder: ShardBuilder | None) -> None:
         """Release the lock. What ``builder`` has not sealed stays on disk for the next session."""
-        if builder is not None:
-            builder.close()
-        # Without a builder nothing has been done about what was left, whatever the reason.
-        self._close_journal(remove=not self.has_left if builder is None else builder.empty)
+        try:
+            if builder is not None:
+                builder.close()
+        finally:
+            # Without a builder nothing has been done about what was left, whatever the reason.
+            self._close_journal(remove=not self.has_left if builder is None else builder.empty)
         if not isinstance(self._storage, LocalStorage):
             with suppress(OSError):  # not empty: another writer is at work, or left something
                 self._folder.rmdir()
 
     def _close_journal(self, *, remove: bool) -> None:
-        with _alone(self._folder):
-            # While the name is locked, so that no writer relies on what is withdrawn.
-            if remove and self._nobody_relies_on_it():
-                (self._folder / DECLARATION).unlink(missing_ok=True)  # the folder is the cache's: it is local
-            self._journal.close(remove=remove)
+        try:
+            with _alone(self._folder):
+                # While the name is locked, so that no writer relies on what is withdrawn.
+                if remove and self._nobody_relies_on_it():
+                    (self._folder / DECLARATION).unlink(missing_ok=True)  # the folder is the cache's: it is local
+                self._journal.close(remove=remove)
+        finally:
+            self._journal.close(remove=False)  # a disk that fails must not keep the name locked
 
     def _start(self, number: int) -> Unfinished:
         """The ``number``-th shard of this session, from 0."""
@@ -222,7 +231,9 @@ class Session:
 
     def _is_torn(self, name: str) -> bool:
         """Whether the shard ``name`` is an upload of this writer's own that broke off, and will be repeated."""
-        part = self._folder / f"{name}.part"
+        match, part = SHARD_NAME.fullmatch(name), self._folder / f"{name}.part"
+        if match is None or match[1] != self._writer:
+            return False
         return isinstance(self._storage, RemoteStorage) and part.exists() and self._storage.has_part_of(part, name)
 
     # ---- what the cache is -----------------------------------------------------------------------------------------
@@ -278,7 +289,11 @@ class Session:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """A context that one process at a time is in, where the file system can lock a directory."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # what is done there will say why
+        yield
+        return
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -297,14 +297,20 @@ class Writer:
             return
         with suppress(BaseException):  # often the very error that is being handled
             self._thread.drain()
-        self._end()
+        try:
+            self._end()
+        except OSError as error:  # of a disk that fails, which is not to hide why the block was left
+            warnings.warn(f"{self._storage.url}: {error}", stacklevel=3)
         if self._leaving.lost:
             warnings.warn(self._leaving.loss, stacklevel=3)
 
     def _end(self) -> None:
-        self._thread.end(self._leaving)
-        self._closed = True
-        self._finalizer.detach()
+        try:
+            self._thread.end(self._leaving)
+        finally:
+            if self._thread.ended:
+                self._closed = True
+                self._finalizer.detach()
 
     def _require_open(self) -> None:
         self._settle()

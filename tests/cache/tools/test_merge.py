@@ -1,12 +1,16 @@
 """Merging caches: records arrive as they are, whatever is interrupted, and nothing else does."""
 
 import os
+from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import kdfast.cache
 from kdfast.cache.tools.merge import merge
+from kdfast.cli.app import app
 
 VOCAB = 11
 
@@ -205,3 +209,75 @@ def test_assets_come_along(tmp_path):
     assert (tmp_path / "all" / "table-1.bin").read_bytes() == b"content"
     assert not (tmp_path / "all" / "notes.txt").exists()
     assert merge([a], tmp_path / "all").assets == 0
+
+
+# ---- places -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory():
+    yield "memory://kdfast-merge"
+    fsspec.filesystem("memory").rm("/kdfast-merge", recursive=True)
+
+
+@pytest.mark.parametrize("keys_", ["hash", "range"])
+def test_urls_are_sources_and_destinations(tmp_path, memory, monkeypatch, keys_):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "downloads"))
+    monkeypatch.chdir(tmp_path)
+    options = {"keys_": keys_, "shard_bytes": 200, "block_rows": 2}
+    a = fill(tmp_path / "a", range(8), **options)
+    b = fill(f"{memory}/b", range(6, 12), seed=50, writer="rank1", staging=tmp_path / "staging", **options)
+    reports = [merge([a, b], f"{memory}/all") for _ in range(2)]
+    assert [(report.records, report.duplicates) for report in reports] == [(12, 2)] * 2
+    assert (reports[1].copied, reports[1].present) == (0, reports[0].copied)
+    cache = kdfast.cache.open(f"{memory}/all")
+    cache.verify()
+    for i in range(12):
+        assert torch.equal(cache[i].values, values(a if i < 8 else b, i))
+    back = merge([f"{memory}/all"], tmp_path / "back")
+    assert (back.records, back.duplicates) == (12, 2)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("memory")]
+    with pytest.raises(kdfast.cache.CacheError, match="is both a source and the destination"):
+        merge([f"{memory}/all/"], f"{memory}/all")
+    with pytest.raises(kdfast.cache.CacheError, match="not to a URL"):
+        merge([a], f"{memory}/linked", link=True)
+    other = fill(tmp_path / "other", range(3), keys_=keys_, teacher="u")
+    with pytest.raises(kdfast.cache.CacheMismatchError, match="cannot be merged"):
+        merge([other], f"{memory}/all")
+
+
+def test_the_command_line_takes_urls(tmp_path, memory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "downloads"))
+    monkeypatch.chdir(tmp_path)
+    a = fill(tmp_path / "a", range(3))
+    done = CliRunner().invoke(app, ["cache", "merge", str(a), f"{memory}/all"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["cache", "info", f"{memory}/all"])
+    assert done.exit_code == 0, done.output
+    assert len(kdfast.cache.open(f"{memory}/all")) == 3
+    assert names(tmp_path) == ["a", "downloads"]
+
+
+def test_a_url_that_was_a_path_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = fill(tmp_path / "a", range(3))
+    for act in (lambda path: merge([a], path), lambda path: fill(path, range(3)), kdfast.cache.open):
+        with pytest.raises(ValueError, match=r"memory:/somewhere seems to be a URL .* pass 'memory://somewhere'"):
+            act(Path("memory://somewhere"))
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_source_that_is_not_begun_says_how_to_go_on(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "shard-0.journal").write_bytes(b"")
+    for act in (lambda: merge([tmp_path / "a"], tmp_path / "b"), lambda: kdfast.cache.open(tmp_path / "a")):
+        with pytest.raises(
+            kdfast.cache.CacheError, match=r"holds no shard .* \(shard-0.journal\).*resumes.*kdfast.cache.salvage"
+        ):
+            act()
+
+
+def test_what_was_declared_comes_along(tmp_path):
+    a = fill(tmp_path / "a", range(3))
+    merge([a], tmp_path / "all")
+    assert (tmp_path / "all" / "cache.json").read_bytes() == (a / "cache.json").read_bytes()
