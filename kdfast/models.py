@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kdfast._modules import evaluating, modules_in
 
 __all__ = [
     "FLOATS",
@@ -16,17 +17,26 @@ __all__ = [
     "BatchFields",
     "apply",
     "call",
+    "check_classes_last",
     "check_logits",
+    "check_several_classes",
+    "decoder_mask",
     "device_of",
     "evaluating",
+    "given_mask",
     "is_encoder_decoder",
     "logits_of",
+    "look_like_probabilities",
+    "modules_in",
     "move",
+    "row_mask",
     "unwrap",
     "with_decoder_inputs",
 ]
 
 NON_MODEL_FIELDS = ("key", "labels")  # of a batch that is a mapping: all others are the model's keywords
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -38,17 +48,26 @@ class BatchFields:
         inputs: the model's argument, tuple of arguments, or mapping of keywords. By default a mapping's fields but
             ``key`` and ``labels``, the first item of a tuple or list, or the batch itself.
         key: a key per record. By default the field ``key``, or each row of ``input_ids`` without its padding.
+        outputs: of a model's output and the batch: the logits, (..., classes). By default the output or its ``logits``.
+        mask: which rows of the logits are real: the name of a field, or a function of the batch that returns a mask or
+            None. By default see ``row_mask``.
     """
 
     inputs: Callable[[Any], Any] | None = None
     key: Callable[[Any], Sequence[Any]] | None = None
+    outputs: Callable[[Any, Any], Any] | None = None
+    mask: str | Callable[[Any], Any] | None = None
 
-    def arguments(self, batch: Any) -> Any:
-        """What a model is called with for ``batch``: a mapping of keywords, a tuple of positions, or one argument."""
+    def arguments(self, batch: Any, model: Any = None) -> Any:
+        """What a model is called with for ``batch``: a mapping of keywords, a tuple of positions, or one argument.
+
+        Labels are no argument, but an encoder-decoder ``model`` gets the decoder's inputs that it makes of them.
+        """
         if self.inputs is not None:
             return self.inputs(batch)
         if isinstance(batch, Mapping):
-            return {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
+            arguments = {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
+            return with_decoder_inputs(model, arguments, batch.get("labels"))
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def keys(self, batch: Any) -> list[Any]:
@@ -75,18 +94,64 @@ def _each(keys: Any) -> list[Any]:
     return keys.tolist() if isinstance(keys, Tensor) and keys.dim() == 1 else list(keys)
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """A context in which ``model`` is in evaluation mode. Each submodule gets its flag back, also after an error."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [module.training for module in modules]
-    try:
-        if modules:
-            model.eval()
-        yield
-    finally:
-        for module, training in zip(modules, flags, strict=True):
-            module.training = training
+def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | None = None) -> Tensor | None:
+    """Which rows of a batch's logits are real and not padding: bool, of the shape ``rows``; None without a mask.
+
+    Args:
+        batch: the batch.
+        rows: the shape of the logits without the classes.
+        mask: the name of a field, or a function of the batch. By default the field ``attention_mask``, if there is one;
+            one row per sample has no padding, and needs no mask.
+
+    Raises:
+        TypeError, ValueError: a mask that is no tensor of this shape. An ``attention_mask`` of another length is that
+            of other positions, such as an encoder's or of audio samples.
+    """
+    if mask is not None:
+        found = given_mask(batch, mask)
+    else:
+        found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not isinstance(found, Tensor) or found.dim() != len(rows):
+            return None
+    if found is None:
+        return None
+    if found.shape != rows:
+        raise ValueError(
+            f"the {'mask' if mask is not None else 'attention_mask'} is {tuple(found.shape)}, the logits' rows are "
+            f"{tuple(rows)}: say by mask=(lambda batch: ...) which rows are real, one value each, or by a lambda that "
+            "returns None that all are"
+        )
+    return found.bool()
+
+
+def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Tensor | None:
+    """The mask that a field or a function of the batch gives, of whatever shape.
+
+    Raises:
+        TypeError, ValueError: the batch does not have the field, or it is no tensor.
+    """
+    if isinstance(mask, str):
+        if not isinstance(batch, Mapping) or mask not in batch:
+            raise ValueError(f"mask={mask!r} names a field that the batch does not have")
+        found = batch[mask]
+    else:
+        found = mask(batch)
+    if found is not None and not isinstance(found, Tensor):
+        raise TypeError(f"a mask must be a tensor, got {type(found).__name__}")
+    return found
+
+
+def decoder_mask(batch: Any) -> Tensor | None:
+    """An encoder-decoder's ``row_mask``: the ``decoder_attention_mask``, else where the labels are not -100.
+
+    ``attention_mask`` is its encoder's.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    found, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if found is None and isinstance(labels, Tensor) and not labels.is_floating_point():
+        return labels != -100
+    return found
 
 
 def apply(model: Callable[..., Any], arguments: Any) -> Any:
@@ -105,8 +170,12 @@ def call(model: Callable[..., Any], arguments: Any) -> Any:
         return apply(model, arguments)
 
 
-def logits_of(output: Any) -> Any:
+def logits_of(output: Any, whose: str = "the teacher") -> Any:
     """The logits of what a model returns: a tensor, or something that has ``logits``.
+
+    Args:
+        output: what it returned.
+        whose: the model, for the error.
 
     Raises:
         TypeError: neither.
@@ -118,7 +187,7 @@ def logits_of(output: Any) -> Any:
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     raise TypeError(
-        f"the teacher returned a {type(output).__name__} without logits: say by outputs=(lambda output, batch: ...) "
+        f"{whose} returned a {type(output).__name__} without logits: say by outputs=(lambda output, batch: ...) "
         "where its logits are"
     )
 
@@ -153,6 +222,50 @@ def check_logits(name: str, x: object) -> Tensor:
     return x
 
 
+def check_classes_last(name: str, model: Any, logits: Tensor, sure: bool) -> None:
+    """Raise ``ValueError`` where classes are not, or may not be, the last dimension of a model's logits.
+
+    Args:
+        name: the model's, for the error.
+        model: the model. One whose last layer with a weight is a convolution has classes in dimension 1.
+        logits: what it returned.
+        sure: whether something else says that classes are last: labels, or the labels of a cache.
+    """
+    if logits.dim() < 3 or sure:
+        return
+    weighted = [module for inner in modules_in(model) for module in inner.modules() if _has_weight(module)]
+    last = weighted[-1] if weighted else None
+    convolved = isinstance(last, _CONVOLUTIONS) and last.out_channels == logits.shape[1]
+    if logits.dim() > 3 or convolved:
+        raise ValueError(
+            f"the {name}'s logits are {tuple(logits.shape)}: classes must be the last dimension"
+            + (", and a convolution puts them in dimension 1" if convolved else ", which nothing says here")
+            + ". Say by outputs=(lambda output, batch: output.movedim(1, -1)) where they are; without movedim if they "
+            "are last"
+        )
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(module._parameters.get("weight"), Tensor) and not isinstance(module, _NORMS)
+
+
+def check_several_classes(name: str, logits: Tensor) -> None:
+    """Raise ``ValueError`` for a model with one logit, whose softmax is 1 whatever it is."""
+    if logits.dim() and logits.shape[-1] == 1:
+        raise ValueError(
+            f"the {name} has one logit, {tuple(logits.shape)}, and a softmax over it is 1 always. For two classes give "
+            "both: outputs=(lambda output, batch: torch.cat([torch.zeros_like(output), output], -1))"
+        )
+
+
+def look_like_probabilities(x: Tensor) -> bool:
+    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do."""
+    if x.numel() == 0 or x.shape[-1] < 2:
+        return False
+    inside = bool(((x >= 0) & (x <= 1)).all())
+    return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all())
+
+
 def unwrap(model: Any) -> Any:
     """What DDP, FSDP, ``DataParallel`` and ``torch.compile`` have wrapped, through any number of them."""
     while isinstance(model, nn.Module):
@@ -174,19 +287,31 @@ def with_decoder_inputs(model: Any, arguments: Any, labels: Any) -> Any:
         labels: the decoder's targets, if there are any.
 
     Raises:
-        ValueError: there are labels, and the model does not say how it makes inputs of them.
+        ValueError: there are labels, and the model does not say how it makes its decoder's inputs of them.
     """
     inner = unwrap(model)
     if not isinstance(arguments, Mapping) or not isinstance(labels, Tensor) or not is_encoder_decoder(inner):
         return arguments
     if any(arguments.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return arguments
-    if not hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+    if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        ids = _shifted_right(inner, labels)
+    return {**arguments, "decoder_input_ids": ids}
+
+
+def _shifted_right(model: Any, labels: Tensor) -> Tensor:
+    """The labels after the token that a decoder starts with, as most models that do not say make their inputs."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    pad = getattr(model.config, "pad_token_id", None)
+    if start is None or labels.dim() != 2 or labels.is_floating_point():
         raise ValueError(
-            f"a {type(inner).__name__} needs decoder_input_ids: give them besides the labels, for it has no "
-            "prepare_decoder_input_ids_from_labels"
+            f"a {type(model).__name__} does not say how it makes its decoder's inputs of labels (no "
+            "prepare_decoder_input_ids_from_labels, no decoder_start_token_id): give decoder_input_ids"
         )
-    return {**arguments, "decoder_input_ids": inner.prepare_decoder_input_ids_from_labels(labels=labels)}
+    ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return ids.masked_fill(ids == -100, start if pad is None else pad)
 
 
 def is_encoder_decoder(model: Any) -> bool:

@@ -21,7 +21,7 @@ from kdfast.distill.parallel import unwrap
 from kdfast.distill.state import Record
 from kdfast.distill.step import Objective, Step
 from kdfast.distill.teachers import Teachers, owner
-from kdfast.models import apply, device_of
+from kdfast.models import apply, decoder_mask, device_of, is_encoder_decoder
 
 __all__ = ["Distiller"]
 
@@ -57,6 +57,11 @@ class Distiller:
         freeze: patterns of the student's parameters to freeze, as ``kdfast.distill.freeze`` takes them.
         inputs, labels, key: functions of a batch that return the models' arguments, the class indices or
             probabilities, and the records' keys in the cache.
+        outputs: a function of a model's output and the batch that returns its logits, (..., classes), such as
+            ``lambda output, batch: output[0]``. It is called for student and teachers alike.
+        mask: the name of the field, or a function of a batch, that says which rows of the logits are real: a bool each.
+            By default ``attention_mask``; for an encoder-decoder, whose rows are its decoder's,
+            ``decoder_attention_mask``, or where the labels are not -100. A function that returns None: all are.
         amp: the dtype of autocast for student and teacher: torch.bfloat16, or torch.float16 with gradient scaling.
         accumulate: the number of batches of an optimiser step. The gradient is that of one batch with all their rows.
             Rows that a boolean ``row_weight`` excludes still count in a batch's share of these rows.
@@ -84,6 +89,8 @@ class Distiller:
         inputs: Callable[[Any], Any] | None = None,
         labels: Callable[[Any], Tensor | None] | None = None,
         key: Callable[[Any], Sequence[Any]] | None = None,
+        outputs: Callable[[Any, Any], Any] | None = None,
+        mask: str | Callable[[Any], Any] | None = None,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -95,7 +102,9 @@ class Distiller:
         check_arguments(student, objective, amp, accumulate, clip_norm, options)
         self.student = student
         self.objective: Objective = KD(**options) if objective is None else objective
-        self.fields = Fields(inputs=inputs, labels=labels, key=key)
+        if mask is None and is_encoder_decoder(student):
+            mask = decoder_mask
+        self.fields = Fields(inputs=inputs, labels=labels, key=key, outputs=outputs, mask=mask)
         self.teachers = Teachers(teacher, student, self.fields)
         for model in (student, self.objective, *map(owner, self.teachers.members)) if device is not None else ():
             if isinstance(model, nn.Module):
@@ -132,9 +141,12 @@ class Distiller:
         batch = to_device(batch, self.device)
         inner, _ = split(batch)
         with self.autocast():
-            student = apply(self._run if torch.is_grad_enabled() else self.student, self.fields.arguments(inner))
+            arguments = self.fields.arguments(inner, self.student)
+            student = apply(self._run if torch.is_grad_enabled() else self.student, arguments)
+            student = student if self.fields.outputs is None else self.fields.outputs(student, inner)
             teacher = self.teachers(batch, student, self.device, strict)
-        return Step(student, teacher, self.fields.labels_of(inner), batch, self.epoch, self.progress)
+        labels = self.fields.labels_of(inner)
+        return Step(student, teacher, labels, batch, self.epoch, self.progress, self.fields.mask)
 
     def step(self, batch: Any) -> Tensor:
         """The loss of a batch: a scalar with a gradient for student and objective."""
@@ -148,7 +160,8 @@ class Distiller:
                 of logits.
         """
         if not self._checked:
-            check_first(step, self.objective)
+            models = () if self.fields.outputs is not None else (self.student, *self.teachers.members)
+            check_first(step, self.objective, models)
             self._checked = True
         with self.autocast():
             return self.objective(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdfast.cache import CacheError, CacheReader, PackedLabels
 from kdfast.distill.fields import Fields, split, tensors, to_device
-from kdfast.models import call, device_of, evaluating, logits_of
+from kdfast.models import call, device_of, evaluating, logits_of, row_mask
 
 __all__ = ["Teachers", "look_up", "owner"]
 
@@ -19,10 +19,10 @@ __all__ = ["Teachers", "look_up", "owner"]
 class Teachers:
     """Runs one teacher, several, or none.
 
-    A module, or the module of a bound method, runs in evaluation mode and without gradients at every call, whatever
-    mode it is in; the mode of each of its submodules is restored afterwards. A cache looks the batch's keys up. A batch
-    that brings labels from a cache, as ``CacheDataset`` collates it, goes with a cache or no teacher: its labels are
-    the output.
+    A module, or the modules that a method or function uses, run in evaluation mode and without gradients at every
+    call, whatever mode they are in; the mode of each of their submodules is restored afterwards. A cache looks the
+    batch's keys up. A batch that brings labels from a cache, as ``CacheDataset`` collates it, goes with a cache or no
+    teacher: its labels are the output.
 
     Args:
         teacher: a module, a function, a ``CacheReader``, a tuple or list of these, or None.
@@ -73,7 +73,8 @@ class Teachers:
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
             try:
-                labels = look_up(member, self._fields.keys(batch), batch, logits_of(student).shape[:-1])
+                rows = logits_of(student, "the student").shape[:-1]
+                labels = look_up(member, self._fields.keys(batch), batch, rows, self._fields.mask)
             except CacheError:
                 raise
             except (LookupError, ValueError):
@@ -82,8 +83,9 @@ class Teachers:
                 return None
             return labels if device is None else labels.to(device)
         own = device_of(owner(member)) or device
-        with evaluating(owner(member)):
-            output = call(member, to_device(self._fields.arguments(batch), own))
+        with evaluating(member):
+            output = call(member, to_device(self._fields.arguments(batch, member), own))
+            output = output if self._fields.outputs is None else self._fields.outputs(output, batch)
         if any(x.requires_grad for x in tensors(output)):
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
         return output if own == device else to_device(output, device)
@@ -95,26 +97,33 @@ def owner(teacher: Any) -> Any:
     return module if isinstance(module, nn.Module) else teacher
 
 
-def look_up(cache: CacheReader, keys: Sequence[Any], batch: Any, rows: torch.Size) -> PackedLabels:
+def look_up(
+    cache: CacheReader,
+    keys: Sequence[Any],
+    batch: Any,
+    rows: torch.Size,
+    mask: str | Callable[[Any], Any] | None = None,
+) -> PackedLabels:
     """Look a batch's keys up in a cache, with the labels laid out as the student's rows.
 
-    There is one row per record, or (records, length) with an absent row for each padding token. Padding is where a
-    mapping's ``attention_mask`` is 0, on either side. Without a mask every row of a record is used.
+    There is one row per record, or (records, length) with an absent row for each padding token. Padding is where the
+    batch's ``attention_mask`` (or ``mask``) is 0, on either side. Without a mask every row of a record is used.
 
     Args:
         cache: the cache.
         keys: a key per record.
         batch: the batch, for its ``attention_mask``.
         rows: the shape of the student's rows.
+        mask: another mask of the batch, as ``Distiller`` takes it.
 
     Raises:
         KeyError: a key is not in the cache.
         ValueError: a record has fewer rows than the batch has tokens of it.
     """
-    real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    real = row_mask(batch, rows, mask)
     if len(rows) < 2 or real is None:
         return cache.pack(keys)
-    return cache.pack([span for key, row in zip(keys, real.bool(), strict=True) for span in _spans(key, row)])
+    return cache.pack([span for key, row in zip(keys, real, strict=True) for span in _spans(key, row)])
 
 
 def _spans(key: Any, real: Tensor) -> Iterator[tuple[Any, int, int]]:

@@ -48,7 +48,8 @@ def run_to_output_layer(
         ValueError: a model that does not call its output layer once, or does to its logits what a ``Head`` cannot say.
     """
     if torch.compiler.is_compiling():  # hooks are no part of a graph
-        return torch.compiler.disable(run_to_output_layer)(model, layer, args, inputs)  # type: ignore[no-any-return]
+        eager: Any = torch.compiler.disable(run_to_output_layer)  # type: ignore[no-untyped-call]
+        return eager(model, layer, args, inputs)  # type: ignore[no-any-return]
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model is a torch.nn.Module, got {type(model).__name__}")
     found = find_output_module(model, layer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels
-from kdfast.models import check_logits
+from kdfast.models import check_logits, look_like_probabilities
 
 __all__ = [
     "check_backward",
@@ -19,7 +19,6 @@ __all__ = [
     "check_student",
     "check_teacher",
     "check_values",
-    "look_like_probabilities",
     "values_are_checked",
 ]
 
@@ -184,14 +183,6 @@ def check_values(
             raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
     if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
-
-
-def look_like_probabilities(x: Tensor) -> bool:
-    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do."""
-    if x.numel() == 0 or x.shape[-1] < 2:
-        return False
-    inside = bool(((x >= 0) & (x <= 1)).all())
-    return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all())
 
 
 def _check_entries(labels: Ragged, columns: int) -> None:

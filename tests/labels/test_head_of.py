@@ -91,6 +91,7 @@ def test_checkpointed_layers_give_their_gradients():
     assert_same(Head.of(model, ids, use_cache=False), want, model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from inside the compiler
 def test_a_compiled_model_runs_eagerly_and_keeps_no_trace():
     model, x = Classifier(), torch.randn(7, 4)
     want = model(x)

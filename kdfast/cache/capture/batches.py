@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.format.view import View
-from kdfast.models import BatchFields, call, device_of, logits_of, move
+from kdfast.models import BatchFields, call, decoder_mask, device_of, is_encoder_decoder, logits_of, move, row_mask
 
 __all__ = ["Fields", "Part"]
 
@@ -29,9 +29,7 @@ class Part:
 class Fields(BatchFields):
     """The functions of a batch that ``capture`` takes, None standing for its conventions; see there."""
 
-    outputs: Callable[[Any, Any], Any] | None = None
     targets: Callable[[Any], Any] | None = None
-    mask: Callable[[Any], Any] | None = None
     views: Callable[[Any], Any] | None = None
 
     def parts(self, model: Any, batch: Any, keys: list[Any]) -> list[Part]:
@@ -41,11 +39,11 @@ class Fields(BatchFields):
             ValueError: rows, targets, mask or views do not fit one another.
             TypeError: no logits in what the teacher returns.
         """
-        arguments = self.arguments(batch)
+        arguments = self.arguments(batch, model)
         output = call(model, arguments if self.inputs is not None else move(arguments, device_of(model)))
         logits = logits_of(output) if self.outputs is None else self.outputs(output, batch)
         _require(len(logits), keys, "the teacher's output")
-        masks, targets, views = self._mask(batch, logits), *(f and f(batch) for f in (self.targets, self.views))
+        masks, targets, views = self._mask(model, batch, logits), *(f and f(batch) for f in (self.targets, self.views))
         for name, values in (("mask", masks), ("targets", targets), ("views", views)):
             if values is not None:
                 _require(len(values), keys, name)
@@ -54,20 +52,30 @@ class Fields(BatchFields):
             for i, key in enumerate(keys)
         ]
 
-    def _mask(self, batch: Any, logits: Any) -> Any:
-        """Per record the rows to store: those of ``mask``, without the padding that an ``attention_mask`` tells."""
+    def _mask(self, model: Any, batch: Any, logits: Any) -> Any:
+        """Per record the rows to store: those of ``mask``, without the padding that the batch's own mask tells."""
+        rows = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size([len(logits), *map(len, logits[:1])])
+        if isinstance(self.mask, str):
+            return row_mask(batch, rows, self.mask)
         given = None if self.mask is None else self.mask(batch)
-        real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if real is None or not len(logits) or logits[0].dim() == 1:
+        if not len(logits) or logits[0].dim() == 1:
             return given
-        real = real.bool()
-        return real if given is None else [row.to(real.device) & real[i] for i, row in enumerate(given)]
+        decoder = is_encoder_decoder(model)
+        if given is None:
+            return row_mask(batch, rows, decoder_mask if decoder else None)
+        real = decoder_mask(batch) if decoder else batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if real is None or real.shape != rows:
+            return given
+        return [row.to(real.device) & real[i].bool() for i, row in enumerate(given)]
 
 
 def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
     rows = logits[None] if logits.dim() == 1 else logits
     if rows.dim() != 2:
-        raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}")
+        raise ValueError(
+            f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}: classes are "
+            "the last dimension, outputs=(lambda output, batch: output.movedim(1, -1).flatten(1, -2)) puts them there"
+        )
     if targets is not None:
         targets = torch.as_tensor(targets).reshape(-1)
     if views is not None and not isinstance(views, Sequence):

@@ -47,7 +47,7 @@ def capture(
     outputs: Callable[[Any, Any], Any] | None = None,
     key: Callable[[Any], Sequence[Any]] | None = None,
     targets: Callable[[Any], Any] | None = None,
-    mask: Callable[[Any], Any] | None = None,
+    mask: str | Callable[[Any], Any] | None = None,
     views: Callable[[Any], Any] | None = None,
     epochs: int = 1,
     reuse: str = "refine",
@@ -96,7 +96,9 @@ def capture(
         key: of a batch: a key per record. By default the field ``key``, or each row of ``input_ids`` without padding.
         targets: of a batch: per record the ids that its rows predict, negative where there is none.
         mask: of a batch: per record a bool per row; only True rows are stored. Rows at which a field
-            ``attention_mask`` is 0 never are.
+            ``attention_mask`` is 0 never are. An encoder-decoder's rows are its decoder's: there it is
+            ``decoder_attention_mask``, or where the labels are not -100. A text names the one field that is looked at
+            instead, for a model whose ``attention_mask`` goes with something else than its rows.
         views: of a batch: per record its ``View``, or one per row.
         epochs: how many epochs the labels will serve.
         reuse: "refine" or "replicas".

@@ -27,8 +27,12 @@ from kdfast.cache.write.records import Attachments, Record, check_labels, check_
 from kdfast.cache.write.session import Session, work_folder
 from kdfast.cache.write.writer_thread import WriterThread
 from kdfast.labels import SoftLabels
+from kdfast.models import look_like_probabilities
 
 __all__ = ["Writer"]
+
+FIRST_ROWS = 64  # of a record, that are looked at for probabilities
+SURE = 8  # so many numbers that could be probabilities are: a few single rows of logits may look like some
 
 
 class Writer:
@@ -96,6 +100,8 @@ class Writer:
             raise ValueError(f"keys must be {HASH!r} or {RANGE!r}, got {keys!r}")
         if shard_bytes < 1 or block_rows < 1:
             raise ValueError(f"shard_bytes and block_rows must be positive, got {shard_bytes} and {block_rows}")
+        if vocab_size == 1:
+            raise ValueError("a teacher with one logit has no distribution to store: give the logits of both classes")
         self._codec = codecs.create(codec, vocab_size, temperatures, options)
         self._width = self._codec.input_width if teacher_vocab_size is None else teacher_vocab_size
         self._takes_logits = self._codec.input_name == codecs.LOGITS
@@ -103,6 +109,10 @@ class Writer:
             raise ValueError(f"codec {self._codec.name!r} takes {self._codec.input_name}: it has no teacher_vocab_size")
         if self._width < self._codec.input_width:
             raise ValueError(f"teacher_vocab_size must be at least vocab_size {vocab_size}, got {teacher_vocab_size}")
+        self._unsettled, self._probabilities = (
+            self._takes_logits,
+            0,
+        )  # whether these are logits; entries that may not be
         self.records = self.rows = self.duplicates = 0
         self._closed = False
         self._process = os.getpid()
@@ -163,6 +173,7 @@ class Writer:
         digest = self._make_key(key)
         with _about(key):
             rows = check_logits(logits, self._codec, self._width)
+            self._refuse_probabilities(rows)
             if self._is_duplicate(digest):
                 return
             marks = None
@@ -253,6 +264,19 @@ class Writer:
             raise CacheError(f"the writer of {self._storage.url} is closed")
         if os.getpid() != self._process:
             raise CacheError(f"the writer of {self._storage.url} belongs to process {self._process}, not to its fork")
+
+    def _refuse_probabilities(self, rows: Tensor) -> None:
+        """Raise ``ValueError`` where all that has been added so far is probabilities. One row of logits settles it."""
+        if not self._unsettled:
+            return
+        rows = rows[:FIRST_ROWS]
+        self._unsettled = look_like_probabilities(rows) or not len(rows)
+        self._probabilities += rows.numel() * self._unsettled
+        if self._probabilities >= SURE:
+            raise ValueError(
+                "the rows are probabilities (in [0, 1], with sum 1), and a cache takes logits: leave the teacher's "
+                "softmax out, or give probabilities.log()"
+            )
 
     def _is_duplicate(self, digest: bytes) -> bool:
         known = digest in self._seen
