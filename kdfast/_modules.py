@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = ["evaluating", "modules_in"]
 
-_DEPTH = 6  # of functions in functions
+# How far a search goes: functions in functions, items of a container, and objects in all.
+_DEPTH, _LONGEST, _MOST = 6, 256, 10_000
+_LIBRARIES = ("torch", "kdfast", "numpy", "builtins")
 
 
 @contextmanager
@@ -42,14 +46,14 @@ def modules_in(model: Any) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
     waiting = [(model, 0)]
-    while waiting:
+    while waiting and len(seen) < _MOST:
         item, depth = waiting.pop()
-        if id(item) in seen or depth > _DEPTH:
+        if id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
             found[id(item)] = item
-        else:
+        elif depth < _DEPTH:
             waiting += [(part, depth + 1) for part in _parts_of(item)]
     return list(found.values())
 
@@ -62,15 +66,21 @@ def _parts_of(item: Any) -> list[Any]:
         return [item.func, *item.args, *item.keywords.values()]
     if isinstance(item, FunctionType):
         cells = [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
-        named = [item.__globals__[name] for name in _names_in(item.__code__) if name in item.__globals__]
-        inner = [getattr(item, "__wrapped__", None)]
-        held = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *cells, *inner]
-        return [*held, *(x for x in named if isinstance(x, nn.Module) or _is_users_own(x))]
+        held = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *cells, *_globals_of(item)]
+        return [*held, getattr(item, "__wrapped__", None)]
     if isinstance(item, Mapping):
-        return list(item.values())
-    if isinstance(item, (list, tuple)):
-        return list(item)
-    return list(vars(item).values()) if _is_users_own(item) else []
+        return list(islice(item.values(), _LONGEST))
+    if isinstance(item, (list, tuple, set, frozenset, deque)):
+        return list(islice(item, _LONGEST))
+    return [getattr(item, "__wrapped__", None), *vars(item).values()] if _is_users_own(item) else []
+
+
+def _globals_of(function: FunctionType) -> list[Any]:
+    names = _names_in(function.__code__)
+    found = [function.__globals__[name] for name in names if name in function.__globals__]
+    files = [x for x in found if isinstance(x, ModuleType)]
+    inside = [vars(file)[name] for file in files for name in names if name in vars(file)]
+    return [*found, *(x for x in inside if isinstance(x, nn.Module))]
 
 
 def _is_filled(cell: Any) -> bool:
@@ -88,8 +98,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _is_users_own(item: Any) -> bool:
-    """Whether something is a function or a callable object that may hold a model, and no class, tensor or library's."""
-    if isinstance(item, (type, Tensor)) or not callable(item) or not hasattr(item, "__dict__"):
+    """Whether something is an object that may hold a model: no class, file or tensor, and of no library."""
+    if isinstance(item, (type, ModuleType, Tensor)) or not hasattr(item, "__dict__"):
         return False
-    module = getattr(item, "__module__", None) or type(item).__module__
-    return not str(module).startswith(("torch.", "kdfast.", "numpy", "builtins"))
+    return type(item).__module__.partition(".")[0] not in _LIBRARIES or hasattr(item, "__wrapped__")

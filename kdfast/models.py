@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -100,8 +101,9 @@ def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | No
     Args:
         batch: the batch.
         rows: the shape of the logits without the classes.
-        mask: the name of a field, or a function of the batch. By default the field ``attention_mask``, if there is one;
-            one row per sample has no padding, and needs no mask.
+        mask: the name of a field, or a function of the batch. By default the field ``attention_mask``, if there is one,
+            or ``decoder_attention_mask``, where the batch has a decoder's inputs. One row per sample has no padding,
+            and needs no mask.
 
     Raises:
         TypeError, ValueError: a mask that is no tensor of this shape. An ``attention_mask`` of another length is that
@@ -109,9 +111,12 @@ def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | No
     """
     if mask is not None:
         found = given_mask(batch, mask)
+    elif not isinstance(batch, Mapping) or len(rows) < 2:
+        return None
     else:
-        found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if not isinstance(found, Tensor) or found.dim() != len(rows):
+        decodes = "decoder_input_ids" in batch or "decoder_attention_mask" in batch
+        found = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+        if not isinstance(found, Tensor) or found.dim() > 2:  # of pairs of positions
             return None
     if found is None:
         return None
@@ -290,7 +295,9 @@ def with_decoder_inputs(model: Any, arguments: Any, labels: Any) -> Any:
         ValueError: there are labels, and the model does not say how it makes its decoder's inputs of them.
     """
     inner = unwrap(model)
-    if not isinstance(arguments, Mapping) or not isinstance(labels, Tensor) or not is_encoder_decoder(inner):
+    if not isinstance(arguments, Mapping) or not isinstance(labels, Tensor):
+        return arguments
+    if not _decodes(inner):
         return arguments
     if any(arguments.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return arguments
@@ -315,5 +322,18 @@ def _shifted_right(model: Any, labels: Tensor) -> Tensor:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model's rows are its decoder's, while ``attention_mask`` is its encoder's."""
-    return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
+    """Whether a model's rows are its decoder's, while ``attention_mask`` is its encoder's.
+
+    Its configuration says so, or that of the first language model inside a module that has none. A classifier on top of
+    an encoder-decoder has no output embeddings, and a row per sample.
+    """
+    inner = unwrap(model)
+    if hasattr(inner, "config") or not isinstance(inner, nn.Module):
+        return _decodes(inner)
+    inside = (x for x in inner.modules() if hasattr(x, "config") and hasattr(x, "get_output_embeddings"))
+    return any(_decodes(x) for x in islice((x for x in inside if x.get_output_embeddings() is not None), 1))
+
+
+def _decodes(model: Any) -> bool:
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else True
+    return layer is not None and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -1,11 +1,13 @@
 """What a batch and a model mean: whose mask it is, where logits lie, which modules a teacher is made of."""
 
-from functools import partial
+from collections import deque
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import kl_div
+from transformers import BartConfig, BartForSequenceClassification
 
 import kdfast.cache
 from kdfast import Distiller
@@ -63,6 +65,33 @@ def test_a_decoder_gets_its_labels_and_not_its_encoder_s_mask(name):
     trained = [x for x in student.parameters() if x.requires_grad]
     got, want = (torch.autograd.grad(x, trained, allow_unused=True) for x in (loss, want))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrapped_decoder_is_one():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model(input_ids, attention_mask, decoder_input_ids=token_ids(3, 5, seed=3)).logits
+
+    student, teacher, batch = Wrapper(make("t5")), Wrapper(other(make("t5"))), translation()
+    loss = distiller(student, teacher).step(batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(loss, kl(student(**inputs), teacher(**inputs).detach(), batch["labels"] != -100))
+
+
+def test_a_classifier_on_an_encoder_decoder_has_a_row_per_sample():
+    counts = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    sizes = {**dict.fromkeys(counts, 1), "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "d_model": 8, "vocab_size": 40}
+    student, teacher = (BartForSequenceClassification(BartConfig(**sizes, num_labels=CLASSES)).eval() for _ in "ab")
+    ids = token_ids(3, 5)
+    ids[:, -1] = 2  # the end, where it looks
+    batch = {"input_ids": ids, "attention_mask": torch.ones(3, 5).long(), "labels": torch.tensor([0, 1, 2])}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    loss = distiller(student, teacher).step(batch)
+    torch.testing.assert_close(loss, kl(student(**inputs).logits, teacher(**inputs).logits.detach(), ...))
 
 
 def test_a_decoder_s_own_mask_is_taken():
@@ -325,6 +354,16 @@ class Holder:
         return self(x)
 
 
+class Ensemble:
+    """Holds models, and is not called itself."""
+
+    def __init__(self, *models):
+        self.models = {"all": deque(models)}
+
+
+ENSEMBLE = Ensemble(GLOBAL)
+
+
 def by_default(x, model=GLOBAL):
     return model(x)
 
@@ -350,6 +389,8 @@ def by_another(x):
         lambda model: by_default,
         lambda model: by_global,
         lambda model: by_another,
+        lambda model: lambda x: sum(model(x) for model in ENSEMBLE.models["all"]),
+        lambda model: lru_cache(lambda x: model(x)),
         lambda model: torch.no_grad()(lambda x: model(x)),
     ],
 )
