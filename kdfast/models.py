@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -275,12 +275,17 @@ def unwrap(model: Any) -> Any:
     """What DDP, FSDP, ``DataParallel`` and ``torch.compile`` have wrapped, through any number of them."""
     while isinstance(model, nn.Module):
         inner = model._modules.get("_orig_mod")
-        if inner is None and type(model).__module__.startswith("torch."):
+        if inner is None and _is_torch_s(model):
             inner = model._modules.get("module") or model._modules.get("_fsdp_wrapped_module")
         if inner is None:
             return model
         model = inner
     return model
+
+
+def _is_torch_s(model: nn.Module) -> bool:
+    """Whether a module's class, or one that it is derived from, is PyTorch's, as DDP's and ``AveragedModel``'s are."""
+    return any(kind.__module__.startswith("torch.") for kind in type(model).__mro__ if kind is not nn.Module)
 
 
 def with_decoder_inputs(model: Any, arguments: Any, labels: Any) -> Any:
@@ -330,7 +335,7 @@ def is_encoder_decoder(model: Any) -> bool:
     inner = unwrap(model)
     if hasattr(inner, "config") or not isinstance(inner, nn.Module):
         return _decodes(inner)
-    inside = (x for x in inner.modules() if hasattr(x, "config") and hasattr(x, "get_output_embeddings"))
+    inside: Iterator[Any] = (x for x in inner.modules() if hasattr(x, "config") and hasattr(x, "get_output_embeddings"))
     return any(_decodes(x) for x in islice((x for x in inside if x.get_output_embeddings() is not None), 1))
 
 
