@@ -41,7 +41,8 @@ def modules_in(model: Any) -> list[nn.Module]:
     """The modules that a model consists of: itself, or those that a function uses.
 
     Of a function these are what its closure, defaults and globals hold; of a method, its object's; of a ``partial``,
-    its function's and arguments'; of another object, its attributes'.
+    its function's and arguments'; of another object, its attributes'. A module may also hold some in a list, out of
+    sight of its own ``eval``.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -53,13 +54,16 @@ def modules_in(model: Any) -> list[nn.Module]:
         seen.add(id(item))
         if isinstance(item, nn.Module):
             found[id(item)] = item
-        elif depth < _DEPTH:
+        if depth < _DEPTH:
             waiting += [(part, depth + 1) for part in _parts_of(item)]
     return list(found.values())
 
 
 def _parts_of(item: Any) -> list[Any]:
     """What a function or object uses, as far as a module could be there."""
+    if isinstance(item, nn.Module):
+        held = (x for name, x in vars(item).items() if not name.startswith("_"))
+        return [x for x in held if isinstance(x, (list, tuple, dict, FunctionType, partial))]
     if isinstance(item, MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, partial):

@@ -18,6 +18,7 @@ __all__ = [
     "BatchFields",
     "apply",
     "call",
+    "call_outputs",
     "check_classes_last",
     "check_logits",
     "check_several_classes",
@@ -173,6 +174,12 @@ def call(model: Callable[..., Any], arguments: Any) -> Any:
     """
     with torch.inference_mode(False), torch.no_grad():
         return apply(model, arguments)
+
+
+def call_outputs(outputs: Callable[[Any, Any], Any], output: Any, batch: Any) -> Any:
+    """``outputs(output, batch)`` of a teacher: without gradients, and in evaluation mode if it has modules."""
+    with evaluating(outputs), torch.inference_mode(False), torch.no_grad():
+        return outputs(output, batch)
 
 
 def logits_of(output: Any, whose: str = "the teacher") -> Any:

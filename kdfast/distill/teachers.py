@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdfast.cache import CacheError, CacheReader, PackedLabels
 from kdfast.distill.fields import Fields, split, tensors, to_device
-from kdfast.models import call, device_of, evaluating, logits_of, row_mask
+from kdfast.models import call, call_outputs, device_of, evaluating, logits_of, row_mask
 
 __all__ = ["Teachers", "look_up", "owner"]
 
@@ -85,7 +85,8 @@ class Teachers:
         own = device_of(owner(member)) or device
         with evaluating(member):
             output = call(member, to_device(self._fields.arguments(batch, member), own))
-            output = output if self._fields.outputs is None else self._fields.outputs(output, batch)
+            if self._fields.outputs is not None:
+                output = call_outputs(self._fields.outputs, output, batch)
         if any(x.requires_grad for x in tensors(output)):
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
         return output if own == device else to_device(output, device)

@@ -376,9 +376,21 @@ def by_another(x):
     return by_global(x)
 
 
+class Hidden(nn.Module):
+    """Keeps its models out of its parameters."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.members = [models]
+
+    def forward(self, x):
+        return sum(model(x) for model in self.members[0])
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
+        lambda model: Hidden(model),
         lambda model: lambda x: model(x),
         lambda model: lambda x: (lambda y: model(y))(x),
         lambda model: partial(lambda model, x: model(x), model),
@@ -411,3 +423,14 @@ def test_a_teacher_inside_a_function_is_evaluated(wrap, tmp_path):
     assert all(module.training for module in model.modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_module_of_outputs_is_evaluated_for_a_teacher():
+    head, x = nn.Sequential(nn.BatchNorm1d(CLASSES), nn.Dropout(0.5)), torch.randn(6, 4)
+    step = distiller(Net().eval(), GLOBAL, outputs=lambda output, batch: head(output)).forward(x)
+    assert all(module.training for module in head.modules())
+    assert head[0].num_batches_tracked == 1  # of the student's own call
+    assert not step.teacher.requires_grad
+    logits = GLOBAL.eval()(x)
+    GLOBAL.train()
+    torch.testing.assert_close(step.teacher, head.eval()(logits).detach())

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from kdfast.cache.format.view import View
-from kdfast.models import BatchFields, call, decoder_mask, device_of, is_encoder_decoder, logits_of, move, row_mask
+from kdfast.models import (
+    BatchFields,
+    call,
+    call_outputs,
+    decoder_mask,
+    device_of,
+    is_encoder_decoder,
+    logits_of,
+    move,
+    row_mask,
+)
 
 __all__ = ["Fields", "Part"]
 
@@ -41,7 +51,7 @@ class Fields(BatchFields):
         """
         arguments = self.arguments(batch, model)
         output = call(model, arguments if self.inputs is not None else move(arguments, device_of(model)))
-        logits = logits_of(output) if self.outputs is None else self.outputs(output, batch)
+        logits = logits_of(output) if self.outputs is None else call_outputs(self.outputs, output, batch)
         _require(len(logits), keys, "the teacher's output")
         masks, targets, views = self._mask(model, batch, logits), *(f and f(batch) for f in (self.targets, self.views))
         for name, values in (("mask", masks), ("targets", targets), ("views", views)):
@@ -58,7 +68,7 @@ class Fields(BatchFields):
         if isinstance(self.mask, str):
             return row_mask(batch, rows, self.mask)
         given = None if self.mask is None else self.mask(batch)
-        if not len(logits) or logits[0].dim() == 1:
+        if not len(logits) or logits[0].dim() != 2:
             return given
         decoder = is_encoder_decoder(model)
         if given is None:
