@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdfast._modules import evaluating, modules_in
 from kdfast._record_keys import NON_MODEL_FIELDS, record_keys
+from kdfast.masks import as_mask
 
 __all__ = [
     "FLOATS",
@@ -19,17 +20,27 @@ __all__ = [
     "BatchFields",
     "apply",
     "call",
+    "call_outputs",
+    "check_classes_last",
     "check_logits",
     "check_plain",
+    "check_several_classes",
+    "decoder_mask",
     "device_of",
     "evaluating",
+    "given_mask",
     "is_encoder_decoder",
     "logits_of",
+    "look_like_probabilities",
+    "modules_in",
     "move",
+    "row_mask",
     "unwrap",
     "with_decoder_inputs",
 ]
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -41,21 +52,30 @@ class BatchFields:
         inputs: the model's argument, tuple of arguments, or mapping of keywords. By default a mapping's fields but
             ``key`` and ``labels``, the first item of a tuple or list, or the batch itself.
         key: a key per record. By default the field ``key``, or what the model is given of the record: ``record_keys``.
+        outputs: of a model's output and the batch: the logits, (..., classes). By default the output or its ``logits``.
+        mask: which rows of the logits are real: the name of a field, or a function of the batch that returns a mask,
+            or a list of one per record, or None. By default see ``row_mask``.
     """
 
     inputs: Callable[[Any], Any] | None = None
     key: Callable[[Any], Sequence[Any]] | None = None
+    outputs: Callable[[Any, Any], Any] | None = None
+    mask: str | Callable[[Any], Any] | None = None
 
-    def arguments(self, batch: Any) -> Any:
-        """What a model is called with for ``batch``: a mapping of keywords, a tuple of positions, or one argument."""
+    def arguments(self, batch: Any, model: Any = None) -> Any:
+        """What a model is called with for ``batch``: a mapping of keywords, a tuple of positions, or one argument.
+
+        Labels are no argument, but an encoder-decoder ``model`` gets the decoder's inputs that it makes of them.
+        """
         if self.inputs is not None:
             return self.inputs(batch)
         if isinstance(batch, Mapping):
-            return {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
+            arguments = {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
+            return with_decoder_inputs(model, arguments, batch.get("labels"))
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
-    def keys(self, batch: Any) -> list[Any]:
-        """One key per record of ``batch``.
+    def keys(self, batch: Any, model: Any = None) -> list[Any]:
+        """One key per record of ``batch``, as ``model`` is given it.
 
         Raises:
             ValueError: the batch has no key and no ids, or more than ids of which nothing tells whose it is, and no
@@ -66,7 +86,7 @@ class BatchFields:
         if isinstance(batch, Mapping) and "key" in batch:
             return _each(batch["key"])
         if isinstance(batch, Mapping) and "input_ids" in batch:
-            return record_keys(batch, self.arguments(batch))
+            return record_keys(batch, self.arguments(batch, model))
         raise ValueError(
             f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
             "gives one key per record"
@@ -82,18 +102,90 @@ def _each(keys: Any) -> list[Any]:
     return [key.item() if isinstance(key, Tensor) and key.dim() == 0 else key for key in keys]
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """A context in which ``model`` is in evaluation mode. Each submodule gets its flag back, also after an error."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [module.training for module in modules]
-    try:
-        if modules:
-            model.eval()
-        yield
-    finally:
-        for module, training in zip(modules, flags, strict=True):
-            module.training = training
+def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | None = None) -> Tensor | None:
+    """Which rows of a batch's logits are real and not padding: bool, of the shape ``rows``; None without a mask.
+
+    Args:
+        batch: the batch.
+        rows: the shape of the logits without the classes.
+        mask: the name of a field, or a function of the batch. By default the field ``attention_mask``, if there is one,
+            or ``decoder_attention_mask``, where the batch has a decoder's inputs. One row per sample has no padding,
+            and needs no mask.
+
+    Raises:
+        TypeError, ValueError: a mask that is no tensor of this shape. An ``attention_mask`` of another length is that
+            of other positions, such as an encoder's or of audio samples.
+    """
+    if mask is not None:
+        found = given_mask(batch, mask)
+        if isinstance(found, Sequence):
+            found = _together(found, batch, rows)
+    elif not isinstance(batch, Mapping) or len(rows) < 2:
+        return None
+    else:
+        decodes = "decoder_input_ids" in batch or "decoder_attention_mask" in batch
+        found = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+        if not isinstance(found, Tensor) or found.dim() > 2:  # of pairs of positions
+            return None
+    if found is None:
+        return None
+    if found.shape != rows:
+        raise ValueError(
+            f"the {'mask' if mask is not None else 'attention_mask'} is {tuple(found.shape)}, the logits' rows are "
+            f"{tuple(rows)}: say by mask=(lambda batch: ...) which rows are real, one value each, or by a lambda that "
+            "returns None that all are"
+        )
+    # A tokenizer may give numbers, too: what it gives is a mask.
+    return as_mask("mask", found, rows) if mask is not None else found != 0
+
+
+def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Any:
+    """The mask that a field or a function of the batch gives: a tensor of whatever shape, a list of these, or None.
+
+    Raises:
+        TypeError, ValueError: the batch does not have the field, or it is no tensor.
+    """
+    if isinstance(mask, str):
+        if not isinstance(batch, Mapping) or mask not in batch:
+            raise ValueError(f"mask={mask!r} names a field that the batch does not have")
+        found = batch[mask]
+    else:
+        found = mask(batch)
+    each = found if isinstance(found, (list, tuple)) else [found]
+    for one in each:
+        if not isinstance(one, Tensor) and one is not None:
+            raise TypeError(f"a mask must be a tensor, or a list of one per record, got {type(one).__name__}")
+    return found
+
+
+def _together(masks: Sequence[Tensor], batch: Any, rows: torch.Size) -> Tensor:
+    """(records, length) of a mask per record, which has a value for each row, or for each that is no padding."""
+    real = row_mask(batch, rows)
+    found = torch.zeros(rows, dtype=torch.bool)
+    for at, mask in enumerate(masks):
+        place = torch.ones(rows[1:], dtype=torch.bool) if real is None else real[at].cpu()
+        if len(mask) == len(place):
+            place = torch.ones_like(place)
+        if at >= len(found) or mask.dim() != 1 or len(mask) != int(place.sum()):
+            raise ValueError(
+                f"mask must give a bool for each of {tuple(rows)} rows, or of those that are no padding, got "
+                f"{mask.dtype} {tuple(mask.shape)} for record {at}"
+            )
+        found[at, place] = as_mask("mask", mask, mask.shape).cpu()
+    return found
+
+
+def decoder_mask(batch: Any) -> Tensor | None:
+    """An encoder-decoder's ``row_mask``: the ``decoder_attention_mask``, else where the labels are not -100.
+
+    ``attention_mask`` is its encoder's.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    found, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if found is None and isinstance(labels, Tensor) and not labels.is_floating_point():
+        return labels != -100
+    return found
 
 
 def apply(model: Callable[..., Any], arguments: Any) -> Any:
@@ -112,8 +204,18 @@ def call(model: Callable[..., Any], arguments: Any) -> Any:
         return apply(model, arguments)
 
 
-def logits_of(output: Any) -> Any:
+def call_outputs(outputs: Callable[[Any, Any], Any], output: Any, batch: Any) -> Any:
+    """``outputs(output, batch)`` of a teacher: without gradients, and in evaluation mode if it has modules."""
+    with evaluating(outputs), torch.inference_mode(False), torch.no_grad():
+        return outputs(output, batch)
+
+
+def logits_of(output: Any, whose: str = "the teacher") -> Any:
     """The logits of what a model returns: a tensor, or something that has ``logits``.
+
+    Args:
+        output: what it returned.
+        whose: the model, for the error.
 
     Raises:
         TypeError: neither.
@@ -125,7 +227,7 @@ def logits_of(output: Any) -> Any:
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     raise TypeError(
-        f"the teacher returned a {type(output).__name__} without logits: say by outputs=(lambda output, batch: ...) "
+        f"{whose} returned a {type(output).__name__} without logits: say by outputs=(lambda output, batch: ...) "
         "where its logits are"
     )
 
@@ -179,16 +281,65 @@ def check_logits(name: str, x: object) -> Tensor:
     return x
 
 
+def check_classes_last(name: str, model: Any, logits: Tensor, sure: bool) -> None:
+    """Raise ``ValueError`` where classes are not, or may not be, the last dimension of a model's logits.
+
+    Args:
+        name: the model's, for the error.
+        model: the model. One whose last layer with a weight is a convolution has classes in dimension 1.
+        logits: what it returned.
+        sure: whether something else says that classes are last: labels, or the labels of a cache.
+    """
+    if logits.dim() < 3 or sure:
+        return
+    weighted = [module for inner in modules_in(model) for module in inner.modules() if _has_weight(module)]
+    last = weighted[-1] if weighted else None
+    convolved = isinstance(last, _CONVOLUTIONS) and last.out_channels == logits.shape[1]
+    if logits.dim() > 3 or convolved:
+        raise ValueError(
+            f"the {name}'s logits are {tuple(logits.shape)}: classes must be the last dimension"
+            + (", and a convolution puts them in dimension 1" if convolved else ", which nothing says here")
+            + ". Say by outputs=(lambda output, batch: output.movedim(1, -1)) where they are; without movedim if they "
+            "are last"
+        )
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(module._parameters.get("weight"), Tensor) and not isinstance(module, _NORMS)
+
+
+def check_several_classes(name: str, logits: Tensor) -> None:
+    """Raise ``ValueError`` for a model with one logit, whose softmax is 1 whatever it is."""
+    if logits.dim() and logits.shape[-1] == 1:
+        raise ValueError(
+            f"the {name} has one logit, {tuple(logits.shape)}, and a softmax over it is 1 always. For two classes give "
+            "both: outputs=(lambda output, batch: torch.cat([torch.zeros_like(output), output], -1))"
+        )
+
+
+def look_like_probabilities(x: Tensor) -> bool:
+    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do. One-hot rows may be either: no."""
+    if x.numel() == 0 or x.shape[-1] < 2:
+        return False
+    inside = bool(((x >= 0) & (x <= 1)).all())
+    return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all()) and bool(((x > 0) & (x < 1)).any())
+
+
 def unwrap(model: Any) -> Any:
     """What DDP, FSDP, ``DataParallel`` and ``torch.compile`` have wrapped, through any number of them."""
     while isinstance(model, nn.Module):
         inner = model._modules.get("_orig_mod")
-        if inner is None and type(model).__module__.startswith("torch."):
+        if inner is None and _is_torch_s(model):
             inner = model._modules.get("module") or model._modules.get("_fsdp_wrapped_module")
         if inner is None:
             return model
         model = inner
     return model
+
+
+def _is_torch_s(model: nn.Module) -> bool:
+    """Whether a module's class, or one that it is derived from, is PyTorch's, as DDP's and ``AveragedModel``'s are."""
+    return any(kind.__module__.startswith("torch.") for kind in type(model).__mro__ if kind is not nn.Module)
 
 
 def with_decoder_inputs(model: Any, arguments: Any, labels: Any) -> Any:
@@ -200,21 +351,48 @@ def with_decoder_inputs(model: Any, arguments: Any, labels: Any) -> Any:
         labels: the decoder's targets, if there are any.
 
     Raises:
-        ValueError: there are labels, and the model does not say how it makes inputs of them.
+        ValueError: there are labels, and the model does not say how it makes its decoder's inputs of them.
     """
     inner = unwrap(model)
-    if not isinstance(arguments, Mapping) or not isinstance(labels, Tensor) or not is_encoder_decoder(inner):
+    if not isinstance(arguments, Mapping) or not isinstance(labels, Tensor):
+        return arguments
+    if not _decodes(inner):
         return arguments
     if any(arguments.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return arguments
-    if not hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+    if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        ids = _shifted_right(inner, labels)
+    return {**arguments, "decoder_input_ids": ids}
+
+
+def _shifted_right(model: Any, labels: Tensor) -> Tensor:
+    """The labels after the token that a decoder starts with, as most models that do not say make their inputs."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    pad = getattr(model.config, "pad_token_id", None)
+    if start is None or labels.dim() != 2 or labels.is_floating_point():
         raise ValueError(
-            f"a {type(inner).__name__} needs decoder_input_ids: give them besides the labels, for it has no "
-            "prepare_decoder_input_ids_from_labels"
+            f"a {type(model).__name__} does not say how it makes its decoder's inputs of labels (no "
+            "prepare_decoder_input_ids_from_labels, no decoder_start_token_id): give decoder_input_ids"
         )
-    return {**arguments, "decoder_input_ids": inner.prepare_decoder_input_ids_from_labels(labels=labels)}
+    ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return ids.masked_fill(ids == -100, start if pad is None else pad)
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model's rows are its decoder's, while ``attention_mask`` is its encoder's."""
-    return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
+    """Whether a model's rows are its decoder's, while ``attention_mask`` is its encoder's.
+
+    Its configuration says so, or that of the first language model inside a module that has none. A classifier on top of
+    an encoder-decoder has no output embeddings, and a row per sample.
+    """
+    inner = unwrap(model)
+    if hasattr(inner, "config") or not isinstance(inner, nn.Module):
+        return _decodes(inner)
+    inside: Iterator[Any] = (x for x in inner.modules() if hasattr(x, "config") and hasattr(x, "get_output_embeddings"))
+    return any(_decodes(x) for x in islice((x for x in inside if x.get_output_embeddings() is not None), 1))
+
+
+def _decodes(model: Any) -> bool:
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else True
+    return layer is not None and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

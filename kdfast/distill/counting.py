@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from kdfast.distill.fields import Fields, samples, split, tensors
 from kdfast.distill.step import Step
 from kdfast.labels import SoftLabels
 from kdfast.masks import check_zeros_and_ones, is_mask
+from kdfast.models import given_mask, row_mask
 
 __all__ = ["Counting", "counted_rows", "rows_shape", "without_padding"]
 
@@ -45,8 +46,10 @@ class Counting:
         """
         inner, cached = split(batch)
         labels = fields.labels_of(inner)
+        named = None if fields.mask is None else given_mask(inner, fields.mask)
         if labels is None:
-            counted = _every(fields.arguments(inner), per_token)
+            every = _every(fields.arguments(inner), per_token)
+            counted = torch.ones(named.shape, dtype=torch.bool) if isinstance(named, Tensor) else every
             if cached is not None and len(cached) != counted.numel():
                 counted = _present(cached)
         elif labels.is_floating_point():
@@ -55,7 +58,8 @@ class Counting:
             counted = self.labels(labels) != self.ignore_index
         if self.shift and counted.dim() > 1:
             counted[..., -1] = False
-        for mask in (self.real(inner, counted.shape), None if cached is None else _present(cached)):
+        real = self.real(inner, counted.shape, fields.mask) if fields.mask is None or named is not None else None
+        for mask in (real, None if cached is None else _present(cached)):
             if mask is not None and mask.numel() == counted.numel():
                 counted = counted & mask.to(counted.device).view_as(counted)
         return counted
@@ -67,23 +71,20 @@ class Counting:
             counted[..., -1] = False
         if step.labels is not None and not step.labels.is_floating_point():
             counted = counted & (self.labels(step.labels) != self.ignore_index)
-        real = self.real(split(step.batch)[0], counted.shape)
+        real = self.real(split(step.batch)[0], counted.shape, step.mask)
         return counted if real is None else counted & real.to(counted.device)
 
-    def real(self, batch: Any, rows: torch.Size) -> Tensor | None:
+    def real(self, batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | None = None) -> Tensor | None:
         """Mark the rows that are not padding and, with ``shift``, do not predict padding: bool, of the shape ``rows``.
 
-        None if the batch has no ``attention_mask`` of that shape.
+        None if the batch has no mask. The mask is ``row_mask``'s, and so are the errors.
         """
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if mask is None or mask.shape != rows:
-            return None
-        mask = mask.bool()
-        if not self.shift:
-            return mask
-        following = mask.roll(-1, -1)
+        real = row_mask(batch, rows, mask)
+        if real is None or not self.shift:
+            return real
+        following = real.roll(-1, -1)
         following[..., -1] = False
-        return mask & following
+        return real & following
 
     def labels(self, labels: Tensor) -> Tensor:
         """The class indices that the logits' positions predict: with ``shift``, those of the next position."""
@@ -115,7 +116,7 @@ def without_padding(step: Step, options: dict[str, Any]) -> dict[str, Any]:
     these the number of rows that count is passed as ``num_items``.
     """
     rule = {"shift": bool(options.get("shift", False)), "ignore_index": options.get("ignore_index", -100)}
-    real = Counting(**rule).real(split(step.batch)[0], step.logits.shape[:-1])
+    real = Counting(**rule).real(split(step.batch)[0], step.logits.shape[:-1], step.mask)
     weight = options.get("row_weight")
     if real is not None and rule["shift"]:
         real = real[..., :-1]  # of positions, as kd_loss takes a mask that is shifted already
@@ -156,8 +157,8 @@ def _every(arguments: Any, per_token: bool) -> Tensor:
 
 
 def _token_ids(arguments: Any) -> Tensor | None:
-    """A mapping's ``input_ids``, or the first tensor if it holds integers (samples, length)."""
+    """A mapping's ids, its decoder's if it has one, or the first tensor if it holds integers (samples, length)."""
     if isinstance(arguments, Mapping):
-        return arguments.get("input_ids")
+        return arguments.get("decoder_input_ids", arguments.get("input_ids"))
     first = next(tensors(arguments), None)
     return first if first is not None and first.dim() == 2 and not first.is_floating_point() else None

@@ -22,7 +22,7 @@ from kdfast.distill.parallel import unwrap
 from kdfast.distill.state import Record
 from kdfast.distill.step import Objective, Step
 from kdfast.distill.teachers import Teachers, owner
-from kdfast.models import apply, device_of
+from kdfast.models import apply, decoder_mask, device_of, is_encoder_decoder
 
 __all__ = ["Distiller"]
 
@@ -60,8 +60,13 @@ class Distiller:
         freeze: patterns of the student's parameters to freeze, as ``kdfast.distill.freeze`` takes them.
         inputs, labels, key: functions of a batch that return the models' arguments, the class indices or
             probabilities, and the records' keys in the cache.
-        mask: for a cache that was captured with ``mask``: the same function of a batch, per record a bool for each
-            row, or for each that is no padding, which says which rows the cache has.
+        outputs: a function of a model's output and the batch that returns its logits, (..., classes), such as
+            ``lambda output, batch: output[0]``. It is called for student and teachers alike.
+        mask: the name of the field, or a function of a batch, that says which rows of the logits are real: a bool each,
+            or per record a bool for each row, or for each that is no padding. For a cache that was captured with
+            ``mask`` it is the same, and says which rows the cache has. By default ``attention_mask``; for an
+            encoder-decoder, whose rows are its decoder's, ``decoder_attention_mask``, or where the labels are not -100.
+            A function that returns None: all are.
         compare_targets: compare the batch's labels with the targets that a cache was captured with, and raise if they
             are not the same. On another device than the CPU that is done for the first batches. False for labels that
             are meant to differ, such as noisy ones.
@@ -92,7 +97,8 @@ class Distiller:
         inputs: Callable[[Any], Any] | None = None,
         labels: Callable[[Any], Tensor | None] | None = None,
         key: Callable[[Any], Sequence[Any]] | None = None,
-        mask: Callable[[Any], Any] | None = None,
+        outputs: Callable[[Any, Any], Any] | None = None,
+        mask: str | Callable[[Any], Any] | None = None,
         compare_targets: bool = True,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
@@ -106,7 +112,9 @@ class Distiller:
         check_device(device)
         self.student = student
         self.objective: Objective = KD(**options) if objective is None else objective
-        self.fields = Fields(inputs=inputs, labels=labels, key=key, mask=mask)
+        if mask is None and is_encoder_decoder(student):
+            mask = decoder_mask
+        self.fields = Fields(inputs=inputs, labels=labels, key=key, outputs=outputs, mask=mask)
         ignored = Counting.of(self.objective).ignore_index
         ignored = ignored if isinstance(ignored, int) else -100
         self.teachers = Teachers(teacher, student, self.fields, ignore_index=ignored, compare_targets=compare_targets)
@@ -153,9 +161,10 @@ class Distiller:
         batch = to_device(batch, device)
         inner, _ = split(batch)
         with self.autocast():
-            student = self._student(self.fields.arguments(inner))
+            student = self._student(inner)
             teacher = self.teachers(batch, student, device, strict)
-        return Step(student, teacher, self.fields.labels_of(inner), batch, self.epoch, self.progress)
+        labels = self.fields.labels_of(inner)
+        return Step(student, teacher, labels, batch, self.epoch, self.progress, self.fields.mask)
 
     def _follow(self) -> torch.device | None:
         """The student's device, to which all move that were on the student's before."""
@@ -166,12 +175,14 @@ class Distiller:
             self._place = device
         return device
 
-    def _student(self, arguments: Any) -> Any:
+    def _student(self, batch: Any) -> Any:
+        arguments = self.fields.arguments(batch, self.student)
         try:
-            return apply(self._run if torch.is_grad_enabled() else self.student, arguments)
+            output = apply(self._run if torch.is_grad_enabled() else self.student, arguments)
         except TypeError as error:
             check_inputs(arguments, error)
             raise
+        return output if self.fields.outputs is None else self.fields.outputs(output, batch)
 
     def step(self, batch: Any) -> Tensor:
         """The loss of a batch: a scalar with a gradient for student and objective."""
@@ -185,7 +196,8 @@ class Distiller:
                 of logits.
         """
         if not self._checked:
-            check_first(step, self.objective)
+            models = () if self.fields.outputs is not None else (self.student, *self.teachers.members)
+            check_first(step, self.objective, models)
             self._checked = True
         with self.autocast():
             return self.objective(step)

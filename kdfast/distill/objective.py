@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from kdfast.distill.fields import split
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
-from kdfast.loss.checks import check_vocabularies, look_like_probabilities
+from kdfast.loss.checks import check_vocabularies
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.loss.option_names import OPTION_TERMS
-from kdfast.models import logits_of
+from kdfast.models import check_classes_last, check_several_classes, logits_of, look_like_probabilities
 
 __all__ = ["KD", "check_first", "teacher_of"]
 
@@ -103,7 +104,9 @@ def teacher_of(step: Step, vocab: str = "same") -> Tensor | SoftLabels | PackedL
     teacher = step.teacher
     if isinstance(teacher, tuple):
         raise ValueError(
-            f"there are {len(teacher)} teachers: kd_loss takes one. Give an objective that says how they are combined"
+            f"there are {len(teacher)} teachers, or one that returns a tuple of {len(teacher)}: kd_loss takes one. "
+            "Give an objective that says how teachers are combined, or say by outputs=(lambda output, batch: ...) "
+            "where a model's logits are"
         )
     teacher = teacher if isinstance(teacher, (SoftLabels, PackedLabels)) else logits_of(teacher)
     teacher = teacher.unpack() if isinstance(teacher, PackedLabels) else teacher
@@ -112,19 +115,38 @@ def teacher_of(step: Step, vocab: str = "same") -> Tensor | SoftLabels | PackedL
     return teacher
 
 
-def check_first(step: Step, objective: Any) -> None:
+def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
     """Check the values of a run's first step for mistakes that would train silently. This waits for the device.
 
+    Args:
+        step: the step.
+        objective: what it is for.
+        models: the student and the teachers, where their outputs are in the step as they are.
+
     Raises:
-        ValueError: probabilities instead of logits, labels out of range, or labels shifted twice or not at all.
+        ValueError: probabilities instead of logits, one logit, classes that are not the last dimension, labels out of
+            range, labels of several classes at once, or labels shifted twice or not at all.
     """
-    logits = _logits(step.student)
+    logits, labels = _logits(step.student), step.labels
     outputs = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
-    for name, x in (("student", logits), *(("teacher", _logits(output)) for output in outputs)):
-        if x is not None and look_like_probabilities(x.detach()):
+    ours = isinstance(getattr(objective, "options", None), Mapping)  # kd_loss of these logits and labels
+    sure = labels is not None or any(isinstance(output, (SoftLabels, PackedLabels)) for output in outputs)
+    named = zip_longest((logits, *map(_logits, outputs)), models)
+    for number, (x, model) in enumerate(named):
+        if x is None:
+            continue
+        name = "teacher" if number else "student"
+        if look_like_probabilities(x.detach()):
             raise ValueError(f"the {name} gives probabilities (rows in [0, 1] that sum to 1): leave its softmax out")
-    labels = step.labels
-    if logits is None or labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        if ours:
+            check_several_classes(name, x)
+            if model is not None:
+                check_classes_last(name, model, x, sure)
+    if logits is None or labels is None:
+        return
+    if ours and labels.is_floating_point() and labels.shape == logits.shape:
+        _check_distributions(labels)
+    if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         return
     counting = Counting.of(objective)
     ignored = counting.ignore_index
@@ -140,6 +162,16 @@ def check_first(step: Step, objective: Any) -> None:
         )
     if isinstance(objective, KD):
         _check_shift(split(step.batch)[0], labels, ignored, counting.shift)
+
+
+def _check_distributions(labels: Tensor) -> None:
+    sums = labels.float().sum(-1)
+    if bool((labels < 0).any()) or bool(((sums - 1.0).abs() > 0.01).any()):
+        raise ValueError(
+            "labels of the logits' shape are each row's class probabilities, which sum to 1; these sum to "
+            f"{float(sums.min()):.3g} to {float(sums.max()):.3g}. Several independent classes (multi-label) need a "
+            "loss of your own: objective=..."
+        )
 
 
 def _check_shift(batch: Any, labels: Tensor, ignored: int, shift: bool) -> None:

@@ -25,6 +25,7 @@ class Step:
         batch: the loader's batch, on the student's device.
         epoch: the epoch under way, from 0.
         progress: the share of all optimiser steps that is done, in [0, 1).
+        mask: which mask of the batch goes with the student's rows, as ``Distiller`` takes it.
     """
 
     student: Any
@@ -33,11 +34,12 @@ class Step:
     batch: Any = None
     epoch: int = 0
     progress: float = 0.0
+    mask: str | Callable[[Any], Any] | None = None
 
     @property
     def logits(self) -> Tensor:
         """The student's logits, (..., classes). Raises ``TypeError`` if its output has none."""
-        return logits_of(self.student)  # type: ignore[no-any-return]
+        return logits_of(self.student, "the student")  # type: ignore[no-any-return]
 
 
 # Returns a scalar: the mean over the rows that count. Parameters of an ``nn.Module`` are trained with the student's.

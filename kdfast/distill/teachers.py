@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from kdfast.cache import CacheError, CacheMismatchError, CacheReader, PackedLabe
 from kdfast.cache.format.keys import describe
 from kdfast.cache.read.agreement import check_labels
 from kdfast.distill.fields import Fields, split, tensors, to_device
-from kdfast.models import call, device_of, evaluating, logits_of
+from kdfast.models import call, call_outputs, device_of, evaluating, logits_of, row_mask
 
 __all__ = ["Teachers", "look_up", "owner"]
 
@@ -25,10 +25,10 @@ COMPARED_ON_DEVICE = 8  # batches
 class Teachers:
     """Runs one teacher, several, or none.
 
-    A module, or the module of a bound method, runs in evaluation mode and without gradients at every call, whatever
-    mode it is in; the mode of each of its submodules is restored afterwards. A cache looks the batch's keys up. A batch
-    that brings labels from a cache, as ``CacheDataset`` collates it, goes with a cache or no teacher: its labels are
-    the output.
+    A module, or the modules that a method or function uses, run in evaluation mode and without gradients at every
+    call, whatever mode they are in; the mode of each of their submodules is restored afterwards. A cache looks the
+    batch's keys up. A batch that brings labels from a cache, as ``CacheDataset`` collates it, goes with a cache or no
+    teacher: its labels are the output.
 
     Args:
         teacher: a module, a function, a ``CacheReader``, a tuple or list of these, or None.
@@ -54,7 +54,7 @@ class Teachers:
         self._ignore_index, self._compare, self._compared = ignore_index, compare_targets, 0
         self.several = isinstance(teacher, (tuple, list))
         self.members: list[Any] = list(teacher) if self.several else [] if teacher is None else [teacher]
-        self._fields = fields
+        self._fields, self._student = fields, student
         for member in self.members:
             if member is student:
                 raise ValueError(
@@ -90,14 +90,13 @@ class Teachers:
 
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
-            mask = self._fields.mask and self._fields.mask(batch)
             try:
                 labels = look_up(
                     member,
-                    self._fields.keys(batch),
+                    self._fields.keys(batch, self._student),
                     batch,
-                    logits_of(student).shape[:-1],
-                    mask=mask,
+                    logits_of(student, "the student").shape[:-1],
+                    mask=self._fields.mask,
                     labels=self._to_compare(batch),
                     ignore_index=self._ignore_index,
                 )
@@ -113,8 +112,10 @@ class Teachers:
                 return None
             return labels if device is None else labels.to(device)
         own = device_of(owner(member)) or device
-        with evaluating(owner(member)):
-            output = call(member, to_device(self._fields.arguments(batch), own))
+        with evaluating(member):
+            output = call(member, to_device(self._fields.arguments(batch, member), own))
+            if self._fields.outputs is not None:
+                output = call_outputs(self._fields.outputs, output, batch)
         if any(x.requires_grad for x in tensors(output)):
             raise ValueError("the teacher's output requires grad: detach it, for only the student is trained")
         return output if own == device else to_device(output, device)
@@ -142,21 +143,21 @@ def look_up(
     batch: Any,
     rows: torch.Size,
     *,
-    mask: Any = None,
+    mask: str | Callable[[Any], Any] | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
 ) -> PackedLabels:
     """Look a batch's keys up in a cache, with the labels laid out as the student's rows.
 
-    There is one row per record, or (records, length) with an absent row for each padding token. Padding is where a
-    mapping's ``attention_mask`` is 0, on either side. Without a mask every row of a record is used.
+    There is one row per record, or (records, length) with an absent row for each padding token. Padding is where the
+    batch's ``attention_mask`` (or ``mask``) is 0, on either side. Without a mask every row of a record is used.
 
     Args:
         cache: the cache.
         keys: a key per record.
         batch: the batch, for its ``attention_mask``.
         rows: the shape of the student's rows.
-        mask: per record which rows the capture has stored, a bool each, or each that is no padding; None: all.
+        mask: another mask of the batch, as ``Distiller`` takes it: with it a capture has stored just these rows.
         labels: the batch's, to compare with the cache's targets; None compares nothing.
         ignore_index: a label that is none.
 
@@ -166,8 +167,7 @@ def look_up(
         ValueError: a record has fewer rows than the batch has tokens of it, or other ones than ``mask`` says.
     """
     index = cache.index(keys)
-    real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    kept = None if len(rows) < 2 or (real is None and mask is None) else _kept(real, mask)
+    kept = _kept(cache.row_counts(index), batch, rows, mask)
     if kept is not None:
         _check_rows(cache.row_counts(index), kept.sum(1), keys, mask is not None)
     if labels is not None:
@@ -178,23 +178,24 @@ def look_up(
     return cache.pack([span for key, row in zip(keys, kept, strict=True) for span in mask_spans(key, row)])
 
 
-def _kept(real: Tensor | None, mask: Any) -> NDArray[np.bool_]:
-    """(records, length) the rows that a batch has labels of: those that are no padding and that ``mask`` says."""
-    if mask is None:
-        assert real is not None
-        return np.asarray(real.bool().cpu())
-    rows = [torch.as_tensor(row).cpu() for row in mask]
-    if real is None:
-        real = torch.ones(len(rows), max(map(len, rows), default=0))
-    kept = real.bool().cpu()
-    for at, row in enumerate(rows):
-        if row.dtype != torch.bool or len(row) not in (kept.shape[1], int(kept[at].sum())):
-            raise ValueError(
-                f"mask must give a bool for each of {kept.shape[1]} rows, or of those that are no padding, got "
-                f"{row.dtype} {tuple(row.shape)}"
-            )
-        kept[at, kept[at].clone()] = row if len(row) != kept.shape[1] else row[kept[at]]
-    return np.asarray(kept)
+def _kept(
+    stored: NDArray[np.int64], batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | None
+) -> NDArray[np.bool_] | None:
+    """(records, length) the rows that a batch has labels of: those that are real. None: all."""
+    real = row_mask(batch, rows, mask)
+    if len(rows) < 2 or real is None:
+        return None
+    kept = np.asarray(real.cpu())
+    padding = None if mask is None else row_mask(batch, torch.Size(rows)) if _masks_rows(batch, rows) else None
+    if padding is not None and not np.array_equal(kept.sum(1), stored):
+        both = kept & np.asarray(padding.cpu())  # a capture leaves out padding that its mask keeps
+        return both if np.array_equal(both.sum(1), stored) else kept
+    return kept
+
+
+def _masks_rows(batch: Any, rows: torch.Size) -> bool:
+    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return isinstance(found, Tensor) and found.shape == rows
 
 
 def _check_rows(stored: NDArray[np.int64], wanted: NDArray[np.int64], keys: Sequence[Any], exact: bool) -> None:

@@ -123,8 +123,8 @@ class _Catch:
         if self._known is None and _has_memory(self._weight):
             self._agrees = _agree(output.detach(), args[0], self._weight.detach(), self._bias)
         vocab, hidden = self._weight.shape[0], self._hidden
-        self._raw = probe(vocab, hidden.device)
-        rows = self._raw if self._known is None else self._raw[:1]
+        self._raw = torch.zeros(1, vocab, device=hidden.device) if self._known else probe(vocab, hidden.device)
+        rows = self._raw
         rows = rows.expand(*hidden.shape[:-2], *rows.shape).contiguous()
         self._gate = _Gate.apply(rows, hidden, self._weight, self._bias)  # type: ignore[no-untyped-call]
         return self._gate

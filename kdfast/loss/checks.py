@@ -19,7 +19,7 @@ from kdfast.labels.ragged import Tailed
 from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
 from kdfast.loss.option_names import REDUCTION_TERMS
 from kdfast.masks import check_zeros_and_ones, is_mask
-from kdfast.models import check_logits, check_plain
+from kdfast.models import check_logits, check_plain, look_like_probabilities
 
 __all__ = [
     "check_backward",
@@ -35,7 +35,6 @@ __all__ = [
     "check_values",
     "check_vocabularies",
     "check_weight_values",
-    "look_like_probabilities",
     "values_are_checked",
 ]
 
@@ -348,14 +347,6 @@ def check_weight_values(**weights: object) -> None:
             raise ValueError(
                 f"{name} must be finite and not negative, got {float(value.min())} to {float(value.max())}"
             )
-
-
-def look_like_probabilities(x: Tensor) -> bool:
-    """Whether all rows lie in [0, 1] and sum to 1, as logits hardly ever do. One-hot rows may be either: no."""
-    if x.numel() == 0 or x.shape[-1] < 2:
-        return False
-    inside = bool(((x >= 0) & (x <= 1)).all())
-    return inside and bool(((x.float().sum(-1) - 1.0).abs() < 1e-2).all()) and bool(((x > 0) & (x < 1)).any())
 
 
 def _check_entries(labels: Ragged, columns: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast._values import can_look
 from kdfast.labels import Dense, Head, SoftLabels
-from kdfast.loss.checks import look_like_probabilities
+from kdfast.models import look_like_probabilities
 
 __all__ = ["look_once"]
 

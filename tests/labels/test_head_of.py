@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from kdfast import Head, kd_loss
 from kdfast.cache import output_layer
@@ -91,6 +92,7 @@ def test_checkpointed_layers_give_their_gradients():
     assert_same(Head.of(model, ids, use_cache=False), want, model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from inside the compiler
 def test_a_compiled_model_runs_eagerly_and_keeps_no_trace():
     model, x = Classifier(), torch.randn(7, 4)
     want = model(x)
@@ -110,26 +112,21 @@ def test_a_compiled_model_runs_eagerly_and_keeps_no_trace():
     torch._dynamo.reset()
 
 
-class Wrapped(nn.Module):
-    """As DistributedDataParallel and the like hold a model."""
-
-    __module__ = "torch.nn.parallel"
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-        self.calls = 0
+class Wrapped(nn.DataParallel):
+    calls = 0
 
     def forward(self, *args, **inputs):
         self.calls += 1
         return self.module(*args, **inputs)
 
 
-def test_the_wrapper_runs():
+@pytest.mark.parametrize("wrap", [Wrapped, lambda model: nn.DataParallel(Wrapped(model)), AveragedModel])
+def test_the_wrapper_runs(wrap):
     model, ids = make("cohere"), token_ids()
-    wrapped = Wrapped(model)
-    assert_same(Head.of(wrapped, ids), model(ids).logits, model)
-    assert wrapped.calls == 1
+    wrapped = wrap(model)
+    inner = next(x for x in wrapped.modules() if isinstance(x, type(model)))
+    assert_same(Head.of(wrapped, ids), inner(ids).logits, inner)
+    assert [x.calls for x in wrapped.modules() if isinstance(x, Wrapped)] in ([1], [])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -150,6 +147,9 @@ def test_what_else_a_model_returns():
     head, output = Head.of(model, ids, return_output=True, output_hidden_states=True)
     assert output.logits is head
     assert torch.equal(output.hidden_states[-1], head.hidden)
+    head, output = Head.of(model, ids, labels=ids, return_output=True)  # for a loss that there are no logits for
+    assert output.loss is None
+    assert head.shape == (2, 5, VOCAB)
     assert Head.of(model, ids, logits_to_keep=2).shape == (2, 2, VOCAB)
     torch.testing.assert_close(Head.of(model, ids, return_dict=False).logits(), model(ids).logits)
 

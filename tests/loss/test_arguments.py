@@ -11,7 +11,8 @@ from torch import nn
 
 from kdfast import Divergence, Head, KDLoss, SoftLabels, jsd, kd_loss
 from kdfast.distill import KD
-from kdfast.loss.checks import check_vocabularies, look_like_probabilities
+from kdfast.loss.checks import check_vocabularies
+from kdfast.models import look_like_probabilities
 from kdfast.testing import loss_and_gradient
 
 S, T, Y = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.tensor([[0, 1, 2], [6, 5, 4]])

@@ -49,6 +49,7 @@ ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", _SIZES, 1.0, None),
     "tied": ("LlamaForCausalLM", {**_SIZES, "tie_word_embeddings": True}, 1.0, None),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 1, "n_head": 2}, 1.0, None),
+    "opt": ("OPTForCausalLM", {**_SIZES, "ffn_dim": 16, "word_embed_proj_dim": WIDTH}, 1.0, None),
     "phi": ("PhiForCausalLM", _SIZES, 1.0, None),  # with a bias
     "gemma2": ("Gemma2ForCausalLM", {**_SIZES, "final_logit_softcapping": 0.7}, 1.0, 0.7),
     "gemma3n": ("Gemma3nForCausalLM", {**_SIZES, **_GEMMA_3N, "final_logit_softcapping": 0.7}, 1.0, 0.7),

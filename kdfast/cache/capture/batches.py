@@ -11,7 +11,18 @@ from torch import Tensor
 
 from kdfast.cache.format.view import View
 from kdfast.masks import as_mask
-from kdfast.models import BatchFields, call, device_of, logits_of, move
+from kdfast.models import (
+    BatchFields,
+    call,
+    call_outputs,
+    decoder_mask,
+    device_of,
+    given_mask,
+    is_encoder_decoder,
+    logits_of,
+    move,
+    row_mask,
+)
 
 __all__ = ["Fields", "Mark", "Part", "bad_row"]
 
@@ -44,9 +55,7 @@ class Mark(NamedTuple):
 class Fields(BatchFields):
     """The functions of a batch that ``capture`` takes, None standing for its conventions; see there."""
 
-    outputs: Callable[[Any, Any], Any] | None = None
     targets: Callable[[Any], Any] | None = None
-    mask: Callable[[Any], Any] | None = None
     views: Callable[[Any], Any] | None = None
 
     def parts(self, model: Any, batch: Any, keys: list[Any]) -> list[Part]:
@@ -56,11 +65,11 @@ class Fields(BatchFields):
             ValueError: rows, targets, mask or views do not fit one another.
             TypeError: no logits in what the teacher returns.
         """
-        arguments = self.arguments(batch)
+        arguments = self.arguments(batch, model)
         output = call(model, arguments if self.inputs is not None else move(arguments, device_of(model)))
-        logits = logits_of(output) if self.outputs is None else self.outputs(output, batch)
+        logits = logits_of(output) if self.outputs is None else call_outputs(self.outputs, output, batch)
         _require(len(logits), keys, "the teacher's output")
-        masks, targets, views = self._mask(batch, logits), *(f and f(batch) for f in (self.targets, self.views))
+        masks, targets, views = self._mask(model, batch, logits), *(f and f(batch) for f in (self.targets, self.views))
         for name, values in (("mask", masks), ("targets", targets), ("views", views)):
             if values is not None:
                 _require(len(values), keys, name)
@@ -74,8 +83,9 @@ class Fields(BatchFields):
 
         Only the teacher's output tells whether an ``attention_mask`` is over the rows, or over what an encoder reads.
         """
-        masks, targets = (None if f is None else f(batch) for f in (self.mask, self.targets))
-        real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        masks = None if self.mask is None else given_mask(batch, self.mask)
+        targets = None if self.targets is None else self.targets(batch)
+        reals = [batch.get("attention_mask"), decoder_mask(batch)] if isinstance(batch, Mapping) else []
         plain = all(f is None for f in (self.mask, self.targets, self.inputs, self.outputs, self.key))
         found = []
         for i, name in enumerate(keys):
@@ -86,30 +96,40 @@ class Fields(BatchFields):
             kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
             length = next((len(x) for x in (kept, ids) if x is not None), None)
             either = [Mark.of(ids, kept, length)]
-            if real is not None and length is not None and tuple(real[i].shape) == (length,):
-                own = real[i].bool().cpu()
-                either.append(Mark.of(ids, own if kept is None else own & kept, length))
+            for real in reals:
+                if real is not None and length is not None and tuple(real[i].shape) == (length,):
+                    own = real[i].bool().cpu()
+                    either.append(Mark.of(ids, own if kept is None else own & kept, length))
             found.append(either)
         return found
 
-    def _mask(self, batch: Any, logits: Any) -> Any:
-        """Per record the rows to store: those of ``mask``, without the padding that an ``attention_mask`` tells."""
+    def _mask(self, model: Any, batch: Any, logits: Any) -> Any:
+        """Per record the rows to store: those of ``mask``, without the padding that the batch's own mask tells."""
+        rows = logits.shape[:-1] if isinstance(logits, Tensor) else torch.Size([len(logits), *map(len, logits[:1])])
+        if isinstance(self.mask, str):
+            return row_mask(batch, rows, self.mask)
         given = None if self.mask is None else self.mask(batch)
-        real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if real is None or not len(logits) or logits[0].dim() == 1:
+        if not len(logits) or logits[0].dim() != 2:
             return given
-        real = real.bool()
+        decoder = is_encoder_decoder(model)
         if given is None:
-            return real
+            return row_mask(batch, rows, decoder_mask if decoder else None)
+        real = decoder_mask(batch) if decoder else batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if real is None or real.shape != rows:
+            return given
         # A product: what is no mask stays none, and is refused as one.
-        return [torch.as_tensor(row).to(real.device) * real[i] for i, row in enumerate(given)]
+        return [torch.as_tensor(row).to(real.device) * real[i].bool() for i, row in enumerate(given)]
 
 
 def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:
     rows = logits[None] if logits.dim() == 1 else logits
     if rows.dim() != 2:
-        several = "; several layers of a row's hidden states are a cache each" if rows.dim() == 3 else ""
-        raise ValueError(f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}{several}")
+        several = ", and several layers of a row's hidden states are a cache each" if rows.dim() == 3 else ""
+        raise ValueError(
+            f"a record's logits must be (rows, vocab) or (vocab,), got {tuple(logits.shape)}: classes are "
+            "the last dimension, outputs=(lambda output, batch: output.movedim(1, -1).flatten(1, -2)) puts them "
+            f"there{several}"
+        )
     if targets is not None:
         targets = torch.as_tensor(targets).reshape(-1)
     if views is not None and not isinstance(views, Sequence):

@@ -44,7 +44,7 @@ def capture(
     outputs: Callable[[Any, Any], Any] | None = None,
     key: Callable[[Any], Sequence[Any]] | None = None,
     targets: Callable[[Any], Any] | None = None,
-    mask: Callable[[Any], Any] | None = None,
+    mask: str | Callable[[Any], Any] | None = None,
     views: Callable[[Any], Any] | None = None,
     epochs: int = 1,
     reuse: str = "refine",
@@ -98,7 +98,9 @@ def capture(
             ``record_keys`` says how. For text alone it is the row of ``input_ids`` without padding.
         targets: of a batch: per record the ids that its rows predict, negative where there is none.
         mask: of a batch: per record a bool per row; only True rows are stored. Rows at which a field
-            ``attention_mask`` is 0 never are.
+            ``attention_mask`` is 0 never are. An encoder-decoder's rows are its decoder's: there it is
+            ``decoder_attention_mask``, or where the labels are not -100. A text names the one field that is looked at
+            instead, for a model whose ``attention_mask`` goes with something else than its rows.
         views: of a batch: per record its ``View``, or one per row.
         epochs: how many epochs the labels will serve.
         reuse: "refine" or "replicas".
@@ -172,7 +174,7 @@ class _Run:
 
     def store(self, batch: Any) -> None:
         """Run the teacher on a batch, unless all its records are known, and add those that are not."""
-        keys = self._fields.keys(batch)
+        keys = self._fields.keys(batch, self._model)
         known = [all(name in self._writer for name in _names(key, self._replicas)) for key in keys]
         if all(known):
             self._repeats.count(keys, known, self._fields.marks(batch, keys))
@@ -233,7 +235,7 @@ class _Source:
     def first_rows(self) -> Iterator[Tensor]:
         rows = 0
         for batch in self.stream.first():
-            for part in self.fields.parts(self.model, batch, self.fields.keys(batch)):
+            for part in self.fields.parts(self.model, batch, self.fields.keys(batch, self.model)):
                 problem = bad_row(part.logits[:, : self.vocab_size])
                 if problem and self.on_bad == "raise":
                     raise ValueError(f"{describe(part.key)}: {problem}; {ON_BAD_HINT}")

@@ -34,11 +34,14 @@ def output_layer(model: Any, **inputs: Any) -> OutputLayer:
     if find_output_module(model) is None:
         raise ValueError(f"a {type(model).__name__} has no get_output_embeddings() with a weight")
     inputs = inputs or _two_tokens(model)
-    source, seen = _source(model), []
+    base, source = _sources(model)
+    seen: list[Tensor | None] = []
     hook = source.register_forward_hook(lambda module, args, output: seen.append(_last_hidden(output)))
     try:
         with evaluating(model), torch.inference_mode(False), torch.no_grad(), _no_autocast(model):
             run = run_to_output_layer(model, None, (), inputs)
+            if base is not None:
+                seen = [_last_hidden(base(**inputs))]  # as a capture calls it
     finally:
         hook.remove()
     scale = run.scale * _factor(model, run, seen)
@@ -71,12 +74,14 @@ def _no_autocast(model: Any) -> Any:
     return torch.autocast("cpu" if device is None else device.type, enabled=False)
 
 
-def _source(model: Any) -> nn.Module:
-    """The part that gives the last hidden states: the base model, or the decoder where there is none."""
+def _sources(model: Any) -> tuple[nn.Module | None, nn.Module]:
+    """The base model, where there is one, and the module whose output is looked at where there is none: the decoder."""
     inner = unwrap(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT's base_model is another thing
     base = getattr(inner, "base_model", inner)
-    return base if base is not inner or not hasattr(inner, "get_decoder") else inner.get_decoder()
+    if base is not inner:
+        return base, base
+    return None, inner.get_decoder() if hasattr(inner, "get_decoder") else inner
 
 
 def _last_hidden(output: Any) -> Tensor | None:

@@ -30,6 +30,7 @@ from kdfast.cache.write.records import Attachments, Record, check_labels, check_
 from kdfast.cache.write.session import Session, work_folder
 from kdfast.cache.write.writer_thread import WriterThread
 from kdfast.labels import SoftLabels
+from kdfast.models import look_like_probabilities
 
 __all__ = ["Writer", "WriterReport"]
 
@@ -44,6 +45,10 @@ class WriterReport(NamedTuple):
     duplicates: int  # records whose key was there already: they are not stored
     conflicts: int  # of these, records whose targets are not those of the record that is there
     conflicting_keys: tuple[str, ...]  # the first of them
+
+
+FIRST_ROWS = 64  # of a record, that are looked at for probabilities
+SURE = 8  # so many numbers that could be probabilities are: a few single rows of logits may look like some
 
 
 class Writer:
@@ -115,6 +120,8 @@ class Writer:
             raise ValueError(f"keys must be {HASH!r} or {RANGE!r}, got {keys!r}")
         if shard_bytes < 1 or block_rows < 1:
             raise ValueError(f"shard_bytes and block_rows must be positive, got {shard_bytes} and {block_rows}")
+        if vocab_size == 1:
+            raise ValueError("a teacher with one logit has no distribution to store: give the logits of both classes")
         self._codec = codecs.create(codec, vocab_size, temperatures, options)
         self._width = self._codec.input_width if teacher_vocab_size is None else teacher_vocab_size
         self._takes_logits = self._codec.input_name == codecs.LOGITS
@@ -124,6 +131,8 @@ class Writer:
             raise ValueError(f"teacher_vocab_size must be at least vocab_size {vocab_size}, got {teacher_vocab_size}")
         self._duplicates = self._conflicts = 0
         self._conflicting: list[str] = []
+        self._may_be_probabilities = self._takes_logits
+        self._probabilities = 0  # entries that may be no logits
         self._closed = False
         self._process = os.getpid()
         self._storage = open_storage(path)
@@ -211,6 +220,7 @@ class Writer:
         digest = self._make_key(key)
         with _about(key):
             rows = check_logits(logits, self._codec, self._width)
+            self._refuse_probabilities(rows)
             ids = None if targets is None else targets_of(targets, len(rows), self._codec.vocab_size)
             if self._is_duplicate(key, digest, ids):
                 return
@@ -318,6 +328,19 @@ class Writer:
             raise CacheError(f"the writer of {self._storage.url} is closed")
         if os.getpid() != self._process:
             raise CacheError(f"the writer of {self._storage.url} belongs to process {self._process}, not to its fork")
+
+    def _refuse_probabilities(self, rows: Tensor) -> None:
+        """Raise ``ValueError`` where all that has been added so far is probabilities. One row of logits settles it."""
+        if not self._may_be_probabilities:
+            return
+        rows = rows[:FIRST_ROWS]
+        self._may_be_probabilities = look_like_probabilities(rows) or not len(rows)
+        self._probabilities += rows.numel() * self._may_be_probabilities
+        if self._probabilities >= SURE:
+            raise ValueError(
+                "the rows are probabilities (in [0, 1], with sum 1), and a cache takes logits: leave the teacher's "
+                "softmax out, or give probabilities.log()"
+            )
 
     def _is_duplicate(self, key: Any, digest: Key, targets: Tensor | None) -> bool:
         """Whether the key is there already; such a record is counted, and its targets are compared."""
