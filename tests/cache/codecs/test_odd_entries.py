@@ -1,5 +1,7 @@
 """Caches of entries at their limits: records without rows, and labels that other tools have made."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,13 +47,17 @@ def test_records_without_rows_alone_in_their_shards(tmp_path, codec, options, co
 
 
 def weights(ids, values):
-    return SoftLabels.weights(torch.tensor([ids]), torch.tensor([values]), vocab_size=VOCAB)
+    """Labels of one row, whatever its entries are: not what the constructor would take or make of them."""
+    labels = SoftLabels.weights(torch.arange(len(ids))[None], torch.ones(1, len(ids)), vocab_size=VOCAB)
+    return replace(labels, ids=torch.tensor(ids, dtype=torch.int32), values=torch.tensor(values))
 
 
 def prototype(ids, probs, tail, shape, prototypes=None):
+    """Labels of one row, as ``weights`` gives them."""
     table = (make_prototypes() if prototypes is None else prototypes).table
-    ids, probs, tail, shape = torch.tensor([ids]), torch.tensor([probs]), torch.tensor([tail]), torch.tensor([shape])
-    return SoftLabels.prototype(ids, probs, tail, shape, table, vocab_size=VOCAB)
+    entries = torch.tensor([ids]), torch.full((1, len(ids)), 0.1)
+    labels = SoftLabels.prototype(*entries, torch.tensor([tail]), torch.tensor([0]), table, vocab_size=VOCAB)
+    return replace(labels, values=torch.tensor(probs), prototype_ids=torch.tensor([shape]))
 
 
 # What a codec refuses only when the block is encoded stops its writer for good; what it takes and then cannot decode,

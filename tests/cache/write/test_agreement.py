@@ -17,7 +17,7 @@ from kdfast.cache.format.declared import DECLARATION
 from kdfast.cache.format.keys import make_key
 from kdfast.labels.head import OutputLayer
 from support.caches import VOCAB, contents, logits, write, writer
-from support.children import Batches, Teacher, gather_there
+from support.children import Teacher, batches, gather_there
 
 OTHERS = {
     "teacher": {"teacher": "u"},
@@ -128,22 +128,19 @@ def test_two_who_learn_prototypes_at_once_agree_on_one_table(tmp_path, monkeypat
     """The second learns while the first does, from other rows, and finds the first one's table when it is done."""
     begun = []
 
-    class Rows(Batches):
-        def __iter__(self):
-            if self.other and not begun:
+    def rows(other):
+        for number, batch in enumerate(batches()):
+            if other and number == 1:  # the first one is learning
                 begun.append(1)
-                run("other", Rows(lambda _: None, other=False))
-            yield from super().__iter__()
-
-        def __init__(self, tell, other):
-            super().__init__(tell)
-            self.other = other
+                run("other", rows(other=False))
+            yield batch
 
     def run(name, loader):
         options = {"codec": "prototype", "k": 2, "prototypes": 2, "writer": name}
         return capture(Teacher(), loader, tmp_path, vocab_size=VOCAB, progress=False, **options)
 
-    run("first", Rows(lambda _: None, other=True))
+    run("first", rows(other=True))
+    assert begun
     cache = kdfast.cache.open(tmp_path)
     cache.verify()
     assert cache.info.shards >= 1
