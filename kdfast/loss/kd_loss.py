@@ -240,6 +240,7 @@ def _run_by_chunks(
         want_parts=want_parts,
         shard=shard,
     )
+    flat: Tensor | Head
     if isinstance(student, Head):
         flat = flat_head(student, kept)
     else:
