@@ -72,6 +72,13 @@ class Ragged(SoftLabels):
         entries = Entries.of(self.ids, self.values, self.offsets)
         return entries.where(~self.padding).best(len(self))
 
+    def without_padding(self) -> Self:
+        kept = ~self.padding
+        if bool(kept.all()):
+            return self
+        counts = torch.bincount(self.entry_rows[kept], minlength=len(self))
+        return replace(self, ids=self.ids[kept], values=self.values[kept], offsets=offsets_of(counts), width=None)
+
     def to_dense(self) -> SoftLabels:
         raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
 

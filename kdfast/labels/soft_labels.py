@@ -376,6 +376,10 @@ class SoftLabels(ABC):
             ValueError: labels of kind weights: the likeliest of a sampler's draws need not be the likeliest class.
         """
 
+    def without_padding(self) -> Self:
+        """The labels without entries that are padding, for whoever stores them. The host waits for their device."""
+        return self
+
     def shard(self, columns: slice) -> Self:
         """The part of the labels that a process with ``columns`` of the vocabulary needs. Entries keep their ids."""
         return self

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.labels import Head, SoftLabels
+from kdfast.labels import Head, SoftLabels, Weights
 from kdfast.labels.packed import unpacked
 from kdfast.loss import checks
 from kdfast.loss.kd_loss import kd_loss
@@ -64,11 +64,13 @@ def teacher_argmax_ce(student: Tensor | Head, teacher: Teacher, labels: Tensor |
         TypeError, ValueError: as ``teacher_argmax`` and ``kd_loss``.
     """
     columns = checks.check_student(student).shape[-1]
-    classes = teacher_argmax(teacher, ignore_index=-1).reshape(-1, 1)
-    hard = SoftLabels.weights(
-        classes.clamp(min=0),
-        torch.ones_like(classes, dtype=torch.float32),
+    classes = teacher_argmax(teacher, ignore_index=-1).reshape(-1)
+    # Made without a look at the classes: one that the student lacks makes its row NaN.
+    hard = Weights(
         vocab_size=columns,
-        present=(classes >= 0).squeeze(1),
+        values=torch.ones_like(classes, dtype=torch.float32),
+        ids=classes.clamp(min=0).int(),
+        offsets=torch.arange(len(classes) + 1, device=classes.device),
+        present=classes >= 0,
     )
     return kd_loss(student, hard, labels, divergence="soft_ce", teacher_temperature=1.0, **options)

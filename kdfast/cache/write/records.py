@@ -219,7 +219,7 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
             )
     if labels.present is not None and not bool(labels.present.all()):
         raise ValueError("labels must have all rows present: a cache holds no absent ones")
-    copy = _copy(labels.to("cpu"))
+    copy = _copy(labels.to("cpu").without_padding())
     if len(copy):
         codec.check(copy)  # here it can be refused by name, in the background it would stop everything
     return copy

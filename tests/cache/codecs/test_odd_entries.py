@@ -46,18 +46,17 @@ def test_records_without_rows_alone_in_their_shards(tmp_path, codec, options, co
     assert len(cache.gather(["empty0", "full0", "empty1", None])) == 4
 
 
+# SoftLabels' constructors refuse or mend what they can see, which is not all that a codec may be given.
 def weights(ids, values):
-    """Labels of one row, whatever its entries are: not what the constructor would take or make of them."""
-    labels = SoftLabels.weights(torch.arange(len(ids))[None], torch.ones(1, len(ids)), vocab_size=VOCAB)
-    return replace(labels, ids=torch.tensor(ids, dtype=torch.int32), values=torch.tensor(values))
+    good = SoftLabels.weights(torch.arange(len(ids))[None], torch.ones(1, len(ids)), vocab_size=VOCAB)
+    return replace(good, ids=torch.tensor(ids).int(), values=torch.tensor(values))
 
 
 def prototype(ids, probs, tail, shape, prototypes=None):
-    """Labels of one row, as ``weights`` gives them."""
     table = (make_prototypes() if prototypes is None else prototypes).table
-    entries = torch.tensor([ids]), torch.full((1, len(ids)), 0.1)
-    labels = SoftLabels.prototype(*entries, torch.tensor([tail]), torch.tensor([0]), table, vocab_size=VOCAB)
-    return replace(labels, values=torch.tensor(probs), prototype_ids=torch.tensor([shape]))
+    ids, probs, tail = torch.tensor([ids]), torch.tensor([probs]), torch.tensor([tail])
+    good = SoftLabels.prototype(ids, probs, tail, torch.zeros(1).long(), table, vocab_size=VOCAB)
+    return replace(good, prototype_ids=torch.tensor([shape]))
 
 
 # What a codec refuses only when the block is encoded stops its writer for good; what it takes and then cannot decode,
@@ -115,6 +114,17 @@ def test_labels_of_a_cache_can_be_stored_again_to_the_bit(tmp_path, codec, optio
     for number, piece in enumerate(pieces):
         for ours, theirs in zip(parts(cache[number]), parts(piece), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_draws_with_repeats_and_padding_are_stored_without(tmp_path):
+    """As a sampler gives them: ids that repeat add up, and an id of weight 0 is none."""
+    labels = SoftLabels.weights(
+        torch.tensor([[7, 7, 3, 9, 9]]), torch.tensor([[0.25, 0.25, 0.5, 0, 0]]), vocab_size=VOCAB
+    )
+    with kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec="sample", draws=4) as writer:
+        writer.add_labels("a", labels)
+    stored = kdfast.cache.open(tmp_path)["a"]
+    assert dict(zip(stored.ids.tolist(), stored.values.tolist(), strict=True)) == {7: 0.5, 3: 0.5}
 
 
 def parts(labels):
