@@ -44,15 +44,17 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
             raise ValueError(
                 f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
             )
+        given = [x for x in vars(teacher).values() if isinstance(x, Tensor)]
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)
-        if (logits.hidden if isinstance(logits, Head) else logits).requires_grad:
-            raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
+        given = [logits.hidden if isinstance(logits, Head) else logits]
         if logits.shape[:-1] != student.shape[:-1]:
             raise ValueError(
                 f"student and teacher must have the same leading dimensions, got {tuple(student.shape)} and "
                 f"{tuple(logits.shape)}"
             )
+    if any(x.requires_grad for x in given):
+        raise ValueError("teacher requires grad, but only the student is trained: compute it under torch.no_grad()")
     if teacher.device != student.device:
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}")
 
