@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -144,6 +145,9 @@ def test_a_graph_of_gradients_is_freed_with_them():
     leaf, t = randn(ROWS, VOCAB, dtype=torch.float32).requires_grad_(), randn(ROWS, VOCAB, dtype=torch.float32)
     (made,) = torch.autograd.grad(kd_loss(leaf, t), leaf, create_graph=True)
     assert torch.equal(made, torch.autograd.grad(kd_loss(leaf, t), leaf)[0])
+    node = weakref.ref(made)
+    del made
+    assert node() is None
 
 
 @pytest.mark.parametrize("form", ["losses", "grad", "inplace"])
