@@ -65,7 +65,7 @@ def check_teacher(student: Tensor | Head, teacher: Tensor | Head | SoftLabels, r
                 f"teacher has {len(teacher)} rows of soft labels, student {tuple(student.shape)} has {rows}"
                 + _PADDED * (len(teacher) < rows and len(student.shape) > 2)
             )
-        if teacher.values.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(x.requires_grad for x in vars(teacher).values() if isinstance(x, Tensor)):
             raise ValueError("soft labels of the teacher require grad, but only the student is trained: detach them")
     else:
         logits = teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)

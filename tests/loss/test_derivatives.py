@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -144,6 +145,9 @@ def test_a_graph_of_gradients_is_freed_with_them():
     leaf, t = randn(ROWS, VOCAB, dtype=torch.float32).requires_grad_(), randn(ROWS, VOCAB, dtype=torch.float32)
     (made,) = torch.autograd.grad(kd_loss(leaf, t), leaf, create_graph=True)
     assert torch.equal(made, torch.autograd.grad(kd_loss(leaf, t), leaf)[0])
+    node = weakref.ref(made)
+    del made
+    assert node() is None
 
 
 @pytest.mark.parametrize("form", ["losses", "grad", "inplace"])
@@ -359,6 +363,29 @@ def test_what_it_does_not_serve_is_refused(tmp_path):
         assert_once(kd_loss(leaf, t, group=dist.group.WORLD, backward="recompute"), [leaf])
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute", "eager"])
+def test_a_teacher_of_any_kind_gets_no_gradient_in_silence(backward):
+    student, logits = randn(ROWS, VOCAB, dtype=torch.float32), randn(ROWS, VOCAB, dtype=torch.float32)
+    ids, log_probs = torch.tensor([[0, 5], [3, 1], [2, 4]]), torch.full((3, 2), -1.5)
+    makers = [
+        (lambda x: x, logits),
+        (lambda x: Head(x, torch.eye(VOCAB)), logits),
+        (SoftLabels.dense, logits),
+        (lambda x: SoftLabels.topk(ids, x, torch.full((3,), -0.6), vocab_size=VOCAB), log_probs),
+        (lambda x: SoftLabels.topk(ids, log_probs, x, vocab_size=VOCAB), torch.full((3,), -0.6)),
+    ]
+    for make, x in makers:
+        kd_loss(student, make(x), backward=backward)
+        with pytest.raises(ValueError, match="teacher requires grad"):
+            kd_loss(student, make(x.clone().requires_grad_()), backward=backward)
+        with pytest.raises(ValueError, match="teacher requires grad"):
+            grad(lambda x, make=make: kd_loss(student, make(x), backward=backward))(x)
+    # Its output layer may be a model's that is trained elsewhere.
+    weight = torch.eye(VOCAB, requires_grad=True)
+    kd_loss(student.requires_grad_(), Head(logits, weight), backward=backward).backward()
+    assert weight.grad is None
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
