@@ -268,11 +268,7 @@ def check_backward(backward: str, reduction: str, num_items: object, student: Te
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f'num_items replaces the denominator of reduction="mean", got reduction={reduction!r}')
-        _check_positive("num_items", num_items)
-        if isinstance(num_items, Tensor) and num_items.numel() != 1:
-            raise ValueError(
-                f"num_items must be one number, got a tensor of {tuple(num_items.shape)}: of several counts their sum"
-            )
+        _check_items(num_items)
     if backward == "inplace":
         if isinstance(student, Head):
             raise ValueError('backward="inplace" writes over logits, which a Head does not have: use "fused"')
@@ -289,6 +285,20 @@ def check_eager(backward: str, student: Tensor | Head, in_group: bool) -> str:
     if isinstance(student, Head) and student.weight_grad is not None:
         raise ValueError(f"{why} cannot be combined with Head(weight_grad=): the weight's gradient is returned")
     return "eager"
+
+
+def _check_items(num_items: object) -> None:
+    if not isinstance(num_items, Tensor):
+        _check_positive("num_items", num_items)
+        return
+    if num_items.numel() != 1:
+        raise ValueError(
+            f"num_items must be one number, got a tensor of {tuple(num_items.shape)}: of several counts their sum"
+        )
+    count = _number("num_items", num_items.reshape(()))
+    # A step of which no row counts has a count of 0, and a loss of 0.
+    if count is not None and not 0 <= count <= LARGEST:
+        raise ValueError(f"num_items must not be negative, and finite, got {count}")
 
 
 def _no_choice(name: str, got: object, choices: tuple[str, ...], terms: Mapping[str, str]) -> Exception:

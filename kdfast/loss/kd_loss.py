@@ -146,7 +146,7 @@ def kd_loss(
     checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
     needed_by = _needs_labels(div, ce_weight)
     checks.check_labels(labels, student, needed_by)
-    _check_divergence(div, student, teacher, tau_t, vocab, shard)
+    _check_divergence(div, student, teacher, tau_t, vocab, shard, needed_by)
     checks.check_effects(label_smoothing, kd_weight, ce_weight, z_weight, return_parts)
     look_once(student, teacher)
 
@@ -233,6 +233,7 @@ def _check_divergence(
     tau_t: Number,
     vocab: str,
     shard: Shard | None,
+    needed_by: str | None,
 ) -> None:
     if isinstance(teacher, SoftLabels):
         check_supported(teacher, div, tau_t)
@@ -243,7 +244,7 @@ def _check_divergence(
     columns = min(ours, theirs)
     if div.name == "dkd" and columns < 3:
         raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
-    if ours == 1 and div.name != "logit_mse":
+    if ours == 1 and (div.name != "logit_mse" or div.standardize or needed_by is not None):
         raise ValueError(
             "student has one logit per row, whose softmax is always 1. For a sigmoid's logit z give both sides two "
             "classes: torch.stack((torch.zeros_like(z), z), -1), and labels of 0 and 1"

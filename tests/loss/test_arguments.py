@@ -96,6 +96,14 @@ def test_items_of_every_kind(items):
     assert torch.allclose(kd_loss(S, T, num_items=items), kd_loss(S, T, num_items=4))
 
 
+def test_a_step_of_which_no_row_counts_has_no_items():
+    student, nothing = S.clone().requires_grad_(), torch.full((2, 3), -100)
+    loss = kd_loss(student, T, nothing, num_items=(nothing != -100).sum())
+    loss.backward()
+    assert loss == 0.0
+    assert (student.grad == 0.0).all()
+
+
 NUMBERS = {
     "num_items of two": (lambda: kd_loss(S, T, num_items=torch.tensor([3, 4])), ValueError, r"num_items.*\(2,\).*sum"),
     "negative kd_weight": (lambda: kd_loss(S, T, kd_weight=-1.0), ValueError, "kd_weight must not be negative, got -1"),
@@ -105,6 +113,7 @@ NUMBERS = {
     "zero 0-d": (lambda: kd_loss(S, T, temperature=torch.tensor(0)), ValueError, "temperature must be positive"),
     "nan": (lambda: kd_loss(S, T, z_weight=math.nan), ValueError, "z_weight must be finite, got nan"),
     "beyond float": (lambda: kd_loss(S, T, kd_weight=10**400), ValueError, "kd_weight must be finite"),
+    "negative items": (lambda: kd_loss(S, T, num_items=torch.tensor(-3)), ValueError, "num_items must not be negative"),
     "nan items": (lambda: kd_loss(S, T, num_items=math.nan), ValueError, "num_items must be positive"),
     "mask as temperature": (lambda: kd_loss(S, T, temperature=Y > 2), TypeError, "temperature must be a number"),
     "a number": (lambda: kd_loss(S, T, row_weight=2.0), TypeError, "row_weight must be a tensor.*got float.*kd_weight"),
@@ -227,6 +236,9 @@ def test_one_logit_is_refused_and_two_classes_are_its_sigmoid():
     bce = F.binary_cross_entropy_with_logits(z, p)
     assert torch.allclose(kd_loss(*two, divergence="soft_ce"), bce)
     assert torch.allclose(kd_loss(z, t, divergence="logit_mse"), (z - t).square().mean())  # a regression
+    for options in ({"ce_weight": 1.0}, {"divergence": Divergence("logit_mse", standardize=True)}):
+        with pytest.raises(ValueError, match="one logit per row"):
+            kd_loss(z, t, torch.ones(5, 1), **{"divergence": "logit_mse", **options})
 
 
 # ---- probabilities in logits' place ---------------------------------------------------------------------------------

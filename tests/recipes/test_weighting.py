@@ -206,3 +206,15 @@ def test_class_attention_misuse():
         ClassAttention(torch.ones(3))(make_step())
     with pytest.raises(ValueError, match="takes one teacher, got 2"):
         ClassAttention(torch.ones(5))(make_step(teachers=2))
+
+
+def test_the_hardest_rows_of_a_sequence_are_the_loss():
+    step = Step(torch.randn(2, 4, 5), torch.randn(2, 4, 5), torch.randint(5, (2, 4)))
+    rows = F.cross_entropy(step.student[:, :-1].flatten(0, 1), step.labels[:, 1:].flatten(), reduction="none")
+    objective = KD(shift=True, kd_weight=0.0, ce_weight=1.0, row_weight=hardest(0.5, shift=True))
+    assert torch.allclose(objective(step), rows.topk(3).values.mean())
+    padded = Step(
+        step.student, step.teacher, step.labels, {"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    )
+    real = torch.cat([rows[:2], rows[3:]])
+    assert torch.allclose(objective(padded), real.topk(3).values.mean())
