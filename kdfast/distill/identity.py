@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,8 +62,8 @@ class Identity:
         found = self._all = self._of_parts(values=True)
         _add_modes(found, parallel.unwrap(distiller.student), distiller.frozen_norms)
         _add_optimizer(found, distiller)
-        for name in ("inputs", "labels", "key"):
-            found.add(name, getattr(distiller.fields, name))
+        for field in fields(distiller.fields):
+            found.add(field.name, getattr(distiller.fields, field.name))
         for name in ("schedule", "amp", "accumulate", "clip_norm"):
             found.add(name, getattr(distiller, name))
         for name in ("eval_every", "patience", "monitor"):

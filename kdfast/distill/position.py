@@ -70,16 +70,18 @@ class Position:
         return iter(self._loader)
 
     def _fast_forward(self, skip: int) -> Iterator[Any]:
-        if self._stateful is not None:
-            return iter(self._loader)
         here = random_state(self.generators)
+        batches = iter(self._loader) if self._stateful is not None else self._skipped(skip)
+        set_random_state(here, self.generators)
+        return batches
+
+    def _skipped(self, skip: int) -> Iterator[Any]:
         set_random_state(self._began, self.generators)
         batches = without_first(self._loader, skip)
         if batches is None:
             set_random_state(self._began, self.generators)
             batches = iter(self._loader)
             self._read(batches, skip)
-        set_random_state(here, self.generators)
         return batches
 
     def _read(self, batches: Iterator[Any], skip: int) -> None:
