@@ -224,6 +224,19 @@ def as_bytes(document):
     return torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
 
 
+def test_salvage_removes_what_was_half_published_long_ago(tmp_path):
+    write(tmp_path, range(3))
+    before = contents(tmp_path)
+    old, new = tmp_path / "manifest.json.12-0123abcd.part", tmp_path / "manifest.json.13-0123abcd.part"
+    for path in (old, new):
+        path.write_text("x")
+    os.utime(old, (0, 0))
+    assert kdfast.cache.salvage(tmp_path) == 0
+    assert not old.exists()
+    assert new.exists()
+    assert contents(tmp_path) == before
+
+
 # ---- links ----------------------------------------------------------------------------------------------------------
 
 
