@@ -166,6 +166,7 @@ def is_alive(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for the copies that forked processes may have
     except BlockingIOError:
         return True
     finally:
