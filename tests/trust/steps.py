@@ -145,12 +145,10 @@ def signalled(number: int, when: str) -> Event:
     """The process gets a signal ``before`` the call, ``after`` it, or when a write is ``torn``."""
 
     def event(name: str, call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        if when == "torn":
-            half(name, call, arguments, keywords)
-        if when != "after":
+        if when == "before":
             os.kill(os.getpid(), number)
             return call(*arguments, **keywords)
-        result = call(*arguments, **keywords)
+        result = half(name, call, arguments, keywords) if when == "torn" else call(*arguments, **keywords)
         os.kill(os.getpid(), number)
         return result
 

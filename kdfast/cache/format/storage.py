@@ -227,6 +227,8 @@ class RemoteStorage(Storage):
         self._fs.invalidate_cache()
         if self.size(name) != size:
             raise OSError(f"{self.describe(name)}: {size} bytes sent, {self.size(name)} arrived")
+        if self._tail(name, size) != _tail(file):
+            raise OSError(f"{self.describe(name)}: not what was sent has arrived")
 
     def deliver(self, file: Path, name: str) -> None:
         size = file.stat().st_size

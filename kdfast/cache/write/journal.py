@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kdfast._atomic import part_of, with_filename
+from kdfast._atomic import part_of, replacing, with_filename
 from kdfast._C import crc32c
-from kdfast.cache.errors import CacheBusyError, CacheError
+from kdfast.cache.errors import CacheBusyError, CacheCorruptError, CacheError
 
 __all__ = ["Entry", "Journal", "is_alive", "open_own", "write_at"]
 
@@ -47,15 +48,31 @@ class Journal:
         _open.add(self)
 
     def entries(self) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-        """Yield kind, contents and end offset of every entry, up to the first that is torn or corrupt."""
+        """Yield kind, contents and end offset of every entry, up to the first that is torn or corrupt.
+
+        Raises:
+            CacheCorruptError: not even the first entry is what was written, and no kill can have torn it.
+        """
         with with_filename(self.path), open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
             data = file.read()
+        if data and _parse(memoryview(data)) is None and not self._is_torn(data):
+            raise CacheCorruptError(
+                f"{self.path}: its first entry is not what was written, and without it the others cannot be read: "
+                "restore the file, or move it and the .part files of this writer away to give up what they hold"
+            )
         end = 0
         while (entry := _parse(memoryview(data)[end:])) is not None:
             kind, contents, length = entry
             end += length
             yield kind, contents, end
+
+    def _is_torn(self, data: bytes) -> bool:
+        """Whether a kill can have left ``data``: a first entry alone, cut short before its shard had a part file."""
+        writer = self.path.name.removesuffix(".journal")
+        parts = [part for part in self.path.parent.glob(f"{writer}-*.safetensors.part") if part.stat().st_size]
+        length = int(np.frombuffer(data, "<u4", 1)[0]) if len(data) >= FRAME.itemsize else len(data)
+        return len(data) < FRAME.itemsize + length and not parts
 
     def append(self, kind: str, contents: Mapping[str, Tensor]) -> None:
         """Add an entry. After an ``OSError`` it is not there, and the call can be repeated."""
@@ -121,7 +138,8 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 def open_own(path: Path, flags: int) -> int:
     """Open a file that only a writer makes. Raises ``CacheError`` for a link, or for what is no regular file.
 
-    Whoever may write in the directory could otherwise have a writer cut a file that lies elsewhere.
+    Whoever may write in the directory could otherwise have a writer cut a file that lies elsewhere. A file that has
+    other names, as a backup of hard links gives it, is left to these, and a copy takes its place.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -130,11 +148,14 @@ def open_own(path: Path, flags: int) -> int:
             raise CacheError(f"{path} is a symbolic link, which no writer makes: remove it") from error
         raise
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(descriptor)
-        what = "a file of several names" if stat.S_ISREG(found.st_mode) else "no regular file"
-        raise CacheError(f"{path} is {what}, which no writer makes: remove it")
-    return descriptor
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise CacheError(f"{path} is no regular file, which no writer makes: remove it")
+    with replacing(path) as part:
+        shutil.copyfile(path, part, follow_symlinks=False)
+    return open_own(path, flags)
 
 
 def is_alive(path: Path) -> bool:
@@ -145,6 +166,7 @@ def is_alive(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for the copies that forked processes may have
     except BlockingIOError:
         return True
     finally:

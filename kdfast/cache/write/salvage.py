@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from kdfast.cache.errors import CacheBusyError
@@ -14,11 +17,16 @@ from kdfast.cache.write.session import JOURNAL_NAME, Session, work_folder
 
 __all__ = ["salvage"]
 
+LEFT_OVER = re.compile(r".+\.\d+-[0-9a-f]{8}\.part")  # a file that was being published: it is never read
+OLD_S = 24 * 3600  # nobody publishes a file for so long
+
 
 def salvage(
     path: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None, keep: Collection[str] = ()
 ) -> int:
     """Seal every unfinished shard of a cache that no live writer holds, up to its last good block.
+
+    Files that killed processes left half published are removed when they are a day old.
 
     A writer that will be started again needs no salvage: it resumes by itself, and its shards then come out as if it
     had never stopped. After a salvage the records are the same, but shards end elsewhere.
@@ -48,6 +56,10 @@ def salvage(
             errors.append(error)
     if sealed:
         write_manifest(storage)
+    for name in filter(LEFT_OVER.fullmatch, files):
+        with suppress(OSError):  # another process may have been faster
+            if time.time() - (folder / name).lstat().st_mtime > OLD_S:
+                (folder / name).unlink()
     if errors:
         raise errors[0]
     return sealed

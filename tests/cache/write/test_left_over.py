@@ -224,6 +224,19 @@ def as_bytes(document):
     return torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
 
 
+def test_salvage_removes_what_was_half_published_long_ago(tmp_path):
+    write(tmp_path, range(3))
+    before = contents(tmp_path)
+    old, new = tmp_path / "manifest.json.12-0123abcd.part", tmp_path / "manifest.json.13-0123abcd.part"
+    for path in (old, new):
+        path.write_text("x")
+    os.utime(old, (0, 0))
+    assert kdfast.cache.salvage(tmp_path) == 0
+    assert not old.exists()
+    assert new.exists()
+    assert contents(tmp_path) == before
+
+
 # ---- links ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,15 +252,43 @@ def test_planted_links_do_not_cost_their_target(tmp_path, name, kind):
     else:
         target.write_text("precious")
         (os.symlink if kind == "symbolic" else os.link)(target, cache / name)
-    if name == JOURNAL:
+    if name == JOURNAL and kind != "hard":
         with pytest.raises(kdfast.cache.CacheError, match=rf"{JOURNAL} is .*, which no writer makes: remove it"):
             write(cache, range(10))
-    else:  # nobody's, and not followed
+    else:  # nobody's, and not followed; a copy takes the place of a file that has other names
         write(cache, range(10))
         kdfast.cache.open(cache).verify()
     if kind in ("symbolic", "hard"):
         assert target.read_text() == "precious"
     assert not (kind == "dangling" and target.exists())
+
+
+def test_a_backup_of_hard_links_stays_what_it_is(tmp_path):
+    write(tmp_path / "whole", range(30))
+    stop(tmp_path / "cache", 20)
+    shutil.copytree(tmp_path / "cache", tmp_path / "backup", copy_function=os.link)
+    before = contents(tmp_path / "backup")
+    write(tmp_path / "cache", range(30))
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "backup") == before
+
+
+@pytest.mark.parametrize("position", [0, 4, 9, 200])
+def test_a_journal_whose_first_entry_is_damaged_is_named_and_kept(tmp_path, position):
+    """Everything that it tells of would otherwise be forgotten, and the part file begun anew."""
+    stop(tmp_path, 20)
+    data = bytearray((tmp_path / JOURNAL).read_bytes())
+    good = bytes(data)
+    data[position] ^= 1
+    (tmp_path / JOURNAL).write_bytes(data)
+    before = contents(tmp_path)
+    for act in (lambda: write(tmp_path, range(20)), lambda: kdfast.cache.salvage(tmp_path)):
+        with pytest.raises(kdfast.cache.CacheCorruptError, match="its first entry is not what was written"):
+            act()
+        assert contents(tmp_path) == before
+    (tmp_path / JOURNAL).write_bytes(good)
+    kdfast.cache.salvage(tmp_path)
+    assert len(kdfast.cache.open(tmp_path)) == 20
 
 
 def test_a_part_that_has_become_a_link_is_not_resumed(tmp_path):
