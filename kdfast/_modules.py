@@ -62,7 +62,7 @@ def modules_in(model: Any) -> list[nn.Module]:
 def _parts_of(item: Any) -> list[Any]:
     """What a function or object uses, as far as a module could be there."""
     if isinstance(item, nn.Module):
-        own = (x for name, x in vars(item).items() if not name.startswith("_"))
+        own = [x for name, x in vars(item).items() if not name.startswith("_")]
         return [x for x in own if isinstance(x, (list, tuple, dict, FunctionType, partial))]
     if isinstance(item, MethodType):
         return [item.__self__, item.__func__]
