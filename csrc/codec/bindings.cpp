@@ -92,18 +92,21 @@ struct Bounds {
   Ints order;     // (orders, vocab): ids by rank; with several orders, field 1 is a row's order
   Floats levels;  // (value_limit,): what values stand for; empty: themselves
   int32_t total;  // what a row's values, each plus 1, add up to; 0: that varies
+  // If not negative: the last entry of a row has the value 0, and a row without entries has this as its last field.
+  int32_t remainder;
 
   int32_t vocab() const { return int32_t(order.shape(1)); }
 };
 
 Bounds make_bounds(int32_t max_entries, std::vector<int32_t> field_limits, int32_t value_limit, Ints order,
-                   std::optional<Floats> levels, int32_t total) {
+                   std::optional<Floats> levels, int32_t total, int32_t remainder) {
   if (order.ndim() != 2 || field_limits.empty() || (order.shape(0) > 1 && field_limits.size() < 2))
     throw std::invalid_argument("order must be (orders, vocab), and a column tells which where there are several");
   if (levels && (levels->ndim() != 1 || levels->size() != value_limit))
     throw std::invalid_argument("levels must be (value_limit,)");
   if (total < 0) throw std::invalid_argument("total must not be negative");
-  return {max_entries, std::move(field_limits), value_limit, std::move(order), levels.value_or(Floats(0)), total};
+  return {max_entries, std::move(field_limits), value_limit, std::move(order), levels.value_or(Floats(0)), total,
+          remainder};
 }
 
 void check_limits(const DecodedEntries& rows, const Bounds& bounds) {
@@ -126,6 +129,9 @@ void ranks_to_ids(DecodedEntries& rows, const Bounds& bounds) {
     const int32_t* ids = bounds.order.data() + which * vocab;
     for (const size_t end = entry + size_t(rows.fields[base]); entry < end; ++entry)
       rows.ranks[entry] = ids[rows.ranks[entry]];
+    if (bounds.remainder < 0) continue;
+    if (rows.fields[base] ? rows.values[entry - 1] != 0 : rows.fields[base + fields - 1] != bounds.remainder)
+      throw std::invalid_argument("a row's numbers do not go together");
   }
 }
 
@@ -287,7 +293,7 @@ void bind(py::module_& m) {
       .def("decode", &decode_rows, py::arg("data"), py::arg("units"), py::arg("bounds"));
   py::class_<Bounds>(m, "RowBounds", "What decoded rows must lie within, and the orders of their ids.")
       .def(py::init(&make_bounds), py::arg("max_entries"), py::arg("column_limits"), py::arg("value_limit"),
-           py::arg("order"), py::arg("levels") = py::none(), py::arg("total") = 0);
+           py::arg("order"), py::arg("levels") = py::none(), py::arg("total") = 0, py::arg("remainder") = -1);
   m.def("count_symbols", &count, "How often each symbol occurs in each context.");
   m.def("locate_rows", &locate_rows, "Where rows of row blocks lie.");
   m.def("first_bad_top", &first_bad_top_of, py::arg("ids"), py::arg("values"), py::arg("vocab"),

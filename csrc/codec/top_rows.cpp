@@ -8,40 +8,54 @@ namespace kdfast::codec {
 
 namespace {
 
-constexpr int64_t kFew = 32;  // entries of which every two are compared: that has no branch
+// Whether ids are distinct. Of most rows a small table tells: no two of their ids share a place in it.
+class Distinct {
+ public:
+  explicit Distinct(int32_t vocab) : vocab_(size_t(vocab)) {}
 
-bool distinct(const int32_t* ids, int64_t count) {
-  int32_t same = 0;
-  for (int64_t i = 1; i < count; ++i)
-    for (int64_t j = 0; j < i; ++j) same |= ids[i] == ids[j];
-  return !same;
-}
+  bool operator()(const int32_t* ids, int64_t count) {
+    uint32_t shared = 0;
+    ++row_;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t& place = last_row_[uint32_t(ids[i]) % kPlaces];
+      shared |= place == row_;
+      place = row_;
+    }
+    return !shared || look(ids, count);
+  }
 
-// The same with a bit per id, which are all below the bits that there are. The bits are 0 before and after.
-bool distinct(const int32_t* ids, int64_t count, std::vector<bool>& seen) {
-  int64_t i = 0;
-  for (; i < count && !seen[size_t(ids[i])]; ++i) seen[size_t(ids[i])] = true;
-  for (int64_t j = 0; j < i; ++j) seen[size_t(ids[j])] = false;
-  return i == count;
-}
+ private:
+  static constexpr uint32_t kPlaces = 4096;
+
+  // With a bit per id. The bits are 0 before and after.
+  bool look(const int32_t* ids, int64_t count) {
+    seen_.resize(vocab_);
+    int64_t i = 0;
+    for (; i < count && !seen_[size_t(ids[i])]; ++i) seen_[size_t(ids[i])] = true;
+    for (int64_t j = 0; j < i; ++j) seen_[size_t(ids[j])] = false;
+    return i == count;
+  }
+
+  size_t vocab_;
+  uint32_t row_ = 0;  // after 2^32 rows a place may be taken for shared, and is looked at
+  uint32_t last_row_[kPlaces] = {};
+  std::vector<bool> seen_;
+};
 
 }  // namespace
 
 int64_t first_bad_top(const int32_t* ids, const float* values, int64_t rows, int64_t k, int32_t vocab) {
-  std::vector<bool> seen(k > kFew ? size_t(vocab) : 0);
+  Distinct distinct(vocab);
   for (int64_t row = 0; row < rows; ++row, ids += k, values += k) {
-    float before = 0;
-    int64_t count = 0;
-    bool good = true;
+    int32_t count = 0, good = values[0] <= 0;
+    for (int64_t i = 1; i < k; ++i) good &= values[i] <= values[i - 1];  // not for NaN
     for (int64_t i = 0; i < k; ++i) {
-      const bool entry = values[i] > -std::numeric_limits<float>::infinity();
-      good &= values[i] <= before;  // not for NaN
-      good &= uint32_t(ids[i]) < uint32_t(entry ? vocab : 1);
-      before = values[i];
+      const int32_t entry = values[i] > -std::numeric_limits<float>::infinity();
+      good &= (ids[i] >= 0) & (ids[i] <= (vocab - 1) * entry);
       count += entry;
     }
     // In order, so that the entries are the first ones.
-    if (!good || !(k > kFew ? distinct(ids, count, seen) : distinct(ids, count))) return row;
+    if (!good || !distinct(ids, count)) return row;
   }
   return -1;
 }

@@ -82,8 +82,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   check(decoded, golden, rows, most, vocab);
   if (!encodable(decoded.fields, kMaxNumber) || !encodable(decoded.values, kMaxNumber)) return 0;
-  const std::vector<uint8_t> block = encode_block(
-      {decoded.fields.data(), decoded.ranks.data(), decoded.values.data(), rows}, *golden.model);
+  const std::vector<uint8_t> block =
+      encode_block({decoded.fields.data(), decoded.ranks.data(), decoded.values.data(), rows}, *golden.model);
   decode_block(block.data(), block.size(), rows, *golden.model, most, vocab, again);
   require(again.fields == decoded.fields && again.ranks == decoded.ranks && again.values == decoded.values);
   return 0;

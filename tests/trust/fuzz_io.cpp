@@ -44,8 +44,8 @@ void gather(Input in) {
     const std::vector<uint8_t>& source = owner ? second : first;
     expected.insert(expected.end(), source.begin() + begin, source.begin() + begin + length);
   }
-  const int64_t copied = kdfast::copy_ranges(sources, 2, owners.data(), ranges.data(), int64_t(count), out.data(),
-                                             int64_t(out.size()));
+  const int64_t copied =
+      kdfast::copy_ranges(sources, 2, owners.data(), ranges.data(), int64_t(count), out.data(), int64_t(out.size()));
   require(copied == int64_t(fine) && std::equal(expected.begin(), expected.end(), out.begin()));
 }
 

@@ -12,7 +12,8 @@ bool good(const int32_t* ids, const float* values, int64_t k, int32_t vocab) {
   std::set<int32_t> seen;
   for (int64_t i = 0; i < k; ++i) {
     if (std::isnan(values[i]) || values[i] > 0 || (i && values[i] > values[i - 1])) return false;
-    if (std::isinf(values[i]) ? ids[i] != 0 : ids[i] < 0 || ids[i] >= vocab || !seen.insert(ids[i]).second) return false;
+    if (std::isinf(values[i]) ? ids[i] != 0 : ids[i] < 0 || ids[i] >= vocab || !seen.insert(ids[i]).second)
+      return false;
   }
   return true;
 }

@@ -119,7 +119,7 @@ class Codec(ABC):
         if not 1 <= self.vocab_size <= MAX_VOCAB:
             raise ValueError(f"vocab_size must lie in [1, {MAX_VOCAB}], got {vocab_size}")
         if not temperatures or not all(SMALLEST <= t <= LARGEST for t in temperatures):
-            raise ValueError(f"temperatures must be positive and finite in float32, got {tuple(temperatures)}")
+            raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}, in float32")
         self.temperatures = tuple(float(t) for t in temperatures)
         self.input_width = self.vocab_size  # columns of what select takes
 

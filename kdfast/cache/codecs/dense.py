@@ -58,7 +58,7 @@ class Dense(FixedWidthCodec):
             raise ValueError(f"bits must be one of {sorted(LEVELS)}, got {bits!r}")
         max_error = MAX_ERROR[bits] if max_error is None else max_error
         if not 0 < max_error <= MOST_ERROR:
-            raise ValueError(f"max_error must be positive and at most {MOST_ERROR:g}, got {max_error}")
+            raise ValueError(f"max_error must be positive, got {max_error}; at most {MOST_ERROR:g} is finite")
         self.bits, self.max_error = int(bits), float(max_error)
         self._levels, self._masked = LEVELS[bits], MASKED[bits]
         code_bytes = (self.vocab_size * bits + 7) // 8

@@ -77,16 +77,9 @@ class EntryCodec(Addressable):
     value_limit: int  # values lie in [0, value_limit)
     total: int = 0  # what a row's values, each plus 1, add up to; 0: that varies
     levels: NDArray[np.float32] | None = None  # (value_limit,): what values stand for; None: themselves
-    ends_matter: bool = False  # whether ``unsound`` has anything to say
-
-    def unsound(self, headers: Tensor, last: Tensor) -> Tensor:
-        """(rows,) bool, on any device: rows whose numbers are each within their limits, but do not go together.
-
-        Args:
-            headers: (rows, header_fields) integers within ``header_limits``.
-            last: (rows,) the value of each row's last entry; anything where a row has none.
-        """
-        return torch.zeros(len(headers), dtype=torch.bool, device=headers.device)
+    # Where the last entry takes all that those before it have left, its value is 0, and a row without entries has this
+    # as its last header field; -1: they need not go together.
+    remainder: int = -1
 
     @property
     @abstractmethod
@@ -212,11 +205,6 @@ class EntryCodec(Addressable):
             return self.empty  # which takes no model: a shard without rows has none
         coder = self._model if self.coding == "blocks" else self._layout
         headers, ids, values = (torch.from_numpy(x) for x in coder.decode(data, units, self._bounds))
-        if self.ends_matter:
-            counts = headers[:, 0].long()
-            last = values[(counts.cumsum(0) - 1).clamp(min=0)] if len(values) else torch.zeros_like(counts)
-            if bool(self.unsound(headers, last).any()):
-                raise ValueError(entries_on_device.UNSOUND)
         labels = self.to_labels(headers, ids, values)
         return labels if np.array_equal(wanted, np.arange(len(headers))) else labels[torch.from_numpy(wanted)]
 
@@ -248,7 +236,7 @@ class EntryCodec(Addressable):
     def _bounds(self) -> RowBounds:
         if self._bounded is None:
             limits = (self.max_entries, self.header_limits, self.value_limit)
-            self._bounded = RowBounds(*limits, self.order.ids, self.levels, self.total)
+            self._bounded = RowBounds(*limits, self.order.ids, self.levels, self.total, self.remainder)
         return self._bounded
 
 

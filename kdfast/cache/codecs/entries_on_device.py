@@ -19,7 +19,6 @@ __all__ = ["EntryDecoder", "decode"]
 # says: so it gets no more than in proportion to the bytes that are there.
 MOST_SLOTS, FREE_SLOTS, SLOTS_PER_BYTE = 2**27, 2**22, 32
 
-UNSOUND = "a row's numbers do not go together"
 FAULTS = {
     1: "is cut short",
     2: "does not end where it should",
@@ -35,6 +34,7 @@ class EntryDecoder(Protocol):
     vocab_size: int
     max_entries: int
     total: int
+    remainder: int
 
     @property
     def header_fields(self) -> int: ...
@@ -54,7 +54,6 @@ class EntryDecoder(Protocol):
     def level_table(self) -> Tensor | None: ...
 
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> SoftLabels: ...
-    def unsound(self, headers: Tensor, last: Tensor) -> Tensor: ...
 
 
 def decode(codec: EntryDecoder, data: Tensor, units: NDArray[np.int64], wanted: NDArray[np.int64]) -> SoftLabels | None:
@@ -118,7 +117,7 @@ class _Entries:
         """The number of wanted entries. Raises ``ValueError`` for corrupt units. Only here the host waits."""
         limits = torch.tensor(self.codec.header_limits, dtype=torch.int32).to(self.device)
         beyond = (self.decoded.columns >= limits).any()
-        unsound = self.codec.unsound(self.headers, self._last_values()).any()
+        unsound = self._unsound()
         fault = self.decoded.status.max() if len(self.decoded.status) else beyond
         numbers = (self.headers[:, 0].sum(), fault, beyond, unsound)
         total, fault, beyond, unsound = torch.stack([number.long() for number in numbers]).tolist()
@@ -127,16 +126,22 @@ class _Entries:
         if beyond:
             raise ValueError("a column exceeds its limit")
         if unsound:
-            raise ValueError(UNSOUND)
+            raise ValueError("a row's numbers do not go together")
         return int(total)
 
-    def _last_values(self) -> Tensor:
-        """(rows,) the value of each row's last entry; anything, read within bounds, where that makes no sense."""
-        values = self.decoded.entry_values
-        if not len(values):
-            return torch.zeros_like(self.places)
-        at = self.places + 32 * (self.headers[:, 0].long() - 1)
-        return values[at.clamp(0, len(values) - 1)]
+    def _unsound(self) -> Tensor:
+        """Whether a row's last entry, or its last field if it has none, is not what ``remainder`` asks for.
+
+        Of rows that a kernel has refused the numbers are anything: what is read lies within bounds.
+        """
+        counts, values = self.headers[:, 0].long(), self.decoded.entry_values
+        if self.codec.remainder < 0:
+            return counts.new_zeros((), dtype=torch.bool)
+        odd = self.headers[:, -1] - self.codec.remainder
+        if len(values):
+            at = self.places + 32 * (counts - 1)
+            odd = torch.where(counts > 0, values[at.clamp(0, len(values) - 1)], odd)
+        return (odd != 0).any()
 
     def _ids(self, ranks: Tensor, row: Tensor) -> Tensor:
         order = table_on(self.codec.order_table, self.device)

@@ -58,7 +58,6 @@ class Prototype(EntryCodec):
     kind = PrototypeLabels.kind
     prototypes: PrototypeTable
     header_fields = 3
-    ends_matter = True
 
     def __init__(
         self,
@@ -86,15 +85,11 @@ class Prototype(EntryCodec):
         self._head = torch.from_numpy(_sigmoid(-tails))
         self._log_tail = torch.from_numpy((tails - np.logaddexp(0, tails)).astype(np.float32))
         self.value_limit = len(self._shares)
+        self.remainder = len(self._tails) - 1  # the largest tail: all of the mass
 
     @property
     def header_limits(self) -> tuple[int, ...]:
         return (self.k + 1, len(self.prototypes), len(self._tails) + 1)  # the last tail code: there is none
-
-    def unsound(self, headers: Tensor, last: Tensor) -> Tensor:
-        # The last entry takes all that is left; a row without entries has the whole mass in its tail.
-        whole = torch.where(headers[:, 0] > 0, last, headers[:, 2] - (len(self._tails) - 1))
-        return whole != 0
 
     def config(self) -> dict[str, Any]:
         return {"k": self.k, "tail_step": self.tail_step, "share_step": self.share_step, **super().config()}
@@ -187,7 +182,7 @@ class Prototype(EntryCodec):
         probs = torch.empty(len(values) + 1, dtype=torch.float32, device=values.device)
         host = values.device.type == "cpu"
         for t in range(min(self.k, len(values))):
-            if host and t & (t - 1) == 0:  # now and then the rows without more entries are left out
+            if host and t > 3 and t & (t - 1) == 0:  # now and then the rows without more entries are left out
                 more_rows = counts > t
                 left, counts, first = left[more_rows], counts[more_rows], first[more_rows]
                 if not len(counts):
@@ -196,7 +191,7 @@ class Prototype(EntryCodec):
             at = torch.where(counts > t, first + t, len(values))
             value = values[at.clamp(max=len(values) - 1)].long()
             more = counts > t + 1
-            probs[at] = torch.where(more, left * share[value], left).float()
+            probs.scatter_(0, at, torch.where(more, left * share[value], left).float())
             left = left * torch.where(more, rest[value], 1.0)
         return probs[:-1]
 

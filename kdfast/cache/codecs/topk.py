@@ -117,9 +117,9 @@ class TopK(FixedWidthCodec):
             raise ValueError("a log-probability or a tail is not in [-inf, 0]")
         if bad >= 0:
             raise ValueError("a row's entries are not in order, the largest first, or two of them have one id")
-        if (~kept[:, 0] & np.isneginf(packed["tails"]).any(1)).any():
-            raise ValueError("a row has no probability anywhere")
         width = self.k if kept.all() else None  # no row is short, which a loss makes use of
+        if width is None and (~kept[:, 0] & np.isneginf(packed["tails"]).any(1)).any():
+            raise ValueError("a row has no probability anywhere")
         return TopKLabels(
             vocab_size=self.vocab_size,
             values=torch.from_numpy(values[kept]),
