@@ -48,8 +48,12 @@ class BatchFields:
             return {name: value for name, value in batch.items() if name not in NON_MODEL_FIELDS}
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
-    def keys(self, batch: Any) -> list[Any]:
+    def keys(self, batch: Any, model: Any = None) -> list[Any]:
         """One key per record of ``batch``.
+
+        Args:
+            batch: the batch.
+            model: the one that is called with it: of an encoder-decoder, the labels may be inputs.
 
         Raises:
             ValueError: the batch has no key and no ids, or more than ids of which nothing tells whose it is, and no
@@ -60,7 +64,8 @@ class BatchFields:
         if isinstance(batch, Mapping) and "key" in batch:
             return _each(batch["key"])
         if isinstance(batch, Mapping) and "input_ids" in batch:
-            return record_keys(batch, self.arguments(batch))
+            decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+            return record_keys(batch, self.arguments(batch), decodes_labels=decodes)
         raise ValueError(
             f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
             "gives one key per record"

@@ -51,6 +51,7 @@ class Teachers:
         ignore_index: int = -100,
         compare_targets: bool = True,
     ) -> None:
+        self._student = student
         self._ignore_index, self._compare, self._compared = ignore_index, compare_targets, 0
         self.several = isinstance(teacher, (tuple, list))
         self.members: list[Any] = list(teacher) if self.several else [] if teacher is None else [teacher]
@@ -94,7 +95,7 @@ class Teachers:
             try:
                 labels = look_up(
                     member,
-                    self._fields.keys(batch),
+                    self._fields.keys(batch, self._student),
                     batch,
                     logits_of(student).shape[:-1],
                     mask=mask,

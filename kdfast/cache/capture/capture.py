@@ -172,7 +172,7 @@ class _Run:
 
     def store(self, batch: Any) -> None:
         """Run the teacher on a batch, unless all its records are known, and add those that are not."""
-        keys = self._fields.keys(batch)
+        keys = self._fields.keys(batch, self._model)
         known = [all(name in self._writer for name in _names(key, self._replicas)) for key in keys]
         if all(known):
             self._repeats.count(keys, known, self._fields.marks(batch, keys))
@@ -233,7 +233,7 @@ class _Source:
     def first_rows(self) -> Iterator[Tensor]:
         rows = 0
         for batch in self.stream.first():
-            for part in self.fields.parts(self.model, batch, self.fields.keys(batch)):
+            for part in self.fields.parts(self.model, batch, self.fields.keys(batch, self.model)):
                 problem = bad_row(part.logits[:, : self.vocab_size])
                 if problem and self.on_bad == "raise":
                     raise ValueError(f"{describe(part.key)}: {problem}; {ON_BAD_HINT}")
