@@ -58,8 +58,8 @@ class Distiller:
         freeze: patterns of the student's parameters to freeze, as ``kdfast.distill.freeze`` takes them.
         inputs, labels, key: functions of a batch that return the models' arguments, the class indices or
             probabilities, and the records' keys in the cache.
-        mask: for a cache that was captured with ``mask``: the same function of a batch, per record a bool for each
-            row, or for each that is no padding, which says which rows the cache has.
+        mask: for a cache that was captured with ``mask``: the same function of a batch, a bool for each row, which
+            says which rows the cache has.
         compare_targets: compare the batch's labels with the targets that a cache was captured with, and raise if they
             are not the same. On another device than the CPU that is done for the first batches. False for labels that
             are meant to differ, such as noisy ones.

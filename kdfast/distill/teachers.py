@@ -157,7 +157,7 @@ def look_up(
         keys: a key per record.
         batch: the batch, for its ``attention_mask``.
         rows: the shape of the student's rows.
-        mask: per record which rows the capture has stored, a bool each, or each that is no padding; None: all.
+        mask: (records, length) which rows the capture has stored, a bool each; None: all.
         labels: the batch's, to compare with the cache's targets; None compares nothing.
         ignore_index: a label that is none.
 
@@ -184,18 +184,10 @@ def _kept(real: Tensor | None, mask: Any) -> NDArray[np.bool_]:
     if mask is None:
         assert real is not None
         return np.asarray(real.bool().cpu())
-    rows = [torch.as_tensor(row).cpu() for row in mask]
-    if real is None:
-        real = torch.ones(len(rows), max(map(len, rows), default=0))
-    kept = real.bool().cpu()
-    for at, row in enumerate(rows):
-        if row.dtype != torch.bool or len(row) not in (kept.shape[1], int(kept[at].sum())):
-            raise ValueError(
-                f"mask must give a bool for each of {kept.shape[1]} rows, or of those that are no padding, got "
-                f"{row.dtype} {tuple(row.shape)}"
-            )
-        kept[at, kept[at].clone()] = row if len(row) != kept.shape[1] else row[kept[at]]
-    return np.asarray(kept)
+    given = torch.as_tensor(mask).cpu() if isinstance(mask, Tensor) else torch.stack(list(mask)).cpu()
+    if given.dtype != torch.bool:
+        raise ValueError(f"mask must give a bool per row, got {given.dtype} {tuple(given.shape)}")
+    return np.asarray(given if real is None else given & real.bool().cpu())
 
 
 def _check_rows(stored: NDArray[np.int64], wanted: NDArray[np.int64], keys: Sequence[Any], exact: bool) -> None:
