@@ -58,8 +58,8 @@ class Distiller:
         freeze: patterns of the student's parameters to freeze, as ``kdfast.distill.freeze`` takes them.
         inputs, labels, key: functions of a batch that return the models' arguments, the class indices or
             probabilities, and the records' keys in the cache.
-        mask: for a cache that was captured with ``mask``: the same function of a batch, a bool for each row, which
-            says which rows the cache has.
+        cache_mask: for a cache that was captured with ``mask``: the same function of a batch, a bool for each row,
+            which says which rows the cache has. The others have no label and do not count.
         compare_targets: compare the batch's labels with the targets that a cache was captured with, and raise if they
             are not the same. On another device than the CPU that is done for the first batches. False for labels that
             are meant to differ, such as noisy ones.
@@ -90,7 +90,7 @@ class Distiller:
         inputs: Callable[[Any], Any] | None = None,
         labels: Callable[[Any], Tensor | None] | None = None,
         key: Callable[[Any], Sequence[Any]] | None = None,
-        mask: Callable[[Any], Any] | None = None,
+        cache_mask: Callable[[Any], Any] | None = None,
         compare_targets: bool = True,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
@@ -103,7 +103,7 @@ class Distiller:
         check_arguments(student, objective, amp, accumulate, clip_norm, options)
         self.student = student
         self.objective: Objective = KD(**options) if objective is None else objective
-        self.fields = Fields(inputs=inputs, labels=labels, key=key, mask=mask)
+        self.fields = Fields(inputs=inputs, labels=labels, key=key, cache_mask=cache_mask)
         ignored = Counting.of(self.objective).ignore_index
         ignored = ignored if isinstance(ignored, int) else -100
         self.teachers = Teachers(teacher, student, self.fields, ignore_index=ignored, compare_targets=compare_targets)

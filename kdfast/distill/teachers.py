@@ -91,14 +91,14 @@ class Teachers:
 
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
-            mask = self._fields.mask and self._fields.mask(batch)
+            stored = self._fields.cache_mask and self._fields.cache_mask(batch)
             try:
                 labels = look_up(
                     member,
                     self._fields.keys(batch, self._student),
                     batch,
                     logits_of(student).shape[:-1],
-                    mask=mask,
+                    stored=stored,
                     labels=self._to_compare(batch),
                     ignore_index=self._ignore_index,
                 )
@@ -143,7 +143,7 @@ def look_up(
     batch: Any,
     rows: torch.Size,
     *,
-    mask: Any = None,
+    stored: Any = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
 ) -> PackedLabels:
@@ -157,20 +157,20 @@ def look_up(
         keys: a key per record.
         batch: the batch, for its ``attention_mask``.
         rows: the shape of the student's rows.
-        mask: (records, length) which rows the capture has stored, a bool each; None: all.
+        stored: (records, length) which rows the cache has, a bool each; None: all.
         labels: the batch's, to compare with the cache's targets; None compares nothing.
         ignore_index: a label that is none.
 
     Raises:
         KeyError: a key is not in the cache.
         CacheMismatchError: the labels are not the targets with which the records were stored.
-        ValueError: a record has fewer rows than the batch has tokens of it, or other ones than ``mask`` says.
+        ValueError: a record has fewer rows than the batch has tokens of it, or other ones than ``stored`` says.
     """
     index = cache.index(keys)
     real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    kept = None if len(rows) < 2 or (real is None and mask is None) else _kept(real, mask)
+    kept = None if len(rows) < 2 or (real is None and stored is None) else _kept(real, stored)
     if kept is not None:
-        _check_rows(cache.row_counts(index), kept.sum(1), keys, mask is not None)
+        _check_rows(cache.row_counts(index), kept.sum(1), keys, stored is not None)
     if labels is not None:
         certain = all(isinstance(key, (Tensor, np.ndarray, InputsKey)) for key in keys)
         check_labels(cache, index, keys, labels, batch, kept, ignore_index, certain)
@@ -179,14 +179,14 @@ def look_up(
     return cache.pack([span for key, row in zip(keys, kept, strict=True) for span in mask_spans(key, row)])
 
 
-def _kept(real: Tensor | None, mask: Any) -> NDArray[np.bool_]:
-    """(records, length) the rows that a batch has labels of: those that are no padding and that ``mask`` says."""
-    if mask is None:
+def _kept(real: Tensor | None, stored: Any) -> NDArray[np.bool_]:
+    """(records, length) the rows that a batch has labels of: those that are no padding and that are ``stored``."""
+    if stored is None:
         assert real is not None
         return np.asarray(real.bool().cpu())
-    given = torch.as_tensor(mask).cpu() if isinstance(mask, Tensor) else torch.stack(list(mask)).cpu()
+    given = stored.cpu() if isinstance(stored, Tensor) else torch.stack(list(stored)).cpu()
     if given.dtype != torch.bool:
-        raise ValueError(f"mask must give a bool per row, got {given.dtype} {tuple(given.shape)}")
+        raise ValueError(f"cache_mask must give a bool per row, got {given.dtype} {tuple(given.shape)}")
     return np.asarray(given if real is None else given & real.bool().cpu())
 
 
@@ -194,12 +194,12 @@ def _check_rows(stored: NDArray[np.int64], wanted: NDArray[np.int64], keys: Sequ
     """Raise ``ValueError`` for a record that has not the rows that are ``wanted``, or, unless ``exact``, fewer."""
     for at in np.flatnonzero(stored != wanted if exact else stored < wanted)[:1]:
         cause = (
-            "the capture had another mask"
+            "the capture's mask was another"
             if exact
-            else "if it was captured with mask=, Distiller(..., mask=...) takes the same function; else its key names "
+            else "if it was captured with mask=, Distiller(..., cache_mask=...) takes the same function; else its key names "
             "another text, or one that was cut"
         )
         raise ValueError(
             f"the record of {describe(keys[at])} has {stored[at]} rows, the batch {wanted[at]} "
-            f"{'that mask keeps' if exact else 'tokens of it'}: {cause}"
+            f"{'that cache_mask keeps' if exact else 'tokens of it'}: {cause}"
         )

@@ -315,7 +315,7 @@ def test_a_cache_of_the_supervised_rows_serves_with_the_mask_of_the_capture(tmp_
     cache = kdfast.cache.open(tmp_path)
     assert cache.info.rows == (next_labels(batch) >= 0).sum() < batch["attention_mask"].sum()
     weights = []
-    for given, options in ((model, {}), (cache, {"mask": answers})):
+    for given, options in ((model, {}), (cache, {"cache_mask": answers})):
         torch.manual_seed(1)
         learner = LanguageModel()
         Distiller(learner, given, shift=True, **options).step(batch).backward()
@@ -331,7 +331,9 @@ def test_a_cache_of_the_supervised_rows_serves_with_the_mask_of_the_capture(tmp_
     assert torch.equal(labels.present, answers(batch).flatten())
     with pytest.raises(ValueError, match=r"has 3 rows, the batch 5 tokens of it: if it was captured with mask="):
         Distiller(LanguageModel(), cache, shift=True).step(batch)
-    with pytest.raises(ValueError, match=r"has 3 rows, the batch 5 that mask keeps: the capture had another mask"):
-        Distiller(LanguageModel(), cache, shift=True, mask=lambda b: b["attention_mask"] > 0).step(batch)
-    with pytest.raises(ValueError, match=r"mask must give a bool per row, got torch.int64"):
-        Distiller(LanguageModel(), cache, shift=True, mask=lambda b: b["attention_mask"]).step(batch)
+    with pytest.raises(
+        ValueError, match=r"has 3 rows, the batch 5 that cache_mask keeps: the capture's mask was another"
+    ):
+        Distiller(LanguageModel(), cache, shift=True, cache_mask=lambda b: b["attention_mask"] > 0).step(batch)
+    with pytest.raises(ValueError, match=r"cache_mask must give a bool per row, got torch.int64"):
+        Distiller(LanguageModel(), cache, shift=True, cache_mask=lambda b: b["attention_mask"]).step(batch)
