@@ -196,8 +196,8 @@ def _check_rows(stored: NDArray[np.int64], wanted: NDArray[np.int64], keys: Sequ
         cause = (
             "the capture's mask was another"
             if exact
-            else "if it was captured with mask=, Distiller(..., cache_mask=...) takes the same function; else its key names "
-            "another text, or one that was cut"
+            else "if it was captured with mask=, Distiller(..., cache_mask=...) takes the same function; else its key "
+            "names another text, or one that was cut"
         )
         raise ValueError(
             f"the record of {describe(keys[at])} has {stored[at]} rows, the batch {wanted[at]} "
