@@ -71,10 +71,11 @@ class Fields(BatchFields):
     def marks(self, batch: Any, keys: list[Any]) -> list[list[Mark]]:
         """Per record what is known without the teacher of its targets and rows: several marks where it may be either.
 
-        Only the teacher's output tells whether an ``attention_mask`` is over the rows, or over what an encoder reads.
+        Only the teacher's output tells whether an ``attention_mask`` is over the rows, or over what an encoder reads,
+        while the rows are a decoder's.
         """
         masks, targets = (None if f is None else f(batch) for f in (self.mask, self.targets))
-        real = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        real = _row_masks(batch)
         plain = all(f is None for f in (self.mask, self.targets, self.inputs, self.outputs, self.key))
         found = []
         for i, name in enumerate(keys):
@@ -85,9 +86,9 @@ class Fields(BatchFields):
             kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
             length = next((len(x) for x in (kept, ids) if x is not None), None)
             either = [Mark.of(ids, kept, length)]
-            if real is not None and length is not None and tuple(real[i].shape) == (length,):
-                own = real[i].bool().cpu()
-                either.append(Mark.of(ids, own if kept is None else own & kept, length))
+            for own in (mask[i].cpu() for mask in real):
+                if length is not None and tuple(own.shape) == (length,):
+                    either.append(Mark.of(ids, own if kept is None else own & kept, length))
             found.append(either)
         return found
 
@@ -121,6 +122,16 @@ def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: An
     targets = None if targets is None else targets[kept.to(targets.device)]
     views = None if views is None else [view for view, keep in zip(views, kept.tolist(), strict=True) if keep]
     return Part(key, rows[kept.to(rows.device)], targets, views)
+
+
+def _row_masks(batch: Any) -> list[Tensor]:
+    """The masks of a batch that may be over the teacher's rows, as bool."""
+    if not isinstance(batch, Mapping):
+        return []
+    found = [batch[name].bool() for name in ("attention_mask", "decoder_attention_mask") if batch.get(name) is not None]
+    labels = batch.get("labels")
+    whole = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+    return [*found, labels >= 0] if whole and labels is not None else found
 
 
 def bad_row(logits: Tensor) -> str:
