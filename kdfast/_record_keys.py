@@ -17,6 +17,7 @@ NON_MODEL_FIELDS = ("key", "labels")  # of a batch that is a mapping: all others
 # Fields that say what a model takes for granted, where they hold these values.
 ZERO_BY_DEFAULT = ("token_type_ids",)
 COUNTED_BY_DEFAULT = ("position_ids", "cache_position")
+DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 PER_TOKEN_DIMS = 3  # a tensor of more is an image, whatever its first sizes are
 
 
@@ -41,7 +42,7 @@ class InputsKey(bytes):
         return f"the record of ids {[int(i) for i in self.ids[:4]]} ({len(self.ids)} in all), {self.parts}"
 
 
-def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
+def record_keys(batch: Mapping[str, Any], arguments: Any = None, *, decodes_labels: bool = False) -> list[Any]:
     """The default key of each record of a batch with ``input_ids``, as ``capture`` stores and ``Distiller`` looks up.
 
     Of text alone it is the record's row of ``input_ids`` without padding. Where the model is given more that tells
@@ -54,6 +55,8 @@ def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
         batch: a mapping.
         arguments: what the model is called with for it, a mapping, a tuple or one argument: by default every field but
             ``key`` and ``labels``.
+        decodes_labels: the model makes its decoder's inputs of the ``labels``, as an encoder-decoder does that is given
+            none: the labels are then covered.
 
     Raises:
         ValueError: an argument of which nothing tells what belongs to which record, naming it.
@@ -63,6 +66,8 @@ def record_keys(batch: Mapping[str, Any], arguments: Any = None) -> list[Any]:
     ids, real = batch["input_ids"], _mask(batch, "attention_mask", batch["input_ids"])
     keys = [row if real is None else row[real[i]] for i, row in enumerate(ids)]
     more = dict(_more(arguments, batch))
+    if decodes_labels and batch.get("labels") is not None and not more.keys() & DECODER_INPUTS:
+        more["labels"] = batch["labels"]
     if not more:
         return keys
     masks = {"": real, "decoder_": _decoder_mask(arguments, batch)}

@@ -53,8 +53,8 @@ class BatchFields:
             ``key`` and ``labels``, the first item of a tuple or list, or the batch itself.
         key: a key per record. By default the field ``key``, or what the model is given of the record: ``record_keys``.
         outputs: of a model's output and the batch: the logits, (..., classes). By default the output or its ``logits``.
-        mask: which rows of the logits are real: the name of a field, or a function of the batch that returns a mask,
-            or a list of one per record, or None. By default see ``row_mask``.
+        mask: which rows of the logits are real: the name of a field, or a function of the batch that returns a mask or
+            None. By default see ``row_mask``.
     """
 
     inputs: Callable[[Any], Any] | None = None
@@ -75,7 +75,11 @@ class BatchFields:
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def keys(self, batch: Any, model: Any = None) -> list[Any]:
-        """One key per record of ``batch``, as ``model`` is given it.
+        """One key per record of ``batch``.
+
+        Args:
+            batch: the batch.
+            model: the one that is called with it: of an encoder-decoder, the labels may be inputs.
 
         Raises:
             ValueError: the batch has no key and no ids, or more than ids of which nothing tells whose it is, and no
@@ -86,7 +90,7 @@ class BatchFields:
         if isinstance(batch, Mapping) and "key" in batch:
             return _each(batch["key"])
         if isinstance(batch, Mapping) and "input_ids" in batch:
-            return record_keys(batch, self.arguments(batch, model))
+            return record_keys(batch, self.arguments(batch), decodes_labels=_decodes(unwrap(model)))
         raise ValueError(
             f"a batch that is a {type(batch).__name__} without input_ids or key needs key=(lambda batch: ...), which "
             "gives one key per record"
@@ -118,8 +122,6 @@ def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | No
     """
     if mask is not None:
         found = given_mask(batch, mask)
-        if isinstance(found, Sequence):
-            found = _together(found, batch, rows)
     elif not isinstance(batch, Mapping) or len(rows) < 2:
         return None
     else:
@@ -139,8 +141,8 @@ def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | No
     return as_mask("mask", found, rows) if mask is not None else found != 0
 
 
-def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Any:
-    """The mask that a field or a function of the batch gives: a tensor of whatever shape, a list of these, or None.
+def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Tensor | None:
+    """The mask that a field or a function of the batch gives, of whatever shape.
 
     Raises:
         TypeError, ValueError: the batch does not have the field, or it is no tensor.
@@ -151,27 +153,8 @@ def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Any:
         found = batch[mask]
     else:
         found = mask(batch)
-    each = found if isinstance(found, (list, tuple)) else [found]
-    for one in each:
-        if not isinstance(one, Tensor) and one is not None:
-            raise TypeError(f"a mask must be a tensor, or a list of one per record, got {type(one).__name__}")
-    return found
-
-
-def _together(masks: Sequence[Tensor], batch: Any, rows: torch.Size) -> Tensor:
-    """(records, length) of a mask per record, which has a value for each row, or for each that is no padding."""
-    real = row_mask(batch, rows)
-    found = torch.zeros(rows, dtype=torch.bool)
-    for at, mask in enumerate(masks):
-        place = torch.ones(rows[1:], dtype=torch.bool) if real is None else real[at].cpu()
-        if len(mask) == len(place):
-            place = torch.ones_like(place)
-        if at >= len(found) or mask.dim() != 1 or len(mask) != int(place.sum()):
-            raise ValueError(
-                f"mask must give a bool for each of {tuple(rows)} rows, or of those that are no padding, got "
-                f"{mask.dtype} {tuple(mask.shape)} for record {at}"
-            )
-        found[at, place] = as_mask("mask", mask, mask.shape).cpu()
+    if found is not None and not isinstance(found, Tensor):
+        raise TypeError(f"a mask must be a tensor, got {type(found).__name__}")
     return found
 
 

@@ -49,7 +49,7 @@ class Counting:
         named = None if fields.mask is None else given_mask(inner, fields.mask)
         if labels is None:
             every = _every(fields.arguments(inner), per_token)
-            counted = torch.ones(named.shape, dtype=torch.bool) if isinstance(named, Tensor) else every
+            counted = every if named is None else torch.ones(named.shape, dtype=torch.bool)
             if cached is not None and len(cached) != counted.numel():
                 counted = _present(cached)
         elif labels.is_floating_point():

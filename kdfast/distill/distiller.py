@@ -62,11 +62,11 @@ class Distiller:
             probabilities, and the records' keys in the cache.
         outputs: a function of a model's output and the batch that returns its logits, (..., classes), such as
             ``lambda output, batch: output[0]``. It is called for student and teachers alike.
-        mask: the name of the field, or a function of a batch, that says which rows of the logits are real: a bool each,
-            or per record a bool for each row, or for each that is no padding. For a cache that was captured with
-            ``mask`` it is the same, and says which rows the cache has. By default ``attention_mask``; for an
-            encoder-decoder, whose rows are its decoder's, ``decoder_attention_mask``, or where the labels are not -100.
-            A function that returns None: all are.
+        mask: the name of the field, or a function of a batch, that says which rows of the logits are real: a bool each.
+            By default ``attention_mask``; for an encoder-decoder, whose rows are its decoder's,
+            ``decoder_attention_mask``, or where the labels are not -100. A function that returns None: all are.
+        cache_mask: for a cache that was captured with ``mask``: the same function of a batch, a bool for each row,
+            which says which rows the cache has. The others have no label and do not count.
         compare_targets: compare the batch's labels with the targets that a cache was captured with, and raise if they
             are not the same. On another device than the CPU that is done for the first batches. False for labels that
             are meant to differ, such as noisy ones.
@@ -99,6 +99,7 @@ class Distiller:
         key: Callable[[Any], Sequence[Any]] | None = None,
         outputs: Callable[[Any, Any], Any] | None = None,
         mask: str | Callable[[Any], Any] | None = None,
+        cache_mask: Callable[[Any], Any] | None = None,
         compare_targets: bool = True,
         amp: torch.dtype | None = None,
         accumulate: int = 1,
@@ -114,7 +115,7 @@ class Distiller:
         self.objective: Objective = KD(**options) if objective is None else objective
         if mask is None and is_encoder_decoder(student):
             mask = decoder_mask
-        self.fields = Fields(inputs=inputs, labels=labels, key=key, outputs=outputs, mask=mask)
+        self.fields = Fields(inputs=inputs, labels=labels, key=key, outputs=outputs, mask=mask, cache_mask=cache_mask)
         ignored = Counting.of(self.objective).ignore_index
         ignored = ignored if isinstance(ignored, int) else -100
         self.teachers = Teachers(teacher, student, self.fields, ignore_index=ignored, compare_targets=compare_targets)

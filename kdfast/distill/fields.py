@@ -29,6 +29,7 @@ class Fields(BatchFields):
     """
 
     labels: Callable[[Any], Tensor | None] | None = None
+    cache_mask: Callable[[Any], Any] | None = None
 
     def labels_of(self, batch: Any) -> Tensor | None:
         """The batch's labels, class indices or probabilities; None if it has none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ class Teachers:
         ignore_index: int = -100,
         compare_targets: bool = True,
     ) -> None:
+        self._student = student
         self._ignore_index, self._compare, self._compared = ignore_index, compare_targets, 0
         self.several = isinstance(teacher, (tuple, list))
         self.members: list[Any] = list(teacher) if self.several else [] if teacher is None else [teacher]
@@ -90,6 +91,7 @@ class Teachers:
 
     def _output(self, member: Any, batch: Any, student: Any, device: torch.device | None, strict: bool) -> Any:
         if isinstance(member, CacheReader):
+            stored = self._fields.cache_mask and self._fields.cache_mask(batch)
             try:
                 labels = look_up(
                     member,
@@ -97,6 +99,7 @@ class Teachers:
                     batch,
                     logits_of(student, "the student").shape[:-1],
                     mask=self._fields.mask,
+                    stored=stored,
                     labels=self._to_compare(batch),
                     ignore_index=self._ignore_index,
                 )
@@ -144,6 +147,7 @@ def look_up(
     rows: torch.Size,
     *,
     mask: str | Callable[[Any], Any] | None = None,
+    stored: Any = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
 ) -> PackedLabels:
@@ -157,19 +161,21 @@ def look_up(
         keys: a key per record.
         batch: the batch, for its ``attention_mask``.
         rows: the shape of the student's rows.
-        mask: another mask of the batch, as ``Distiller`` takes it: with it a capture has stored just these rows.
+        mask: another mask of the batch's rows, as ``Distiller`` takes it.
+        stored: (records, length) which rows the cache has, a bool each; None: all.
         labels: the batch's, to compare with the cache's targets; None compares nothing.
         ignore_index: a label that is none.
 
     Raises:
         KeyError: a key is not in the cache.
         CacheMismatchError: the labels are not the targets with which the records were stored.
-        ValueError: a record has fewer rows than the batch has tokens of it, or other ones than ``mask`` says.
+        ValueError: a record has fewer rows than the batch has tokens of it, or other ones than ``stored`` says.
     """
     index = cache.index(keys)
-    kept = _kept(cache.row_counts(index), batch, rows, mask)
+    real = row_mask(batch, rows, mask)
+    kept = None if len(rows) < 2 or (real is None and stored is None) else _kept(real, stored)
     if kept is not None:
-        _check_rows(cache.row_counts(index), kept.sum(1), keys, mask is not None)
+        _check_rows(cache.row_counts(index), kept.sum(1), keys, stored is not None)
     if labels is not None:
         certain = all(isinstance(key, (Tensor, np.ndarray, InputsKey)) for key in keys)
         check_labels(cache, index, keys, labels, batch, kept, ignore_index, certain)
@@ -178,36 +184,27 @@ def look_up(
     return cache.pack([span for key, row in zip(keys, kept, strict=True) for span in mask_spans(key, row)])
 
 
-def _kept(
-    stored: NDArray[np.int64], batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | None
-) -> NDArray[np.bool_] | None:
-    """(records, length) the rows that a batch has labels of: those that are real. None: all."""
-    real = row_mask(batch, rows, mask)
-    if len(rows) < 2 or real is None:
-        return None
-    kept = np.asarray(real.cpu())
-    padding = None if mask is None else row_mask(batch, torch.Size(rows)) if _masks_rows(batch, rows) else None
-    if padding is not None and not np.array_equal(kept.sum(1), stored):
-        both = kept & np.asarray(padding.cpu())  # a capture leaves out padding that its mask keeps
-        return both if np.array_equal(both.sum(1), stored) else kept
-    return kept
-
-
-def _masks_rows(batch: Any, rows: torch.Size) -> bool:
-    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return isinstance(found, Tensor) and found.shape == rows
+def _kept(real: Tensor | None, stored: Any) -> NDArray[np.bool_]:
+    """(records, length) the rows that a batch has labels of: those that are no padding and that are ``stored``."""
+    if stored is None:
+        assert real is not None
+        return np.asarray(real.bool().cpu())
+    given = stored.cpu() if isinstance(stored, Tensor) else torch.stack(list(stored)).cpu()
+    if given.dtype != torch.bool:
+        raise ValueError(f"cache_mask must give a bool per row, got {given.dtype} {tuple(given.shape)}")
+    return np.asarray(given if real is None else given & real.bool().cpu())
 
 
 def _check_rows(stored: NDArray[np.int64], wanted: NDArray[np.int64], keys: Sequence[Any], exact: bool) -> None:
     """Raise ``ValueError`` for a record that has not the rows that are ``wanted``, or, unless ``exact``, fewer."""
     for at in np.flatnonzero(stored != wanted if exact else stored < wanted)[:1]:
         cause = (
-            "the capture had another mask"
+            "the capture's mask was another"
             if exact
-            else "if it was captured with mask=, Distiller(..., mask=...) takes the same function; else its key names "
-            "another text, or one that was cut"
+            else "if it was captured with mask=, Distiller(..., cache_mask=...) takes the same function; else its key "
+            "names another text, or one that was cut"
         )
         raise ValueError(
             f"the record of {describe(keys[at])} has {stored[at]} rows, the batch {wanted[at]} "
-            f"{'that mask keeps' if exact else 'tokens of it'}: {cause}"
+            f"{'that cache_mask keeps' if exact else 'tokens of it'}: {cause}"
         )

@@ -378,9 +378,9 @@ def test_a_teacher_of_any_kind_gets_no_gradient_in_silence(backward):
     ]
     for make, x in makers:
         kd_loss(student, make(x), backward=backward)
-        with pytest.raises(ValueError, match="requires? grad"):
+        with pytest.raises(ValueError, match=r"requires? grad"):
             kd_loss(student, make(x.clone().requires_grad_()), backward=backward)
-        with pytest.raises(ValueError, match="requires? grad"):
+        with pytest.raises(ValueError, match=r"requires? grad"):
             grad(lambda x, make=make: kd_loss(student, make(x), backward=backward))(x)
     # Its output layer may be a model's that is trained elsewhere.
     weight = torch.eye(VOCAB, requires_grad=True)

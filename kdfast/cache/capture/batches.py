@@ -17,7 +17,6 @@ from kdfast.models import (
     call_outputs,
     decoder_mask,
     device_of,
-    given_mask,
     is_encoder_decoder,
     logits_of,
     move,
@@ -81,11 +80,12 @@ class Fields(BatchFields):
     def marks(self, batch: Any, keys: list[Any]) -> list[list[Mark]]:
         """Per record what is known without the teacher of its targets and rows: several marks where it may be either.
 
-        Only the teacher's output tells whether an ``attention_mask`` is over the rows, or over what an encoder reads.
+        Only the teacher's output tells whether an ``attention_mask`` is over the rows, or over what an encoder reads,
+        while the rows are a decoder's.
         """
-        masks = None if self.mask is None else given_mask(batch, self.mask)
+        masks = batch[self.mask] if isinstance(self.mask, str) else self.mask and self.mask(batch)
         targets = None if self.targets is None else self.targets(batch)
-        reals = [batch.get("attention_mask"), decoder_mask(batch)] if isinstance(batch, Mapping) else []
+        real = _row_masks(batch)
         plain = all(f is None for f in (self.mask, self.targets, self.inputs, self.outputs, self.key))
         found = []
         for i, name in enumerate(keys):
@@ -96,9 +96,8 @@ class Fields(BatchFields):
             kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
             length = next((len(x) for x in (kept, ids) if x is not None), None)
             either = [Mark.of(ids, kept, length)]
-            for real in reals:
-                if real is not None and length is not None and tuple(real[i].shape) == (length,):
-                    own = real[i].bool().cpu()
+            for own in (mask[i].cpu() for mask in real):
+                if length is not None and tuple(own.shape) == (length,):
                     either.append(Mark.of(ids, own if kept is None else own & kept, length))
             found.append(either)
         return found
@@ -143,6 +142,16 @@ def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: An
     targets = None if targets is None else targets[kept.to(targets.device)]
     views = None if views is None else [view for view, keep in zip(views, kept.tolist(), strict=True) if keep]
     return Part(key, rows[kept.to(rows.device)], targets, views)
+
+
+def _row_masks(batch: Any) -> list[Tensor]:
+    """The masks of a batch that may be over the teacher's rows, as bool."""
+    if not isinstance(batch, Mapping):
+        return []
+    found = [batch[name].bool() for name in ("attention_mask", "decoder_attention_mask") if batch.get(name) is not None]
+    labels = batch.get("labels")
+    whole = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+    return [*found, labels >= 0] if whole and labels is not None else found
 
 
 def bad_row(logits: Tensor) -> str:

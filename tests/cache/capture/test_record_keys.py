@@ -9,6 +9,7 @@ import kdfast.cache
 from kdfast import Distiller
 from kdfast.cache import capture, record_keys
 from kdfast.cache.format.keys import make_key, make_keys
+from kdfast.models import BatchFields
 
 VOCAB = 13
 
@@ -97,6 +98,18 @@ def test_the_padding_of_a_decoder_is_no_part_of_the_key():
         end = -100 if said == "labels" else 0
         long = {**ids, "decoder_input_ids": torch.tensor([[0, 3, 1, 0]]), said: torch.tensor([[1, 1, end, end]])}
         assert digests(long) == digests(short)
+
+
+def test_labels_of_which_a_decoder_s_inputs_are_made_are_part_of_the_key():
+    ids = {"input_ids": torch.tensor([[5, 6]] * 3)}
+    labels = torch.tensor([[7, 8, -100], [7, 9, -100], [7, -100, -100]])
+    keys = make_keys(record_keys({**ids, "labels": labels}, decodes_labels=True))
+    assert len({*keys, make_key(ids["input_ids"][0])}) == 4
+    cut = {**ids, "labels": labels[:, :2]}
+    assert make_keys(record_keys(cut, decodes_labels=True)) == keys  # padded less
+    assert digests(cut) == digests(ids)
+    config = T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    assert make_keys(BatchFields().keys(cut, T5ForConditionalGeneration(config))) == keys
 
 
 def test_what_cannot_be_told_apart_by_record_asks_for_a_key():
