@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdfast._values import can_look, values_are_checked
+from kdfast._checks import can_look, values_are_checked
 
 __all__ = ["as_mask", "check_zeros_and_ones", "is_mask"]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdfast._checks import can_look
 from kdfast.labels.entries import rows_of_entries
-from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids, is_readable
+from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
 from kdfast.masks import as_mask
 
 __all__ = [
@@ -58,7 +59,7 @@ def check_entries(
     """
     if offsets.device != ids.device:
         raise ValueError(f"ids are on {ids.device}, offsets on {offsets.device}")
-    if not (is_readable(ids) and is_readable(padding)):
+    if not (can_look(ids) and can_look(padding)):
         return
     check_offsets(offsets, len(ids))
     if present is not None and len(ids):
@@ -68,7 +69,7 @@ def check_entries(
 
 def check_not_negative(name: str, values: Tensor) -> None:
     """Raise ``ValueError`` for a negative weight or probability, where looking at them is cheap."""
-    if is_readable(values) and values.numel() and float(values.min()) < 0.0:
+    if can_look(values) and values.numel() and float(values.min()) < 0.0:
         raise ValueError(
             f"{name} must not be negative, got {float(values.min())}; of log-probabilities take the exponential"
         )
@@ -100,5 +101,5 @@ def check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, r
             f"prototypes must be a contiguous (S, {vocab_size}) table, got {tuple(prototypes.shape)} with strides "
             f"{prototypes.stride()}"
         )
-    if is_readable(prototype_ids):
+    if can_look(prototype_ids):
         check_prototype_ids(prototype_ids, len(prototypes))

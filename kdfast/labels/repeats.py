@@ -13,14 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast._checks import can_look
 from kdfast.labels.entries import rows_of_entries
 
-__all__ = ["check_ids", "check_offsets", "check_prototype_ids", "is_readable", "merged_repeats"]
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether the values of ``x`` can be looked at without waiting for a device, or breaking a trace."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+__all__ = ["check_ids", "check_offsets", "check_prototype_ids", "merged_repeats"]
 
 
 def check_offsets(offsets: Tensor, entries: int) -> None:
@@ -71,7 +67,7 @@ def merged_repeats(ids: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
     Nothing waits for a device: the number of entries stays.
     """
-    if is_readable(ids) and is_readable(offsets) and _first_repeat(ids.numpy(), offsets.numpy()) is None:
+    if can_look(ids) and can_look(offsets) and _first_repeat(ids.numpy(), offsets.numpy()) is None:
         return weights
     key, order = ((rows_of_entries(offsets, len(ids)) << 32) + ids).sort(stable=True)
     first = torch.cat([key.new_ones(1, dtype=torch.bool), key[1:] != key[:-1]])[: len(key)]

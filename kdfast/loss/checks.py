@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdfast._checks import LARGEST, can_look, check_flags, check_integer, check_number, values_are_checked
 from kdfast._names import did_you_mean
-from kdfast._numbers import LARGEST, check_flags, check_integer, check_number
-from kdfast._values import can_look, values_are_checked
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
 from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast._numbers import check_integer
+from kdfast._checks import check_integer
 from kdfast.loss import checks
 from kdfast.masks import as_mask
 

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from kdfast._values import can_look
+from kdfast._checks import can_look
 from kdfast.labels import Dense, Head, SoftLabels
 from kdfast.models import look_like_probabilities
 

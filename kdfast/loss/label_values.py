@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast._values import can_look, values_are_checked
+from kdfast._checks import can_look, values_are_checked
 
 __all__ = ["check_label_values"]
 

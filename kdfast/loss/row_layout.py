@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kdfast._values import can_look
+from kdfast._checks import can_look
 from kdfast.labels import Head, SoftLabels
 from kdfast.masks import is_mask
 

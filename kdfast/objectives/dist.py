@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdfast._numbers import check_number
+from kdfast._checks import check_number
 from kdfast.objectives._rows import PairedRows, Teacher
 from kdfast.objectives._vectors import unit
 

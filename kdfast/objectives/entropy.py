@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from kdfast._numbers import check_flags
+from kdfast._checks import check_flags
 from kdfast.objectives._rows import PairedRows, Teacher
 
 __all__ = ["entropy_matching"]

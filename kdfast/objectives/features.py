@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast._checks import check_integer
 from kdfast._names import did_you_mean
-from kdfast._numbers import check_integer
 from kdfast.masks import as_mask
 from kdfast.objectives._vectors import check_features, mean_of, unit, widened
 

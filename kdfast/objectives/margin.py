@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast._numbers import check_number
+from kdfast._checks import check_number
 from kdfast.loss import checks
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.models import check_logits

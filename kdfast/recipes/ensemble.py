@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast._values import values_are_checked
+from kdfast._checks import values_are_checked
 from kdfast.distill.counting import Counting
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Step

@@ -14,7 +14,7 @@ from kdfast.loss.reference import Targets
 from support import hostile
 from support import prototype_rows as shaped
 from support import sparse_rows as plain
-from support.sparse_checks import check, run
+from support.sparse_rows import check, run
 from support.triton_device import DEVICE
 
 # The interpreter's arithmetic is numpy's, which warns of what the kernels select out.

@@ -33,7 +33,7 @@ def test_weights_of_an_id_that_repeats_add_up():
 def test_draws_with_replacement(ragged, looked_at, monkeypatch):
     """Random sampling KD: 50 draws with weights of 1/50, and a label that is among them."""
     if not looked_at:
-        monkeypatch.setattr(repeats, "is_readable", lambda x: False)
+        monkeypatch.setattr(repeats, "can_look", lambda x: False)
     rows, vocab, draws = 6, 40, 50
     teacher, student = torch.randn(rows, vocab) * 2, torch.randn(rows, vocab, dtype=torch.float64)
     ids = torch.multinomial(teacher.softmax(1), draws, replacement=True)

@@ -14,8 +14,7 @@ from kdfast.divergences import Divergence
 from kdfast.loss.reference import Targets
 from kdfast.testing import loss_and_gradient, relative_error
 from support.prototype_rows import DIVERGENCES, OTHERS, ROWS, coefficients, make_table, make_teacher
-from support.sparse_checks import check, run
-from support.sparse_rows import oracle, with_padding
+from support.sparse_rows import check, oracle, run, with_padding
 
 # (V_s, V_t): two columns, below a vector, around a tile (1024), and either vocabulary wider.
 SHAPES = [(2, 2), (5, 5), (1031, 1031), (1030, 1023), (1023, 1030), (2100, 2100)]

@@ -7,8 +7,7 @@ import torch
 
 from kdfast import SoftLabels, kd_loss
 from kdfast.loss.reference import Targets
-from support.sparse_checks import check, run
-from support.sparse_rows import coefficients, make_teacher, oracle, with_padding
+from support.sparse_rows import check, coefficients, make_teacher, oracle, run, with_padding
 
 # Below a vector, a tile (1024) and its whole vectors; both vocabularies wider.
 SHAPES = [(5, 5), (1000, 1000), (1030, 1023), (1023, 1030), (2500, 2500), (2500, 1024)]

@@ -4,6 +4,7 @@ import torch
 
 from kdfast.divergences import Divergence
 from kdfast.loss import ops, reference
+from kdfast.testing import assert_close_to_eager
 
 
 def make_teacher(rows, vocab, *, tail=True, counts=None, ids=None):
@@ -54,3 +55,21 @@ def with_padding(teacher, label, columns):
     counts = torch.tensor([len(ids) for ids, _ in rows])
     ids, weights = map(torch.cat, zip(*rows, strict=True))
     return teacher._replace(ids=ids, weights=weights, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def run(student, teacher, coef, labels, op=torch.ops.kdfast.sparse_rows_grad):
+    teacher = teacher._replace(tail=None if teacher.tail is None else teacher.tail.to(coef.dtype))
+    loss, grad, parts = op(student[None], *teacher.arguments(coef, labels, True))
+    return loss, grad[0], parts
+
+
+def check(oracle, student, teacher, coef, labels, op=torch.ops.kdfast.sparse_rows_grad):
+    dtype = student.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    loss, grad, parts = run(student, teacher, coef, labels, op)
+    eager_loss, eager_grad, eager_parts = oracle(student, teacher, coef, labels)
+    exact_loss, exact_grad, exact_parts = oracle(student.double(), teacher, coef.double(), labels)
+    assert_close_to_eager("gradient", grad, eager_grad, exact_grad, dtype)
+    assert_close_to_eager("loss", loss, eager_loss, exact_loss, wide, floor=1.0)
+    for name, part, eager, exact in zip(exact_parts._fields, parts, eager_parts, exact_parts, strict=True):
+        assert_close_to_eager(name, part, eager, exact, wide, floor=1.0)

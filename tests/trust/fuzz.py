@@ -1,6 +1,6 @@
 """Fuzzing the native decoders: python tests/trust/fuzz.py --seconds 60
 
-It builds each harness beside this file with clang, libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer, and runs
+It builds each harness of ``native`` with clang, libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer, and runs
 it from the golden caches' blocks and from what ``corpus/`` holds. An input that crashes one goes into ``corpus/``, too.
 """
 
@@ -37,9 +37,9 @@ def find_clang() -> str:
 
 def build(clang: str, name: str, folder: Path) -> Path:
     binary = folder / f"fuzz_{name}"
-    sources = [HERE / f"fuzz_{name}.cpp", *(ROOT / "csrc" / source for source in SOURCES[name])]
+    sources = [HERE / "native" / f"fuzz_{name}.cpp", *(ROOT / "csrc" / source for source in SOURCES[name])]
     folders = [f"-I{ROOT / 'csrc' / part}" for part in ("codec", "io")]
-    command = [clang, *FLAGS, *folders, f"-I{HERE}", *map(str, sources), "-o", str(binary)]
+    command = [clang, *FLAGS, *folders, f"-I{HERE / 'native'}", *map(str, sources), "-o", str(binary)]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         hint = "apt-get install libclang-rt-14-dev (or of your version)" if "clang_rt" in made.stderr else ""

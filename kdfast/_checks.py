@@ -1,11 +1,15 @@
-"""Checks of arguments that are one number: what was passed, under its name, and what was wanted."""
+"""Checks of arguments that several rooms share: of numbers, and whether the values inside a tensor may be looked at."""
 
 from __future__ import annotations
 
+import os
 import sys
 from numbers import Integral, Real
 
-__all__ = ["LARGEST", "check_flags", "check_integer", "check_number"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LARGEST", "can_look", "check_flags", "check_integer", "check_number", "values_are_checked"]
 
 LARGEST = sys.float_info.max  # an int above it is no float
 
@@ -46,3 +50,26 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, int) and type(value).__name__ not in ("bool", "bool_"):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+_PLAIN = (Tensor, nn.Parameter)  # no FakeTensor, no DTensor
+
+
+def values_are_checked() -> bool:
+    """Whether KDFAST_CHECK=1 asks for checks of the values inside tensors, which wait for the device."""
+    return os.environ.get("KDFAST_CHECK", "") == "1"
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be looked at, which waits for no device and breaks no trace.
+
+    It is an ordinary CPU tensor then, and nothing traces or transforms calls.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and type(x) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch._C._is_tracing()
+    )
