@@ -21,6 +21,14 @@ class Ended(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def ended_by_term():
     """A handler of the user's own, in place of the default that ends the process."""

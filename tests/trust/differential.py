@@ -208,10 +208,11 @@ def check(case: Case) -> str | None:
     largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in exact_grads)
     if largest > torch.finfo(_student_dtype(case)).max:
         return None  # no gradient of this dtype could be right
+    in_head = 0 if case.student_head is None else case.columns
     fault = _compare_loss(case, loss.detach().double(), exact, rough, unit)
     for name, mine, right, eager in zip(("student", "weight", "bias"), ours, exact_grads, rough_grads, strict=False):
         if fault is None:
-            fault = _compare_grad(name, mine, right, eager, unit, size, case.student_head is not None)
+            fault = _compare_grad(name, mine, right, eager, unit, largest if in_head else 0.0, size, in_head)
     if fault is None and parts is not None:
         fault = _compare_parts(case, parts, exact_parts)
     return fault
@@ -263,15 +264,16 @@ def _compare_loss(case: Case, loss: Tensor, exact: Tensor, rough: Tensor, unit: 
 
 
 def _compare_grad(
-    name: str, ours: Tensor, exact: Tensor, rough: Tensor, unit: float, size: Tensor, in_head: bool
+    name: str, ours: Tensor, exact: Tensor, rough: Tensor, unit: float, least: float, size: Tensor, in_head: int
 ) -> str | None:
+    """``in_head``: of how many logits' gradients, each rounded to its dtype, an entry may be the sum."""
     if not ours.numel():
         return None
-    scale = max(float(exact.abs().max()), float(size.max()) if size.numel() else 0.0)
+    scale = max(float(exact.abs().max()), float(size.max()) if size.numel() else 0.0, least)
     narrow = torch.finfo(ours.dtype)
+    rounding = narrow.eps * (scale * in_head**0.5 if in_head else exact.abs())
     allowed = unit * scale + 4 * (rough.double() - exact).abs().max() * (unit >= 1e-6)
-    # A head's products are of logits' gradients that were rounded to its dtype, as in eager PyTorch.
-    allowed = allowed + narrow.eps * (scale if in_head else exact.abs()) + narrow.smallest_normal
+    allowed = allowed + rounding + narrow.smallest_normal
     error = (ours.double() - exact).abs()
     if bool((error <= allowed).all()):
         return None

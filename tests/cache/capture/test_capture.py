@@ -456,7 +456,7 @@ def test_fingerprints_change_with_config_names_types_and_bits():
         (
             {"outputs": lambda output, batch: output[..., None]},
             ValueError,
-            r"got \(5, 9, 1\); several layers of a row's hidden states are a cache each",
+            r"got \(5, 9, 1\).*several layers of a row's hidden states are a cache each",
         ),
         ({"epochs": 0}, ValueError, "epochs must be positive"),
         ({"reuse": "again"}, ValueError, "reuse .* got 1 and 'again'"),

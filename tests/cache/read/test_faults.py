@@ -47,6 +47,9 @@ def test_a_shard_of_another_machine_is_not_overwritten(tmp_path):
     with pytest.raises(kdfast.cache.CacheError, match=r"shard-0-00000.safetensors appeared.* its own name"):
         w.close()
     assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.format.keys.make_key("b")]
+    (tmp_path / "shard-0-00000.safetensors").unlink()
+    w.close()  # once its name is its own again
+    assert list(kdfast.cache.open(tmp_path)) == [kdfast.cache.format.keys.make_key("a")]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_an_exception_loses_nothing(tmp_path, shard_bytes):
     fail_after(9, writer(tmp_path / "a", **options))
     names = {re.sub(r"\d{5}", "N", p.name) for p in (tmp_path / "a").iterdir()}
     assert "shard-0.journal" in names
-    assert names <= {"shard-0-N.safetensors", "shard-0-N.safetensors.part", "shard-0.journal"}
+    assert names <= {"cache.json", "shard-0-N.safetensors", "shard-0-N.safetensors.part", "shard-0.journal"}
     with writer(tmp_path / "a", **options) as w:
         assert all(i in w for i in range(9))
     with writer(tmp_path / "b", **options) as w:
@@ -177,6 +180,7 @@ def test_a_failing_disk_is_named_and_tried_again(tmp_path, monkeypatch, call):
     assert not list(tmp_path.glob("shard-*.safetensors"))
     w.close()  # once there is room again
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "cache.json",
         "index.safetensors",
         "manifest.json",
         "shard-0-00000.safetensors",
