@@ -18,7 +18,7 @@ TEST = re.compile(r"tests/[\w/]+\.py(?:::\w+)*")
 
 
 @cache
-def tests_of(path):
+def names_in(path):
     """The names of a file's test functions, those of classes as Class::test."""
     names = set()
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
@@ -43,4 +43,4 @@ def test_a_rows_tests_are_there(row):
     assert tests or row[-1].startswith("open:"), row
     for test in tests:
         path, _, name = test.partition("::")
-        assert not name or name in tests_of(path), test
+        assert not name or name in names_in(path), test
