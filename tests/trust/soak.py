@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ CODECS: tuple[dict[str, Any], ...] = (
 )
 # What a process may take more in the last third: allocators keep some, and threads hold different work when sampled.
 SLACK_MIB, SLACK_DESCRIPTORS = 48, 8
+WARM_S, SLACK_COLD_MIB = 300.0, 256  # a shorter run's threads have not all begun in its first third
 
 
 class LM(nn.Module):
@@ -61,6 +64,7 @@ class Soak:
     def __init__(self, folder: Path) -> None:
         self.folder, self.done, self.faults = folder, Counter(), []
         self.finished: list[Path] = []
+        self.readers: Counter[Path | None] = Counter()
         self.lock, self.stop = threading.Lock(), threading.Event()
 
     def run(self, name: str, work: Any) -> threading.Thread:
@@ -90,54 +94,63 @@ class Soak:
         kdfast.cache.capture(LM(), loader, path, vocab_size=VOCAB, shard_bytes=20_000, progress=False, **options)
         with self.lock:
             self.finished.append(path)
-            old = [self.finished.pop(0)] if len(self.finished) > 4 else []
+            old = [x for x in self.finished[:-4] if not self.readers[x]]
+            self.finished = [x for x in self.finished if x not in old]
         for directory in old:
             shutil.rmtree(directory)
         self.done["captured"] += RECORDS
 
-    def newest(self) -> tuple[kdfast.cache.CacheReader, torch.Tensor] | None:
-        """The newest finished cache, and the texts that it was captured from."""
+    @contextmanager
+    def newest(self) -> Iterator[tuple[kdfast.cache.CacheReader, torch.Tensor] | None]:
+        """The newest finished cache, which nobody deletes meanwhile, and the texts that it was captured from."""
         with self.lock:
             path = self.finished[-1] if self.finished else None
-        if path is None:
-            self.stop.wait(0.05)
-            return None
-        number = int(path.name.split("-")[1])
-        texts = torch.randint(0, VOCAB, (RECORDS, LENGTH), generator=torch.Generator().manual_seed(number))
-        return kdfast.cache.open(path), texts
+            self.readers[path] += 1
+        try:
+            if path is None:
+                self.stop.wait(0.05)
+                yield None
+            else:
+                number = int(path.name.split("-")[1])
+                texts = torch.randint(0, VOCAB, (RECORDS, LENGTH), generator=torch.Generator().manual_seed(number))
+                yield kdfast.cache.open(path), texts
+        finally:
+            with self.lock:
+                self.readers[path] -= 1
 
     def read(self, number: int) -> None:
         """Labels of all records one by one, and again in any order and together: they are the same bits."""
-        found = self.newest()
-        if found is None:
-            return
-        cache, texts = found
-        first = [cache[text] for text in texts]
-        order = torch.randperm(RECORDS, generator=torch.Generator().manual_seed(number))[:32].tolist()
-        together = unpacked(cache.gather([texts[i] for i in order]))
-        for place, i in enumerate(order):
-            part = together[place * LENGTH : (place + 1) * LENGTH]
-            if not torch.equal(part.values, first[i].values):
-                raise AssertionError(f"record {i} differs when gathered")
-        if number % 8 == 0:
-            cache.verify()
-            loader = DataLoader(kdfast.cache.CacheDataset(cache, list(texts)), batch_size=None, num_workers=1)
-            self.done["read"] += sum(1 for _ in loader)
-        self.done["read"] += RECORDS + len(order)
+        with self.newest() as found:
+            if found is None:
+                return
+            cache, texts = found
+            first = [cache[text] for text in texts]
+            order = torch.randperm(RECORDS, generator=torch.Generator().manual_seed(number))[:32].tolist()
+            together = unpacked(cache.gather([texts[i] for i in order]))
+            for place, i in enumerate(order):
+                part = together[place * LENGTH : (place + 1) * LENGTH]
+                if not torch.equal(part.values, first[i].values):
+                    raise AssertionError(f"record {i} differs when gathered")
+            if number % 8 == 0:
+                cache.verify()
+                dataset = kdfast.cache.CacheDataset(cache, list(texts))
+                loader = DataLoader(dataset, batch_size=None, num_workers=1, timeout=300)
+                self.done["read"] += sum(1 for _ in loader)
+            self.done["read"] += RECORDS + len(order)
 
     def train(self, number: int) -> None:
         """An epoch with checkpoints in a folder of its own."""
-        found = self.newest()
-        if found is None:
-            return
-        cache, texts = found
-        options: dict[str, Any] = {"divergence": "soft_ce", "temperature": 1.0, "kd_weight": 1.0, "ce_weight": 0.0}
-        folder = self.folder / "run"
-        student = kdfast.Distiller(LM(), cache, folder=folder, **options)
-        batches = [{"input_ids": texts[i : i + BATCH]} for i in range(0, RECORDS, BATCH)]
-        student.fit(batches, epochs=1)
-        shutil.rmtree(folder)
-        self.done["trained"] += RECORDS
+        with self.newest() as found:
+            if found is None:
+                return
+            cache, texts = found
+            options: dict[str, Any] = {"divergence": "soft_ce", "temperature": 1.0, "kd_weight": 1.0, "ce_weight": 0.0}
+            folder = self.folder / "run"
+            student = kdfast.Distiller(LM(), cache, folder=folder, **options)
+            batches = [{"input_ids": texts[i : i + BATCH]} for i in range(0, RECORDS, BATCH)]
+            student.fit(batches, epochs=1)
+            shutil.rmtree(folder)
+            self.done["trained"] += RECORDS
 
 
 def sample(soak: Soak) -> dict[str, float]:
@@ -149,12 +162,12 @@ def sample(soak: Soak) -> dict[str, float]:
     return {"time": time.monotonic(), **held, **soak.done}
 
 
-def judge(samples: list[dict[str, float]]) -> list[str]:
+def judge(samples: list[dict[str, float]], seconds: float) -> list[str]:
     """What grew from the second third of the samples to the last."""
     third = len(samples) // 3
     before, after = samples[third : 2 * third], samples[2 * third :]
-    faults = []
-    for name, slack in (("MiB", SLACK_MIB), ("descriptors", SLACK_DESCRIPTORS)):
+    faults, memory = [], SLACK_MIB if seconds >= WARM_S else SLACK_COLD_MIB
+    for name, slack in (("MiB", memory), ("descriptors", SLACK_DESCRIPTORS)):
         was, now = (statistics.median(s[name] for s in part) for part in (before, after))
         if now > was + slack:
             faults.append(f"{name} grew from {was:.0f} to {now:.0f}")
@@ -192,7 +205,7 @@ def main() -> int:
             thread.join()
     if soak.faults:
         raise SystemExit("\n".join(soak.faults))
-    faults = judge(samples)
+    faults = judge(samples, args.seconds)
     if args.json is not None:
         args.json.write_text(json.dumps({"samples": samples, "rates": rates(samples), "faults": faults}, indent=1))
     for fault in faults:
