@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test full bench lint format clean trust fuzz sanitize soak faults
+.PHONY: demo test full bench lint format clean trust fuzz differential faults soak sanitize
 
 demo: $(VENV)/built
 	$(BIN)/kdfast demo
@@ -21,24 +21,27 @@ bench: $(VENV)/built
 	$(BIN)/kdfast bench loss
 	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds
 
-# What looks for faults that no test names: SECONDS for each. tests/trust says what each does; without --seconds they
-# run to their own ends.
+# What looks for faults that no test names, for SECONDS each; tests/trust says what each does.
 SECONDS ?= 60
+PART := $(shell expr $(SECONDS) / 3)
 TRUST := OMP_NUM_THREADS=1 $(BIN)/python tests/trust
 
-trust: fuzz faults soak sanitize
+trust: fuzz differential faults soak sanitize
 
-# Native decoders, Python's reader, every bit of a shard; and kd_loss against formulas written out.
+# Native decoders under libFuzzer, Python's reader, and the bits of golden caches.
 fuzz: $(VENV)/built
 	$(TRUST)/fuzz.py --seconds $(SECONDS)
-	$(TRUST)/reader_fuzz.py --seconds $(SECONDS)
-	$(TRUST)/bits.py --seconds $(SECONDS)
+	$(TRUST)/reader_fuzz.py --seconds $(PART)
+	$(TRUST)/bits.py --seconds $(PART)
+
+# kd_loss against formulas written out.
+differential: $(VENV)/built
 	$(TRUST)/differential.py --seconds $(SECONDS)
 
 # Processes killed, and disks that fail, at every step.
 faults: $(VENV)/built
 	$(TRUST)/kills.py --seconds $(SECONDS)
-	$(TRUST)/disk_faults.py --seconds $(SECONDS)
+	$(TRUST)/disk_faults.py --seconds $(PART)
 
 soak: $(VENV)/built
 	$(TRUST)/soak.py --seconds $(SECONDS)
