@@ -220,7 +220,8 @@ class Checkpoint(Scenario):
         return {}
 
     def content(self, number: int) -> dict[str, Any]:
-        return {"student": {"weight": torch.full((50,), float(number))}, "number": number}
+        about = {"version": checkpoint.VERSION, checkpoint.CHECKED: True}
+        return {**about, "student": {"weight": torch.full((50,), float(number))}, "number": number}
 
     def run(self, folder: Path, note: Note) -> None:
         for number in range(1, self.saves + 1):
