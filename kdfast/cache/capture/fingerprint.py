@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -46,8 +47,10 @@ NO_ANSWER = (
 DROPOUT = re.compile(r".*(dropout|dropout_prob|dropout_rate|dropout_p|_pdrop|drop_rate|layerdrop|drop_path_rate)")
 # Ids that only generation looks at, but in models that search their inputs for them.
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Attributes of a module that say how it is trained or run.
-NO_ATTRIBUTE = re.compile(r"training|_.*|.*checkpoint.*")
+# Options of a module that say how it is trained or run.
+NO_OPTION = re.compile(r"training|.*checkpoint.*")
+# Integers among them that may change answers: others count steps, say how wide a layer is, or where to stop.
+SIZE = re.compile(r".*(head|group|stride|dilation|window|scale|factor|repeat).*")
 WITHOUT_ANSWER = re.compile(r"Identity|Sequential|Module(List|Dict)|Container|(Feature)?(Alpha)?Dropout[123]?d?")
 # Names that wrappers put between those of a module's own parts.
 WRAPPED = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
@@ -56,7 +59,11 @@ SHORT = 40  # characters of a part that is kept as it is
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """32 hexadecimal digits of what a model computes: its configuration, if it has one, or else its kinds of modules
-    and their plain attributes (numbers, texts, functions, tensors), and every parameter and buffer that it saves.
+    with their options and the buffers that they do not save; and every parameter and buffer that it saves.
+
+    The options of a module of your own are the numbers, texts, tensors and functions of PyTorch that it keeps under
+    the names of its constructor's parameters, for other attributes may count what happens; of integers those that are
+    named as numbers of heads or groups, strides, windows or factors.
 
     What changes no answer stays out: who saved the model and where, the names of its labels, dropout, caching, what it
     returns besides, padding where it does not look at it, and wrappers (``torch.compile``, data parallelism).
@@ -155,17 +162,18 @@ def _modules_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _kind(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the kind of a module, with the options of one of PyTorch's, or the plain attributes of another."""
+    """Yield the kind of a module and its options, as far as they can be told."""
     kind = next(x for x in type(module).__mro__ if not x.__module__.startswith("torch.distributed"))
-    if kind.__module__.startswith("torch.nn.modules"):
-        if not WITHOUT_ANSWER.fullmatch(kind.__name__):
-            yield f"module.{name}", _brief(f"{kind.__name__}({module.extra_repr()})")
+    torchs = kind.__module__.startswith("torch.nn.modules")
+    if WITHOUT_ANSWER.fullmatch(kind.__name__) if torchs else kind.__module__.startswith("torch."):  # a wrapper
         return
-    if kind.__module__.startswith("torch."):  # a wrapper
-        return
-    yield f"module.{name}", _brief(kind.__name__)
+    yield f"module.{name}", _brief(f"{kind.__name__}({module.extra_repr()})" if torchs else kind.__name__)
+    parameters = inspect.signature(kind.__init__).parameters
     for attribute, value in sorted(vars(module).items()):
-        if NO_ATTRIBUTE.fullmatch(attribute) or DROPOUT.fullmatch(attribute):
+        option = attribute.lstrip("_")
+        if option not in parameters or NO_OPTION.fullmatch(option) or DROPOUT.fullmatch(option):
+            continue
+        if type(value) is int and not (torchs or SIZE.fullmatch(option)):
             continue
         text = _plain(value)
         if text is not None:
@@ -173,7 +181,7 @@ def _kind(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> str | None:
-    """A number, text, function or tensor, or a list of some, as a text; None for what is none of these."""
+    """A number, text, tensor or function of PyTorch, or a list of some, as a text; None for what is none of these."""
     if isinstance(value, (bool, int, float, str, torch.dtype)):
         return _brief(value)
     if isinstance(value, Tensor):
@@ -181,7 +189,8 @@ def _plain(value: Any) -> str | None:
     if isinstance(value, (list, tuple)):
         texts = [_plain(item) for item in value]
         return None if None in texts else _brief(texts)
-    name = getattr(value, "__qualname__", None) if callable(value) else None
+    ours = callable(value) and str(getattr(value, "__module__", None) or "torch").startswith("torch")
+    name = getattr(value, "__name__", None) if ours else None
     return None if name is None else _brief(name)
 
 
