@@ -168,7 +168,7 @@ def _kind(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     if WITHOUT_ANSWER.fullmatch(kind.__name__) if torchs else kind.__module__.startswith("torch."):  # a wrapper
         return
     yield f"module.{name}", _brief(f"{kind.__name__}({module.extra_repr()})" if torchs else kind.__name__)
-    parameters = inspect.signature(kind.__init__).parameters
+    parameters = inspect.signature(kind).parameters
     for attribute, value in sorted(vars(module).items()):
         option = attribute.lstrip("_")
         if option not in parameters or NO_OPTION.fullmatch(option) or DROPOUT.fullmatch(option):
