@@ -49,7 +49,8 @@ def record_keys(batch: Mapping[str, Any], arguments: Any = None, *, decodes_labe
     records apart, such as ``pixel_values``, ``decoder_input_ids`` or segment ids, it is a digest of the ids and of all
     that. ``labels`` are no part of it where they are classes, or the ids or those that follow, of which no model makes
     other inputs. Padding is no part of a key: where the ``attention_mask`` is 0, and in a decoder's fields where the
-    ``decoder_attention_mask`` is 0, or else the ``labels`` are negative.
+    ``decoder_attention_mask`` is 0, or else after the last of the ``labels`` that is not negative. A mask with zeros
+    between ones moves tokens apart, and is part of it, unless ``position_ids`` say where they are.
 
     Args:
         batch: a mapping.
@@ -66,14 +67,18 @@ def record_keys(batch: Mapping[str, Any], arguments: Any = None, *, decodes_labe
     ids, real = batch["input_ids"], _mask(batch, "attention_mask", batch["input_ids"])
     keys = [row if real is None else row[real[i]] for i, row in enumerate(ids)]
     more = dict(_more(arguments, batch))
-    if decodes_labels and batch.get("labels") is not None and not more.keys() & DECODER_INPUTS:
+    decodes_labels = decodes_labels and batch.get("labels") is not None and not more.keys() & DECODER_INPUTS
+    if decodes_labels:
         more["labels"] = batch["labels"]
-    if not more:
+    holes = None if real is None or _positions(arguments) else _holes(real)
+    if not more and holes is None:
         return keys
     masks = {"": real, "decoder_": _decoder_mask(arguments, batch)}
     rows = {name: list(_rows(name, value, masks, len(keys))) for name, value in more.items()}
     if "labels" in more:
-        rows["labels"] = [_labels(row, ids[i]) for i, row in enumerate(rows["labels"])]
+        rows["labels"] = [_labels(row, None if decodes_labels else ids[i]) for i, row in enumerate(rows["labels"])]
+    if holes is not None:
+        rows["attention_mask"] = holes
     return [_key(key, {name: row[i] for name, row in rows.items() if row[i] is not None}) for i, key in enumerate(keys)]
 
 
@@ -122,24 +127,28 @@ def _rows(name: str, value: Any, masks: Mapping[str, Any], count: int) -> Iterat
 
 
 def _granted(name: str, row: Any) -> bool:
-    if not isinstance(row, Tensor):
+    if name not in (*ZERO_BY_DEFAULT, *COUNTED_BY_DEFAULT) or not isinstance(row, (Tensor, np.ndarray, list, tuple)):
         return False
+    values = torch.as_tensor(row).cpu()
     if name in ZERO_BY_DEFAULT:
-        return not bool(row.any())
-    return name in COUNTED_BY_DEFAULT and torch.equal(row.cpu(), torch.arange(len(row), dtype=row.dtype))
+        return not bool(values.any())
+    return values.dim() == 1 and torch.equal(values, torch.arange(len(values), dtype=values.dtype))
 
 
 def _labels(labels: Any, ids: Any) -> Any:
     """A record's labels without those that pad them; None if the model makes no other input of them than ``ids``.
 
-    A class, and labels that are the ids or those that follow, are what a loss is computed of.
+    A class, and labels that are the ids or those that follow, are what a loss is computed of. ``ids`` are None where a
+    decoder's inputs are made of the labels: it sees those that are the encoder's ids, too.
     """
-    row, own = torch.as_tensor(labels).cpu(), torch.as_tensor(ids).cpu()
+    row = torch.as_tensor(labels).cpu()
     if row.dim() == 0 or row.is_floating_point():
         return None if row.dim() == 0 else labels
     kept = row >= 0
-    if row.shape == own.shape and any(torch.equal(row[kept], x[kept]) for x in (own, own.roll(-1))):
-        return None
+    if ids is not None:
+        own = torch.as_tensor(ids).cpu()
+        if row.shape == own.shape and any(torch.equal(row[kept], x[kept]) for x in (own, own.roll(-1))):
+            return None
     last = kept.nonzero().flatten()
     return labels[: int(last[-1]) + 1 if len(last) else 0]
 
@@ -153,15 +162,32 @@ def _mask(fields: Mapping[str, Any], name: str, ids: Any) -> Tensor | None:
 
 
 def _decoder_mask(arguments: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Which of a decoder's tokens are no padding: by its mask, else by the labels; None if neither tells."""
+    """Which of a decoder's tokens are no padding: by its mask, else by the labels; None if neither tells.
+
+    Labels before the last one may be negative where a decoder is prompted, which is no padding.
+    """
     fields = {**batch, **arguments} if isinstance(arguments, Mapping) else batch
     ids = fields.get("decoder_input_ids")
     if ids is None:
         return None
     mask, labels = _mask(fields, "decoder_attention_mask", ids), fields.get("labels")
     if mask is None and labels is not None and tuple(labels.shape) == tuple(ids.shape):
-        return torch.as_tensor(labels) >= 0
+        return (torch.as_tensor(labels) >= 0).flip(1).cummax(1).values.flip(1)
     return mask
+
+
+def _positions(arguments: Any) -> bool:
+    return isinstance(arguments, Mapping) and arguments.get("position_ids") is not None
+
+
+def _holes(real: Tensor) -> list[Tensor | None] | None:
+    """Per record its mask without the padding at its ends, if there are zeros within; None if that is so of none."""
+    starts = real[:, 1:] & ~real[:, :-1]
+    torn = (starts.sum(1) + real[:, 0] > 1).tolist() if real.dim() == 2 and real.shape[1] else []
+    if not any(torn):
+        return None
+    ends = [mask.nonzero().flatten() for mask in real]
+    return [m[at[0] : int(at[-1]) + 1] if hole else None for m, at, hole in zip(real, ends, torn, strict=True)]
 
 
 def _is_padding_mask(mask: Any) -> bool:

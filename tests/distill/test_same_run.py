@@ -560,3 +560,13 @@ def test_all_is_silent_and_new_without_a_folder(capsys):
         warnings.simplefilter("error")
         assert fit(None)[0]["loss"] == fit(None)[0]["loss"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_stays_where_it_was_named(tmp_path, monkeypatch):
+    """A chdir must not begin the run again somewhere else, ``~`` is the home, and a URL is no folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("run", "~/run"):
+        assert Distiller(student(), teacher(), folder=path).folder == tmp_path / "run"
+    with pytest.raises(ValueError, match="memory://run is a URL"):
+        Distiller(student(), teacher(), folder="memory://run")

@@ -176,7 +176,7 @@ class _Run:
         """Run the teacher on a batch, unless all its records are known, and add those that are not."""
         keys = self._fields.keys(batch, self._model)
         known = [all(name in self._writer for name in _names(key, self._replicas)) for key in keys]
-        if all(known):
+        if all(known) and not self._repeats.is_unsure(keys):
             self._repeats.count(keys, known, self._fields.marks(batch, keys))
             self._skipped += 1
             return
@@ -188,7 +188,8 @@ class _Run:
             [[Mark(part.targets, len(part.logits))] for part, _ in stored],
             [part.logits for part, _ in stored],
         )
-        self._ran += 1
+        self._skipped += all(known)
+        self._ran += not all(known)
 
     def _add(self, part: Part) -> bool:
         """Add what lacks of a record. False if it has a bad row, and such are left out."""
@@ -197,7 +198,7 @@ class _Run:
                 if name not in self._writer:
                     self._writer.add(name, part.logits, targets=part.targets, views=part.views)
         except ValueError as error:
-            if isinstance(error, CacheError) or not bad_row(part.logits):
+            if isinstance(error, CacheError) or not bad_row(part.logits[:, : self._writer.codec.input_width]):
                 raise
             if self._on_bad == "raise":
                 raise ValueError(f"{error}; {ON_BAD_HINT}") from error

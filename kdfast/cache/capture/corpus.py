@@ -82,6 +82,9 @@ def cut(
     """
     if isinstance(documents, Corpus):
         return documents
+    for name, size in (("max_length", max_length), ("stride", stride)):
+        if size is not None and (not isinstance(size, Integral) or isinstance(size, bool)):
+            raise TypeError(f"{name} must be an int, got {size!r}")
     first = _bos_of(tokenizer) if bos else None
     room = max_length - bos
     if room < 1:
@@ -143,10 +146,14 @@ def _check_several(documents: Any) -> None:
 def _ids(document: Any, number: int, tokenizer: Any, add_special_tokens: bool, field: str | None) -> NDArray[np.int32]:
     try:
         if isinstance(document, Mapping):
-            document = document_of(document, field)
+            document = _without_padding(document, document_of(document, field))
     except ValueError as error:
         raise ValueError(f"document {number}: {error}") from error
-    chat = isinstance(document, Sequence) and len(document) and isinstance(document[0], Mapping)
+    chat = isinstance(document, Sequence) and len(document) > 0 and isinstance(document[0], Mapping)
+    if chat and not all(isinstance(message, Mapping) and "role" in message for message in document):
+        raise ValueError(
+            f"document {number}: each message of a chat has a role, got {', '.join(map(str, document[0]))}"
+        )
     if isinstance(document, str) or chat:
         document = _tokenised(document, tokenizer, add_special_tokens)
     elif isinstance(document, Integral):
@@ -159,6 +166,17 @@ def _ids(document: Any, number: int, tokenizer: Any, add_special_tokens: bool, f
     if found.size and (int(found.min()) < 0 or int(found.max()) >= 2**31):
         raise ValueError(f"document {number}: ids must lie in [0, 2**31), got {found.min()} to {found.max()}")
     return found.astype(np.int32)
+
+
+def _without_padding(row: Mapping[str, Any], document: Any) -> Any:
+    """A row's ``input_ids`` without those that its ``attention_mask`` says are padding; other documents as they are."""
+    mask = row.get("attention_mask")
+    if mask is None or document is not row.get("input_ids"):
+        return document
+    ids, real = np.asarray(document), np.asarray(mask)
+    if ids.ndim != 1 or real.shape != ids.shape:
+        raise ValueError(f"input_ids are {ids.shape}, their attention_mask is {real.shape}")
+    return ids[real != 0]
 
 
 def _tokenised(document: Any, tokenizer: Any, add_special_tokens: bool) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
+from io import BytesIO
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdfast.cache.format.teacher import Fingerprint
@@ -42,6 +45,12 @@ NO_ANSWER = (
     "use_cache",
 )
 DROPOUT = re.compile(r".*(dropout|dropout_prob|dropout_rate|dropout_p|_pdrop|drop_rate|layerdrop|drop_path_rate)")
+# Ids that only generation looks at, but in models that search their inputs for them.
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Options of a module that say how it is trained or run.
+NO_OPTION = re.compile(r"training|.*checkpoint.*")
+# Integers among them that may change answers: others count steps, say how wide a layer is, or where to stop.
+SIZE = re.compile(r".*(head|group|stride|dilation|window|scale|factor|repeat).*")
 WITHOUT_ANSWER = re.compile(r"Identity|Sequential|Module(List|Dict)|Container|(Feature)?(Alpha)?Dropout[123]?d?")
 # Names that wrappers put between those of a module's own parts.
 WRAPPED = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
@@ -49,8 +58,12 @@ SHORT = 40  # characters of a part that is kept as it is
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """32 hexadecimal digits of what a model computes: its configuration, if it has one, or else its kinds of modules,
-    and every parameter and buffer that it saves.
+    """32 hexadecimal digits of what a model computes: its configuration, if it has one, or else its kinds of modules
+    with their options and the buffers that they do not save; and every parameter and buffer that it saves.
+
+    The options of a module of your own are the numbers, texts, tensors and functions of PyTorch that it keeps under
+    the names of its constructor's parameters, for other attributes may count what happens; of integers those that are
+    named as numbers of heads or groups, strides, windows or factors.
 
     What changes no answer stays out: who saved the model and where, the names of its labels, dropout, caching, what it
     returns besides, padding where it does not look at it, and wrappers (``torch.compile``, data parallelism).
@@ -65,7 +78,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     parts = dict(_configuration(inner))
     parts |= {f"adapter.{name}": value for name, value in _adapters(inner)}
     if not parts:
-        parts = {f"module.{name}": kind for name, kind in _kinds(inner)}
+        parts = dict(_modules_parts(inner))
     parts |= {f"weight.{name}": value for name, value in _weights(inner)}
     digest = TensorDigest()
     digest.text(_json(sorted(parts.items())))
@@ -100,7 +113,7 @@ def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         looks_at_ids = bool(getattr(config, "is_encoder_decoder", False)) or hasattr(model, "score")
-        yield from _answers("config", config.to_dict(), () if looks_at_ids else ("pad_token_id",))
+        yield from _answers("config", config.to_dict(), () if looks_at_ids else SPECIAL_IDS)
         for name, module in model.named_modules():  # RoBERTa counts positions from it
             if isinstance(index := getattr(module, "padding_idx", None), int) and not isinstance(module, nn.Embedding):
                 yield f"config.padding_idx.{_own(name)}", str(index)
@@ -130,22 +143,88 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield _own(name), _brief([*state, bool(getattr(module, "disable_adapters", False))])
 
 
-def _kinds(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the kind of each of PyTorch's modules, with its options: a model without a configuration has no other."""
+def _modules_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield what tells a model without a configuration from others: the configurations of the models in it, the kind
+    and options of each other module, and the buffers that are not saved."""
+    inside: list[str] = []  # models with a configuration of their own, which says all about their modules
     for name, module in model.named_modules():
-        kind = type(module)
-        if kind.__module__.startswith("torch.nn.modules") and not WITHOUT_ANSWER.fullmatch(kind.__name__):
-            yield _own(name), _brief(f"{kind.__name__}({module.extra_repr()})")
+        if any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        own = _own(name)
+        found = dict(_configuration(module)) if name else {}
+        if found:
+            inside.append(name)
+            yield from ((f"{part} of {own}", value) for part, value in found.items())
+            continue
+        yield from _kind(own, module)
+        unsaved = module._non_persistent_buffers_set
+        yield from ((f"buffer.{own}.{x}", _tensor(module._buffers[x])) for x in sorted(unsaved))
+
+
+def _kind(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the kind of a module and its options, as far as they can be told."""
+    kind = next(x for x in type(module).__mro__ if not x.__module__.startswith("torch.distributed"))
+    torchs = kind.__module__.startswith("torch.nn.modules")
+    if WITHOUT_ANSWER.fullmatch(kind.__name__) if torchs else kind.__module__.startswith("torch."):  # a wrapper
+        return
+    yield f"module.{name}", _brief(f"{kind.__name__}({module.extra_repr()})" if torchs else kind.__name__)
+    parameters = inspect.signature(kind).parameters
+    for attribute, value in sorted(vars(module).items()):
+        option = attribute.lstrip("_")
+        if option not in parameters or NO_OPTION.fullmatch(option) or DROPOUT.fullmatch(option):
+            continue
+        if type(value) is int and not (torchs or SIZE.fullmatch(option)):
+            continue
+        text = _plain(value)
+        if text is not None:
+            yield f"module.{name}.{attribute}", text
+
+
+def _plain(value: Any) -> str | None:
+    """A number, text, tensor or function of PyTorch, or a list of some, as a text; None for what is none of these."""
+    if isinstance(value, (bool, int, float, str, torch.dtype)):
+        return _brief(value)
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, (list, tuple)):
+        texts = [_plain(item) for item in value]
+        return None if None in texts else _brief(texts)
+    ours = callable(value) and str(getattr(value, "__module__", None) or "torch").startswith("torch")
+    name = getattr(value, "__name__", None) if ours else None
+    return None if name is None else _brief(name)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, value in sorted(model.state_dict().items()):
-        digest = TensorDigest()
-        if isinstance(value, Tensor):
-            digest.tensor("", value)
-        else:  # a module's extra state
-            digest.text(repr(value))
-        yield _own(name), digest.hex()
+        yield _own(name), _tensor(value)
+
+
+def _tensor(value: Any) -> str:
+    """A digest of a tensor, or of what a module calls its extra state."""
+    digest = TensorDigest()
+    _take(digest, value)
+    return digest.hex()
+
+
+def _take(digest: TensorDigest, value: Any) -> None:
+    if isinstance(value, Tensor) and not value.is_quantized:
+        digest.tensor("", value)
+    elif isinstance(value, Tensor):
+        digest.text(f"{value.dtype} {value.qscheme()}")
+        _take(digest, value.int_repr())
+        _take(digest, value.dequantize())  # for the scales
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            digest.text(str(name))
+            _take(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.text(f"{len(value)} values")
+        for item in value:
+            _take(digest, item)
+    elif isinstance(value, BytesIO):
+        digest.text(value.getvalue().hex())
+    else:
+        digest.text(repr(value))
 
 
 def _own(name: str) -> str:

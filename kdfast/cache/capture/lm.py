@@ -206,9 +206,13 @@ def _padded(batch: dict[str, Tensor]) -> Iterator[Tensor]:
 
 def _masks(batch: dict[str, Tensor], mask: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """``mask`` of each window's own ids, and False on padding."""
-    length = batch["input_ids"].shape[1]
-    kept = [mask(ids[real]) for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
-    return [nn.functional.pad(row, (0, length - len(row))) for row in kept]
+    length, found = batch["input_ids"].shape[1], []
+    for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        row = torch.as_tensor(mask(ids[real]))
+        if row.shape != ids[real].shape:
+            raise ValueError(f"mask must give one bool per id of a window, {int(real.sum())}, got {tuple(row.shape)}")
+        found.append(nn.functional.pad(row, (0, length - len(row))))
+    return found
 
 
 class _Causal:

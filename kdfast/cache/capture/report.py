@@ -99,7 +99,7 @@ class Repeats:
 
     A record that comes again with other targets or clearly other logits shares a key with one that it is not, as images
     of one name in several folders do: only the first is stored, and would serve both. The first such one is warned of
-    by name. It takes some 200 bytes per record.
+    by name. It takes some 200 bytes per record, and one pass of the teacher where there are no targets.
 
     Args:
         storage: the cache's.
@@ -110,7 +110,20 @@ class Repeats:
         self._before: CacheReader | None = None  # opened when a record is known
         self._met: dict[Key, _Known] = {}
         self._sketch = _Sketch()
+        self._looked = False  # at the logits of a batch that came again
         self.known = self.duplicates = self.conflicts = 0
+
+    def is_unsure(self, keys: Sequence[Any]) -> bool:
+        """Whether only the teacher can tell if a batch, all of which came before in this capture, is the same again.
+
+        Of targets there are none, or not each record's. It is so once: where keys do not tell records apart, the first
+        such batch shows it.
+        """
+        if self._looked:
+            return False
+        met = [self._met.get(make_key(key)) for key in keys]
+        self._looked = any(x is not None and x.sketch is not None and not x.targets for x in met)
+        return self._looked
 
     def count(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdfast.cache.capture.corpus import Corpus
-from kdfast.models import call, device_of, evaluating, logits_of
+from kdfast.models import call, device_of, evaluating, logits_of, unwrap
 
 __all__ = ["check_causal", "check_fits"]
 
@@ -20,6 +20,7 @@ POSITIONS = ("wpe", "position_embeddings", "embed_positions")  # tables of posit
 
 def check_fits(model: Any, corpus: Corpus) -> None:
     """Raise ``ValueError`` for ids outside the model's embedding, and windows longer than its table of positions."""
+    model = unwrap(model)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
     largest = corpus.bounds[1]
@@ -48,12 +49,13 @@ def check_causal(model: Any, corpus: Corpus, run: Callable[..., Any]) -> None:
         corpus: its windows.
         run: calls the model with ``input_ids`` and ``attention_mask``.
     """
-    name = type(model).__name__
+    inner = unwrap(model)
+    name = type(inner).__name__
     reason = "it is a masked language model" if name.endswith("ForMaskedLM") else ""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         reason = "it is an encoder with a decoder"
     window = next((ids for ids in corpus[:100] if len(ids) > 1), None)
-    if not reason and _may_look_ahead(model) and window is not None:
+    if not reason and _may_look_ahead(inner) and window is not None:
         ids = window[:TRIED].long().to(device_of(model))
         other = ids.clone()
         other[-1] = ids[0] if ids[0] != ids[-1] else (ids[-1] + 1) % max(2, corpus.bounds[1] + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kdfast._atomic import publish, publish_new, replacing, sync_directory, with_filename
-from kdfast._paths import local_path
+from kdfast._paths import SHORTENED, local_path
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.regular import open_regular
 
 __all__ = ["LocalStorage", "RemoteStorage", "Storage", "open_storage"]
 
-SHORTENED = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")  # a URL that has been a Path
 CHUNK = 8 * 2**20  # of a file on its way into the cache
 MOST_READ = 2**32  # bytes of a file that is read whole: a manifest, or a table beside the shards
 TAIL = 8  # a shard ends with its seal, which tells it from another shard of its size
@@ -38,8 +36,8 @@ def open_storage(path: str | os.PathLike[str], *, local: str | os.PathLike[str] 
             gone through a ``Path``, which drops a slash.
     """
     text = os.fspath(path)
-    if "://" not in text:
-        if SHORTENED.match(text) and not os.path.lexists(text.split("/")[0]):
+    if not isinstance(text, str) or "://" not in text:
+        if isinstance(text, str) and SHORTENED.match(text) and not os.path.lexists(text.split("/")[0]):
             raise ValueError(
                 f"{text} seems to be a URL that a Path has shortened: pass {text.replace(':/', '://', 1)!r}"
             )

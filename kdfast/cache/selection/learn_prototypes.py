@@ -50,8 +50,10 @@ def learn_prototypes(
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     features = [_features(p, seed) for p in _distributions(batches, temperature)]
     rows = sum(map(len, features))
-    if count < 1 or not rows:
-        raise ValueError(f"{count} prototypes of {rows} rows: both must be positive")
+    if count < 1:
+        raise ValueError(f"there must be a prototype at least, got count={count}")
+    if not rows:
+        raise ValueError("prototypes are learned from rows, and there is none: no batch, or a mask without a True")
     count = min(count, max(1, rows // ROWS_PER_SHAPE))
     groups = _kmeans(torch.cat(features), count, seed)
     prototypes = _means(batches, temperature, entries, count, groups)

@@ -54,11 +54,14 @@ def merge(
         progress: called after each shard.
 
     Raises:
+        TypeError: ``sources`` is one path.
         CacheError: a source holds no shard, or is the destination; or ``link`` with a URL.
         CacheMismatchError: two of the caches differ in codec, options, vocabulary, temperatures or teacher.
         CacheCorruptError: a shard is corrupt.
         OSError: a file cannot be read, written or linked.
     """
+    if isinstance(sources, (str, bytes, os.PathLike)):
+        raise TypeError(f"sources must be a list of caches, got one, {sources}: give [{sources!r}]")
     target = open_storage(destination)
     storages = {storage.url: storage for storage in map(open_storage, sources)}
     if not storages:

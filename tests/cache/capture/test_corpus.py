@@ -160,6 +160,46 @@ def test_models_that_see_what_they_would_predict_are_refused(tmp_path):
         capture(t5, tmp_path / "d")
 
 
+def test_a_wrapped_encoder_is_one(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for model in (BertForMaskedLM(BertConfig(vocab_size=12, **sizes)), llama()):
+        wrapped = torch.nn.DataParallel(model)
+        if isinstance(model, BertForMaskedLM):
+            with pytest.raises(ValueError, match="BertForMaskedLM is no causal model"):
+                capture(wrapped, tmp_path / "bert")
+        else:
+            assert capture(wrapped, tmp_path / "llama").records == 5
+
+
+@pytest.mark.parametrize("length", [2, 4])
+def test_a_mask_of_another_length_than_its_window_is_named(tmp_path, length):
+    """Neither are rows taken for masked that it does not speak of, nor is what is too long cut off."""
+    with pytest.raises(ValueError, match=rf"mask must give one bool per id of a window, 3, got \({length},\)"):
+        capture(llama(), tmp_path, [[1, 2, 3]], mask=lambda ids: torch.ones(length, dtype=torch.bool))
+    report = capture(llama(), tmp_path, [[1, 2, 3]], mask=lambda ids: [True, False, True])
+    assert (report.records, report.rows) == (1, 2)
+
+
+def test_the_padding_of_tokenised_rows_is_no_text(tokenizer):
+    rows = [
+        {"input_ids": [4, 5, 0, 0], "attention_mask": [1, 1, 0, 0]},
+        {"input_ids": torch.tensor([0, 6]), "attention_mask": torch.tensor([0, 1])},
+        {"input_ids": [7], "attention_mask": [1]},
+    ]
+    assert lists(windows(tokenizer, rows, 8)) == [[4, 5], [6], [7]]
+    with pytest.raises(ValueError, match=r"document 0: input_ids are \(2,\), their attention_mask is \(3,\)"):
+        windows(tokenizer, [{"input_ids": [4, 5], "attention_mask": [1, 1, 1]}], 8)
+
+
+def test_sizes_and_messages_of_another_kind_are_named(tokenizer):
+    with pytest.raises(TypeError, match=r"max_length must be an int, got 8.0"):
+        windows(tokenizer, [[1]], 8.0)
+    with pytest.raises(TypeError, match=r"stride must be an int, got 2.5"):
+        windows(tokenizer, [[1]], 8, stride=2.5)
+    with pytest.raises(ValueError, match="document 0: each message of a chat has a role, got from, value"):
+        windows(tokenizer, [[{"from": "human", "value": "a"}]], 8)
+
+
 def test_ids_and_windows_beyond_the_model_s_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"have the id 12, the model's embedding 12 rows.*resize_token_embeddings"):
         capture(llama(), tmp_path, [[3, 12]])

@@ -1,5 +1,6 @@
 """Fingerprints change with what changes a teacher's answers and with nothing else, and say in what they differ."""
 
+import io
 import json
 import pickle
 from types import SimpleNamespace
@@ -31,6 +32,8 @@ def bert(**changes):
 HARMLESS = {
     "use_cache": False,
     "pad_token_id": 3,
+    "eos_token_id": 3,
+    "bos_token_id": 3,
     "output_hidden_states": True,
     "architectures": ["Other"],
     "id2label": {0: "no", 1: "yes"},
@@ -96,6 +99,92 @@ def test_a_module_without_a_configuration_is_told_by_its_modules():
     found = {fingerprint(model(nn.ReLU())), fingerprint(model(nn.GELU())), fingerprint(model(nn.LeakyReLU(0.3)))}
     assert len(found) == 3
     assert fingerprint(model(nn.ReLU(), 0.1)) == fingerprint(model(nn.ReLU(), 0.9))
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale=1.0, activation=torch.relu, buffer=1.0, heads=2, offset=None, dropout=0.1, limit=9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+        self.scale, self.activation, self._heads, self.offset = scale, activation, heads, offset
+        self.dropout, self.limit, self.calls, self.last = dropout, limit, 0, None
+        self.register_buffer("buffer", torch.tensor(buffer), persistent=False)
+
+
+class Renamed(Scaled):
+    pass
+
+
+def test_a_module_of_one_s_own_is_told_by_its_options():
+    models = [
+        Scaled(),
+        Scaled(scale=2.0),
+        Scaled(activation=torch.tanh),
+        Scaled(buffer=2.0),
+        Scaled(activation=nn.functional.gelu),
+        Scaled(heads=4),
+        Scaled(offset=torch.ones(2)),
+        Scaled(offset=torch.zeros(2)),
+        Renamed(),
+    ]
+    assert len({fingerprint(model) for model in models}) == len(models)
+    used = Scaled(dropout=0.3, limit=20)
+    used.calls, used.last = 7, torch.ones(3)
+    assert fingerprint(used) == fingerprint(Scaled().eval())
+
+
+def test_options_of_pytorch_s_modules_that_their_repr_leaves_out():
+    def layer(heads=2, **options):
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(8, heads, 8, **options)
+
+    models = [layer(), layer(4), layer(norm_first=True), layer(activation=nn.functional.gelu)]
+    assert len({fingerprint(model) for model in models}) == len(models)
+    assert fingerprint(layer(dropout=0.7)) == fingerprint(layer())
+
+
+def test_a_model_inside_a_module_brings_its_configuration():
+    class Wrapped(nn.Module):
+        def __init__(self, **changes):
+            super().__init__()
+            self.model = llama(**changes)
+
+    assert fingerprint(Wrapped()) != fingerprint(Wrapped(rope_theta=7.0))
+    assert fingerprint(Wrapped()) == fingerprint(Wrapped(use_cache=False))
+    other = Wrapped()
+    other.model = torch.compile(other.model, backend="eager")
+    assert fingerprint(other) == fingerprint(Wrapped())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"a": [x]}, lambda x: io.BytesIO(x.numpy().tobytes())])
+def test_the_extra_state_of_a_module_counts_whole(wrap):
+    """Its ``repr`` would leave out the middle of a long tensor, and is another one for each open buffer."""
+
+    class Extra(nn.Module):
+        def __init__(self, middle):
+            super().__init__()
+            self._extra = torch.zeros(3000)
+            self._extra[1500] = middle
+
+        def get_extra_state(self):
+            return wrap(self._extra)
+
+    assert fingerprint(Extra(0.0)) == fingerprint(Extra(0.0))
+    assert fingerprint(Extra(0.0)) != fingerprint(Extra(1.0))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_tensors_count_whole():
+    class Packed(nn.Module):
+        def __init__(self, middle, scale=0.1):
+            super().__init__()
+            values = torch.zeros(3000)
+            values[1500] = middle
+            self.register_buffer("packed", torch.quantize_per_tensor(values, scale, 0, torch.qint8))
+
+    found = [fingerprint(model) for model in (Packed(1.0), Packed(1.0), Packed(2.0), Packed(1.0, 0.2))]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_adapters_count():

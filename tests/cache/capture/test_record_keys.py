@@ -39,6 +39,8 @@ def test_text_alone_is_keyed_by_its_ids():
     for arguments in (batch["input_ids"], (batch["input_ids"].clone(), batch["attention_mask"].bool()), batch):
         assert digests(batch, arguments) == plain
     left = {name: x.flip(1) for name, x in batch.items()}
+    arrays = {name: x.numpy() for name, x in batch.items()} | {"token_type_ids": [[0] * 5] * 3}
+    assert digests(arrays, arrays) == plain
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
     flipped = {name: left[name] for name in batch}
     assert digests(left) == digests(flipped)
@@ -110,6 +112,35 @@ def test_labels_of_which_a_decoder_s_inputs_are_made_are_part_of_the_key():
     assert digests(cut) == digests(ids)
     config = T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     assert make_keys(BatchFields().keys(cut, T5ForConditionalGeneration(config))) == keys
+
+
+def test_what_prompts_a_decoder_is_part_of_the_key_though_it_has_no_labels():
+    ids = {"input_ids": torch.tensor([[5, 6]] * 2)}
+    labels = torch.tensor([[-100, -100, 9, 2]] * 2)
+    batch = {**ids, "decoder_input_ids": torch.tensor([[0, 3, 8, 9], [0, 4, 8, 9]]), "labels": labels}
+    assert len(set(digests(batch))) == 2
+    padded = {name: nn.functional.pad(x, (0, 2), value=-100 if name == "labels" else 0) for name, x in batch.items()}
+    padded["input_ids"] = ids["input_ids"]
+    assert digests(padded) == digests(batch)
+
+
+def test_a_decoder_sees_labels_that_are_the_encoders_ids():
+    ids = torch.tensor([[5, 6, 7]] * 3)
+    labels = torch.tensor([[5, 6, 7], [6, 7, 5], [-100, 6, 7]])
+    assert len(set(make_keys(record_keys({"input_ids": ids, "labels": labels}, decodes_labels=True)))) == 3
+
+
+def test_a_mask_with_zeros_between_tokens_is_part_of_the_key():
+    """The tokens after them lie elsewhere: the model's answers are not those of the ids without a gap."""
+    ids, mask = torch.tensor([[5, 6, 9, 7, 0]]), torch.tensor([[1, 1, 0, 1, 0]])
+    apart = {"input_ids": ids, "attention_mask": mask}
+    together = {"input_ids": torch.tensor([[5, 6, 7]])}
+    farther = {"input_ids": torch.tensor([[0, 5, 6, 9, 9, 7]]), "attention_mask": torch.tensor([[0, 1, 1, 0, 0, 1]])}
+    assert len({*digests(apart), *digests(together), *digests(farther)}) == 3
+    less = {name: x[:, :4] for name, x in apart.items()}
+    assert digests(less) == digests(apart)  # padded less
+    said = {**apart, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    assert digests(said, said) == digests(together)
 
 
 def test_what_cannot_be_told_apart_by_record_asks_for_a_key():

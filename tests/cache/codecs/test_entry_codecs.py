@@ -209,7 +209,7 @@ def test_learned_shapes_tell_groups_of_rows_apart():
     assert all(len(group) == 1 for group in groups)
     assert len(set.union(*groups)) == 5
     assert len(learn_prototypes(lambda: [logits[:70]], count=5)) == 2
-    with pytest.raises(ValueError, match="5 prototypes of 0 rows: both must be positive"):
+    with pytest.raises(ValueError, match="learned from rows, and there is none"):
         learn_prototypes(lambda: [logits[:0]], count=5)
 
 

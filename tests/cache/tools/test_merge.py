@@ -267,6 +267,14 @@ def test_a_url_that_was_a_path_is_named(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a"]
 
 
+def test_one_source_is_no_list(tmp_path):
+    a = fill(tmp_path / "a", range(3))
+    for source in (a, str(a)):
+        with pytest.raises(TypeError, match="sources must be a list of caches, got one"):
+            merge(source, tmp_path / "b")
+    assert names(tmp_path) == ["a"]
+
+
 def test_a_source_that_is_not_begun_says_how_to_go_on(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "shard-0.journal").write_bytes(b"")

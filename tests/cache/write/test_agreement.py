@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import kdfast.cache
 from kdfast import SoftLabels
+from kdfast._paths import local_path
 from kdfast.cache import CacheCorruptError, CacheError, CacheMismatchError, capture
 from kdfast.cache.format.declared import DECLARATION
 from kdfast.cache.format.keys import make_key
@@ -244,6 +246,18 @@ def test_spawned_workers_find_a_cache_by_a_relative_path(tmp_path, elsewhere):
     rows = queue.get(timeout=60)
     process.join()
     assert rows == len(cache.gather(range(4)))
+
+
+def test_what_is_no_local_path_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("memory://cache", Path("s3://bucket/run")):
+        with pytest.raises(ValueError, match="is a URL, and this has to be a local path"):
+            local_path(path)
+    with pytest.raises(ValueError, match=r"~nobody-of-this-name/cache: ~nobody-of-this-name is nobody's home"):
+        kdfast.cache.open("~nobody-of-this-name/cache")
+    with pytest.raises(TypeError, match=r"a text or a Path, got b'cache'"):
+        kdfast.cache.open(b"cache")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tilde_is_the_home(tmp_path, monkeypatch):
