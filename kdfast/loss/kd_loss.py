@@ -122,9 +122,9 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: bad arguments, naming what was passed and what was wanted, before any kernel runs.
-        Of values inside CPU tensors, labels are looked at in every call, and whether logits are probabilities in the
-        first one from each line of code. KDFAST_CHECK=1 looks at more, and at other devices' too, which waits for them;
-        without it a bad label or temperature there makes its own row NaN.
+        Of values inside CPU tensors, labels are looked at in every call, and whether logits or the logarithms of soft
+        labels are probabilities in the first one from each line of code. KDFAST_CHECK=1 looks at more, and at other
+        devices' too, which waits for them; without it a bad label or temperature there makes its own row NaN.
         NotImplementedError: from a backward pass, for the derivative of a gradient, which "eager" alone has.
     """
     student = checks.check_student(student)
