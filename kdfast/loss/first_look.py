@@ -24,7 +24,7 @@ _seen: set[_Place] = set()  # places whose first call was in order
 
 
 def look_once(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> None:
-    """Raise ``ValueError`` for probabilities in logits' or logarithms' place, if the user's code calls from a new one."""
+    """Raise ``ValueError`` for probabilities in logits' or logarithms' place, at a new place in the user's code."""
     if torch.compiler.is_compiling():
         return
     place = _place(student.shape[-1])
