@@ -13,6 +13,7 @@ from kdfast import Divergence, Head, KDLoss, SoftLabels, jsd, kd_loss
 from kdfast.distill import KD
 from kdfast.loss.checks import check_vocabularies
 from kdfast.models import look_like_probabilities
+from kdfast.objectives import margin_ce
 from kdfast.testing import loss_and_gradient
 
 S, T, Y = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.tensor([[0, 1, 2], [6, 5, 4]])
@@ -381,7 +382,8 @@ NAMES = {
     ),
     "nothing like it": (lambda: KDLoss(xyzzy=1), TypeError, "no option xyzzy: it has backward, ce_weight"),
     "positional": (lambda: kd_loss(S, T, 4.0), TypeError, "labels must be a tensor.*got float"),
-    "keyword": (lambda: kd_loss(S, T, alpha=0.5), TypeError, "alpha"),
+    "keyword": (lambda: kd_loss(S, T, alpha=0.5), TypeError, "no option alpha: did you mean ce_weight or kd_weight"),
+    "of another loss": (lambda: margin_ce(S, Y, T=2.0), TypeError, "no option T: did you mean temperature"),
     "kl": (lambda: kd_loss(S, T, divergence="kl"), ValueError, "did you mean forward_kl"),
     "KL-Div": (lambda: Divergence("KL-Div"), ValueError, "did you mean forward_kl"),
     "kldiv": (lambda: Divergence("kldiv"), ValueError, "did you mean forward_kl"),
