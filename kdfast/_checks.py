@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ def check_number(name: str, value: object, *, least: float = -LARGEST, most: flo
         TypeError: it is no real number.
         ValueError: it is not finite, or not in [least, most].
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not least <= value <= most:  # type: ignore[operator]
+    # NumPy's narrow numbers overflow where they are compared with a float; Python's long ones where they become one.
+    number = value if type(value) is float or isinstance(value, Rational) else float(value)
+    if not least <= number <= most:  # type: ignore[operator]
         finite = "finite" if most == LARGEST else f"in [{least:g}, {most:g}]"
         sign = " and not negative" if least == 0.0 and most == LARGEST else ""
         raise ValueError(f"{name} must be {finite}{sign}, got {repr(value)[:40]}")
@@ -48,7 +50,7 @@ def check_integer(name: str, value: object, *, least: int = -(2**63), hint: str 
 def check_flags(**flags: object) -> None:
     """Raise ``TypeError`` unless all are bools, or 0 or 1."""
     for name, value in flags.items():
-        if not isinstance(value, int) and type(value).__name__ not in ("bool", "bool_"):
+        if type(value) is not bool and not isinstance(value, int) and type(value).__name__ not in ("bool", "bool_"):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast._checks import check_number
 from kdfast.labels.digest import TensorDigest
 from kdfast.labels.output_module import is_distributed, weight_and_bias
 from kdfast.labels.running import run_to_output_layer
@@ -47,8 +48,7 @@ class OutputLayer:
             )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"bias must be {tuple(self.weight.shape[:1])}, got {tuple(self.bias.shape)}")
-        if not self.scale > 0 or (self.softcap is not None and not self.softcap > 0):
-            raise ValueError(f"scale and softcap must be positive, got {self.scale} and {self.softcap}")
+        _take_numbers(self)
 
     @property
     def vocab_size(self) -> int:
@@ -131,6 +131,7 @@ class Head:
         if not isinstance(self.hidden, Tensor):
             raise TypeError(f"hidden must be a tensor of hidden states, got {type(self.hidden).__name__}")
         _take_tensors(self)
+        _take_numbers(self)
         for name, x in (("hidden", self.hidden), ("weight", self.weight)):
             if is_distributed(x):
                 raise TypeError(
@@ -241,9 +242,27 @@ def _take_tensors(layer: OutputLayer | Head) -> None:
         object.__setattr__(layer, "bias", bias)
 
 
+def _take_numbers(layer: OutputLayer | Head) -> None:
+    """Put numbers in the place of tensors that hold one. No gradient would reach such a tensor."""
+    for name in ("scale", "softcap"):
+        value = getattr(layer, name)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            if value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name} requires grad, but is a constant of a head: multiply the hidden states by it")
+            value = value.item()
+        if value is None and name == "softcap":
+            continue
+        if not check_number(name, value) > 0:
+            raise ValueError(f"scale and softcap must be positive, got {name} {value}")
+        if type(value) not in (int, float) or value is not getattr(layer, name):
+            object.__setattr__(layer, name, float(value))
+
+
 def _check_weight_grad(weight: Tensor, grad: Tensor | None) -> None:
     if grad is None:
         return
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"weight_grad must be a tensor or None, got {type(grad).__name__}")
     wide = torch.promote_types(weight.dtype, torch.float32)
     if grad.shape != weight.shape or grad.dtype != wide or grad.device != weight.device or not grad.is_contiguous():
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdfast._checks import can_look
+from kdfast._checks import can_look, check_integer, check_number
 from kdfast.labels.entries import rows_of_entries
 from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
 from kdfast.masks import as_mask
@@ -17,9 +17,24 @@ __all__ = [
     "check_not_negative",
     "check_present",
     "check_prototypes",
+    "check_size",
     "check_temperatures",
+    "check_tensors",
     "flat_entries",
 ]
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise ``TypeError`` for what is neither a strided tensor nor None, under its name."""
+    for name, x in tensors.items():
+        if x is not None and (not isinstance(x, Tensor) or x.layout != torch.strided):
+            got = f"a {x.layout} tensor" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a tensor, got {got}")
+
+
+def check_size(vocab_size: object) -> int:
+    """``vocab_size`` as an int. Raise ``TypeError`` or ``ValueError`` unless it is a positive integer."""
+    return check_integer("vocab_size", vocab_size, least=1)
 
 
 def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +43,8 @@ def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[T
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit, naming them.
     """
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    check_tensors(ids=ids, values=values, offsets=offsets)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids must be integers, got {ids.dtype}")
     if not values.is_floating_point():
         raise TypeError(f"values must be floating point, got {values.dtype}")
@@ -44,6 +60,9 @@ def flat_entries(ids: Tensor, values: Tensor, offsets: Tensor | None) -> tuple[T
             f"ragged labels need flat ids and int64 offsets of (rows + 1,), got ids {tuple(ids.shape)} "
             f"and offsets {offsets.dtype} {tuple(offsets.shape)}"
         )
+    if ids.dtype == torch.int64:
+        # What 32 bits do not hold is out of range, and must not come round to an id that is in it.
+        ids = torch.where(ids == ids.to(torch.int32), ids, -1)
     return ids.reshape(-1).to(torch.int32).contiguous(), values.reshape(-1).float().contiguous(), offsets.contiguous()
 
 
@@ -76,7 +95,11 @@ def check_not_negative(name: str, values: Tensor) -> None:
 
 
 def check_temperatures(temperatures: Sequence[float]) -> None:
-    """Raise ``ValueError`` unless there is a temperature, and all are positive and finite."""
+    """Raise ``TypeError`` or ``ValueError`` unless they are positive and finite numbers, and there is one."""
+    if not isinstance(temperatures, Sequence) or isinstance(temperatures, str):
+        raise TypeError(f"temperatures must be a sequence of numbers, got {type(temperatures).__name__}")
+    for one in temperatures:
+        check_number("temperature", one.item() if isinstance(one, Tensor) and one.numel() == 1 else one)
     if not temperatures or not all(0.0 < t < float("inf") for t in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {tuple(temperatures)}")
 
@@ -88,6 +111,7 @@ def check_present(present: Tensor | None, rows: int) -> Tensor | None:
 
 def check_prototypes(tails: Tensor, prototype_ids: Tensor, prototypes: Tensor, rows: int, vocab_size: int) -> None:
     """Raise ``TypeError`` or ``ValueError``, naming it, for what is no tail or prototype of ``rows`` rows."""
+    check_tensors(tails=tails, prototype_ids=prototype_ids, prototypes=prototypes)
     if tails.shape != (rows,):
         raise ValueError(f"tails must be ({rows},) log-masses, got {tuple(tails.shape)}")
     if prototype_ids.is_floating_point() or prototype_ids.dtype == torch.bool:

@@ -18,7 +18,9 @@ from kdfast.labels.inputs import (
     check_not_negative,
     check_present,
     check_prototypes,
+    check_size,
     check_temperatures,
+    check_tensors,
     flat_entries,
 )
 from kdfast.labels.repeats import merged_repeats
@@ -140,6 +142,9 @@ class SoftLabels(ABC):
             ValueError: of tensors on a CPU also an id out of range or twice in a row, and offsets that go back. On a
                 GPU these are looked for where KDFAST_CHECK=1.
         """
+        size = check_size(vocab_size)
+        check_tensors(ids=ids, tails=tails)
+        check_temperatures(temperatures)
         width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
         ids, log_probs, offsets = flat_entries(ids, log_probs, offsets)
         padding = log_probs == -torch.inf
@@ -147,12 +152,11 @@ class SoftLabels(ABC):
         rows = offsets.numel() - 1
         if tails.shape != (len(temperatures), rows):
             raise ValueError(f"tails must be ({len(temperatures)} temperatures, {rows} rows), got {tuple(tails.shape)}")
-        check_temperatures(temperatures)
         present = check_present(present, rows)
-        check_entries(ids, offsets, padding, present, int(vocab_size), once="add up their probabilities")
+        check_entries(ids, offsets, padding, present, size, once="add up their probabilities")
         return _of_kind(
             "topk",
-            vocab_size=int(vocab_size),
+            vocab_size=size,
             values=log_probs,
             temperatures=tuple(float(t) for t in temperatures),
             present=present,
@@ -183,16 +187,17 @@ class SoftLabels(ABC):
         Raises:
             ValueError: of tensors on a CPU also an id out of range, and offsets that go back.
         """
+        size = check_size(vocab_size)
         ids, weights, offsets = flat_entries(ids, weights, offsets)
         padding = weights == 0.0
         check_temperatures((temperature,))
         check_not_negative("weights", weights)
         present = check_present(present, offsets.numel() - 1)
-        check_entries(ids, offsets, padding, present, int(vocab_size), once=None)
+        check_entries(ids, offsets, padding, present, size, once=None)
         ids = ids.masked_fill(padding, 0)
         return _of_kind(
             "weights",
-            vocab_size=int(vocab_size),
+            vocab_size=size,
             values=merged_repeats(ids, weights, offsets),
             temperatures=(float(temperature),),
             present=present,
@@ -232,21 +237,23 @@ class SoftLabels(ABC):
             ValueError: of tensors on a CPU also an id out of range or twice in a row, a prototype out of range, and
                 offsets that go back. On a GPU these are looked for where KDFAST_CHECK=1.
         """
+        size = check_size(vocab_size)
+        check_tensors(ids=ids)
         width = ids.shape[1] if offsets is None and ids.dim() == 2 else None
         ids, probs, offsets = flat_entries(ids, probs, offsets)
         rows = offsets.numel() - 1
         check_temperatures((temperature,))
-        check_prototypes(tails, prototype_ids, prototypes, rows, int(vocab_size))
+        check_prototypes(tails, prototype_ids, prototypes, rows, size)
         if not ids.device == prototype_ids.device == prototypes.device:
             raise ValueError(
                 f"ids are on {ids.device}, prototype_ids on {prototype_ids.device}, prototypes on {prototypes.device}"
             )
         check_not_negative("probs", probs)
         padding, present = probs == 0.0, check_present(present, rows)
-        check_entries(ids, offsets, padding, present, int(vocab_size), once="add up their probabilities")
+        check_entries(ids, offsets, padding, present, size, once="add up their probabilities")
         return _of_kind(
             "prototype",
-            vocab_size=int(vocab_size),
+            vocab_size=size,
             values=probs,
             temperatures=(float(temperature),),
             present=present,
@@ -261,6 +268,7 @@ class SoftLabels(ABC):
     @staticmethod
     def dense(log_probs: Tensor, *, present: Tensor | None = None) -> SoftLabels:
         """Whole rows: (rows, vocab) logits or log-probabilities at T = 1 (a constant per row does not matter)."""
+        check_tensors(log_probs=log_probs)
         if log_probs.dim() != 2 or not log_probs.is_floating_point():
             raise ValueError(
                 f"dense labels must be floating-point (rows, vocab), got {log_probs.dtype} {tuple(log_probs.shape)}"
@@ -283,6 +291,9 @@ class SoftLabels(ABC):
             head: the layer, on the device that the labels will be on when a loss takes them. ``to`` leaves it there.
             vocab_size: needed without ``head``.
         """
+        check_tensors(hidden=hidden)
+        if head is not None and not isinstance(head, OutputLayer):
+            raise TypeError(f"head must be an OutputLayer or None, got {type(head).__name__}: OutputLayer(layer)")
         if hidden.dim() != 2 or not hidden.is_floating_point():
             raise ValueError(
                 f"hidden states must be floating-point (rows, d), got {hidden.dtype} {tuple(hidden.shape)}"
@@ -294,7 +305,7 @@ class SoftLabels(ABC):
                 f"hidden soft labels of width {hidden.shape[1]} and vocab_size {vocab_size} do not fit a head of width "
                 f"{head.width} and vocab_size {head.vocab_size}"
             )
-        size = head.vocab_size if head is not None else int(vocab_size or 0)
+        size = head.vocab_size if head is not None else check_size(vocab_size)
         present = check_present(present, hidden.shape[0])
         return _of_kind("hidden", vocab_size=size, values=hidden, present=present, head=head)
 
@@ -304,7 +315,9 @@ class SoftLabels(ABC):
         if not parts:
             raise ValueError("SoftLabels.cat needs at least one part")
         first = parts[0]
-        for part in parts[1:]:
+        for part in parts:
+            if not isinstance(part, SoftLabels):
+                raise TypeError(f"SoftLabels.cat takes SoftLabels, got {type(part).__name__}")
             if (part.kind, part.vocab_size, part.temperatures) != (first.kind, first.vocab_size, first.temperatures):
                 raise ValueError(f"cannot concatenate {first!r} with {part!r}: kind, vocabulary or temperatures differ")
         return replace(first, **first._joined(parts))
@@ -454,7 +467,11 @@ def row_index(rows: int | slice | Sequence[int] | Tensor, length: int, device: t
         rows = [rows % length]
     if isinstance(rows, slice):
         return torch.arange(length, device=device)[rows]
+    if not isinstance(rows, Tensor) and not hasattr(rows, "__len__"):
+        raise TypeError(f"rows are an int, a slice, a mask or row numbers, got {type(rows).__name__}")
     index = torch.as_tensor(rows, device=device)
+    if index.is_floating_point() and index.numel():
+        raise TypeError(f"row numbers must be integers, got {index.dtype}")
     if index.dtype == torch.bool:
         if index.shape != (length,):
             raise IndexError(f"a row mask must be ({length},), got {tuple(index.shape)}")

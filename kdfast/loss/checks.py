@@ -34,6 +34,7 @@ __all__ = [
     "check_values",
     "check_vocabularies",
     "check_weight_values",
+    "check_whole",
     "values_are_checked",
 ]
 
@@ -192,6 +193,12 @@ def check_group(group: object) -> None:
     """Raise ``TypeError`` unless it is a process group of ``torch.distributed``."""
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+
+
+def check_whole(name: str, options: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` for ``group`` among the options of ``name``, a loss that needs all classes of a row."""
+    if options.get("group") is not None:
+        raise ValueError(f"{name} needs all classes of a row: group= shares them out, which kd_loss alone can take")
 
 
 def check_numbers(

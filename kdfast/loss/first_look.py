@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from kdfast._checks import can_look
-from kdfast.labels import Dense, Head, SoftLabels
+from kdfast.labels import Dense, Head, SoftLabels, TopK
+from kdfast.labels.ragged import Tailed
 from kdfast.models import look_like_probabilities
 
 __all__ = ["look_once"]
 
 _Place = tuple[str, int, int, int]
+ROUNDING = 1e-2  # stored values are rounded
 _seen: set[_Place] = set()  # places whose first call was in order
 
 
 def look_once(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> None:
-    """Raise ``ValueError`` for probabilities in logits' place, if this place in the user's code is a new one."""
+    """Raise ``ValueError`` for probabilities in logits' or logarithms' place, at a new place in the user's code."""
     if torch.compiler.is_compiling():
         return
     place = _place(student.shape[-1])
@@ -35,12 +37,36 @@ def look_once(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> No
                 f"{name} holds probabilities (rows in [0, 1] that sum to 1), and kd_loss takes logits: leave the "
                 "softmax out, or give their logarithms"
             )
-    _seen.add(place)
+    if isinstance(teacher, Tailed) and can_look(teacher.tails):
+        _look_at_entries(teacher)
+    if student.shape.numel():
+        _seen.add(place)
 
 
 def _are_probabilities(x: Tensor) -> bool:
     # The first row nearly always says no.
-    return x.numel() > 0 and look_like_probabilities(x[(0,) * (x.dim() - 1)]) and look_like_probabilities(x)
+    first = x[(0,) * (x.dim() - 1)] if x.numel() else x
+    return bool(((first >= 0) & (first <= 1)).all()) and look_like_probabilities(x)
+
+
+def _look_at_entries(labels: Tailed) -> None:
+    """Raise ``ValueError`` for probabilities in their logarithms' place.
+
+    A row's entries are normalised to what its tail leaves, so logits may stand there: only numbers in [0, 1] throughout
+    are taken for probabilities.
+    """
+    tails, entries = labels.tails, labels.values[~labels.padding]
+    if isinstance(labels, TopK) and entries.numel() and float(entries.min()) >= 0.0:
+        most = float(entries.max())
+        if ROUNDING < most <= 1.0 + ROUNDING:
+            raise ValueError(
+                f"log_probs of topk soft labels must not be positive, got {most:.4g}: of probabilities probs.log()"
+            )
+    if tails.numel() and float(tails.max()) > ROUNDING:
+        raise ValueError(
+            f"tails of {labels.kind} soft labels are logarithms of probabilities, got {float(tails.max()):.4g}: "
+            "tail.log()"
+        )
 
 
 def _place(columns: int) -> _Place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,7 @@ def kd_loss(
     return_parts: bool = False,
     group: dist.ProcessGroup | None = None,
     vocab: str = "same",
+    **unknown: NoReturn,  # for an error that says what was meant
 ) -> Any:
     """Temperature softmax, divergence, cross-entropy and z-loss of every row in one sweep over the logits.
 
@@ -122,11 +123,13 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: bad arguments, naming what was passed and what was wanted, before any kernel runs.
-        Of values inside CPU tensors, labels are looked at in every call, and whether logits are probabilities in the
-        first one from each line of code. KDFAST_CHECK=1 looks at more, and at other devices' too, which waits for them;
-        without it a bad label or temperature there makes its own row NaN.
+        Of values inside CPU tensors, labels are looked at in every call, and whether logits or the logarithms of soft
+        labels are probabilities in the first one from each line of code. KDFAST_CHECK=1 looks at more, and at other
+        devices' too, which waits for them; without it a bad label or temperature there makes its own row NaN.
         NotImplementedError: from a backward pass, for the derivative of a gradient, which "eager" alone has.
     """
+    if unknown:
+        _check_known(unknown)
     student = checks.check_student(student)
     teacher = unpacked(teacher)
     checks.check_options(ignore_index, scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)

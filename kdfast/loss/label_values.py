@@ -9,6 +9,7 @@ from kdfast._checks import can_look, values_are_checked
 
 __all__ = ["check_label_values"]
 
+_FEW = 2**8  # of so many indices a list is made sooner than PyTorch reduces them
 _SOME = 2**16  # of a batch's class probabilities so many are looked at in every call
 _ROUNDING = 2e-2  # of a sum of bfloat16 numbers
 
@@ -42,8 +43,8 @@ def check_label_values(
 def _check_index(index: Tensor, weight: Tensor, columns: int, ignore_index: int, used: bool) -> None:
     if not index.numel() or not can_look(index):
         return
-    low, high = torch.aminmax(index)
-    if int(low) >= 0 and int(high) < columns:
+    low, high = _ends(index)
+    if low >= 0 and high < columns:
         return
     index = index[weight != 0.0]
     wrong = index[(index < 0) | (index >= columns)] if used else index[index < 0]
@@ -52,6 +53,15 @@ def _check_index(index: Tensor, weight: Tensor, columns: int, ignore_index: int,
             f"labels must be in [0, {columns}) or ignore_index {ignore_index}, got {int(wrong[0])} among values from "
             f"{int(index.min())} to {int(index.max())}"
         )
+
+
+def _ends(index: Tensor) -> tuple[int, int]:
+    """The least and the greatest."""
+    if index.numel() <= _FEW:
+        few = index.tolist()
+        return min(few), max(few)
+    low, high = torch.aminmax(index)
+    return int(low), int(high)
 
 
 def _check_probs(probs: Tensor, weight: Tensor) -> None:

@@ -105,13 +105,15 @@ class RowLayout:
             self.number("ce_weight", ce_weight),
             self.number("z_weight", z_weight),
         ]
-        ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
-        rows = torch.cat([ones, weight.expand(3, -1)])
         if any(isinstance(value, Tensor) for value in values):
+            ones = torch.ones((2, self.count), dtype=self.dtype, device=self.device)
+            rows = torch.cat([ones, weight.expand(3, -1)])
             full = [v if isinstance(v, Tensor) else torch.full_like(weight, v) for v in values]
             # Selected, not multiplied: a weight that is NaN in a row that does not count must not count either.
             return torch.where(rows == 0.0, 0.0, rows * torch.stack(full))
-        return rows * torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
+        coef = torch.tensor(values, dtype=self.dtype, device=self.device)[:, None] * weight
+        coef[0], coef[1] = values[0], values[1]
+        return coef
 
     def labels(self, labels: Tensor) -> Tensor:
         """(rows,) int64 class indices, shifted."""
@@ -150,7 +152,7 @@ class RowLayout:
             return weight
         if num_items is None:
             return weight / ones.sum().clamp(min=1)
-        items = num_items.to(self.device, self.dtype) if isinstance(num_items, Tensor) else float(num_items)
+        items = num_items.to(self.device, self.dtype).reshape(()) if isinstance(num_items, Tensor) else float(num_items)
         return torch.where(counted, weight / items, 0.0)
 
     def unflatten(self, x: Tensor) -> Tensor:

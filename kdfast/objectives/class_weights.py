@@ -41,13 +41,14 @@ def class_weighted_ce(
         class_weight: (C,) or, one set per row, (..., C). Not negative; 0 takes a class out.
         labels: only for ``ignore_index`` and ``ce_weight``.
         temperature: of both sides.
-        options: the others of ``kd_loss``, but ``divergence``, ``teacher_temperature`` and ``kd_weight``.
+        options: the others of ``kd_loss``, but ``divergence``, ``teacher_temperature``, ``kd_weight`` and ``group``.
 
     Raises:
         TypeError, ValueError: bad arguments, numbers of classes that differ, or labels with a tail: which classes it
             holds, and so what it weighs, is not known.
     """
     _check_weight(class_weight, student)
+    checks.check_whole("class_weighted_ce", options)
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number for class weights, got {type(temperature).__name__}")
     checks.check_numbers(temperature, temperature, 1.0, 1.0, 1.0, None)

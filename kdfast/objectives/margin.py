@@ -29,14 +29,16 @@ def margin_ce(logits: Tensor, labels: Tensor, margin: float = 1.0, **options: An
         logits: (..., C).
         labels: (...,) class indices; ``teacher_argmax(teacher)`` where there is no truth.
         margin: in logits, not negative.
-        options: of ``kd_loss``, as ``row_weight``, ``ignore_index``, ``reduction`` and ``num_items``.
+        options: of ``kd_loss`` but ``group``, as ``row_weight``, ``ignore_index``, ``shift`` and ``num_items``.
 
     Raises:
         TypeError, ValueError: bad arguments.
     """
     _check(logits, labels, margin)
+    checks.check_whole("margin_ce", options)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    lowered = torch.where(_at_label(logits, labels), logits - margin, logits)
+    own = labels.roll(-1, -1) if options.get("shift") else labels  # the last position's does not count
+    lowered = torch.where(_at_label(logits, own), logits - margin, logits)
     return kd_loss(lowered, lowered.detach(), labels, kd_weight=0.0, ce_weight=1.0, **options)
 
 

@@ -58,11 +58,12 @@ def teacher_argmax_ce(student: Tensor | Head, teacher: Teacher, labels: Tensor |
         student: (..., C) logits, or a ``Head``.
         teacher: as ``teacher_argmax`` takes it, with a row for each of the student's.
         labels: only for ``ignore_index``.
-        options: of ``kd_loss``, but ``divergence`` and ``teacher_temperature``.
+        options: of ``kd_loss``, but ``divergence``, ``teacher_temperature`` and ``group``.
 
     Raises:
         TypeError, ValueError: as ``teacher_argmax`` and ``kd_loss``.
     """
+    checks.check_whole("teacher_argmax_ce", options)
     columns = checks.check_student(student).shape[-1]
     classes = teacher_argmax(teacher, ignore_index=-1).reshape(-1)
     # Made without a look at the classes: one that the student lacks makes its row NaN.

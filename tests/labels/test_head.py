@@ -1,5 +1,6 @@
 """Head and OutputLayer: what they take for an output layer, and what they say of anything else."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -106,3 +107,22 @@ WEIGHT = torch.randn(VOCAB, D)
 def test_other_tensors_are_named(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_numbers_of_a_head_are_numbers():
+    hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
+    for two in (2, torch.tensor(2.0), torch.tensor([2.0]), numpy.float32(2)):
+        head = Head(hidden, weight, scale=two, softcap=two)
+        assert (head.scale, head.softcap) == (2.0, 2.0)
+        assert OutputLayer(weight, scale=two).fingerprint
+    for name in ("scale", "softcap"):
+        for wrong in ("2", [2.0], torch.ones(3), True, 2j):
+            with pytest.raises(TypeError, match=f"{name} must be a number"):
+                Head(hidden, weight, **{name: wrong})
+        # A learned one, as CLIP's, would get no gradient.
+        with pytest.raises(ValueError, match=f"{name} requires grad"):
+            Head(hidden, weight, **{name: torch.tensor(2.0, requires_grad=True)})
+        with torch.no_grad():
+            assert getattr(Head(hidden, weight, **{name: torch.tensor(2.0, requires_grad=True)}), name) == 2.0
+    with pytest.raises(TypeError, match="weight_grad must be a tensor or None, got str"):
+        Head(hidden, weight, weight_grad="sum")

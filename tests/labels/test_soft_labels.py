@@ -105,3 +105,49 @@ def test_moves_and_says_what_it_is():
     assert labels.device.type == "cpu"
     assert repr(labels) == "SoftLabels(topk, rows=4, vocab_size=7, entries=6, temperatures=(1.0, 2.0))"
     assert len(labels) == 4
+
+
+IDS, PROBS = torch.tensor([[2, 3]]), torch.tensor([[0.5, 0.3]])
+TAIL, TABLE = torch.tensor([0.2]).log(), torch.ones(1, 8)
+
+
+@pytest.mark.parametrize("wide", [2**32 + 5, -(2**32) + 5, 2**40, -1])
+def test_ids_of_64_bits_do_not_come_round(wide):
+    ids = torch.tensor([[wide, 3]])
+    for make in (
+        lambda: SoftLabels.topk(ids, PROBS.log(), TAIL, vocab_size=8),
+        lambda: SoftLabels.weights(ids, PROBS, vocab_size=8),
+        lambda: SoftLabels.prototype(ids, PROBS, TAIL, torch.tensor([0]), TABLE, vocab_size=8),
+    ):
+        with pytest.raises(ValueError, match=r"tokens in \[0, 8\)"):
+            make()
+    padded = SoftLabels.topk(ids, torch.tensor([[-math.inf, -0.5]]), TAIL, vocab_size=8)
+    alone = SoftLabels.topk(ids[:, 1:], torch.tensor([[-0.5]]), TAIL, vocab_size=8)
+    student = torch.arange(8.0)[None]
+    assert torch.equal(kd_loss(student, padded), kd_loss(student, alone))
+
+
+WRONG = {
+    "ids": lambda: SoftLabels.topk([[2, 3]], PROBS.log(), TAIL, vocab_size=8),
+    "values": lambda: SoftLabels.topk(IDS, [[-0.7, -1.2]], TAIL, vocab_size=8),
+    "tails": lambda: SoftLabels.topk(IDS, PROBS.log(), [-1.6], vocab_size=8),
+    "offsets": lambda: SoftLabels.weights(IDS[0], PROBS[0], vocab_size=8, offsets=[0, 2]),
+    "temperatures": lambda: SoftLabels.topk(IDS, PROBS.log(), TAIL, vocab_size=8, temperatures=1.0),
+    "temperature": lambda: SoftLabels.weights(IDS, PROBS, vocab_size=8, temperature="1"),
+    "vocab_size": lambda: SoftLabels.weights(IDS, PROBS, vocab_size="8"),
+    "vocab_size must be an integer, got float": lambda: SoftLabels.weights(IDS, PROBS, vocab_size=8.7),
+    "prototype_ids": lambda: SoftLabels.prototype(IDS, PROBS, TAIL, [0], TABLE, vocab_size=8),
+    "prototypes": lambda: SoftLabels.prototype(IDS, PROBS, TAIL, torch.tensor([0]), [[0.1] * 8], vocab_size=8),
+    "log_probs": lambda: SoftLabels.dense([[-1.0, -0.5]]),
+    "hidden": lambda: SoftLabels.hidden([[1.0]], vocab_size=8),
+    "head": lambda: SoftLabels.hidden(torch.ones(1, 4), torch.nn.Linear(4, 8)),
+    "SoftLabels.cat": lambda: SoftLabels.cat([torch.ones(2)]),
+    "row numbers": lambda: ragged()[torch.tensor([0.5])],
+    "rows are": lambda: ragged()[None],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_of_a_wrong_type_are_named(name):
+    with pytest.raises(TypeError, match=name):
+        WRONG[name]()

@@ -19,7 +19,7 @@ P = TEACHER.softmax(1)
 HALF = torch.full((ROWS,), math.log(0.5))
 ALL = set(DIVERGENCES)
 LABELS = {
-    "topk": SoftLabels.topk(*(x.flip(1) for x in P.topk(2)[::-1]), HALF, vocab_size=VOCAB),
+    "topk": SoftLabels.topk(*(x.flip(1) for x in P.log().topk(2)[::-1]), HALF, vocab_size=VOCAB),
     "weights": SoftLabels.weights(torch.arange(VOCAB).expand_as(P), P, vocab_size=VOCAB),
     "prototype": SoftLabels.prototype(
         torch.zeros(ROWS, 1).long(), P[:, :1], HALF, torch.zeros(ROWS).long(), P[:1].contiguous(), vocab_size=VOCAB

@@ -13,6 +13,7 @@ from kdfast import Divergence, Head, KDLoss, SoftLabels, jsd, kd_loss
 from kdfast.distill import KD
 from kdfast.loss.checks import check_vocabularies
 from kdfast.models import look_like_probabilities
+from kdfast.objectives import margin_ce
 from kdfast.testing import loss_and_gradient
 
 S, T, Y = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.tensor([[0, 1, 2], [6, 5, 4]])
@@ -66,6 +67,12 @@ def test_numbers_of_every_kind(two):
         assert torch.allclose(kd_loss(S, T, Y, **options), kd_loss(S, T, Y, **{**options, name: 2.0})), name
     if isinstance(two, torch.Tensor) and two.is_floating_point():
         assert torch.allclose(kd_loss(S, T, row_weight=two), 2 * kd_loss(S, T))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_count_of_any_shape(shape):
+    expected = kd_loss(S, T, Y, ce_weight=0.5, num_items=4)
+    assert torch.equal(kd_loss(S, T, Y, ce_weight=0.5, num_items=torch.full(shape, 4)), expected)
 
 
 def test_one_temperature_per_sample():
@@ -256,8 +263,42 @@ def test_probabilities_are_found_at_each_new_place():
         KDLoss(temperature=2.0)(S, T.softmax(-1))
 
 
+def test_an_empty_first_call_has_shown_nothing():
+    def call(teacher):
+        return kd_loss(S[0, : len(teacher)], teacher)
+
+    call(T[0, :0])
+    with pytest.raises(ValueError, match="teacher holds probabilities"):
+        call(T[0].softmax(-1))
+
+
+def test_rows_of_padding_hide_no_probabilities():
+    for padded in (0, 2):
+        probs = T[0].softmax(-1)
+        probs[padded] = 0.0
+        with pytest.raises(ValueError, match="teacher holds probabilities"):
+            kd_loss(S[0], probs)
+
+
+@pytest.mark.parametrize("make", [lambda p, t: (p, t), lambda p, t: (p.log(), t)], ids=["log_probs", "tails"])
+def test_probabilities_in_soft_labels_are_found_at_a_new_place(make):
+    probs, ids = T[0].softmax(-1).topk(3)
+    log_probs, tails = make(probs, 1 - probs.sum(-1))
+    labels = SoftLabels.topk(ids, log_probs, tails, vocab_size=7)
+    with pytest.raises(ValueError, match="of topk soft labels"):
+        kd_loss(S[0], labels)
+    # Entries are normalised to what the tail leaves: logits do as well as log-probabilities.
+    expected = kd_loss(S[0], SoftLabels.topk(ids, probs.log(), (1 - probs.sum(-1)).log(), vocab_size=7))
+    logits = SoftLabels.topk(ids, probs.log() + 9.0, (1 - probs.sum(-1)).log(), vocab_size=7)
+    assert torch.allclose(kd_loss(S[0], logits), expected, atol=1e-6)
+
+
 def test_what_may_be_logits_is_none_of_it():
     assert look_like_probabilities(T.softmax(-1))
+    assert look_like_probabilities(torch.tensor([0.3, 0.7]))
+    # A bias alone, whose softmax is itself, and one row of two logits that nearly sum to 1.
+    for logits in (torch.full((3, 2), 0.5), torch.full((3, 7), 1 / 7), torch.tensor([[0.3, 0.705]])):
+        assert not look_like_probabilities(logits)
     for logits in (HOT.float(), T, T.log_softmax(-1), torch.zeros(3, 7), torch.full((3, 7), 0.2), T[:0]):
         assert not look_like_probabilities(logits)
     assert kd_loss(S, HOT.float()).isfinite()
@@ -341,7 +382,8 @@ NAMES = {
     ),
     "nothing like it": (lambda: KDLoss(xyzzy=1), TypeError, "no option xyzzy: it has backward, ce_weight"),
     "positional": (lambda: kd_loss(S, T, 4.0), TypeError, "labels must be a tensor.*got float"),
-    "keyword": (lambda: kd_loss(S, T, alpha=0.5), TypeError, "alpha"),
+    "keyword": (lambda: kd_loss(S, T, alpha=0.5), TypeError, "no option alpha: did you mean ce_weight or kd_weight"),
+    "of another loss": (lambda: margin_ce(S, Y, T=2.0), TypeError, "no option T: did you mean temperature"),
     "kl": (lambda: kd_loss(S, T, divergence="kl"), ValueError, "did you mean forward_kl"),
     "KL-Div": (lambda: Divergence("KL-Div"), ValueError, "did you mean forward_kl"),
     "kldiv": (lambda: Divergence("kldiv"), ValueError, "did you mean forward_kl"),

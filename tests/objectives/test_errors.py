@@ -167,3 +167,17 @@ def _error(call, arguments):
     except (TypeError, ValueError) as error:
         return str(error)
     return None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y, **options: margin_ce(x, y, **options),
+        lambda x, y, **options: teacher_argmax_ce(x, x.detach(), **options),
+        lambda x, y, **options: class_weighted_ce(x, x.detach(), torch.ones(5), **options),
+    ],
+    ids=["margin_ce", "teacher_argmax_ce", "class_weighted_ce"],
+)
+def test_losses_that_need_whole_rows_refuse_a_shared_vocabulary(loss):
+    with pytest.raises(ValueError, match="needs all classes of a row: group="):
+        loss(torch.randn(3, 5), torch.tensor([0, 1, 2]), group=object())

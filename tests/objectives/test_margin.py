@@ -105,3 +105,19 @@ def test_bfloat16_is_computed_in_float32():
     for loss in (margin_ce, pairwise_hinge):
         assert loss(logits, labels, 0.01).dtype == torch.float32
         assert torch.allclose(loss(logits, labels, 0.01).double(), loss(logits.double(), labels, 0.01), rtol=1e-6)
+
+
+def test_with_shift_the_margin_is_taken_off_the_label_of_the_position():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    labels = torch.randint(7, (2, 5), generator=generator)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = margin_ce(x, labels, 1.5, shift=True, row_weight=mask)
+    counted = mask[:, 1:].bool()
+    z, label = y[:, :-1][counted], labels[:, 1:][counted]
+    expected = F.cross_entropy(z - 1.5 * F.one_hot(label, 7), label)
+    loss.backward()
+    expected.backward()
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert torch.allclose(x.grad, y.grad, atol=1e-6)

@@ -165,7 +165,7 @@ def test_decoding_other_bytes_is_an_error(bits, block, message):
     [
         (lambda: OutputLayer(WEIGHT[0]), r"weight must be floating-point \(vocab, d\)"),
         (lambda: OutputLayer(WEIGHT, BIAS[1:]), r"bias must be \(50,\), got \(49,\)"),
-        (lambda: OutputLayer(WEIGHT, softcap=0.0), "scale and softcap must be positive"),
+        (lambda: OutputLayer(WEIGHT, softcap=0.0), "scale and softcap must be positive, got softcap 0.0"),
         (lambda: HEAD.logits(HIDDEN[:, 1:]), r"hidden states must be \(..., 16\) for this head, got \(12, 15\)"),
         (lambda: HEAD.logits(HIDDEN.to("meta")), "hidden states are on meta, the head on cpu"),
         (lambda: OutputLayer(WEIGHT.to("meta")).fingerprint, "weight is on the meta device"),
