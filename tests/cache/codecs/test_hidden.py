@@ -177,7 +177,7 @@ def test_decoding_other_bytes_is_an_error(bits, block, message):
             "not the same obj",
         ),
         (
-            lambda: SoftLabels.weights(torch.zeros(1, 1).long(), HIDDEN[:1, :1], vocab_size=3).to_dense(),
+            lambda: SoftLabels.weights(torch.zeros(1, 1).long(), torch.ones(1, 1), vocab_size=3).to_dense(),
             "dense and hidden",
         ),
         (lambda: codecs.create("hidden", 5, (1.0,), {"width": 2, "head": "me"}), "32 hexadecimal digits, got 'me'"),

@@ -126,11 +126,12 @@ def test_topk(change, message):
 
 def test_many_entries_are_compared_too():
     codec = codecs.create("topk", 70_000, (1.0,), {"k": 40})
-    ids = np.arange(0, 40 * 1000, 1000, dtype="<u4")
     fields = {"values": -np.arange(1.0, 41), "tails": -1.0}
-    for last, message in ((39_000, None), (1000, "one id")):
-        ids[39] = last
-        check(codec, {**fields, "ids": ids[:, None].view(np.uint8)[:, :3]}, message)
+    for step in (1000, 1024):  # multiples of 1024 share the places of a table of 4096
+        ids = np.arange(0, 40 * step, step, dtype="<u4")
+        for last, message in ((39 * step, None), (step, "one id")):
+            ids[39] = last
+            check(codec, {**fields, "ids": ids[:, None].view(np.uint8)[:, :3]}, message)
 
 
 def test_labels_from_elsewhere_are_stored_largest_first(tmp_path):
