@@ -8,24 +8,30 @@ namespace kdfast::codec {
 
 namespace {
 
-// Whether ids are distinct. Of most rows a small table tells: no two of their ids share a place in it.
+// Whether ids are distinct. Of most rows one of two small tables tells: no two of their ids share a place in it.
 class Distinct {
  public:
   explicit Distinct(int32_t vocab) : vocab_(size_t(vocab)) {}
 
   bool operator()(const int32_t* ids, int64_t count) {
-    uint32_t shared = 0;
-    ++row_;
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t& place = last_row_[uint32_t(ids[i]) % kPlaces];
-      shared |= place == row_;
-      place = row_;
-    }
-    return !shared || look(ids, count);
+    return !share<1>(ids, count) || !share<0x9E3779B1>(ids, count) || look(ids, count);
   }
 
  private:
   static constexpr uint32_t kPlaces = 4096;
+
+  template <uint32_t kFactor>
+  bool share(const int32_t* ids, int64_t count) {
+    constexpr uint32_t kShift = kFactor == 1 ? 0 : 20;  // the product's highest bits are its best
+    uint32_t shared = 0;
+    ++row_;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t& place = last_row_[((uint32_t(ids[i]) * kFactor) >> kShift) % kPlaces];
+      shared |= place == row_;
+      place = row_;
+    }
+    return shared;
+  }
 
   // With a bit per id. The bits are 0 before and after.
   bool look(const int32_t* ids, int64_t count) {
@@ -56,6 +62,19 @@ int64_t first_bad_top(const int32_t* ids, const float* values, int64_t rows, int
     }
     // In order, so that the entries are the first ones.
     if (!good || !distinct(ids, count)) return row;
+  }
+  return -1;
+}
+
+int64_t first_bad_codes(const uint8_t* codes, ptrdiff_t stride, int64_t rows, int64_t columns, uint8_t last,
+                        const bool* spread) {
+  for (int64_t row = 0; row < rows; ++row, codes += stride) {
+    uint8_t lowest = UINT8_MAX, has_last = 0;
+    for (int64_t i = 0; i < columns; ++i) {
+      lowest = codes[i] < lowest ? codes[i] : lowest;
+      has_last |= uint8_t(codes[i] == last);
+    }
+    if (lowest || (spread[row] && !has_last)) return row;
   }
   return -1;
 }

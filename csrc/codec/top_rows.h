@@ -1,6 +1,7 @@
-// Rows of top-k entries: what a codec's fixed layout says, checked.
+// Rows of codecs with a fixed layout: what it says, checked.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace kdfast::codec {
@@ -9,5 +10,10 @@ namespace kdfast::codec {
 // most 0 and do not ascend, -inf marks what is no entry, whose id is 0, and the ids of entries are below `vocab` and
 // distinct.
 int64_t first_bad_top(const int32_t* ids, const float* values, int64_t rows, int64_t k, int32_t vocab);
+
+// The first of `rows` of codes, `stride` bytes apart, that has no code 0, or is spread out and has none that is `last`;
+// or -1.
+int64_t first_bad_codes(const uint8_t* codes, ptrdiff_t stride, int64_t rows, int64_t columns, uint8_t last,
+                        const bool* spread);
 
 }  // namespace kdfast::codec

@@ -128,7 +128,7 @@ def _info_table(about: CacheInfo) -> Table:
     table = Table(show_header=False)
     for name, value in rows.items():
         if value:
-            table.add_row(name, escape(value))
+            table.add_row(name, escape(value if value.isprintable() else value.encode("unicode_escape").decode()))
     return table
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +54,54 @@ def _document(row: Any, where: str, field: str | None) -> Document:
 
 
 def _text(file: Path) -> str:
-    try:
-        with _open(file) as text:
-            return text.read()
-    except UnicodeDecodeError as error:
-        raise CacheError(f"{file}: is no UTF-8 text: {error}") from error
+    with _readable(str(file)), _open(file) as text:
+        return text.read()
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield each line of a file of JSON lines with where it is."""
     number = 0
     with _open(file) as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CacheError(f"{file}, line {number}: is no JSON: {error}") from error
-        except UnicodeDecodeError as error:
-            raise CacheError(f"{file}, after line {number}: is no UTF-8: {error}") from error
+        while True:
+            with _readable(f"{file}, after line {number}"):
+                line = lines.readline()
+            if not line:
+                return
+            number += 1
+            if line.strip():
+                yield f"{file}, line {number}", _parse(line, f"{file}, line {number}")
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{where}: is no JSON: {error}") from error
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
     parquet = import_optional("pyarrow.parquet", "reading Parquet files", extra="convert")
+    number = 0
     try:
-        opened = parquet.ParquetFile(file)
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{file}, row {number}", row
+                    number += 1
     except (ValueError, OSError) as error:
         raise CacheError(f"{file}: is no Parquet file: {error}") from error
-    number = 0
-    with opened:
-        for batch in opened.iter_batches():
-            for row in batch.to_pylist():
-                yield f"{file}, row {number}", row
-                number += 1
 
 
 def _open(file: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(gzip.open(file) if file.suffix == ".gz" else file.open("rb"), "utf-8")
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """A context in which bytes that are no text, or no compressed one, raise ``CacheError``."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise CacheError(f"{where}: is no UTF-8 text: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CacheError(f"{where}: is no whole gzip file: {error}") from error

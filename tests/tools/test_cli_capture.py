@@ -63,6 +63,15 @@ def test_documents_are_read_from_files_of_every_kind(tmp_path):
         ("a.jsonl", b"null\n", None, r"line 1: must be an object with the field 'text', got NoneType"),
         ("a.jsonl", '{"text": "é"}\n'.encode("latin-1"), None, r"a.jsonl, after line 0: is no UTF-8"),
         ("a.txt", "é".encode("latin-1"), None, r"a.txt: is no UTF-8 text"),
+        ("a.txt.gz", gzip.compress(b"text")[:-4], None, r"a.txt.gz: is no whole gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}")[:10] + b"\xff" * 9,
+            None,
+            r"a.jsonl.gz, after line 0: is no whole gzip file",
+        ),
+        ("a.jsonl", b"[" * 100_000, None, r"a.jsonl, line 1: is no JSON"),
+        ("a.jsonl", b'{"input_ids": [1' + b"0" * 5000 + b"]}", None, r"a.jsonl, line 1: is no JSON"),
         ("a.parquet", b"nothing", None, r"a.parquet: is no Parquet file"),
     ],
 )

@@ -285,6 +285,14 @@ class FixedWidthCodec(Addressable):
             ValueError: a row is not what ``encode`` writes. Any bytes may come; none may crash it.
         """
 
+    def check(self, labels: SoftLabels) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is looked at
+            encoded = self.encode(labels)
+        try:
+            self.unpack(np.frombuffer(encoded, self.row_dtype))
+        except ValueError as error:  # a reader would refuse the row, and all that lie in one batch with it
+            raise ValueError(f"codec {self.name!r} cannot store it: {error}") from error
+
     @property
     def row_bytes(self) -> int:
         """The bytes of one row."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdfast._C import first_bad_codes
 from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
 from kdfast.cache.codecs.registry import register
 from kdfast.labels import Dense as DenseLabels
@@ -102,10 +103,11 @@ class Dense(FixedWidthCodec):
 
     def _check_codes(self, codes: NDArray[np.uint8], masked: NDArray[np.bool_], step: NDArray[np.float32]) -> None:
         """Raise ``ValueError`` unless each row's largest column has code 0 and its smallest finite one the last."""
-        if codes.size and int(codes.min(1).max()):
+        spread = np.ascontiguousarray(step >= TINY)
+        bad = first_bad_codes(codes, self._masked - 1, spread)
+        if bad >= 0 and codes[bad].all():
             raise ValueError("a row has no finite column, or none of code 0")
-        last = codes == self._masked - 1
-        if (~last.any(1) & (step >= TINY)).any():
+        if bad >= 0:
             raise ValueError(f"a row's step is not 0, but none of its codes is {self._masked - 1}")
         flat = step == 0
         if flat.any() and (~masked[flat] & (codes[flat] != 0)).any():

@@ -41,8 +41,11 @@ class Hard(FixedWidthCodec):
         return self._labels(logits.detach().argmax(1))
 
     def encode(self, labels: SoftLabels) -> bytes:
+        labels = require_kind(labels, TopKLabels)
+        if labels.counts.ne(1).any() or labels.values.ne(0).any():
+            raise ValueError("codec 'hard' stores one entry of probability 1 a row: use topk for labels of other ones")
         out = np.empty(len(labels), self.row_dtype)
-        out["id"] = pack_ids(require_kind(labels, TopKLabels).ids.numpy(), self.vocab_size)
+        out["id"] = pack_ids(labels.ids.numpy(), self.vocab_size)
         return out.tobytes()
 
     def unpack(self, packed: NDArray[Any]) -> TopKLabels:

@@ -26,6 +26,7 @@ __all__ = ["TopK"]
 
 K = 16  # the default
 VALUE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+ROUNDING = 1e-5  # in nats, of sums in float32
 TINY = 1e-30  # of a row's mass: sums of less have terms that underflow
 
 
@@ -99,14 +100,19 @@ class TopK(FixedWidthCodec):
 
     def encode(self, labels: SoftLabels) -> bytes:
         labels = _largest_first(require_kind(labels, TopKLabels))
+        most = int(labels.counts.max()) if len(labels) else 0
+        if most > self.k:
+            raise ValueError(f"a row has {most} entries, and codec 'topk' stores k={self.k}")
         out = np.zeros(len(labels), self.row_dtype)
         filled = np.arange(self.k) < labels.counts.numpy()[:, None]
         ids = np.zeros(filled.shape, "<u4")
         ids[filled] = labels.ids.numpy()
-        out["ids"] = pack_ids(ids, self.vocab_size)
         out["values"] = -np.inf  # marks the entries that a short row lacks
-        out["values"][filled] = labels.values.numpy()
-        out["tails"] = labels.tails.numpy().T
+        with np.errstate(over="ignore"):  # of what the type cannot hold there is no entry
+            out["values"][filled] = _at_most_0(labels.values).numpy()
+        ids[np.isneginf(out["values"])] = 0
+        out["ids"] = pack_ids(ids, self.vocab_size)
+        out["tails"] = _at_most_0(labels.tails).numpy().T
         return out.tobytes()
 
     def unpack(self, packed: NDArray[Any]) -> TopKLabels:
@@ -143,6 +149,11 @@ def _tail(logits: Tensor, ids: Tensor, rest: Tensor, temperature: float, cut: Te
         inside = torch.zeros_like(z).scatter_add(1, entries.clamp(min=0), (entries >= 0).double())
         tails[rows] = z.masked_fill(inside > 0, -torch.inf).logsumexp(1) - z.logsumexp(1)
     return tails
+
+
+def _at_most_0(logs: Tensor) -> Tensor:
+    """Logarithms of masses, without what rounding has added to 1."""
+    return logs.masked_fill((logs > 0) & (logs < ROUNDING), 0.0)
 
 
 def _largest_first(labels: TopKLabels) -> TopKLabels:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kdfast.cache.convert.distillkit_layout import read_layout
 from kdfast.cache.convert.parquet import matrix, parquet_files, parquet_records, row_count
-from kdfast.cache.convert.source import Record, Source
+from kdfast.cache.convert.source import Record, Source, named, token_ids
 from kdfast.cache.errors import CacheError
 
 __all__ = ["DistillKit"]
@@ -52,15 +52,21 @@ class DistillKit(Source):
         names = ["input_ids", *self._layout.columns]
         for path in self._files:
             for number, row in enumerate(parquet_records(path, names, max_bytes=self._max_bytes)):
-                yield self._record(f"{path}: sample {number}", row)
+                name = f"{path}: sample {number}"
+                with named(name):
+                    record = self._record(name, row)
+                yield record
 
     def _record(self, name: str, row: dict[str, Any]) -> Record:
-        inner = row["input_ids"].values
+        inner = getattr(row["input_ids"], "values", None)
         if inner is None or inner.null_count:
-            raise CacheError(f"{name}: input_ids are null")
-        tokens = inner.to_numpy(zero_copy_only=False).astype(np.int64)
+            raise CacheError(f"{name}: input_ids are null, or no list")
+        tokens = token_ids(inner.to_numpy(zero_copy_only=False))
         layout = self._layout
-        columns = {column: matrix(row[column], layout.nbytes(column), f"{name}: {column}") for column in layout.columns}
+        columns = {
+            column: matrix(row[column], layout.nbytes(column), f"{name}: {column}", layout.kind(column))
+            for column in layout.columns
+        }
         lengths = {column: len(table) for column, table in columns.items()}
         rows = lengths[layout.columns[0]]
         if len(set(lengths.values())) != 1 or not len(tokens) - 1 <= rows <= len(tokens):

@@ -21,8 +21,9 @@ from kdfast.cache.format.regular import read_regular
 
 __all__ = ["Layout", "LegacyLayout", "QuantizedLayout", "read_layout"]
 
-MOST_TERMS = 64  # powers of a rank: beyond, they are not finite
+MOST_TERMS = 64  # powers of a rank, which beyond are not finite, and their number
 MOST_CONFIG = 2**24  # bytes
+MOST_MERGED, MOST_MEMBERS = 64, 1024  # mappings that ``<<`` in YAML names, and members that it gives
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class QuantizedLayout:
         if sum(b.count for b in bins) > k - exact_k:
             raise ValueError(f"residual_bins of {sum(b.count for b in bins)} numbers for {k - exact_k} entries")
         terms = tuple(_term(term) for term in config.get("polynomial_terms") or ())
+        if len(terms) > MOST_TERMS:
+            raise ValueError(f"{len(terms)} polynomial_terms, where at most {MOST_TERMS} are read")
         return cls(
             vocab_size=vocab_size,
             k=k,
@@ -104,6 +107,10 @@ class QuantizedLayout:
             return (self.k * id_bits(self.vocab_size) + 7) // 8
         floats = self.exact_k * FLOAT_BYTES[self.exact_dtype] + len(self.terms) * FLOAT_BYTES[self.term_dtype]
         return floats + sum(b.nbytes for b in self.bins)
+
+    def kind(self, column: str) -> str:
+        """What the numbers of a row of ``column`` are, as ``matrix`` takes it."""
+        return "bytes"
 
     def ids(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         return read_bits(columns["bytepacked_indices"], id_bits(self.vocab_size), self.k)
@@ -167,6 +174,10 @@ class LegacyLayout:
         terms = (self.degree + 1 + self.sqrt) if self.exact_k < self.k else 0
         return {"packed_indices": -(-self.k // per_word), "exact_values": self.exact_k, "coeffs": terms}[column]
 
+    def kind(self, column: str) -> str:
+        """What the numbers of a row of ``column`` are, as ``matrix`` takes it."""
+        return "words" if column == "packed_indices" else "floats"
+
     def ids(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         return read_words(columns["packed_indices"].astype(np.uint64), id_bits(self.vocab_size), self.k)
 
@@ -194,16 +205,13 @@ def read_layout(path: Path) -> Layout:
     except UnicodeError as error:
         raise CacheError(f"{path}: is no text: {error}") from error
     try:
-        parse = json.loads if path.suffix == ".json" else optional_package("yaml", "reading YAML").safe_load
-        config = parse(text)
+        config = json.loads(text) if path.suffix == ".json" else _parse_yaml(text)
     except RecursionError as error:
         raise CacheError(f"{path}: is nested too deeply") from error
-    except ValueError as error:
-        raise CacheError(f"{path}: is not JSON: {error}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "yaml":
-            raise
-        raise CacheError(f"{path}: is not YAML: {error}") from error
+    except CacheError:
+        raise
+    except Exception as error:  # PyYAML lets through what a tag's constructor raises, of any class
+        raise CacheError(f"{path}: is not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     try:
         config = config.get("teacher", config)
         if "legacy_logit_compression" in config:
@@ -213,6 +221,23 @@ def read_layout(path: Path) -> Layout:
         return QuantizedLayout.of(config.get("logprob_compressor", config))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CacheError(f"{path}: is not a DistillKit compression config: {error!r:.300}") from error
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises what PyYAML raises, and its error for merge keys that would multiply."""
+    yaml = optional_package("yaml", "reading YAML")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined,misc]
+        """The safe loader, with bounds on ``<<``: a mapping of ten that merge ten each, and so on, fills the memory."""
+
+        def flatten_mapping(self, node: Any) -> None:
+            merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+            sources = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
+            super().flatten_mapping(node)
+            if sources > MOST_MERGED or (sources and len(node.value) > MOST_MEMBERS):
+                raise yaml.constructor.ConstructorError(None, None, "more is merged than a config has", node.start_mark)
+
+    return yaml.load(text, Loader)
 
 
 def _sizes(config: Mapping[str, Any], vocabulary: str) -> tuple[int, int, int]:

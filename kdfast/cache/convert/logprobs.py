@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdfast.cache.convert.parquet import parquet_records
-from kdfast.cache.convert.source import Record, Source
+from kdfast.cache.convert.source import Record, Source, named, token_ids
 from kdfast.cache.errors import CacheError
 from kdfast.cache.format.regular import open_regular
+from kdfast.cache.format.strict import unique_members
 
 __all__ = ["ALIGNMENTS", "TopKLogProbs", "pairs_of"]
 
@@ -68,17 +67,12 @@ class TopKLogProbs(Source):
         samples = _parquet(self._path, self._max_bytes) if self._path.suffix == ".parquet" else _json_lines(self._path)
         for number, sample in samples:
             name = f"{self._path}: sample {number}"
-            try:
-                yield self._record(name, sample)
-            except CacheError:
-                raise
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise CacheError(f"{name}: {error!r:.300}") from error
+            with named(name):
+                record = self._record(name, sample)
+            yield record
 
     def _record(self, name: str, sample: Mapping[str, Any]) -> Record:
-        tokens = np.asarray(sample["input_ids"], np.int64)
-        if tokens.ndim != 1:
-            raise CacheError(f"{name}: its input_ids are no list of ids")
+        tokens = token_ids(sample["input_ids"])
         given = sample.get("target_token_ids")
         elements = [
             None if element is None or len(element) == 0 else _entries(element, given[i] if given is not None else None)
@@ -161,7 +155,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                sample = json.loads(line.decode("utf-8"))
+                sample = json.loads(line.decode("utf-8"), object_pairs_hook=unique_members)
             except (ValueError, RecursionError) as error:
                 raise CacheError(f"{path}: line {number} is not JSON: {error}") from error
             if not isinstance(sample, dict) or not {"input_ids", "logprobs"} <= sample.keys():
@@ -172,4 +166,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _parquet(path: Path, max_bytes: int | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     columns = ["input_ids", "logprobs"]
     for number, row in enumerate(parquet_records(path, columns, ["target_token_ids"], max_bytes)):
-        yield number, {name: scalar.as_py() for name, scalar in row.items()}
+        with named(f"{path}: sample {number}"):
+            sample = {name: scalar.as_py() for name, scalar in row.items()}
+        yield number, sample

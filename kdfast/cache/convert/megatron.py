@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.convert.limits import ExpansionError, most_bytes
-from kdfast.cache.convert.source import Record, Source
+from kdfast.cache.convert.source import Record, Source, token_ids
 from kdfast.cache.errors import CacheCorruptError, CacheError, optional_package
 from kdfast.cache.format.regular import open_regular
 from kdfast.cache.format.strict import parse_json
@@ -103,7 +104,7 @@ class _Tokens:
     def _add(self, text: bytes, line: _Line) -> None:
         try:
             row = parse_json(text)
-            place = tuple(int(row[name]) for name in ("iteration", "dp", "microbatch", "sample"))
+            place = tuple(index(row[name]) for name in ("iteration", "dp", "microbatch", "sample"))
             row["input_ids"]
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise CacheError(f"{self._path}: line {line.number} is not a sample's tokens: {error!r:.200}") from error
@@ -121,12 +122,9 @@ class _Tokens:
         with open_regular(self._path) as lines:
             lines.seek(line.offset)
             try:
-                tokens = np.asarray(json.loads(lines.readline())["input_ids"], np.int64)
+                return token_ids(json.loads(lines.readline())["input_ids"])
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
                 raise CacheError(f"{self._path}: line {line.number}: its input_ids are no ids: {error}") from error
-        if tokens.ndim != 1:
-            raise CacheError(f"{self._path}: line {line.number}: its input_ids are no list of ids")
-        return tokens
 
 
 def _tars(path: Path) -> list[tuple[int, Path]]:
@@ -199,12 +197,8 @@ def _decode(where: str, data: bytes, max_bytes: int | None) -> Iterator[tuple[Te
         tensors = torch.load(io.BytesIO(raw), weights_only=True)
         lists = [tensors[name] for name in TENSORS]
         for values, low, high in zip(*lists, strict=True):
-            if values.dim() != 3 or not values.shape == low.shape == high.shape:
-                raise ValueError(f"shapes {tuple(values.shape)}, {tuple(low.shape)} and {tuple(high.shape)}")
-            # A view that repeats its memory, with strides of 0, stands for any number of values.
-            if any(x.layout != torch.strided or x.numel() > x.untyped_storage().nbytes() for x in (values, low, high)):
-                raise ValueError(f"tensors of {values.numel()} values that the file does not hold")
-            yield values.double(), high.long() << 16 | low.long()
+            _check_tensors(values, low, high)
+            yield values.detach().double(), high.long() << 16 | low.long()
     except CacheError:
         raise
     except (
@@ -221,6 +215,18 @@ def _decode(where: str, data: bytes, max_bytes: int | None) -> Iterator[tuple[Te
         ValueError,
     ) as error:
         raise CacheCorruptError(f"{where}: is not what Megatron-Core writes: {error}") from error
+
+
+def _check_tensors(values: Tensor, low: Tensor, high: Tensor) -> None:
+    """Raise ``ValueError`` unless they are the tensors of one microbatch, and the file holds what is in them."""
+    if values.dim() != 3 or not values.shape == low.shape == high.shape:
+        raise ValueError(f"shapes {tuple(values.shape)}, {tuple(low.shape)} and {tuple(high.shape)}")
+    if not values.is_floating_point() or any(x.is_floating_point() or x.is_complex() for x in (low, high)):
+        raise ValueError(f"dtypes {values.dtype}, {low.dtype} and {high.dtype}")
+    for x in (values, low, high):
+        # A view that repeats its memory, with strides of 0, stands for any number of values; a meta tensor for none.
+        if x.layout != torch.strided or x.device.type != "cpu" or x.numel() > x.untyped_storage().nbytes():
+            raise ValueError(f"tensors of {values.numel()} values that the file does not hold")
 
 
 def _check_zip(where: str, raw: bytes, most: int) -> None:

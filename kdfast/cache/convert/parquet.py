@@ -24,7 +24,8 @@ def parquet_files(path: Path) -> list[Path]:
     """``path`` itself, or the Parquet files of a folder, numbers in their names in numeric order."""
     if not path.is_dir():
         return [path]
-    files = sorted(path.rglob("*.parquet"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+    # Names without numbers, or with the same ones, by name: the folder's own order is any.
+    files = sorted(path.rglob("*.parquet"), key=lambda file: ([int(n) for n in re.findall(r"\d+", file.name)], file))
     if not files:
         raise CacheError(f"{path}: holds no Parquet file")
     return files
@@ -55,13 +56,13 @@ def parquet_records(
     columns = columns + [name for name in optional if name in file.schema_arrow.names]
     arrow = optional_package("pyarrow", "reading Parquet")
     for group in range(file.metadata.num_row_groups):
-        _require_room(path, file.metadata.row_group(group), group, columns, max_bytes)
         try:
+            _require_room(path, file.metadata.row_group(group), group, columns, max_bytes)
             batches = file.iter_batches(batch_size=BATCH, columns=columns, row_groups=[group])
             for batch in batches:
                 for row in range(batch.num_rows):
                     yield {name: batch.column(name)[row] for name in columns}
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeError) as error:
             raise CacheCorruptError(f"{path}: is not a readable Parquet file: {error}") from error
 
 
@@ -90,12 +91,26 @@ def _require_room(path: Path, group: Any, number: int, columns: Sequence[str], m
         raise ExpansionError.of(f"{path}: row group {number}", wanted, most)
 
 
-def matrix(scalar: Any, width: int, what: str) -> NDArray[Any]:
-    """A list of lists as a (lists, width) array. Raises ``CacheError`` if an inner list has another length."""
-    inner = scalar.values
-    if inner is None:
-        raise CacheError(f"{what}: is null")
+def matrix(scalar: Any, width: int, what: str, kind: str) -> NDArray[Any]:
+    """A list of lists of numbers as a (lists, width) array.
+
+    Args:
+        kind: "bytes" (uint8, or numbers of another type that are as small), "words" (uint64, or integers of 64 bits
+            whose sign is the highest one) or "floats".
+
+    Raises:
+        CacheError: it is none, an inner list has another length, or a number is not of this kind.
+    """
+    inner = getattr(scalar, "values", None)
+    if inner is None or not hasattr(inner, "value_lengths"):
+        raise CacheError(f"{what}: is {'null' if scalar.as_py() is None else f'{scalar.type}, not lists of numbers'}")
     numbers = inner.flatten().to_numpy(zero_copy_only=False)
+    if numbers.size and numbers.dtype.kind not in ("iuf" if kind == "floats" else "iu"):  # nulls make floats of them
+        raise CacheError(f"{what}: holds {numbers.dtype} or nulls, where {kind} are expected")
+    if kind == "bytes" and numbers.dtype != np.uint8:
+        if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < 256:
+            raise CacheError(f"{what}: holds numbers that are no bytes")
+        numbers = numbers.astype(np.uint8)
     lengths = inner.value_lengths().to_numpy(zero_copy_only=False)
     for row in np.flatnonzero(lengths != width)[:1]:
         raise CacheError(f"{what}: row {row} has {lengths[row]} numbers where its layout has {width}")
@@ -104,8 +119,10 @@ def matrix(scalar: Any, width: int, what: str) -> NDArray[Any]:
 
 def _open(path: Path) -> Any:
     arrow, parquet = (optional_package(name, "reading Parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    open_regular(path).close()  # whose errors are the system's; those below are about what the file holds
     try:
-        open_regular(path).close()
-        return parquet.ParquetFile(path)
-    except arrow.ArrowException as error:
+        file = parquet.ParquetFile(path)
+        _ = file.schema_arrow.names
+        return file
+    except (arrow.ArrowException, OSError, UnicodeError) as error:
         raise CacheCorruptError(f"{path}: is not a readable Parquet file: {error}") from error

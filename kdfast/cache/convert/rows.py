@@ -80,6 +80,9 @@ def _check(
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     for at in outside[:1]:
         faults.append((int(row[at]), f"id {ids[at]} is outside the vocabulary of {vocab_size}"))
+    following = record.token_ids[1 : rows + 1]
+    for at in np.flatnonzero(following >= vocab_size)[:1]:
+        faults.append((int(at), f"the token after it, {following[at]}, is outside the vocabulary of {vocab_size}"))
     for at in np.flatnonzero(np.bincount(row, minlength=rows) == 0)[:1]:
         faults.append((int(at), "no entry"))
     places = np.sort(row * vocab_size + ids) if not len(outside) else np.empty(0, np.int64)

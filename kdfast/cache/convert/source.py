@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Record", "Source"]
+from kdfast.cache.errors import CacheError
+
+__all__ = ["Record", "Source", "named", "token_ids"]
+
+MOST_IDS = 2**32  # an id's place in a key has 32 bits
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,32 @@ class Source(ABC):
         Raises:
             CacheError: a file is not of the format; the message names file and record.
         """
+
+
+def token_ids(values: Any) -> NDArray[np.int64]:
+    """A sample's ids as (tokens,) int64. Numbers that are whole pass for ids, whatever their type.
+
+    Raises:
+        ValueError: they are no list of whole numbers in [0, 2**32); the message says which is not.
+    """
+    array = np.asarray(values)
+    flags = isinstance(values, list) and any(isinstance(value, bool) for value in values)
+    if array.ndim != 1 or array.dtype.kind not in "iuf" or flags:
+        raise ValueError(f"its input_ids are no list of ids: {values!r:.80}")
+    wrong = ~((array >= 0) & (array < MOST_IDS))  # NaN included
+    if array.dtype.kind == "f":
+        wrong |= array != np.floor(array)
+    for at in np.flatnonzero(wrong)[:1]:
+        raise ValueError(f"its input_ids hold {array[at]}, which is no id")
+    return array.astype(np.int64)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """A context in which what a malformed file makes Python raise becomes a ``CacheError`` about ``where``."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise CacheError(f"{where}: {error!r:.300}") from error

@@ -18,7 +18,7 @@ from kdfast.cache.format.meta import RANGE, CacheMeta
 from kdfast.cache.format.strict import parse_integer, parse_json
 from kdfast.labels import SoftLabels
 
-__all__ = ["MAX_FIRST", "ONE_ROW_EACH", "Outline", "Shard", "Units"]
+__all__ = ["MAX_FIRST", "MAX_ROWS", "ONE_ROW_EACH", "Outline", "Shard", "Units"]
 
 ONE_ROW_EACH = {"spans": "one"}  # metadata of a shard whose records need no spans
 

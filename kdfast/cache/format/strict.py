@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-__all__ = ["parse_integer", "parse_json"]
+__all__ = ["parse_integer", "parse_json", "unique_members"]
 
 DECIMAL = re.compile(r"0|[1-9][0-9]{0,18}")
 
@@ -32,7 +32,7 @@ def parse_json(text: str | bytes) -> Any:
             text.decode("utf-8") if isinstance(text, bytes) else text,
             parse_constant=_refuse,
             parse_float=_finite,
-            object_pairs_hook=_members,
+            object_pairs_hook=unique_members,
         )
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
@@ -49,7 +49,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its members. Raises ``ValueError`` if two of them have one name."""
     members = dict(pairs)
     if len(members) < len(pairs):
         names = [name for name, _ in pairs]

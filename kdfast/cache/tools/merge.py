@@ -197,7 +197,12 @@ def _copy_assets(source: Storage, shard: Shard, target: Storage, report: MergeRe
         files[name] = source.read_bytes(name)
         return files[name]
 
-    shard.meta.make_codec(read)
+    try:
+        shard.meta.make_codec(read)
+    except CacheError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # options may be anything
+        raise CacheError(f"{shard.path}: its labels cannot be decoded: {error}") from error
     for name, data in files.items():
         if not target.exists(name):
             target.publish(name, [data])

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from kdfast.cache.codecs.prototype import CHOSEN
+from kdfast.cache.format.container import read_container
 from kdfast.cache.format.declared import DECLARATION
 from kdfast.cache.format.manifest import MANIFEST, UNFINISHED, shard_names
 from kdfast.cache.format.sorted_keys import INDEX
@@ -100,10 +100,9 @@ def _layout(storage: Storage) -> tuple[CacheBytes, NDArray[np.float64]]:
     blocks = [np.zeros(0)]
     shards = shard_names(storage)
     for name in shards:
-        with safe_open(storage.fetch(name), "np") as shard:
-            index = shard.get_tensor("block_index")
-            names = set(shard.keys())
-            model = len(shard.get_tensor("codec_model")) if "codec_model" in names else 0
+        tables = read_container(storage.fetch(name)).tables
+        index = tables["block_index"]
+        model = len(tables["codec_model"]) if "codec_model" in tables else 0
         payload = int(index[:, 1].sum())
         blocks.append(index[:, 1] / index[:, 3])
         total.payload += payload

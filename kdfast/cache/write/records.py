@@ -15,12 +15,31 @@ from torch import Tensor
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.format.keys import DIGEST_BYTES, Key, number_of
 from kdfast.cache.format.meta import RANGE
-from kdfast.cache.format.shard import ONE_ROW_EACH
+from kdfast.cache.format.shard import MAX_ROWS, ONE_ROW_EACH
 from kdfast.cache.format.targets import Targets
 from kdfast.cache.format.view import VIEW_BYTES, View, pack_views
 from kdfast.labels import Hidden, SoftLabels
 
-__all__ = ["Attachments", "Record", "RecordColumns", "Tables", "check_labels", "check_logits", "check_views", "select"]
+__all__ = [
+    "Attachments",
+    "Record",
+    "RecordColumns",
+    "Tables",
+    "check_labels",
+    "check_logits",
+    "check_views",
+    "require_same_space",
+    "select",
+]
+
+COLUMN_DTYPES = {
+    "keys": np.uint8,
+    "rows": np.int64,
+    "target_crc": np.int64,
+    "cross_entropy": np.float64,
+    "target_count": np.int64,
+    "views": np.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,31 @@ class RecordColumns:
             return columns
         crc, loss, count = zip(*marks, strict=True)
         return cls(keys, rows, np.array(crc), np.array(loss, np.float64), np.array(count), columns.views)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` unless they are columns that ``of`` makes: what a journal holds may be anything."""
+        records = len(self.rows)
+        shapes: dict[str, tuple[int | None, ...]] = {"keys": (records, DIGEST_BYTES), "views": (None, VIEW_BYTES)}
+        for name, array in self.arrays().items():
+            wanted, dtype = shapes.get(name, (records,)), COLUMN_DTYPES[name]
+            if array.dtype != dtype or wanted[1:] != array.shape[1:] or wanted[0] not in (None, len(array)):
+                raise ValueError(f"its {name} are {array.dtype} {array.shape}")
+        if not records or int(self.rows.min()) < 0 or int(self.rows.max()) > MAX_ROWS:
+            raise ValueError("its records have impossible numbers of rows")
+        if self.views is not None and len(self.views) != int(self.rows.sum()):
+            raise ValueError(f"its views are {len(self.views)} for {int(self.rows.sum())} rows")
+        marks = (self.target_crc, self.cross_entropy, self.target_count)
+        if any((mark is None) != (marks[0] is None) for mark in marks):
+            raise ValueError("its targets lack a column")
+        if self.target_count is not None and ((self.target_count < 0) | (self.target_count > self.rows)).any():
+            raise ValueError("its targets are more than its rows")
+        if self.cross_entropy is not None and not np.isfinite(self.cross_entropy).all():
+            raise ValueError("its cross-entropies are not finite")
+
+    @property
+    def attachments(self) -> Attachments:
+        """What the records have beside their labels."""
+        return Attachments(self.target_crc is not None, self.views is not None)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The columns that are not None, by name."""
@@ -161,10 +205,7 @@ class Tables:
     @property
     def attachments(self) -> Attachments:
         """What the shard's records have beside their labels."""
-        first = self._columns[0] if self._columns else None
-        return Attachments(
-            first is not None and first.target_crc is not None, first is not None and first.views is not None
-        )
+        return self._columns[0].attachments if self._columns else Attachments(False, False)
 
     def _one_row_each(self) -> bool:
         return all((columns.rows == 1).all() for columns in self._columns)
@@ -207,10 +248,7 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
     """A copy of ``labels``. Raises ``TypeError`` or ``ValueError`` unless ``codec`` can store them as they are."""
     if not isinstance(labels, SoftLabels):
         raise TypeError(f"labels must be SoftLabels, got {type(labels).__name__}")
-    for name in ("kind", "vocab_size", "temperatures"):
-        ours, theirs = getattr(codec.empty, name), getattr(labels, name)
-        if ours != theirs:
-            raise ValueError(f"codec {codec.name!r} stores labels of {name} {ours!r}, got {theirs!r}")
+    require_same_space(labels, codec)
     if isinstance(labels, Hidden) and labels.head is not None:
         head = codec.config().get("head")
         if head is not None and labels.head.fingerprint != head:
@@ -223,6 +261,14 @@ def check_labels(labels: SoftLabels, codec: Codec) -> SoftLabels:
     if len(copy):
         codec.check(copy)  # here it can be refused by name, in the background it would stop everything
     return copy
+
+
+def require_same_space(labels: SoftLabels, codec: Codec) -> None:
+    """Raise ``ValueError`` unless ``labels`` are of the kind, vocabulary and temperatures that ``codec`` stores."""
+    for name in ("kind", "vocab_size", "temperatures"):
+        ours, theirs = getattr(codec.empty, name), getattr(labels, name)
+        if ours != theirs:
+            raise ValueError(f"codec {codec.name!r} stores labels of {name} {ours!r}, got {theirs!r}")
 
 
 def check_views(views: Sequence[View], rows: int) -> NDArray[np.uint8]:

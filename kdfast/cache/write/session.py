@@ -25,7 +25,7 @@ from kdfast.cache.format.storage import LocalStorage, RemoteStorage, Storage, di
 from kdfast.cache.format.teacher import Fingerprint
 from kdfast.cache.write.builder import ShardBuilder
 from kdfast.cache.write.journal import Journal, is_alive
-from kdfast.cache.write.records import Attachments, Record
+from kdfast.cache.write.records import Attachments, Record, require_same_space
 from kdfast.cache.write.unfinished import Unfinished, shard_name
 
 __all__ = ["JOURNAL_NAME", "Session", "journal_name", "work_folder"]
@@ -157,7 +157,20 @@ class Session:
             self._storage.publish(name, [data])  # an upload that broke off
         if self.model:
             codec.use_model(self.model)
+        self._check_parked(codec)
         return ShardBuilder(codec, self._start, self._storage, self._parked, block_rows, shard_bytes)
+
+    def _check_parked(self, codec: Codec) -> None:
+        """Raise ``CacheError`` unless ``codec`` can store the parked records, and those of one shard are alike."""
+        try:
+            for record in self._parked:
+                if Attachments.of(record) != self.attachments:
+                    raise ValueError("some of its records have targets or views, and others have none")
+                require_same_space(record.labels, codec)
+                if len(record.labels) and not codec.learn_rows:  # other codecs may round what was selected elsewhere
+                    codec.check(record.labels)
+        except (TypeError, ValueError) as error:
+            raise CacheError(f"{self._journal.path} cannot be continued: {error}") from error
 
     def close(self, builder: ShardBuilder | None) -> None:
         """Release the lock. What ``builder`` has not sealed stays on disk for the next session."""
@@ -201,6 +214,7 @@ class Session:
         try:
             left = Unfinished.restore(self._folder, self._journal)
             if left is not None:
+                _require_name(left[0], self._writer, self._journal.path)
                 CacheMeta.from_strings(left[0].metadata)  # which is asked for later, and whose error is the journal's
         except CacheError:
             raise
@@ -211,9 +225,6 @@ class Session:
         if left is None:
             return None, []
         unfinished, parked = left
-        match = SHARD_NAME.fullmatch(unfinished.name)
-        if match is None or match[1] != self._writer:
-            raise CacheError(f"{self._journal.path} tells of {unfinished.name!r}, which is not a shard of this writer")
         sealed = {row.tobytes() for shard in self._own for row in shard.keys}
         if any(shard.name == unfinished.name for shard in self._own):
             # A kill between the last two steps of sealing, unless somebody else has used the name.
@@ -306,6 +317,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _crc_of(record: Record) -> int | None:
     return None if record.targets is None else record.targets.crc
+
+
+def _require_name(unfinished: Unfinished, writer: str, journal: Path) -> None:
+    match = SHARD_NAME.fullmatch(unfinished.name)
+    if match is None or match[1] != writer:
+        raise CacheError(f"{journal} tells of {unfinished.name!r}, which is not a shard of this writer")
 
 
 def _number(unfinished: Unfinished) -> int:

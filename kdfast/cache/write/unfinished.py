@@ -240,9 +240,11 @@ class Unfinished:
             elif kind == MODEL:
                 shard.model = contents["model"].numpy().tobytes()
             elif kind == PARKED:
-                parked = _columns(contents).records(_labels_from_tensors(contents))
+                parked = _parked_records(contents)
             elif shard._has(contents):
                 columns = _columns(contents)
+                if shard.tables.records and columns.attachments != shard.tables.attachments:
+                    raise ValueError("some of its records have targets or views, and others have none")
                 shard.tables.add(columns, *contents["block"].tolist()[:2])
                 parked = parked[len(columns.keys) :]  # records go into blocks in the order they were parked
             else:
@@ -292,7 +294,17 @@ def _tensors(columns: RecordColumns) -> dict[str, Tensor]:
 
 
 def _columns(contents: dict[str, Tensor]) -> RecordColumns:
-    return RecordColumns(**{name[8:]: part.numpy() for name, part in contents.items() if name.startswith("records.")})
+    parts = {name[8:]: part.numpy() for name, part in contents.items() if name.startswith("records.")}
+    columns = RecordColumns(**parts)
+    columns.check()
+    return columns
+
+
+def _parked_records(contents: dict[str, Tensor]) -> list[Record]:
+    columns, labels = _columns(contents), _labels_from_tensors(contents)
+    if len(labels) != int(columns.rows.sum()):
+        raise ValueError(f"its parked labels are {len(labels)} rows for {int(columns.rows.sum())}")
+    return columns.records(labels)
 
 
 def _labels_to_tensors(labels: SoftLabels) -> dict[str, Tensor]:

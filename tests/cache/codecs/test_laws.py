@@ -11,6 +11,7 @@ import kdfast.cache
 from kdfast import SoftLabels
 from kdfast.cache import codecs
 from kdfast.cache.selection.prototypes import PrototypeTable
+from kdfast.labels import Hidden
 from plain_decoder import decode_entry_block, decode_row, read_tables
 from support import ROOT
 from support.repack import forge
@@ -125,11 +126,12 @@ def test_topk(change, message):
 
 def test_many_entries_are_compared_too():
     codec = codecs.create("topk", 70_000, (1.0,), {"k": 40})
-    ids = np.arange(0, 40 * 1000, 1000, dtype="<u4")
     fields = {"values": -np.arange(1.0, 41), "tails": -1.0}
-    for last, message in ((39_000, None), (1000, "one id")):
-        ids[39] = last
-        check(codec, {**fields, "ids": ids[:, None].view(np.uint8)[:, :3]}, message)
+    for step in (1000, 1024):  # multiples of 1024 share the places of a table of 4096
+        ids = np.arange(0, 40 * step, step, dtype="<u4")
+        for last, message in ((39 * step, None), (step, "one id")):
+            ids[39] = last
+            check(codec, {**fields, "ids": ids[:, None].view(np.uint8)[:, :3]}, message)
 
 
 def test_labels_from_elsewhere_are_stored_largest_first(tmp_path):
@@ -346,3 +348,49 @@ def test_the_plain_decoder_refuses_what_the_extension_refuses(draws):
             # Limits of the codec are beyond the plain decoder, so that it may accept more.
             assert outcomes[0] is None or outcomes[0] == outcomes[1]
         assert accepted < 290
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+def top(values, tails, ids=None):
+    ids = [list(range(1, 1 + len(values[0])))] if ids is None else ids
+    return SoftLabels.topk(torch.tensor(ids), torch.tensor(values), torch.tensor(tails), vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [
+        (lambda: top([[5.0, -1.5]], [-2.0]), {"codec": "topk", "k": 4}),
+        (lambda: top([[NAN, -1.5]], [-2.0]), {"codec": "topk", "k": 4}),
+        (lambda: top([[-0.5, -1.5]], [0.5]), {"codec": "topk", "k": 4}),
+        (lambda: top([[-0.5, -1.5]], [NAN]), {"codec": "topk", "k": 4}),
+        (lambda: top([[-INF, -INF]], [-INF]), {"codec": "topk", "k": 4}),
+        (lambda: top([[-1.0, -2.0, -3.0]], [-2.0]), {"codec": "topk", "k": 2}),
+        (lambda: top([[-0.5, -1.5]], [-2.0]), {"codec": "hard"}),
+        (lambda: top([[-1.0]], [-0.5]), {"codec": "hard"}),
+        (lambda: SoftLabels.dense(torch.tensor([[NAN] + [0.0] * 9])), {"codec": "dense"}),
+        (lambda: SoftLabels.dense(torch.tensor([[-INF] * 10])), {"codec": "dense", "bits": 4}),
+        (lambda: SoftLabels.dense(torch.tensor([[-1e5] + [0.0] * 9])), {"codec": "dense"}),
+        (lambda: Hidden(vocab_size=10, values=torch.tensor([[INF, 1.0]])), {"codec": "hidden", "width": 2, "bits": 8}),
+        (lambda: Hidden(vocab_size=10, values=torch.tensor([[NAN, 1.0]])), {"codec": "hidden", "width": 2}),
+    ],
+)
+def test_a_writer_takes_no_labels_that_its_reader_refuses(tmp_path, labels, options):
+    """They would make every batch with one of them unreadable."""
+    options = {"head": "0" * 32, **options} if options["codec"] == "hidden" else options
+    with (
+        kdfast.cache.Writer(tmp_path, vocab_size=10, **options) as writer,
+        pytest.raises(ValueError, match=r"codec .* store"),
+    ):
+        writer.add_labels(0, labels())
+
+
+def test_what_rounding_adds_and_half_precision_lacks_is_no_fault(tmp_path):
+    with kdfast.cache.Writer(tmp_path, vocab_size=10, codec="topk", k=4) as writer:
+        writer.add_labels(0, top([[1e-7, -1e5]], [1e-7]))
+        writer.add_labels(1, top([[-0.5, -1.5]], [-2.0]))
+    cache = kdfast.cache.open(tmp_path)
+    assert cache[0].ids.tolist() == [1]  # exp(-1e5) is nothing
+    assert (cache[0].values.item(), cache[0].tails.item()) == (0.0, 0.0)
+    assert cache.gather([0, 1]).ids.tolist() == [1, 1, 2]

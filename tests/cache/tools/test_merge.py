@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import kdfast.cache
 from kdfast.cache.tools.merge import merge
 from kdfast.cli.app import app
+from support.repack import repack
 
 VOCAB = 11
 
@@ -197,6 +198,15 @@ class WithTable(kdfast.cache.codecs.TopK):
     @classmethod
     def options(cls, config, read_asset):
         return {**config, "content": read_asset(config["table"])}
+
+
+@pytest.mark.parametrize("config", ['{"k":null,"value_dtype":"float16"}', '{"k":2,"value_dtype":"float16","x":1}'])
+def test_a_source_of_options_that_no_writer_has_is_named(tmp_path, config):
+    a = fill(tmp_path / "a", ["x"])
+    (path,) = Path(a).glob("shard-*")
+    repack(path, {"codec_config": config})
+    with pytest.raises(kdfast.cache.CacheError, match="its labels cannot be decoded"):
+        merge([a], tmp_path / "all")
 
 
 def test_assets_come_along(tmp_path):

@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import random
+import struct
 import tarfile
 import zipfile
 
 import pytest
 import torch
 
+import kdfast.cache
 from kdfast.cache import CacheCorruptError, CacheError
-from kdfast.cache.convert import DistillKit, ExpansionError, Megatron, TopKLogProbs
+from kdfast.cache.convert import DistillKit, ExpansionError, Megatron, TopKLogProbs, import_records
 from kdfast.cache.convert.distillkit_layout import read_layout
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -216,3 +219,146 @@ def test_the_numbers_of_a_row_are_int64(tmp_path):
     path = parquet(tmp_path / "a.parquet", input_ids=[[1, None]], logprobs=[[[1.0]]], target_token_ids=[[[1]]])
     with pytest.raises(CacheError, match="sample 0"):
         TopKLogProbs(path, "next")
+
+
+ENTRIES = {"1": -0.5, "2": -1.5}
+
+
+def imported(source, tmp_path, **options):
+    """The labels of the one record of ``source``, by way of a cache."""
+    import_records(source, tmp_path / "cache", vocab_size=10, **options)
+    return kdfast.cache.open(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2, 3], [True, 2, 3], ["1", "2", "3"], [1, 2, -3], [1, 2, 2**40], [1, 2, 2**70]])
+def test_ids_are_never_rounded_or_wrapped(tmp_path, ids):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"input_ids": ids, "logprobs": [None, ENTRIES, ENTRIES]}))
+    with pytest.raises(CacheError, match=r"sample 1: .*its input_ids"):
+        TopKLogProbs(tmp_path / "a.jsonl", "position")
+
+
+def test_whole_numbers_pass_for_ids(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"input_ids": [1.0, 2.0, 3.0], "logprobs": [None, ENTRIES, ENTRIES]}))
+    cache = imported(TopKLogProbs(tmp_path / "a.jsonl", "position"), tmp_path)
+    assert cache[torch.tensor([1, 2, 3])].ids.tolist() == [1, 2, 1, 2]
+
+
+def test_a_token_outside_the_vocabulary_breaks_its_record(tmp_path):
+    lines = [{"input_ids": [1, 2, last], "logprobs": [None, ENTRIES, ENTRIES]} for last in (30, 3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = TopKLogProbs(tmp_path / "a.jsonl", "position")
+    with pytest.raises(CacheError, match="sample 1: row 1: the token after it, 30, is outside the vocabulary of 10"):
+        imported(source, tmp_path)
+    assert len(imported(source, tmp_path, drop_broken=True)) == 1
+
+
+def test_an_entry_named_twice_in_json_is_not_dropped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2], "logprobs": [null, {"1": -1, "1": -2}]}')
+    with pytest.raises(CacheError, match="line 1 is not JSON: an object of JSON has '1' twice"):
+        TopKLogProbs(tmp_path / "a.jsonl", "position")
+
+
+def captured(folder, values=None, ids=None, config=None, tokens=None):
+    """A DistillKit capture of one sample of three tokens: ids 1 and 2 at -0.5 and -1.5 after each."""
+    folder.mkdir()
+    row = list(struct.pack("<2f", -0.5, -1.5))
+    values = pyarrow.array([[row] * 3], pyarrow.list_(pyarrow.list_(pyarrow.uint8()))) if values is None else values
+    ids = pyarrow.array([[[0x12]] * 3], pyarrow.list_(pyarrow.list_(pyarrow.uint8()))) if ids is None else ids
+    tokens = pyarrow.array([[1, 2, 3]]) if tokens is None else tokens
+    parquet(folder / "a.parquet", input_ids=tokens, compressed_logprobs=values, bytepacked_indices=ids)
+    known = {"d": 10, "k": 2, "exact_k": 2, "delta_encoding": False}
+    (folder / "compression_config.yaml").write_text(json.dumps(known) if config is None else config)
+    return DistillKit(folder)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "uint32"])
+def test_bytes_in_wider_integers_are_bytes(tmp_path, dtype):
+    of = pyarrow.list_(pyarrow.list_(getattr(pyarrow, dtype)()))
+    values = pyarrow.array([[list(struct.pack("<2f", -0.5, -1.5))] * 3], of)
+    (record,) = captured(tmp_path / "a", values, pyarrow.array([[[0x12]] * 3], of))
+    assert record.ids.tolist() == [1, 2] * 3
+    assert record.log_probs.tolist() == [-0.5, -1.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("values", [[[256] + [0] * 7] * 3], "numbers that are no bytes"),
+        ("values", [[[None] + [0] * 7] * 3], "or nulls, where bytes are expected"),
+        ("values", [[[0.5] * 8] * 3], "float64 or nulls"),
+        ("values", [[b"abcdefgh"] * 3], "not lists of numbers"),
+        ("values", [[1, 2, 3]], "not lists of numbers"),
+        ("tokens", [[1.5, 2, 3]], "input_ids hold 1.5"),
+        ("tokens", [["a", "b", "c"]], "no list of ids"),
+        ("tokens", [5], "null, or no list"),
+    ],
+)
+def test_columns_of_another_kind_are_named(tmp_path, name, column, message):
+    with pytest.raises(CacheError, match=f"sample 0: .*{message}"):
+        list(captured(tmp_path / "a", **{name: pyarrow.array(column)}))
+
+
+def test_merge_keys_of_yaml_do_not_multiply(tmp_path):
+    levels = [f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)]
+    with pytest.raises(CacheError, match="more is merged than a config has"):
+        captured(tmp_path / "a", config="a0: &a0 {x: 1}\n" + "".join(levels))
+    merged = "base: &base {d: 10, k: 2}\nteacher:\n  <<: *base\n  exact_k: 2\n  delta_encoding: false\n"
+    (record,) = captured(tmp_path / "b", config=merged)
+    assert record.ids.tolist() == [1, 2] * 3
+
+
+@pytest.mark.parametrize("config", ["d: !!timestamp 'x'", "d: 2020-13-45"])
+def test_yaml_whose_values_are_none_is_named(tmp_path, config):
+    with pytest.raises(CacheError, match="is not YAML"):
+        captured(tmp_path / "a", config=config)
+
+
+def test_a_layout_has_few_terms(tmp_path):
+    config = json.dumps({"d": 200001, "k": 200000, "exact_k": 0, "polynomial_terms": [0] * 200000})
+    with pytest.raises(CacheError, match="200000 polynomial_terms, where at most 64 are read"):
+        captured(tmp_path / "a", config=config)
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    captured(tmp_path / "a")
+    path = tmp_path / "a" / "a.parquet"
+    whole, draw = path.read_bytes(), random.Random(3)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            list(DistillKit(tmp_path / "a"))
+        except CacheError:
+            refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.to("meta"), "that the file does not hold"),
+        (lambda x: x.to(torch.complex64), "dtypes torch.complex64"),
+        (lambda x: x.long(), "dtypes torch.int64"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path, change, message):
+    lists = rows()
+    lists["values"] = [change(lists["values"][0])]
+    with pytest.raises(CacheCorruptError, match=message):
+        list(Megatron(*shard(tmp_path / "a", saved(**lists))))
+
+
+def test_values_that_want_a_gradient_are_values(tmp_path):
+    lists = rows()
+    lists["values"][0].requires_grad_()
+    (record,) = Megatron(*shard(tmp_path / "a", saved(**lists)))
+    assert record.log_probs.tolist() == [-1.0] * 6
+
+
+def test_a_place_of_tokens_is_whole(tmp_path):
+    folder, tokens = shard(tmp_path / "a", saved(**rows()))
+    tokens.write_text(tokens.read_text().replace('"iteration": 1', '"iteration": 1.5'))
+    with pytest.raises(CacheError, match="line 1 is not a sample's tokens"):
+        Megatron(folder, tokens)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -221,6 +222,82 @@ def test_a_journal_that_no_writer_wrote_is_named_and_kept(tmp_path, entries, mes
         with pytest.raises(kdfast.cache.CacheError, match=message):
             act()
         assert contents(tmp_path) == before
+
+
+def stop_with_targets(path):
+    """A writer that ends with three blocks of two records, and one parked."""
+    w = writer(path, block_rows=4)
+    for i in range(7):
+        w.add(i, logits(2, seed=i), targets=torch.tensor([1, 2]))
+    with suppress(ZeroDivisionError), w:
+        raise ZeroDivisionError
+
+
+def changed(path, change):
+    """``change(kind, contents)`` done to every entry of the journal, with right checksums."""
+    journal = Journal(path / JOURNAL)
+    entries = [(kind, dict(parts)) for kind, parts, _ in journal.entries()]
+    for kind, parts in entries:
+        change(kind, parts)
+    journal.start_over(entries)
+    journal.close(remove=False)
+
+
+def of(kind, name, value):
+    """A change of one part of the entries of a kind; ``value`` is made of the part, or None to drop it."""
+
+    def change(found, parts):
+        if found == kind:
+            made = value(parts.pop(name))
+            parts.update({} if made is None else {name: made})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of("B", "records.target_crc", lambda x: None), "targets lack a column"),
+        (of("B", "records.rows", lambda x: x - 2**40), "impossible numbers of rows"),
+        (of("B", "records.rows", lambda x: x[:-1]), r"its keys are uint8 \(\d+, 16\)"),
+        (of("B", "records.rows", lambda x: x.float()), "its rows are float32"),
+        (of("B", "records.target_count", lambda x: x + 100), "more than its rows"),
+        (of("B", "records.cross_entropy", lambda x: x / 0), "not finite"),
+        (of("P", "records.rows", lambda x: x + 1), "parked labels are"),
+        (of("P", "labels.values", lambda x: x * 0 + 5), "codec 'topk' cannot store it: a log-probability"),
+    ],
+)
+def test_columns_that_no_writer_notes_are_named_and_kept(tmp_path, change, message):
+    stop_with_targets(tmp_path)
+    changed(tmp_path, change)
+    before = contents(tmp_path)
+    for act in (lambda: writer(tmp_path, block_rows=4), lambda: kdfast.cache.salvage(tmp_path)):
+        with pytest.raises(kdfast.cache.CacheError, match=message):
+            act()
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("names", [["target_crc", "cross_entropy", "target_count"]])
+def test_records_with_and_without_targets_are_in_no_shard(tmp_path, names):
+    """Sealing would have failed on it, and not by name."""
+    stop_with_targets(tmp_path)
+    changed(tmp_path, lambda kind, parts: [parts.pop(f"records.{name}") for name in names if kind == "P"])
+    with pytest.raises(kdfast.cache.CacheError, match="some of its records have targets or views, and others have"):
+        writer(tmp_path, block_rows=4)
+
+
+def test_parked_records_of_more_entries_than_the_codec_stores_are_named(tmp_path):
+    stop(tmp_path, 2)
+
+    def narrowed(text):
+        document = json.loads(text.numpy().tobytes())
+        document["metadata"]["codec_config"] = document["metadata"]["codec_config"].replace('"k":4', '"k":3')
+        return as_bytes(document)
+
+    changed(tmp_path, of("S", "shard", narrowed))
+    (tmp_path / DECLARATION).unlink()
+    with pytest.raises(kdfast.cache.CacheError, match=r"cannot be continued: a row has 4 entries, .* stores k=3"):
+        writer(tmp_path, k=3)
 
 
 def as_bytes(document):
