@@ -156,6 +156,8 @@ def _refuse_indices(labels: Tensor, student: Tensor | Head) -> None:
     hint = hint or _classes_last(student, labels)
     if labels.shape == (*student.shape[:-1], 1):
         hint = "; without the last dimension: labels.squeeze(-1)"
+    elif len(student.shape) > 2 and labels.shape == (*student.shape[:-2], student.shape[-2] - 1):
+        hint = "; the next tokens go with student[..., :-1, :], and the teacher's alike, without shift"
     raise ValueError(f"labels must be {tuple(student.shape[:-1])} for this student, got {tuple(labels.shape)}{hint}")
 
 
