@@ -33,9 +33,10 @@ class KD:
         objective = KD(temperature=4.0, kd_weight=0.9, ce_weight=0.1)
         loss = objective(step)
 
-    Padding never counts, whatever ``row_weight`` is: where the ``attention_mask`` of a batch that is a mapping is 0. An
-    option may be a function of the step, such as ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher
-    the loss is cross-entropy on the labels alone, with weight 1 whatever ``ce_weight`` is.
+    Padding never counts, whatever ``row_weight`` is: where the ``Distiller``'s ``mask`` is 0, or without one the
+    ``attention_mask`` of a batch that is a mapping. An option may be a function of the step, such as
+    ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher the loss is cross-entropy on the labels alone,
+    with weight 1 whatever ``ce_weight`` is.
 
     Args:
         temperature, kd_weight, ce_weight: as ``kd_loss`` takes them, with defaults of their own.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.format.meta import CacheMeta
 from kdfast.cache.format.storage import LocalStorage, Storage
+from kdfast.cache.format.strict import parse_json
 from kdfast.cache.format.teacher import differences
 
 __all__ = ["DECLARATION", "Declaration", "declare", "read_declaration", "require_agreement"]
@@ -36,7 +37,7 @@ class Declaration(NamedTuple):
     @classmethod
     def from_bytes(cls, data: bytes) -> Declaration:
         """Read what ``to_bytes`` gave. Raises ``CacheError`` for another version, else ``ValueError``."""
-        document = json.loads(data)
+        document = parse_json(data)
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")
         parts = document.pop("teacher_parts", {})
@@ -61,7 +62,7 @@ def read_declaration(storage: Storage) -> Declaration | None:
         return Declaration.from_bytes(data)
     except CacheError as error:
         raise CacheError(f"{where}: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if not isinstance(storage, LocalStorage):
             return None  # an upload that broke off: the next writer repeats it
         raise CacheCorruptError(f"{where}: cannot be read ({error}); delete it, the shards say the same") from error
