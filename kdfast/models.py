@@ -253,7 +253,9 @@ def check_plain(name: str, x: object) -> None:
 def check_logits(name: str, x: object) -> Tensor:
     """``x``, where it is (..., vocabulary) logits. Raises ``TypeError`` or ``ValueError`` under ``name`` otherwise."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of logits, got {type(x).__name__}")
+        mends = {f"{name}.logits": hasattr(x, "logits"), f"torch.from_numpy({name})": type(x).__name__ == "ndarray"}
+        hint = next((f": pass {mend}" for mend, fits in mends.items() if fits), "")
+        raise TypeError(f"{name} must be a tensor of logits, got {type(x).__name__}{hint}")
     check_plain(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16 logits, got {x.dtype}")

@@ -246,9 +246,8 @@ def _decode_blocks(packed, units, tables, out, total, limits, COLUMNS: tl.conste
         tl.store(out.columns + (block.first_row + row + lane) * COLUMNS, entries, mask=inside)
         tl.store(out.places + block.first_row + row + lane, at, mask=inside)
         row += LANES
-    spare = tl.maximum(tl.minimum(block.end - coder.raw, 8), 0).to(
-        tl.int32
-    )  # bits, which zeros fill the last byte with
+    # The bits that are left of the last byte are zeros.
+    spare = tl.maximum(tl.minimum(block.end - coder.raw, 8), 0).to(tl.int32)
     ended = (coder.word == block.words_end) & (block.end - coder.raw < 8)
     ended = ended & ((take(packed, coder.raw) & ((1 << spare) - 1)) == 0)
     ended = ended & (tl.max((coder.state != LOWEST).to(tl.int32), 0) == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,13 @@ def check_device(device: object) -> None:
 
 
 def check_inputs(arguments: Any, error: TypeError) -> None:
-    """Raise ``TypeError`` if a model's arguments, on which it has raised ``error``, are NumPy arrays."""
+    """Raise ``TypeError`` if a model's arguments, on which it has raised ``error``, are NumPy arrays or not its own."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown and isinstance(arguments, Mapping) and unknown[1] in arguments:
+        raise TypeError(
+            f"{error}; a batch that is a mapping is given to the models by keyword, but for labels and key: say by "
+            "inputs=(lambda batch: ...) what they take, and by labels=(lambda batch: ...) where the labels are"
+        ) from error
     values = arguments.values() if isinstance(arguments, Mapping) else arguments
     values = values if isinstance(arguments, (Mapping, tuple, list)) else (arguments,)
     if any(isinstance(x, np.ndarray) for x in values):

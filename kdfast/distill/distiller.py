@@ -63,11 +63,11 @@ class Distiller:
             probabilities, and the records' keys in the cache.
         outputs: a function of a model's output and the batch that returns its logits, (..., classes), such as
             ``lambda output, batch: output[0]``. It is called for student and teachers alike.
-        mask: the name of the field, or a function of a batch, that says which rows of the logits are real: a bool each.
-            By default ``attention_mask``; for an encoder-decoder, whose rows are its decoder's,
+        mask: the name of the field, or a function of a batch, that says which rows of the logits are real: a bool each,
+            or 0 or 1. By default ``attention_mask``; for an encoder-decoder, whose rows are its decoder's,
             ``decoder_attention_mask``, or where the labels are not -100. A function that returns None: all are.
-        cache_mask: for a cache that was captured with ``mask``: the same function of a batch, a bool for each row,
-            which says which rows the cache has. The others have no label and do not count.
+        cache_mask: for a cache that was captured with ``mask``: the same function of a batch, a bool, or 0 or 1, for
+            each row, which says which rows the cache has. The others have no label and do not count.
         compare_targets: compare the batch's labels with the targets that a cache was captured with, and raise if they
             are not the same. On another device than the CPU that is done for the first batches. False for labels that
             are meant to differ, such as noisy ones.
@@ -249,7 +249,7 @@ class Distiller:
             checkpoint_every: the number of optimiser steps between checkpoints. If None there is one per epoch.
             log_every: the number of optimiser steps between lines of the log.
             resume: resume from the folder's ``last.pt``, if there is one. False overwrites it.
-            progress: show a progress bar on standard error, if that is a terminal.
+            progress: show how far it is on standard error: a bar on a terminal, elsewhere a line a minute.
             on_epoch: a function that is called with each record, before the checkpoint is written.
 
         Returns:

@@ -18,6 +18,7 @@ from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 from kdfast.loss.checks import check_vocabularies
 from kdfast.loss.kd_loss import kd_loss
+from kdfast.loss.label_values import check_distributions
 from kdfast.loss.option_names import OPTION_TERMS
 from kdfast.models import check_classes_last, check_several_classes, logits_of, look_like_probabilities
 
@@ -32,9 +33,10 @@ class KD:
         objective = KD(temperature=4.0, kd_weight=0.9, ce_weight=0.1)
         loss = objective(step)
 
-    Padding never counts, whatever ``row_weight`` is: where the ``attention_mask`` of a batch that is a mapping is 0. An
-    option may be a function of the step, such as ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher
-    the loss is cross-entropy on the labels alone, with weight 1 whatever ``ce_weight`` is.
+    Padding never counts, whatever ``row_weight`` is: where the ``Distiller``'s ``mask`` is 0, or without one the
+    ``attention_mask`` of a batch that is a mapping. An option may be a function of the step, such as
+    ``temperature=lambda step: 4 - 3 * step.progress``. Without a teacher the loss is cross-entropy on the labels alone,
+    with weight 1 whatever ``ce_weight`` is.
 
     Args:
         temperature, kd_weight, ce_weight: as ``kd_loss`` takes them, with defaults of their own.
@@ -144,8 +146,8 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
                 check_classes_last(name, model, x, sure)
     if logits is None or labels is None:
         return
-    if ours and labels.is_floating_point() and labels.shape == logits.shape:
-        _check_distributions(labels)
+    if ours and labels.is_floating_point() and labels.shape == logits.shape and _uses_labels(step, objective):
+        check_distributions(labels.flatten(0, -2))
     if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         return
     counting = Counting.of(objective)
@@ -164,14 +166,10 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
         _check_shift(split(step.batch)[0], labels, ignored, counting.shift)
 
 
-def _check_distributions(labels: Tensor) -> None:
-    sums = labels.float().sum(-1)
-    if bool((labels < 0).any()) or bool(((sums - 1.0).abs() > 0.01).any()):
-        raise ValueError(
-            "labels of the logits' shape are each row's class probabilities, which sum to 1; these sum to "
-            f"{float(sums.min()):.3g} to {float(sums.max()):.3g}. Several independent classes (multi-label) need a "
-            "loss of your own: objective=..."
-        )
+def _uses_labels(step: Step, objective: Any) -> bool:
+    """Whether labels are more than a mark of the rows that count: without a teacher they are all there is."""
+    weight = objective.options.get("ce_weight")
+    return step.teacher is None or not isinstance(weight, (int, float)) or weight != 0.0
 
 
 def _check_shift(batch: Any, labels: Tensor, ignored: int, shift: bool) -> None:

@@ -15,6 +15,7 @@ from kdfast.cache import CacheError, CacheMismatchError, CacheReader, PackedLabe
 from kdfast.cache.format.keys import describe
 from kdfast.cache.read.agreement import check_labels
 from kdfast.distill.fields import Fields, split, tensors, to_device
+from kdfast.masks import as_mask
 from kdfast.models import call, call_outputs, device_of, evaluating, logits_of, row_mask
 
 __all__ = ["Teachers", "look_up", "owner"]
@@ -190,8 +191,7 @@ def _kept(real: Tensor | None, stored: Any) -> NDArray[np.bool_]:
         assert real is not None
         return np.asarray(real.bool().cpu())
     given = stored.cpu() if isinstance(stored, Tensor) else torch.stack(list(stored)).cpu()
-    if given.dtype != torch.bool:
-        raise ValueError(f"cache_mask must give a bool per row, got {given.dtype} {tuple(given.shape)}")
+    given = as_mask("cache_mask", given, given.shape if real is None else real.shape)
     return np.asarray(given if real is None else given & real.bool().cpu())
 
 

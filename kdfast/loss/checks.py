@@ -16,9 +16,10 @@ from kdfast._names import did_you_mean
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
 from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
+from kdfast.loss.first_look import look_closely
 from kdfast.loss.option_names import REDUCTION_TERMS
 from kdfast.masks import check_zeros_and_ones, is_mask
-from kdfast.models import check_logits, check_plain, look_like_probabilities
+from kdfast.models import check_logits, check_plain
 
 __all__ = [
     "check_backward",
@@ -156,6 +157,8 @@ def _refuse_indices(labels: Tensor, student: Tensor | Head) -> None:
     hint = hint or _classes_last(student, labels)
     if labels.shape == (*student.shape[:-1], 1):
         hint = "; without the last dimension: labels.squeeze(-1)"
+    elif len(student.shape) > 2 and labels.shape == (*student.shape[:-2], student.shape[-2] - 1):
+        hint = "; the next tokens go with student[..., :-1, :], and the teacher's alike, without shift"
     raise ValueError(f"labels must be {tuple(student.shape[:-1])} for this student, got {tuple(labels.shape)}{hint}")
 
 
@@ -349,9 +352,7 @@ def check_values(
                 f"labels must be in [0, {columns}) or ignore_index, got values from {int(used.min())} to "
                 f"{int(used.max())}"
             )
-    for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, Tensor) and look_like_probabilities(x.detach()):
-            raise ValueError(f"{name} holds probabilities (rows in [0, 1] that sum to 1); kd_loss takes logits")
+    look_closely(student, teacher)
     if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
 

@@ -7,6 +7,7 @@ the loss, on CPU tensors; ``KDFAST_CHECK=1`` does it for every call and every de
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from kdfast.labels import Dense, Head, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
 from kdfast.models import look_like_probabilities
 
-__all__ = ["look_once"]
+__all__ = ["look_closely", "look_once"]
 
 _Place = tuple[str, int, int, int]
 ROUNDING = 1e-2  # stored values are rounded
@@ -30,17 +31,31 @@ def look_once(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> No
     place = _place(student.shape[-1])
     if place in _seen or not can_look(student if isinstance(student, Tensor) else student.hidden):
         return
-    logits = teacher.values if isinstance(teacher, Dense) else teacher
-    for name, x in (("student", student), ("teacher", logits)):
-        if isinstance(x, Tensor) and can_look(x) and _are_probabilities(x.detach()):
-            raise ValueError(
-                f"{name} holds probabilities (rows in [0, 1] that sum to 1), and kd_loss takes logits: leave the "
-                "softmax out, or give their logarithms"
-            )
+    _refuse_probabilities(pair for pair in _logits(student, teacher) if can_look(pair[1]))
     if isinstance(teacher, Tailed) and can_look(teacher.tails):
         _look_at_entries(teacher)
     if student.shape.numel():
         _seen.add(place)
+
+
+def look_closely(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> None:
+    """What ``look_once`` does, whatever place it is and whatever device, which it waits for."""
+    _refuse_probabilities(_logits(student, teacher))
+
+
+def _logits(student: Tensor | Head, teacher: Tensor | Head | SoftLabels) -> list[tuple[str, Tensor]]:
+    """Those that are at hand, each with its name."""
+    named = (("student", student), ("teacher", teacher.values if isinstance(teacher, Dense) else teacher))
+    return [(name, x) for name, x in named if isinstance(x, Tensor)]
+
+
+def _refuse_probabilities(named: Iterable[tuple[str, Tensor]]) -> None:
+    for name, x in named:
+        if _are_probabilities(x.detach()):
+            raise ValueError(
+                f"{name} holds probabilities (rows in [0, 1] that sum to 1), and kd_loss takes logits: leave the "
+                "softmax out, or give their logarithms"
+            )
 
 
 def _are_probabilities(x: Tensor) -> bool:

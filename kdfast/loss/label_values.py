@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast._checks import can_look, values_are_checked
 
-__all__ = ["check_label_values"]
+__all__ = ["check_distributions", "check_label_values"]
 
 _FEW = 2**8  # of so many indices a list is made sooner than PyTorch reduces them
 _SOME = 2**16  # of a batch's class probabilities so many are looked at in every call
@@ -69,10 +69,20 @@ def _check_probs(probs: Tensor, weight: Tensor) -> None:
     if not probs.numel() or not (every or can_look(probs)):
         return
     step = 1 if every else -(-probs.numel() // _SOME)
-    rows = probs.reshape(weight.numel(), -1)[::step].float()
+    check_distributions(probs.reshape(weight.numel(), -1)[::step], weight[::step] != 0.0)
+
+
+def check_distributions(rows: Tensor, counted: Tensor | None = None) -> None:
+    """Raise ``ValueError`` unless each row is class probabilities, or all zero where there is no label.
+
+    Args:
+        rows: (rows, V). Looking at them waits for their device.
+        counted: (rows,) bool, which rows are looked at; None: all.
+    """
+    rows = rows.float()
     low, total = rows.amin(-1), rows.sum(-1)
-    right = (low >= 0.0) & ((total - 1.0).abs() < _ROUNDING)
-    wrong = ~(right | (rows == 0.0).all(-1)) & (weight[::step] != 0.0)
+    wrong = ~(((low >= 0.0) & ((total - 1.0).abs() < _ROUNDING)) | (rows == 0.0).all(-1))
+    wrong = wrong if counted is None else wrong & counted
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor
 from kdfast.labels import Head, SoftLabels
 from kdfast.labels.packed import Packed, unpacked
 from kdfast.loss import checks
-from kdfast.loss.first_look import look_once
+from kdfast.loss.first_look import look_closely, look_once
 from kdfast.loss.label_values import check_label_values
 from kdfast.loss.row_layout import RowLayout
 from kdfast.models import check_logits
@@ -29,6 +29,8 @@ def whole_rows(student: Tensor | Head, teacher: Teacher) -> Tensor | SoftLabels:
     checks.check_teacher(checks.check_student(student), rows, student.shape[:-1].numel())
     check_classes(student, rows.vocab_size if isinstance(rows, SoftLabels) else rows.shape[-1])
     look_once(student, rows)
+    if checks.values_are_checked():
+        look_closely(student, rows)
     return rows
 
 

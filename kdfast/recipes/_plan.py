@@ -15,7 +15,7 @@ __all__ = ["keep_to_plan"]
 PLAN = "plan.json"
 
 
-def keep_to_plan(folder: str | Path | None, resume: bool, **plan: Any) -> None:
+def keep_to_plan(folder: Path | None, resume: bool, **plan: Any) -> None:
     """Write what a recipe's parts depend on to ``folder``, or compare it with what is there.
 
     Each part of a recipe begins where the one before it has ended, so a part that is trained longer, or grown in
@@ -31,7 +31,7 @@ def keep_to_plan(folder: str | Path | None, resume: bool, **plan: Any) -> None:
     """
     if folder is None:
         return
-    path = Path(folder) / PLAN
+    path = folder / PLAN
     found = Description()
     for name, value in plan.items():
         found.add(name, value)

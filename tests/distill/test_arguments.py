@@ -74,6 +74,14 @@ def test_evaluate_takes_a_distiller():
         evaluate(student(), loader())
 
 
+def test_fields_that_a_model_does_not_take_are_named():
+    batch = {"x": torch.randn(6, FEATURES), "y": torch.zeros(6, dtype=torch.int64)}
+    with pytest.raises(TypeError, match=r"keyword argument 'x'; a batch that is a mapping .*inputs=\(lambda batch"):
+        Distiller(student(), teacher()).step(batch)
+    parts = {"inputs": lambda batch: batch["x"], "labels": lambda batch: batch["y"]}
+    assert Distiller(student(), teacher(), **parts).step(batch).isfinite()
+
+
 def test_arrays_of_numpy_are_named():
     with pytest.raises(TypeError, match=r"inputs are NumPy arrays.*torch.from_numpy\(x\).float\(\), or a DataLoader"):
         Distiller(student(), teacher()).fit([(x.numpy(), y)], epochs=1)

@@ -259,12 +259,12 @@ def test_a_tuple_names_the_model_that_returned_it():
         (
             lambda: (Net(), Net()),
             (torch.randn(6, 4), torch.ones(6, CLASSES)),
-            "class probabilities, which sum to 1; these sum to 5 to 5.*multi-label",
+            "class probabilities must be rows that sum to 1, got a sum of 5 .*a binary problem per class",
         ),
         (
             lambda: (Net(), Net()),
             (torch.randn(6, 4), torch.eye(CLASSES)[[0, 1, 2, 3, 4, 0]] - 0.1),
-            "class probabilities, which sum to 1",
+            "class probabilities must be rows that sum to 1, got .* values down to -0.1",
         ),
     ],
 )
@@ -272,6 +272,21 @@ def test_what_is_no_choice_among_classes_is_refused(models, batch, message):
     student, teacher = models()
     with pytest.raises(ValueError, match=message):
         distiller(student, teacher, ce_weight=1.0 if isinstance(batch, tuple) else 0.0).step(batch)
+
+
+def test_a_row_of_zeros_has_no_label():
+    torch.manual_seed(0)
+    student, x, labels = Net().eval(), torch.randn(6, 4), torch.eye(CLASSES)[[0, 1, 2, 3, 4, 0]]
+    labels[2] = 0.0
+    want = -(labels.double() * student(x).double().log_softmax(-1)).sum(-1).mean().float()
+    torch.testing.assert_close(distiller(student, Net(), kd_weight=0.0, ce_weight=1.0).step((x, labels)), want)
+
+
+def test_labels_of_several_classes_are_no_matter_without_cross_entropy():
+    torch.manual_seed(0)
+    student, teacher, x = Net().eval(), Net().eval(), torch.randn(6, 4)
+    want = kl(student(x), teacher(x), slice(None))
+    torch.testing.assert_close(distiller(student, teacher).step((x, torch.ones(6, CLASSES))), want)
 
 
 def image_model(dims=2):

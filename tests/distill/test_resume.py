@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from kdfast import Distiller
+from kdfast.recipes import Bootstrap
 from support.distill_runs import BATCHES, EPOCHS, LOADERS, Projected, die_at, run
 from support.distillers import CLASSES, FEATURES, data, loader, quick, states_equal, student, teacher
 
@@ -78,6 +79,20 @@ def test_resume_false_starts_over(tmp_path):
     run(tmp_path, "default", calls.append, resume=False)
     assert len(calls) == EPOCHS * BATCHES
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == EPOCHS * (BATCHES + 1)
+
+
+@pytest.mark.parametrize("folder", ["run", "~/run"])
+def test_a_folder_stays_where_it_was_when_it_was_given(tmp_path, monkeypatch, folder):
+    quick(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    alone, turns = Distiller(student(), folder=folder), Bootstrap(teacher(), student(), folder=folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    alone.fit(loader(), epochs=1, progress=False)
+    turns.fit(loader(), rounds=1, epochs=1, progress=False)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"last.pt", "plan.json", "student", "teacher"}
 
 
 def test_a_cut_line_of_the_log_is_written_again(tmp_path):

@@ -315,13 +315,15 @@ def test_a_cache_of_the_supervised_rows_serves_with_the_mask_of_the_capture(tmp_
     cache = kdfast.cache.open(tmp_path)
     assert cache.info.rows == (next_labels(batch) >= 0).sum() < batch["attention_mask"].sum()
     weights = []
-    for given, options in ((model, {}), (cache, {"cache_mask": answers})):
+    ways = (model, {}), (cache, {"cache_mask": answers}), (cache, {"cache_mask": lambda batch: answers(batch).long()})
+    for given, options in ways:
         torch.manual_seed(1)
         learner = LanguageModel()
         Distiller(learner, given, shift=True, **options).step(batch).backward()
         weights.append([x.grad for x in learner.parameters()])
-    for cached, live in zip(weights[1], weights[0], strict=True):
+    for cached, integers, live in zip(weights[1], weights[2], weights[0], strict=True):
         torch.testing.assert_close(cached, live, rtol=1e-4, atol=1e-6)
+        assert torch.equal(cached, integers)
     spans = [
         span
         for ids, real, row in zip(batch["input_ids"], batch["attention_mask"].bool(), answers(batch), strict=True)
@@ -333,5 +335,7 @@ def test_a_cache_of_the_supervised_rows_serves_with_the_mask_of_the_capture(tmp_
         Distiller(LanguageModel(), cache, shift=True).step(batch)
     with pytest.raises(ValueError, match=r"rows, the batch 5 that cache_mask keeps: the capture's mask was another"):
         Distiller(LanguageModel(), cache, shift=True, cache_mask=lambda b: b["attention_mask"] > 0).step(batch)
-    with pytest.raises(ValueError, match=r"cache_mask must give a bool per row, got torch.int64"):
-        Distiller(LanguageModel(), cache, shift=True, cache_mask=lambda b: b["attention_mask"]).step(batch)
+    with pytest.raises(ValueError, match=r"cache_mask must be a bool tensor .*torch.float32"):
+        Distiller(LanguageModel(), cache, shift=True, cache_mask=lambda b: b["attention_mask"].float()).step(batch)
+    with pytest.raises(ValueError, match=r"cache_mask of torch.int64 is a mask of 0 and 1, got values from 0 to 2"):
+        Distiller(LanguageModel(), cache, shift=True, cache_mask=lambda b: 2 * b["attention_mask"]).step(batch)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -291,6 +292,16 @@ def test_probabilities_in_soft_labels_are_found_at_a_new_place(make):
     expected = kd_loss(S[0], SoftLabels.topk(ids, probs.log(), (1 - probs.sum(-1)).log(), vocab_size=7))
     logits = SoftLabels.topk(ids, probs.log() + 9.0, (1 - probs.sum(-1)).log(), vocab_size=7)
     assert torch.allclose(kd_loss(S[0], logits), expected, atol=1e-6)
+
+
+def test_probabilities_are_found_in_every_call_on_request(monkeypatch):
+    labels = SoftLabels.dense(T.softmax(-1).flatten(0, 1))
+    for check in ("0", "1"):
+        monkeypatch.setenv("KDFAST_CHECK", check)
+        for teacher in (T, T.softmax(-1), labels):  # the first call of the line is in order
+            found = teacher is not T and check == "1"
+            with pytest.raises(ValueError, match="teacher holds probabilities") if found else nullcontext():
+                kd_loss(S, teacher)
 
 
 def test_what_may_be_logits_is_none_of_it():

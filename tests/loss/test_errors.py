@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ GRAD = torch.tensor(1.0, requires_grad=True)
 
 CASES = {
     "student is no tensor": (lambda: kd_loss([1.0], T), TypeError, "student must be a tensor of logits, got list"),
+    "student is a model's output": (
+        lambda: kd_loss(SimpleNamespace(logits=S), T),
+        TypeError,
+        "student must be a tensor of logits, got SimpleNamespace: pass student.logits",
+    ),
+    "teacher is an array": (lambda: kd_loss(S, T.numpy()), TypeError, r"got ndarray: pass torch.from_numpy\(teacher\)"),
+    "labels are the next tokens": (
+        lambda: kd_loss(S[None], T[None], torch.zeros(1, 3).long(), shift=True),
+        ValueError,
+        r"labels must be \(1, 4\).*got \(1, 3\); the next tokens go with student\[..., :-1, :\].*without shift",
+    ),
     "student holds integers": (lambda: kd_loss(S.long(), T), TypeError, "student must be float32.*got torch.int64"),
     "student is complex": (lambda: kd_loss(S.cfloat(), T), TypeError, "student must be float32.*complex"),
     "student is a scalar": (lambda: kd_loss(torch.tensor(1.0), T), ValueError, "student must be .*got a scalar"),

@@ -93,7 +93,7 @@ class Fields(BatchFields):
                 found.append([Mark(None, 1), Mark(None, len(name))])
                 continue
             ids = None if targets is None else torch.as_tensor(targets[i]).reshape(-1).cpu()
-            kept = None if masks is None else torch.as_tensor(masks[i]).cpu()
+            kept = None if masks is None else torch.as_tensor(masks[i]).cpu() != 0
             length = next((len(x) for x in (kept, ids) if x is not None), None)
             either = [Mark.of(ids, kept, length)]
             for own in (mask[i].cpu() for mask in real):
@@ -116,8 +116,12 @@ class Fields(BatchFields):
         real = decoder_mask(batch) if decoder else batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if real is None or real.shape != rows:
             return given
-        # A product: what is no mask stays none, and is refused as one.
-        return [torch.as_tensor(row).to(real.device) * real[i].bool() for i, row in enumerate(given)]
+        return [_real_rows(torch.as_tensor(row).to(real.device), real[i].bool()) for i, row in enumerate(given)]
+
+
+def _real_rows(given: Tensor, real: Tensor) -> Tensor:
+    """A record's mask without its padding. A product: what is no mask of these rows stays none, and is refused."""
+    return given * real if given.shape == real.shape else given
 
 
 def _part(key: Any, logits: Tensor, mask: Tensor | None, targets: Any, views: Any) -> Part:

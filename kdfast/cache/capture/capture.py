@@ -97,7 +97,7 @@ def capture(
         key: of a batch: a key per record. By default the field ``key``, or what the model is given of the record:
             ``record_keys`` says how. For text alone it is the row of ``input_ids`` without padding.
         targets: of a batch: per record the ids that its rows predict, negative where there is none.
-        mask: of a batch: per record a bool per row; only True rows are stored. Rows at which a field
+        mask: of a batch: per record a bool, or 0 or 1, per row; only True rows are stored. Rows at which a field
             ``attention_mask`` is 0 never are. An encoder-decoder's rows are its decoder's: there it is
             ``decoder_attention_mask``, or where the labels are not -100. A text names the one field that is looked at
             instead, for a model whose ``attention_mask`` goes with something else than its rows.

@@ -17,7 +17,7 @@ from kdfast.cache.format.teacher import Fingerprint
 from kdfast.labels.digest import TensorDigest
 from kdfast.labels.head import OutputLayer
 
-__all__ = ["fingerprint", "head_fingerprint", "tokenizer_fingerprint", "with_tokenizer"]
+__all__ = ["fingerprint", "head_fingerprint", "with_tokenizer"]
 
 # Of a configuration: where it came from and who saved it, not what it computes. Tensors bring their own dtype.
 UNRELATED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -243,16 +243,17 @@ def head_fingerprint(weight: Tensor, bias: Tensor | None = None, **options: Any)
     return OutputLayer(weight, bias, **options).fingerprint
 
 
-def tokenizer_fingerprint(tokenizer: Any, add_special_tokens: bool) -> str:
-    """32 hexadecimal digits of a Hugging Face tokenizer and of the policy for special tokens.
+def _tokenizer_parts(tokenizer: Any, add_special_tokens: bool, *, padding: bool = False) -> list[tuple[str, str]]:
+    """What a Hugging Face tokenizer is, and the policy for special tokens, by name.
 
     All of a fast tokenizer goes in (merges, normalisers, templates); vocabulary and special tokens of a slow one. Which
-    token pads stays out: texts are tokenised one by one.
+    token pads stays out but for older caches: texts are tokenised one by one.
     """
-    return _digest_of(_tokenizer_parts(tokenizer, add_special_tokens))
-
-
-def _tokenizer_parts(tokenizer: Any, add_special_tokens: bool, *, padding: bool = False) -> list[tuple[str, str]]:
+    if not hasattr(tokenizer, "special_tokens_map"):
+        raise TypeError(
+            f"tokenizer must be one of transformers, got {type(tokenizer).__name__}: of the library tokenizers, "
+            "PreTrainedTokenizerFast(tokenizer_object=tokenizer)"
+        )
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if padding or name != "pad_token"}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return [

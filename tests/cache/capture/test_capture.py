@@ -451,7 +451,7 @@ def test_fingerprints_change_with_config_names_types_and_bits():
         ({"key": lambda batch: [1]}, ValueError, "the batch has 1 keys, but the teacher's output has 3 records"),
         ({"targets": lambda batch: [torch.zeros(1)]}, ValueError, "3 keys, but targets has 1 records"),
         ({"targets": lambda batch: torch.zeros(3, 2).long()}, ValueError, "targets of a record must .* 5, got 2"),
-        ({"mask": lambda batch: batch["input_ids"][:, 1:] > 0}, RuntimeError, "size"),
+        ({"mask": lambda batch: batch["input_ids"][:, 1:] > 0}, ValueError, "mask of a record .* per row: 5, got 4"),
         ({"outputs": lambda output, batch: output[..., None]}, ValueError, r"must be \(rows, vocab\) or"),
         (
             {"outputs": lambda output, batch: output[..., None]},
@@ -615,6 +615,16 @@ def test_another_mask_than_the_records_were_stored_with_is_refused(tmp_path, tea
         run(teacher, batches(), tmp_path / "whole", mask=even)
     with pytest.raises(CacheMismatchError, match=r"is in the cache with \d rows, and has \d now: .* another mask="):
         run(teacher, batches(), tmp_path / "masked")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_a_mask_of_integers_that_comes_again_is_no_conflict(tmp_path, teacher, dtype):
+    def mask(batch):
+        return (batch["input_ids"] % 2).to(dtype)
+
+    for known in (0, len(list(records()))):
+        report = run(teacher, batches(), tmp_path, mask=mask, targets=lambda batch: batch["input_ids"])
+        assert (report.known, report.conflicts) == (known, 0)
 
 
 def test_one_row_of_a_text_is_no_other_mask(tmp_path):

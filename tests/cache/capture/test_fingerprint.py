@@ -264,3 +264,8 @@ def test_it_is_a_text_and_pickles():
     copy = pickle.loads(pickle.dumps(made))
     assert (copy, copy.parts, copy.older()) == (made, made.parts, [])
     assert json.loads(json.dumps(made)) == made
+
+
+def test_a_tokenizer_of_another_library_is_named():
+    with pytest.raises(TypeError, match=r"got Tokenizer: .*PreTrainedTokenizerFast\(tokenizer_object=tokenizer\)"):
+        with_tokenizer("t", Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), add_special_tokens=True)
