@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from kdfast._paths import local_path
 from kdfast.distill.distiller import Distiller
 from kdfast.recipes._plan import keep_to_plan
 from kdfast.recipes.composite import Cohort
@@ -38,7 +39,7 @@ class Chain:
         if not students or len({id(x) for x in (teacher, *students)}) <= len(students):
             raise ValueError(f"a chain needs students, each a model of its own, got {len(students)}")
         self.teacher, self.students = teacher, list(students)
-        self._folder, self._options = folder, options
+        self._folder, self._options = None if folder is None else local_path(folder), options
 
     def fit(self, loader: Iterable[Any], *, epochs: int, **plan: Any) -> list[History]:
         """Train the students, one after another.
@@ -57,7 +58,7 @@ class Chain:
         keep_to_plan(self._folder, plan.get("resume", True), epochs=epochs)
         teacher, histories = self.teacher, []
         for number, student in enumerate(self.students, 1):
-            folder = None if self._folder is None else Path(self._folder) / f"student-{number}"
+            folder = None if self._folder is None else self._folder / f"student-{number}"
             distiller = Distiller(student, teacher, folder=folder, **self._options)
             histories.append(distiller.fit(loader, epochs=epochs, **plan))
             teacher = student

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdfast._paths import local_path
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.fields import split, to_device
 from kdfast.models import apply, evaluating, logits_of
@@ -55,7 +56,7 @@ class Growing:
     ) -> None:
         check_options(options)
         self.student, self.teacher, self.grow = student, teacher, grow
-        self._folder, self._options = folder, options
+        self._folder, self._options = None if folder is None else local_path(folder), options
 
     def fit(self, loader: Iterable[Any], *, epochs: int, at: float = 0.5, **plan: Any) -> tuple[History, History]:
         """Train the small student, let it grow, and train the large one.
@@ -85,7 +86,7 @@ class Growing:
         return before, large.fit(loader, epochs=epochs - first, **plan)
 
     def _distiller(self, student: nn.Module, phase: str) -> Distiller:
-        folder = None if self._folder is None else Path(self._folder) / phase
+        folder = None if self._folder is None else self._folder / phase
         return Distiller(student, self.teacher, folder=folder, **self._options)
 
 
