@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast._atomic import publish
+from kdfast._paths import local_path
 from kdfast.distill import parallel
 from kdfast.distill.identity import Identity, check_same_run, tell
 from kdfast.distill.position import Position
@@ -74,6 +75,8 @@ def load(path: Path) -> dict[str, Any]:
     content = _read(path)
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a checkpoint of version {VERSION}{START_OVER}")
+    if isinstance(content.get("student"), dict):  # older ones name the parts of a compiled student by its wrapper, too
+        content["student"] = {name.replace("_orig_mod.", ""): x for name, x in content["student"].items()}
     return content
 
 
@@ -92,7 +95,7 @@ def load_best(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, or no checkpoint.
         FileNotFoundError: there is none: ``fit`` writes it with a ``folder``, an ``eval_loader`` or a monitored loss.
     """
-    path = Path(path)
+    path = local_path(path)
     content = _read(path / BEST if path.is_dir() else path)
     old = set(content) == {"version", "student", "record"}  # the form before 1.0
     return content["student"] if old else content
