@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast._checks import can_look
 from kdfast._modules import evaluating, modules_in
 from kdfast._record_keys import NON_MODEL_FIELDS, record_keys
 from kdfast.masks import as_mask
@@ -122,13 +123,23 @@ def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | No
     """
     if mask is not None:
         found = given_mask(batch, mask)
-    elif not isinstance(batch, Mapping) or len(rows) < 2:
+    elif len(rows) < 2:
         return None
     else:
-        decodes = "decoder_input_ids" in batch or "decoder_attention_mask" in batch
-        found = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-        if not isinstance(found, Tensor) or found.dim() > 2:  # of pairs of positions
+        named = _named_fields(batch)
+        decodes = "decoder_input_ids" in named or "decoder_attention_mask" in named
+        found = named.get("decoder_attention_mask" if decodes else "attention_mask")
+        if not isinstance(found, Tensor):
             return None
+        if found.dim() > 2 and found.numel() == rows.numel():  # (records, 1, 1, length), as attention takes it
+            found = found.reshape(rows)
+        if found.dim() > 2:  # of pairs of positions
+            return None
+        if found.is_floating_point() and can_look(found) and bool((found < 0).any()):
+            raise ValueError(
+                "the attention_mask has negative numbers, as one that is added to scores: say by mask=(lambda batch: "
+                "batch['attention_mask'] == 0) which rows are real"
+            )
     if found is None:
         return None
     if found.shape != rows:
@@ -148,9 +159,10 @@ def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Tensor | None:
         TypeError, ValueError: the batch does not have the field, or it is no tensor.
     """
     if isinstance(mask, str):
-        if not isinstance(batch, Mapping) or mask not in batch:
+        named = _named_fields(batch)
+        if mask not in named:
             raise ValueError(f"mask={mask!r} names a field that the batch does not have")
-        found = batch[mask]
+        found = named[mask]
     else:
         found = mask(batch)
     if found is not None and not isinstance(found, Tensor):
@@ -158,14 +170,20 @@ def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Tensor | None:
     return found
 
 
+def _named_fields(batch: Any) -> Mapping[str, Any]:
+    """The fields of a batch that have names: its own, or those of the inputs in a pair (inputs, labels)."""
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
+        return batch[0]
+    return batch if isinstance(batch, Mapping) else {}
+
+
 def decoder_mask(batch: Any) -> Tensor | None:
     """An encoder-decoder's ``row_mask``: the ``decoder_attention_mask``, else where the labels are not -100.
 
     ``attention_mask`` is its encoder's.
     """
-    if not isinstance(batch, Mapping):
-        return None
-    found, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    named = _named_fields(batch)
+    found, labels = named.get("decoder_attention_mask"), named.get("labels")
     if found is None and isinstance(labels, Tensor) and not labels.is_floating_point():
         return labels != -100
     return found

@@ -102,7 +102,7 @@ def teacher_of(step: Step, vocab: str = "same") -> Tensor | SoftLabels | PackedL
         TypeError: the teacher's output has no logits.
     """
     teacher = step.teacher
-    if isinstance(teacher, tuple):
+    if isinstance(teacher, tuple) and not hasattr(teacher, "logits"):
         raise ValueError(
             f"there are {len(teacher)} teachers, or one that returns a tuple of {len(teacher)}: kd_loss takes one. "
             "Give an objective that says how teachers are combined, or say by outputs=(lambda output, batch: ...) "
@@ -128,7 +128,8 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
             range, labels of several classes at once, or labels shifted twice or not at all.
     """
     logits, labels = _logits(step.student), step.labels
-    outputs = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
+    several = isinstance(step.teacher, tuple) and not hasattr(step.teacher, "logits")
+    outputs = step.teacher if several else (step.teacher,)
     ours = isinstance(getattr(objective, "options", None), Mapping)  # kd_loss of these logits and labels
     sure = labels is not None or any(isinstance(output, (SoftLabels, PackedLabels)) for output in outputs)
     named = zip_longest((logits, *map(_logits, outputs)), models)
