@@ -95,7 +95,7 @@ class Description:
             self._add_each(path, {**dict(enumerate(value.args)), **value.keywords}, data, depth)
         elif isinstance(value, types.MethodType):
             self.entries[path] = value.__func__.__qualname__
-            self._add_function(f"{path}.function", value.__func__, data, depth)
+            self.add(f"{path}.function", value.__func__, data=data, depth=depth)
             self.add(f"{path}.self", value.__self__, data=data, depth=depth)
         elif isinstance(value, types.FunctionType):
             self._add_function(path, value, data, depth)

@@ -67,8 +67,8 @@ def _parts_of(item: Any) -> list[Any]:
     """What a function or object uses, as far as a module could be there."""
     if isinstance(item, nn.Module):
         own = [x for name, x in vars(item).items() if name not in _INTERNAL]
-        held = (nn.Module, list, tuple, dict, FunctionType, MethodType, partial)
-        return [x for x in own if isinstance(x, held) or (_is_users_own(x) and not of_library(type(x).__module__))]
+        kinds = (nn.Module, list, tuple, dict, FunctionType, MethodType, partial)
+        return [x for x in own if isinstance(x, kinds) or (_is_users_own(x) and not of_library(type(x).__module__))]
     if isinstance(item, MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, partial):

@@ -24,6 +24,7 @@ __all__ = [
     "call_outputs",
     "check_classes_last",
     "check_logits",
+    "check_no_sigmoid",
     "check_plain",
     "check_several_classes",
     "decoder_mask",
@@ -291,12 +292,13 @@ def check_classes_last(name: str, model: Any, logits: Tensor, sure: bool) -> Non
         logits: what it returned.
         sure: whether something else says that classes are last: labels, or the labels of a cache.
     """
-    if logits.dim() < 3 or sure:
+    either = len(set(logits.shape[1:])) == 1  # labels of one order have the shape of the other, too
+    if logits.dim() < 3 or (sure and not either):
         return
     weighted = [module for inner in modules_in(model) for module in inner.modules() if _has_weight(module)]
     last = weighted[-1] if weighted else None
     convolved = isinstance(last, _CONVOLUTIONS) and last.out_channels == logits.shape[1]
-    if logits.dim() > 3 or convolved:
+    if (logits.dim() > 3 and not sure) or convolved:
         raise ValueError(
             f"the {name}'s logits are {tuple(logits.shape)}: classes must be the last dimension"
             + (", and a convolution puts them in dimension 1" if convolved else ", which nothing says here")
@@ -309,8 +311,23 @@ def _has_weight(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("weight"), Tensor) and not isinstance(module, _NORMS)
 
 
+def check_no_sigmoid(name: str, model: Any, logits: Tensor) -> None:
+    """Raise ``ValueError`` for a model whose last part is a sigmoid, if its values are those of one: no logits."""
+    parts = [module for inner in modules_in(model) for module in inner.modules() if not any(module.children())]
+    if parts and isinstance(parts[-1], nn.Sigmoid) and bool(((logits >= 0) & (logits <= 1)).all()):
+        raise ValueError(
+            f"the {name} ends in a sigmoid, and gives a probability per class: a softmax over these is no choice among "
+            "classes. Leave the sigmoid out; several independent classes need a loss of your own: objective=..."
+        )
+
+
 def check_several_classes(name: str, logits: Tensor) -> None:
-    """Raise ``ValueError`` for a model with one logit, whose softmax is 1 whatever it is."""
+    """Raise ``ValueError`` for a model with one logit per sample, of which a softmax tells nothing."""
+    if logits.dim() == 1:
+        raise ValueError(
+            f"the {name}'s logits are {tuple(logits.shape)}, one per sample: a softmax would be over the batch. For "
+            "two classes give both: outputs=(lambda output, batch: torch.stack([torch.zeros_like(output), output], -1))"
+        )
     if logits.dim() and logits.shape[-1] == 1:
         raise ValueError(
             f"the {name} has one logit, {tuple(logits.shape)}, and a softmax over it is 1 always. For two classes give "

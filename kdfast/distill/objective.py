@@ -19,7 +19,13 @@ from kdfast.labels import SoftLabels
 from kdfast.loss.checks import check_vocabularies
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.loss.option_names import OPTION_TERMS
-from kdfast.models import check_classes_last, check_several_classes, logits_of, look_like_probabilities
+from kdfast.models import (
+    check_classes_last,
+    check_no_sigmoid,
+    check_several_classes,
+    logits_of,
+    look_like_probabilities,
+)
 
 __all__ = ["KD", "check_first", "teacher_of"]
 
@@ -143,6 +149,7 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
             check_several_classes(name, x)
             if model is not None:
                 check_classes_last(name, model, x, sure)
+                check_no_sigmoid(name, model, x)
     if logits is None or labels is None:
         return
     if ours and labels.is_floating_point() and labels.shape == logits.shape:

@@ -257,6 +257,14 @@ def test_a_tuple_names_the_model_that_returned_it():
         (lambda: (Net(), Net(lambda x: x.softmax(-1))), torch.randn(6, 4), "the teacher gives probabilities"),
         (lambda: (Net(classes=1), Net(classes=1)), torch.randn(6, 4), r"the student has one logit, \(6, 1\)"),
         (lambda: (Net(classes=1), None), (torch.randn(6, 4), torch.rand(6, 1)), "the student has one logit"),
+        (lambda: (squeezed(), squeezed()), torch.randn(6, 4), r"the student's logits are \(6,\), one per sample"),
+        (lambda: (Net(), nn.Sequential(Net(), nn.Sigmoid())), torch.randn(6, 4), "the teacher ends in a sigmoid"),
+        (lambda: (nn.Sequential(Net(), nn.Sigmoid()), Net()), torch.randn(6, 4), "the student ends in a sigmoid"),
+        (
+            lambda: (image_model(), image_model()),
+            (torch.randn(2, 2, CLASSES, CLASSES), torch.zeros(2, CLASSES, CLASSES, dtype=torch.int64)),
+            "classes must be the last dimension, and a convolution puts them in dimension 1",
+        ),
         (
             lambda: (Net(), Net()),
             (torch.randn(6, 4), torch.ones(6, CLASSES)),
@@ -273,6 +281,17 @@ def test_what_is_no_choice_among_classes_is_refused(models, batch, message):
     student, teacher = models()
     with pytest.raises(ValueError, match=message):
         distiller(student, teacher, ce_weight=1.0 if isinstance(batch, tuple) else 0.0).step(batch)
+
+
+def squeezed():
+    return nn.Sequential(Net(classes=1), nn.Flatten(0))
+
+
+def test_a_capture_of_independent_classes_is_refused(tmp_path):
+    batch = {"x": torch.randn(6, 4), "key": list(range(6))}
+    options = {"vocab_size": CLASSES, "inputs": lambda batch: batch["x"], "teacher": "t", "progress": False}
+    with pytest.raises(ValueError, match="the teacher ends in a sigmoid"):
+        capture(nn.Sequential(Net(), nn.Sigmoid()), [batch], tmp_path, codec="dense", **options)
 
 
 def image_model(dims=2):
