@@ -107,7 +107,7 @@ class Description:
     def _add_items(self, path: str, value: Any, data: bool, depth: int) -> None:
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
         if all(_simple(item) is not None for item in _sample(items)) and None not in (
-            texts := [_simple(item) for item in _sample(items, TEXTS)]
+            texts := [_simple(item) for item in _sample(items, TEXTS if self._values else SAMPLED)]
         ):
             joined = ", ".join(map(str, texts))
             kept = f"({joined})" if len(joined) <= SHOWN else f"{len(items)} of checksum {_digest(joined)}"
