@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast._paths import local_path
+from kdfast._paths import local_folder
 from kdfast.distill.arguments import FitOptions, check_arguments, check_device, check_inputs, check_loader
 from kdfast.distill.counting import Counting
 from kdfast.distill.fields import Fields, split, to_device
@@ -130,7 +130,7 @@ class Distiller:
         self.optimizer = optimizer_of(optimizer, lr, student, self.parameters)
         self.schedule = schedule_of(schedule)
         self.amp, self.accumulate, self.clip_norm = amp, accumulate, clip_norm
-        self.folder = None if folder is None else local_path(folder)
+        self.folder = local_folder(folder)
         self.epoch, self.progress = 0, 0.0
         self._run: Any = torch.compile(student) if compile else student
         self._checked = False

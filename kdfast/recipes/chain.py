@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from kdfast._paths import local_path
+from kdfast._paths import local_folder
 from kdfast.distill.distiller import Distiller
 from kdfast.recipes._plan import keep_to_plan
 from kdfast.recipes.composite import Cohort
@@ -39,7 +39,7 @@ class Chain:
         if not students or len({id(x) for x in (teacher, *students)}) <= len(students):
             raise ValueError(f"a chain needs students, each a model of its own, got {len(students)}")
         self.teacher, self.students = teacher, list(students)
-        self._folder, self._options = None if folder is None else local_path(folder), options
+        self._folder, self._options = local_folder(folder), options
 
     def fit(self, loader: Iterable[Any], *, epochs: int, **plan: Any) -> list[History]:
         """Train the students, one after another.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdfast._paths import local_path
+from kdfast._paths import local_folder
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective, Step
@@ -77,7 +77,7 @@ class CrossDomain:
         soft = KD(temperature=temperature, kd_weight=1.0, ce_weight=0.0, row_weight=confident(confidence))
         self.teacher, self.student = teacher, student
         self._objective = Unlabelled(soft if objective is None else objective)
-        self._folder, self._options = None if folder is None else local_path(folder), options
+        self._folder, self._options = local_folder(folder), options
         self._rounds = Rounds(student, folder=self._folder, **options)
 
     def fit(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdfast._paths import local_path
+from kdfast._paths import local_folder
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.fields import split, to_device
 from kdfast.models import apply, evaluating, logits_of
@@ -56,7 +56,7 @@ class Growing:
     ) -> None:
         check_options(options)
         self.student, self.teacher, self.grow = student, teacher, grow
-        self._folder, self._options = None if folder is None else local_path(folder), options
+        self._folder, self._options = local_folder(folder), options
 
     def fit(self, loader: Iterable[Any], *, epochs: int, at: float = 0.5, **plan: Any) -> tuple[History, History]:
         """Train the small student, let it grow, and train the large one.

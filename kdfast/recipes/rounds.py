@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from kdfast._paths import local_path
+from kdfast._paths import local_folder
 from kdfast.distill.distiller import Distiller
 from kdfast.distill.objective import KD
 from kdfast.distill.step import Objective
@@ -29,8 +29,7 @@ class Rounds:
 
     def __init__(self, student: nn.Module, *, folder: str | Path | None = None, **options: Any) -> None:
         check_options(options)
-        self.student, self._options = student, options
-        self._folder = None if folder is None else local_path(folder)
+        self.student, self._folder, self._options = student, local_folder(folder), options
         self._count = 0
 
     def next(self, teacher: Any, objective: Objective) -> Distiller:
@@ -91,11 +90,10 @@ class Bootstrap:
             raise ValueError(
                 f"ce_weight must be positive, got {ce_weight}: without labels the two may agree on anything"
             )
-        self.teacher, self.student = teacher, student
-        self._folder = None if folder is None else local_path(folder)
+        self.teacher, self.student, self._folder = teacher, student, local_folder(folder)
         hard = {} if hard_share == 1.0 else {"row_weight": hardest(hard_share)}
         self._objective = KD(temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, **hard)
-        folders = [None if self._folder is None else self._folder / name for name in ("student", "teacher")]
+        folders = (None, None) if self._folder is None else (self._folder / "student", self._folder / "teacher")
         self._learners = tuple(
             Rounds(model, folder=place, **options) for model, place in zip((student, teacher), folders, strict=True)
         )
@@ -180,7 +178,7 @@ class AdaptiveKD:
         self.low, self.high, self.tolerance, self.temperature = low, high, tolerance, temperature
         self.kd_weights: list[float] = []
         self.gaps: list[float] = []
-        self._folder = None if folder is None else local_path(folder)
+        self._folder = local_folder(folder)
         self._rounds = Rounds(student, folder=folder, **options)
 
     def fit(
