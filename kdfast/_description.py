@@ -21,17 +21,21 @@ from torch import Tensor, nn
 
 from kdfast._version import __version__
 
-__all__ = ["MOVES", "Description", "differences"]
+__all__ = ["MOVES", "Description", "differences", "of_library"]
 
 DEPTH = 10  # of values within values
 SHOWN = 60  # characters of a text, and items of a list, that are kept as they are
-SAMPLED, SUMMED = 33, 1000  # items of a long list that are described one by one, and that go into a checksum
-WHOLE, PART = 2**20, 2**16  # bytes of a tensor whose every element counts, and elements that count of a larger one
+SAMPLED, SUMMED = 33, 10_000  # items of a long list that are described one by one, and that go into a checksum
+TEXTS = 5_000_000  # items of a list of texts and numbers that count
+WHOLE, PART = 2**20, 2**16  # bytes of a tensor that go into its checksum, and elements that do of a larger one
+ADDED = 2**30  # bytes of larger tensors, of one description, whose every element counts: in sums
+SIDE = 4096  # elements of a larger tensor in each sum
 ENTRIES = 400  # more than these become digests
 
 MOVES = "changes while it runs"  # the text of what is no option, but a state
 
 _INTERNAL = set(vars(nn.Module())) | {"gradient_checkpointing"}
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf|nan")
 
 
@@ -49,7 +53,7 @@ class Description:
     """
 
     def __init__(self, restored: Iterable[Any] = (), *, values: bool = True) -> None:
-        self._values = values
+        self._values, self._left = values, [ADDED]
         self.entries: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Any]] = {}  # keeps the objects, so that no other one gets their id
         self._restored = {id(x) for model in restored for x in _tensors_of(model)}
@@ -79,6 +83,9 @@ class Description:
     def _add_compound(self, path: str, value: Any, data: bool, depth: int) -> None:
         if isinstance(value, Mapping):
             self.entries[path] = f"{_name(type(value))} of {len(value)}"
+            if self._values and len(value) > SAMPLED:
+                keys, items = (self._checksum(list(x), data, depth) for x in (value.keys(), value.values()))
+                self.entries[f"{path}.items"] = f"checksum {keys} {items}"
             for key, item in _sample(list(value.items())):
                 self.add(f"{path}.{_simple(key) or _name(type(key))}", item, data=data, depth=depth)
         elif isinstance(value, (list, tuple, set, frozenset, range)):
@@ -88,6 +95,7 @@ class Description:
             self._add_each(path, {**dict(enumerate(value.args)), **value.keywords}, data, depth)
         elif isinstance(value, types.MethodType):
             self.entries[path] = value.__func__.__qualname__
+            self.add(f"{path}.function", value.__func__, data=data, depth=depth)
             self.add(f"{path}.self", value.__self__, data=data, depth=depth)
         elif isinstance(value, types.FunctionType):
             self._add_function(path, value, data, depth)
@@ -98,8 +106,9 @@ class Description:
 
     def _add_items(self, path: str, value: Any, data: bool, depth: int) -> None:
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        texts = [_simple(item) for item in _sample(items, 10_000)]
-        if all(text is not None for text in texts):
+        if all(_simple(item) is not None for item in _sample(items)) and None not in (
+            texts := [_simple(item) for item in _sample(items, TEXTS if self._values else SAMPLED)]
+        ):
             joined = ", ".join(map(str, texts))
             kept = f"({joined})" if len(joined) <= SHOWN else f"{len(items)} of checksum {_digest(joined)}"
             self.entries[path] = kept
@@ -113,7 +122,9 @@ class Description:
     def _checksum(self, items: Any, data: bool, depth: int) -> str:
         """Of many items, more than are described one by one."""
         found = Description()
-        found._restored = self._restored
+        found._restored, found._left = self._restored, self._left
+        if None not in (texts := [_simple(item) for item in _sample(items, TEXTS)]):
+            return _digest(", ".join(map(str, texts)))
         for number, item in enumerate(_sample(items, SUMMED)):
             found.add(f"{number}", item, data=data, depth=depth)
         return _digest(" ".join(f"{path} {text}" for path, text in found.entries.items()))
@@ -124,7 +135,7 @@ class Description:
 
     def _add_function(self, path: str, function: types.FunctionType, data: bool, depth: int) -> None:
         self.entries[path] = _name(function)
-        if _of_library(function.__module__):
+        if of_library(function.__module__):
             return
         self.entries[f"{path}.code"] = _code_text(function.__module__, [function])
         defaults = function.__defaults__ or ()
@@ -144,14 +155,14 @@ class Description:
             self._seen.setdefault(id(part), (path, part))
             place = f"{path}.{name}" if name else path
             self.entries[place] = _name(type(part))
-            library = _of_library(type(part).__module__)
+            library = of_library(type(part).__module__)
             for attribute, value in sorted(vars(part).items()):
                 text = _simple(value)
                 if attribute in _INTERNAL or (library and (attribute.startswith("_") or text is None)):
                     continue
                 self.add(f"{place}.{attribute}", value, data=data, depth=depth + 1)
-            if depth and not library and not data:
-                self._add_code(place, type(part))
+            if not library:
+                self._add_code(place, type(part), data, depth + 1)
         shapes = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in _named_tensors(module)]
         self.entries[f"{path}.shapes"] = f"{len(shapes)} tensors of checksum {_digest(' '.join(shapes))}"
         weights = [(name, x) for name, x in _named_tensors(module) if id(x) not in self._restored]
@@ -160,7 +171,13 @@ class Description:
             self.entries[f"{path}.weights"] = f"{len(weights)} tensors of checksum {_digest(' '.join(texts))}"
 
     def _array(self, array: Any) -> str:
-        return _array(array) if self._values else str(tuple(array.shape))
+        if not self._values:
+            return str(tuple(array.shape))
+        size = array.numel() * array.element_size() if isinstance(array, Tensor) else array.nbytes
+        if size <= WHOLE or size > self._left[0]:
+            return _array(array)
+        self._left[0] -= size
+        return _array(array) + _sums(array)
 
     def _add_object(self, path: str, value: Any, data: bool, depth: int) -> None:
         kind = type(value)
@@ -176,7 +193,7 @@ class Description:
         if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
             self.entries[path] = _name(value) if not isinstance(value, types.ModuleType) else value.__name__
             return
-        if _of_library(kind.__module__) and not dataset:
+        if of_library(kind.__module__) and not dataset:
             self.entries[path] = _shown(value)
             if callable(getattr(value, "__wrapped__", None)):
                 self.add(f"{path}.wrapped", value.__wrapped__, data=data, depth=depth)
@@ -185,17 +202,24 @@ class Description:
         if _is_ours(kind.__module__) and hasattr(value, "described"):
             self._add_each(path, value.described(), data, depth)
             return
-        if callable(value) and not data:
-            self._add_code(path, kind)
+        if callable(value) or dataset:
+            self._add_code(path, kind, data, depth)
         self._add_each(path, _attributes(value, data), data, depth)
 
-    def _add_code(self, path: str, kind: type) -> None:
-        """The code of a class that is neither ours nor a library's."""
-        classes = [x for x in kind.__mro__ if not (_of_library(x.__module__) or _is_ours(x.__module__) or x is object)]
+    def _add_code(self, path: str, kind: type, data: bool, depth: int) -> None:
+        """The code of a class that is neither ours nor a library's, its settings, and the variables that it uses."""
+        if id(kind) in self._seen:
+            self.entries[f"{path}.class"] = _name(kind)
+            return
+        self._seen[id(kind)] = path, kind
+        classes = [x for x in kind.__mro__ if not (of_library(x.__module__) or _is_ours(x.__module__) or x is object)]
         members = [member for each in classes for _, member in sorted(vars(each).items())]
         functions = [x for x in members if isinstance(x, types.FunctionType)]
         if functions:
             self.entries[f"{path}.code"] = _code_text(kind.__module__, functions)
+        settings = {name: x for each in reversed(classes) for name, x in vars(each).items() if _is_setting(name, x)}
+        used = {name: x for function in functions for name, x in _globals(function).items()}
+        self._add_each(path, {**used, **settings}, data, depth)
 
     def mark_moving(self, before: Description, after: Description) -> None:
         """Mark what differs between two descriptions of one run as what changes while it runs: that is no option."""
@@ -254,6 +278,8 @@ def _same(old: str, new: str) -> bool:
 
 def _simple(value: Any) -> str | None:
     """The text of a value that has no parts; None for another."""
+    if isinstance(value, torch.device) or (isinstance(value, str) and _DEVICE.fullmatch(value)):
+        return "a device"  # another one may go on
     if isinstance(value, str):
         return repr(str(value)) if len(value) <= SHOWN else f"text of checksum {_digest(value)}"
     if value is None or isinstance(value, (bool, int, float, complex)):
@@ -279,7 +305,7 @@ def _name(kind: Any) -> str:
     name = getattr(kind, "__qualname__", str(kind))
     module = getattr(kind, "__module__", None)
     # One's own module has another name as a script than when it is imported.
-    return f"{module}.{name}" if _of_library(module) and module != "builtins" else name
+    return f"{module}.{name}" if of_library(module) and module != "builtins" else name
 
 
 def _array(array: Any) -> str:
@@ -305,6 +331,29 @@ def _array(array: Any) -> str:
         return about
 
 
+def _sums(array: Any) -> str:
+    """A checksum in which every element of a large array counts: of sums, which are quick to make on any device."""
+    tensor = isinstance(array, Tensor)
+    if isinstance(array, np.memmap) or isinstance(getattr(array, "base", None), np.memmap):
+        return ""  # reading all of it may take long
+    try:
+        if tensor:
+            flat: Any = (array.to_local() if hasattr(array, "to_local") else array).detach().reshape(-1)
+            flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+            kinds: Any = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+            flat = flat.contiguous().view(kinds[flat.element_size()])
+        else:
+            flat = np.ascontiguousarray(array).reshape(-1)
+            flat = flat.view(flat.real.dtype) if flat.dtype.kind == "c" else flat
+            flat = flat.view({1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[flat.itemsize])
+        square = flat[: len(flat) // SIDE * SIDE].reshape(-1, SIDE)
+        whole: Any = torch.int64 if tensor else np.int64
+        sums = [square.sum(0, dtype=whole), square.sum(1, dtype=whole), flat[len(square) * SIDE :]]
+        return f" and sums {_digest(b''.join((x.cpu().numpy() if tensor else x).tobytes() for x in sums))}"
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError):  # on the meta device, objects
+        return ""
+
+
 def _digest(content: str | bytes) -> str:
     content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return blake2b(content, digest_size=8).hexdigest()
@@ -324,7 +373,7 @@ def _is_ours(module: str | None) -> bool:
     return module is not None and module.split(".")[0] == "kdfast"
 
 
-def _of_library(module: str | None) -> bool:
+def of_library(module: str | None) -> bool:
     """Whether a module is of Python or of an installed package, other than this one."""
     if module is None or _is_ours(module) or module == "__main__":
         return False
@@ -353,22 +402,45 @@ def _code(code: types.CodeType, doc: str | None) -> str:
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
-    """The variables of its module that a function uses, without modules and classes."""
+    """The variables of its module that a function uses; of modules and classes, the settings that it looks up."""
     names: set[str] = set()
+    attributes: set[str] = set()
     codes = [function.__code__]
     while codes:
         code = codes.pop()
         names |= {str(x.argval) for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        attributes |= set(code.co_names)
         codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]
     found = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    own = [x for x in found.values() if _holds_settings(x)]
+    looked_up = {f"{x.__name__}.{name}": vars(x)[name] for x in own for name in sorted(attributes) if name in vars(x)}
+    found |= {name: x for name, x in looked_up.items() if _is_setting(name.rpartition(".")[2], x)}
     return {name: x for name, x in found.items() if not isinstance(x, (type, types.ModuleType))}
+
+
+def _holds_settings(value: Any) -> bool:
+    """Whether a value is a file or class of one's own, whose variables a function may use by their names."""
+    if isinstance(value, types.ModuleType):
+        return not (of_library(value.__name__) or _is_ours(value.__name__) or value.__name__ == "__main__")
+    return isinstance(value, type) and not (of_library(value.__module__) or _is_ours(value.__module__))
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether a variable of a file or class is a number, a text, or a list or mapping of these."""
+    if name.startswith("__"):
+        return False
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return all(_simple(item) is not None and not isinstance(item, type) for item in items)
 
 
 # ---- objects --------------------------------------------------------------------------------------------------------
 
 
 def _attributes(value: Any, data: bool) -> dict[str, Any]:
-    """An object's attributes, without those that its ``state_dict`` has; of data, those that hold data."""
+    """An object's attributes, without those that its ``state_dict`` has.
+
+    Of data these are not what is opened, or remembered of what was read (a mapping with a private name), on the way.
+    """
     found = dict(sorted(vars(value).items())) if hasattr(value, "__dict__") else {}
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
     found |= {name: getattr(value, name) for name in slots if not name.startswith("__")}
@@ -384,17 +456,18 @@ def _attributes(value: Any, data: bool) -> dict[str, Any]:
     return {
         name: x
         for name, x in found.items()
-        if x is not None and (not name.startswith("_") or isinstance(x, (Tensor, np.ndarray))) and not _is_opaque(x)
+        if x is not None and not (name.startswith("_") and isinstance(x, Mapping)) and not _is_opaque(x)
     }
 
 
 def _is_opaque(value: Any) -> bool:
     """Whether a value is an object of a library that says nothing of itself, such as an open file."""
     functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial, type)
-    if isinstance(value, (*functions, torch.utils.data.Dataset, nn.Module, Tensor, np.ndarray, torch.Generator)):
+    told = (Tensor, np.ndarray, torch.Generator, Mapping, list, tuple, set, frozenset)
+    if isinstance(value, (*functions, *told, torch.utils.data.Dataset, nn.Module)):
         return False
     kind = type(value)
-    return _of_library(kind.__module__) and _simple(value) is None and _shown(value) == _name(kind)
+    return of_library(kind.__module__) and _simple(value) is None and _shown(value) == _name(kind)
 
 
 def _tensors_of(model: Any) -> list[Tensor]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 from torch import Tensor, nn
+
+from kdfast._description import of_library
 
 __all__ = ["evaluating", "modules_in"]
 
 # How far a search goes: functions in functions, items of a container, and objects in all.
 _DEPTH, _LONGEST, _MOST = 6, 256, 10_000
+_INTERNAL = set(vars(nn.Module()))  # of its parts a module takes care itself
 _LIBRARIES = ("torch", "kdfast", "numpy", "builtins")
 
 
@@ -62,8 +66,9 @@ def modules_in(model: Any) -> list[nn.Module]:
 def _parts_of(item: Any) -> list[Any]:
     """What a function or object uses, as far as a module could be there."""
     if isinstance(item, nn.Module):
-        own = [x for name, x in vars(item).items() if not name.startswith("_")]
-        return [x for x in own if isinstance(x, (list, tuple, dict, FunctionType, partial))]
+        own = [x for name, x in vars(item).items() if name not in _INTERNAL]
+        kinds = (nn.Module, list, tuple, dict, FunctionType, MethodType, partial)
+        return [x for x in own if isinstance(x, kinds) or (_is_users_own(x) and not of_library(type(x).__module__))]
     if isinstance(item, MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, partial):
@@ -76,7 +81,27 @@ def _parts_of(item: Any) -> list[Any]:
         return list(islice(item.values(), _LONGEST))
     if isinstance(item, (list, tuple, set, frozenset, deque)):
         return list(islice(item, _LONGEST))
-    return [getattr(item, "__wrapped__", None), *vars(item).values()] if _is_users_own(item) else []
+    if isinstance(item, ReferenceType):
+        return [item()]
+    if isinstance(item, (staticmethod, classmethod)):
+        return [item.__func__]
+    if isinstance(item, (property, cached_property)):
+        return [item.fget if isinstance(item, property) else item.func]
+    if isinstance(item, type):
+        # Of an installed package's class the functions use that package.
+        return [] if of_library(item.__module__) or _is_librarys(item) else list(vars(item).values())
+    return _parts_of_object(item) if _is_users_own(item) else []
+
+
+def _parts_of_object(item: Any) -> list[Any]:
+    slots = [name for kind in type(item).__mro__ for name in _names_of_slots(kind) if hasattr(item, name)]
+    own = [*getattr(item, "__dict__", {}).values(), *(getattr(item, name) for name in slots)]
+    return [getattr(item, "__wrapped__", None), *own, *type(item).__mro__]
+
+
+def _names_of_slots(kind: type) -> list[str]:
+    names = vars(kind).get("__slots__", ())
+    return [name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__")]
 
 
 def _globals_of(function: FunctionType) -> list[Any]:
@@ -103,6 +128,10 @@ def _names_in(code: CodeType) -> set[str]:
 
 def _is_users_own(item: Any) -> bool:
     """Whether something is an object that may hold a model: no class, file or tensor, and of no library."""
-    if isinstance(item, (type, ModuleType, Tensor)) or not hasattr(item, "__dict__"):
+    if isinstance(item, (type, ModuleType, Tensor)):
         return False
-    return type(item).__module__.partition(".")[0] not in _LIBRARIES or hasattr(item, "__wrapped__")
+    return not _is_librarys(type(item)) or hasattr(item, "__wrapped__")
+
+
+def _is_librarys(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _LIBRARIES

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast._checks import can_look
 from kdfast._modules import evaluating, modules_in
 from kdfast._record_keys import NON_MODEL_FIELDS, record_keys
 from kdfast.masks import as_mask
@@ -23,6 +24,7 @@ __all__ = [
     "call_outputs",
     "check_classes_last",
     "check_logits",
+    "check_no_sigmoid",
     "check_plain",
     "check_several_classes",
     "decoder_mask",
@@ -122,13 +124,23 @@ def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | No
     """
     if mask is not None:
         found = given_mask(batch, mask)
-    elif not isinstance(batch, Mapping) or len(rows) < 2:
+    elif len(rows) < 2:
         return None
     else:
-        decodes = "decoder_input_ids" in batch or "decoder_attention_mask" in batch
-        found = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-        if not isinstance(found, Tensor) or found.dim() > 2:  # of pairs of positions
+        named = _named_fields(batch)
+        decodes = "decoder_input_ids" in named or "decoder_attention_mask" in named
+        found = named.get("decoder_attention_mask" if decodes else "attention_mask")
+        if not isinstance(found, Tensor):
             return None
+        if found.dim() > 2 and found.numel() == rows.numel():  # (records, 1, 1, length), as attention takes it
+            found = found.reshape(rows)
+        if found.dim() > 2:  # of pairs of positions
+            return None
+        if found.is_floating_point() and can_look(found) and bool((found < 0).any()):
+            raise ValueError(
+                "the attention_mask has negative numbers, as one that is added to scores: say by mask=(lambda batch: "
+                "batch['attention_mask'] == 0) which rows are real"
+            )
     if found is None:
         return None
     if found.shape != rows:
@@ -148,9 +160,10 @@ def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Tensor | None:
         TypeError, ValueError: the batch does not have the field, or it is no tensor.
     """
     if isinstance(mask, str):
-        if not isinstance(batch, Mapping) or mask not in batch:
+        named = _named_fields(batch)
+        if mask not in named:
             raise ValueError(f"mask={mask!r} names a field that the batch does not have")
-        found = batch[mask]
+        found = named[mask]
     else:
         found = mask(batch)
     if found is not None and not isinstance(found, Tensor):
@@ -158,14 +171,20 @@ def given_mask(batch: Any, mask: str | Callable[[Any], Any]) -> Tensor | None:
     return found
 
 
+def _named_fields(batch: Any) -> Mapping[str, Any]:
+    """The fields of a batch that have names: its own, or those of the inputs in a pair (inputs, labels)."""
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
+        return batch[0]
+    return batch if isinstance(batch, Mapping) else {}
+
+
 def decoder_mask(batch: Any) -> Tensor | None:
     """An encoder-decoder's ``row_mask``: the ``decoder_attention_mask``, else where the labels are not -100.
 
     ``attention_mask`` is its encoder's.
     """
-    if not isinstance(batch, Mapping):
-        return None
-    found, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    named = _named_fields(batch)
+    found, labels = named.get("decoder_attention_mask"), named.get("labels")
     if found is None and isinstance(labels, Tensor) and not labels.is_floating_point():
         return labels != -100
     return found
@@ -275,12 +294,13 @@ def check_classes_last(name: str, model: Any, logits: Tensor, sure: bool) -> Non
         logits: what it returned.
         sure: whether something else says that classes are last: labels, or the labels of a cache.
     """
-    if logits.dim() < 3 or sure:
+    either = len(set(logits.shape[1:])) == 1  # labels of one order have the shape of the other, too
+    if logits.dim() < 3 or (sure and not either):
         return
     weighted = [module for inner in modules_in(model) for module in inner.modules() if _has_weight(module)]
     last = weighted[-1] if weighted else None
     convolved = isinstance(last, _CONVOLUTIONS) and last.out_channels == logits.shape[1]
-    if logits.dim() > 3 or convolved:
+    if (logits.dim() > 3 and not sure) or convolved:
         raise ValueError(
             f"the {name}'s logits are {tuple(logits.shape)}: classes must be the last dimension"
             + (", and a convolution puts them in dimension 1" if convolved else ", which nothing says here")
@@ -293,8 +313,23 @@ def _has_weight(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("weight"), Tensor) and not isinstance(module, _NORMS)
 
 
+def check_no_sigmoid(name: str, model: Any, logits: Tensor) -> None:
+    """Raise ``ValueError`` for a model whose last part is a sigmoid, if its values are those of one: no logits."""
+    parts = [module for inner in modules_in(model) for module in inner.modules() if not any(module.children())]
+    if parts and isinstance(parts[-1], nn.Sigmoid) and bool(((logits >= 0) & (logits <= 1)).all()):
+        raise ValueError(
+            f"the {name} ends in a sigmoid, and gives a probability per class: a softmax over these is no choice among "
+            "classes. Leave the sigmoid out; several independent classes need a loss of your own: objective=..."
+        )
+
+
 def check_several_classes(name: str, logits: Tensor) -> None:
-    """Raise ``ValueError`` for a model with one logit, whose softmax is 1 whatever it is."""
+    """Raise ``ValueError`` for a model with one logit per sample, of which a softmax tells nothing."""
+    if logits.dim() == 1:
+        raise ValueError(
+            f"the {name}'s logits are {tuple(logits.shape)}, one per sample: a softmax would be over the batch. For "
+            "two classes give both: outputs=(lambda output, batch: torch.stack([torch.zeros_like(output), output], -1))"
+        )
     if logits.dim() and logits.shape[-1] == 1:
         raise ValueError(
             f"the {name} has one logit, {tuple(logits.shape)}, and a softmax over it is 1 always. For two classes give "

@@ -75,6 +75,8 @@ def load(path: Path) -> dict[str, Any]:
     content = _read(path)
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a checkpoint of version {VERSION}{START_OVER}")
+    if isinstance(content.get("student"), dict):  # older ones name the parts of a compiled student by its wrapper, too
+        content["student"] = {name.replace("_orig_mod.", ""): x for name, x in content["student"].items()}
     return content
 
 

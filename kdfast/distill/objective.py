@@ -20,7 +20,13 @@ from kdfast.loss.checks import check_vocabularies
 from kdfast.loss.kd_loss import kd_loss
 from kdfast.loss.label_values import check_distributions
 from kdfast.loss.option_names import OPTION_TERMS
-from kdfast.models import check_classes_last, check_several_classes, logits_of, look_like_probabilities
+from kdfast.models import (
+    check_classes_last,
+    check_no_sigmoid,
+    check_several_classes,
+    logits_of,
+    look_like_probabilities,
+)
 
 __all__ = ["KD", "check_first", "teacher_of"]
 
@@ -104,7 +110,7 @@ def teacher_of(step: Step, vocab: str = "same") -> Tensor | SoftLabels | PackedL
         TypeError: the teacher's output has no logits.
     """
     teacher = step.teacher
-    if isinstance(teacher, tuple):
+    if isinstance(teacher, tuple) and not hasattr(teacher, "logits"):
         raise ValueError(
             f"there are {len(teacher)} teachers, or one that returns a tuple of {len(teacher)}: kd_loss takes one. "
             "Give an objective that says how teachers are combined, or say by outputs=(lambda output, batch: ...) "
@@ -130,7 +136,8 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
             range, labels of several classes at once, or labels shifted twice or not at all.
     """
     logits, labels = _logits(step.student), step.labels
-    outputs = step.teacher if isinstance(step.teacher, tuple) else (step.teacher,)
+    several = isinstance(step.teacher, tuple) and not hasattr(step.teacher, "logits")
+    outputs = step.teacher if several else (step.teacher,)
     ours = isinstance(getattr(objective, "options", None), Mapping)  # kd_loss of these logits and labels
     sure = labels is not None or any(isinstance(output, (SoftLabels, PackedLabels)) for output in outputs)
     named = zip_longest((logits, *map(_logits, outputs)), models)
@@ -144,6 +151,7 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
             check_several_classes(name, x)
             if model is not None:
                 check_classes_last(name, model, x, sure)
+                check_no_sigmoid(name, model, x)
     if logits is None or labels is None:
         return
     if ours and labels.is_floating_point() and labels.shape == logits.shape and _uses_labels(step, objective):

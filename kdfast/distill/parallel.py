@@ -45,8 +45,14 @@ def is_first() -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``DistributedDataParallel``; any other module is returned as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The module inside ``DistributedDataParallel`` and ``torch.compile``; any other module is returned as it is."""
+    while (inner := model.module if isinstance(model, DistributedDataParallel) else _compiled(model)) is not None:
+        model = inner
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module | None:
+    return model._modules.get("_orig_mod")
 
 
 def reduces_itself(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdfast.models import unwrap
 
-__all__ = ["check_linear", "find_output_module", "is_distributed", "weight_and_bias"]
+__all__ = ["check_linear", "check_no_backward_hooks", "find_output_module", "is_distributed", "weight_and_bias"]
 
 _MEND = "take the logits, or merge the adapter into the layer first (merge_and_unload(), merge_lora())"
 
@@ -26,6 +26,7 @@ def weight_and_bias(weight: object, bias: object) -> tuple[Tensor, Tensor | None
             raise TypeError(f"a {type(weight).__name__} brings its own bias: leave bias out")
         layer = check_linear(weight)
         _check_no_hooks(layer)
+        check_no_backward_hooks(layer)
         return layer.weight, layer.bias
     if not isinstance(weight, Tensor):
         raise TypeError(
@@ -72,6 +73,17 @@ def _check_no_hooks(module: nn.Module) -> None:
         raise TypeError(
             f"the output layer has forward hooks ({names}), which a loss of its weight would not run: remove them, "
             "take the logits, or let Head.of(model, **inputs) run the model"
+        )
+
+
+def check_no_backward_hooks(module: nn.Module) -> None:
+    """Raise ``TypeError`` for a layer with backward hooks: they see, and change, gradients that nobody computes."""
+    hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    if hooks:
+        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+        raise TypeError(
+            f"the output layer has backward hooks ({names}), which a fused loss would not run: remove them, or take "
+            "the logits"
         )
 
 

@@ -13,14 +13,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kdfast.labels.output_module import check_linear, find_output_module, is_distributed
-from kdfast.labels.tail import Tail, measure, probe
+from kdfast.labels.circumstances import circumstances, path_of
+from kdfast.labels.output_module import check_linear, check_no_backward_hooks, find_output_module, is_distributed
+from kdfast.labels.tail import PROBES, Tail, measure, probe
 from kdfast.models import unwrap, with_decoder_inputs
 
 __all__ = ["Run", "run_to_output_layer"]
 
-# Per model: its tail, and what that was measured for.
-_TAILS: WeakKeyDictionary[nn.Module, tuple[Any, Tail]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a call has shown of what a model does to its logits."""
+
+    tail: Tail
+    about: Any  # the circumstances that it was measured in
+    trains: bool  # whether that was with gradients
+    path: str | None  # the output layer's within the model
+
+
+# Per model.
+_TAILS: WeakKeyDictionary[nn.Module, _Measured] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,24 @@ def run_to_output_layer(
             "makes its logits or that module's name"
         )
     module = check_linear(found)
-    catch = _Catch(module, _TAILS.get(model))
+    check_no_backward_hooks(module)
     labels = inputs.pop("labels", None)  # for the model's own loss, which there are no logits for
+    known = _TAILS.get(model)
+    path = known.path if known is not None and _lies_at(model, known.path, module) else path_of(model, module)
+    catch = _Catch(module, known, circumstances(model, path, (*args, *inputs.items())), path)
     inputs = with_decoder_inputs(model, inputs, labels)
     before = module.register_forward_pre_hook(catch.before, with_kwargs=True)
     after = module.register_forward_hook(catch.after)
     try:
         with _uncompiled():
             output = model(*args, **inputs)
+    except RuntimeError as error:
+        if catch.has_probed and any(word in str(error) for word in ("shape", "size")):
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} cannot go on with {PROBES} rows or 1 in the place of its logits' "
+                f"({error}): take its logits instead"
+            ) from error
+        raise
     finally:
         before.remove()
         after.remove()
@@ -71,6 +93,15 @@ def run_to_output_layer(
     if catch.measured is not None:
         _TAILS[model] = catch.measured
     return run
+
+
+def _lies_at(model: nn.Module, path: str | None, module: nn.Module) -> bool:
+    if path is None:
+        return False
+    try:
+        return model.get_submodule(path) is module
+    except AttributeError:
+        return False
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -83,14 +114,16 @@ def _uncompiled() -> AbstractContextManager[Any]:
 class _Catch:
     """The hooks of one call on an output layer, and what they have seen."""
 
-    def __init__(self, module: nn.Linear, known: tuple[Any, Tail] | None) -> None:
+    def __init__(self, module: nn.Linear, known: _Measured | None, about: Any, path: str | None) -> None:
         self._module, self._thread = module, threading.get_ident()
         trains = torch.is_grad_enabled()
-        # Another layer, other hooks, or a tail that has only been looked at without gradients: it is measured again.
-        self._about = (id(module), type(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks))
-        self._known = known[1] if known and known[0] in ((self._about, True), (self._about, trains)) else None
+        # Other circumstances, or a tail that has only been looked at without gradients: it is measured again.
+        hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+        self._about, self._path = (id(module), type(module), hooks, about), path
+        same = known is not None and known.about == self._about and (known.trains or not trains)
+        self._known = known.tail if known is not None and same else None
         self._trains = trains
-        self.measured: tuple[Any, Tail] | None = None
+        self.measured: _Measured | None = None
         self._calls = 0
         self._hidden: Tensor | None = None
         self._weight: Tensor | None = None
@@ -123,11 +156,18 @@ class _Catch:
         if self._known is None and _has_memory(self._weight):
             self._agrees = _agree(output.detach(), args[0], self._weight.detach(), self._bias)
         vocab, hidden = self._weight.shape[0], self._hidden
+        if self._known is not None and hidden.device.type == "cpu":
+            self._known = None  # looking at values waits for nothing
         self._raw = torch.zeros(1, vocab, device=hidden.device) if self._known else probe(vocab, hidden.device)
         rows = self._raw
         rows = rows.expand(*hidden.shape[:-2], *rows.shape).contiguous()
         self._gate = _Gate.apply(rows, hidden, self._weight, self._bias)  # type: ignore[no-untyped-call]
         return self._gate
+
+    @property
+    def has_probed(self) -> bool:
+        """Whether the model has got a probe in the place of its logits."""
+        return self._gate is not None
 
     def _check_place(self, hidden: Tensor, weight: Tensor) -> None:
         if hidden.dim() < 2:
@@ -171,7 +211,7 @@ class _Catch:
                 f"{name} makes its logits of its output layer's in a way that a Head cannot say, which is a positive "
                 "scale, a softcap and a bias that are not trained: take its logits instead"
             )
-        self.measured = ((self._about, self._trains), tail)
+        self.measured = _Measured(tail, self._about, self._trains, self._path)
         return tail
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PROBES", "Tail", "measure", "probe"]
+__all__ = ["PROBES", "Tail", "measure", "numbers", "probe"]
 
 PROBES = 5  # rows of a probe
 _SMALL, _LARGE = 2.0**-10, 2.0**14  # where any softcap is the identity, and where any has saturated
@@ -65,18 +65,18 @@ def measure(raw: Tensor, logits: Tensor, config: Any) -> Tail | None:
 
 def _exact(measured: float, config: Any, accuracy: float) -> float:
     """A number of the configuration, or the inverse of one, that is ``measured`` but for its rounding."""
-    for number in (1.0, *_numbers(config)):
+    for number in (1.0, *numbers(config)):
         for exact in (number, 1.0 / number):
             if abs(exact - measured) <= accuracy * measured:
                 return exact
     return measured
 
 
-def _numbers(config: Any, depth: int = 3) -> Iterator[float]:
+def numbers(config: Any, depth: int = 3) -> Iterator[float]:
     """The positive numbers of a configuration and of those inside it."""
     for value in vars(config).values() if hasattr(config, "__dict__") and depth else ():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if 0 < value < float("inf"):
                 yield float(value)
         else:
-            yield from _numbers(value, depth - 1)
+            yield from numbers(value, depth - 1)

@@ -1,6 +1,7 @@
 """What a batch and a model mean: whose mask it is, where logits lie, which modules a teacher is made of."""
 
-from collections import deque
+import weakref
+from collections import UserDict, deque, namedtuple
 from functools import lru_cache, partial
 
 import pytest
@@ -256,6 +257,14 @@ def test_a_tuple_names_the_model_that_returned_it():
         (lambda: (Net(), Net(lambda x: x.softmax(-1))), torch.randn(6, 4), "the teacher gives probabilities"),
         (lambda: (Net(classes=1), Net(classes=1)), torch.randn(6, 4), r"the student has one logit, \(6, 1\)"),
         (lambda: (Net(classes=1), None), (torch.randn(6, 4), torch.rand(6, 1)), "the student has one logit"),
+        (lambda: (squeezed(), squeezed()), torch.randn(6, 4), r"the student's logits are \(6,\), one per sample"),
+        (lambda: (Net(), nn.Sequential(Net(), nn.Sigmoid())), torch.randn(6, 4), "the teacher ends in a sigmoid"),
+        (lambda: (nn.Sequential(Net(), nn.Sigmoid()), Net()), torch.randn(6, 4), "the student ends in a sigmoid"),
+        (
+            lambda: (image_model(), image_model()),
+            (torch.randn(2, 2, CLASSES, CLASSES), torch.zeros(2, CLASSES, CLASSES, dtype=torch.int64)),
+            "classes must be the last dimension, and a convolution puts them in dimension 1",
+        ),
         (
             lambda: (Net(), Net()),
             (torch.randn(6, 4), torch.ones(6, CLASSES)),
@@ -287,6 +296,17 @@ def test_labels_of_several_classes_are_no_matter_without_cross_entropy():
     student, teacher, x = Net().eval(), Net().eval(), torch.randn(6, 4)
     want = kl(student(x), teacher(x), slice(None))
     torch.testing.assert_close(distiller(student, teacher).step((x, torch.ones(6, CLASSES))), want)
+
+
+def squeezed():
+    return nn.Sequential(Net(classes=1), nn.Flatten(0))
+
+
+def test_a_capture_of_independent_classes_is_refused(tmp_path):
+    batch = {"x": torch.randn(6, 4), "key": list(range(6))}
+    options = {"vocab_size": CLASSES, "inputs": lambda batch: batch["x"], "teacher": "t", "progress": False}
+    with pytest.raises(ValueError, match="the teacher ends in a sigmoid"):
+        capture(nn.Sequential(Net(), nn.Sigmoid()), [batch], tmp_path, codec="dense", **options)
 
 
 def image_model(dims=2):
@@ -402,9 +422,79 @@ class Hidden(nn.Module):
         return sum(model(x) for model in self.members[0])
 
 
+class Aside(nn.Module):
+    """Keeps a model out of its state, as people do who would not have it saved."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        object.__setattr__(self, name, model)
+
+    def forward(self, x):
+        held = vars(self)
+        return (held["model"] if "model" in held else held["_models"][0])(x)
+
+
+class Slotted:
+    __slots__ = ("model",)
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x):
+        return self.model(x)
+
+
+def of_class(model):
+    class Teacher:
+        net = model
+
+        def __call__(self, x):
+            return self.net(x)
+
+        def run(self, x):
+            return self(x)
+
+        @staticmethod
+        def static(x):
+            return Teacher.net(x)
+
+        @classmethod
+        def of(cls, x):
+            return cls.net(x)
+
+    return Teacher
+
+
+class Global:
+    @property
+    def model(self):
+        return ENSEMBLE.models["all"][0]
+
+    def by_property(self, x):
+        return self.model(x)
+
+    def by_another(self, x):
+        return self(x)
+
+    def __call__(self, x):
+        return by_another(x)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
+        lambda model: Slotted(model),
+        lambda model: of_class(model)(),
+        lambda model: of_class(model)().run,
+        lambda model: of_class(model).static,
+        lambda model: of_class(model).of,
+        lambda model: Global(),
+        lambda model: Global().by_property,
+        lambda model: Global().by_another,
+        lambda model: (lambda kept: lambda x: kept()(x))(weakref.ref(model)),
+        lambda model: Aside(model, "model"),
+        lambda model: Aside(Holder(model), "model"),
+        lambda model: Aside((model,), "_models"),
         lambda model: Hidden(model),
         lambda model: lambda x: model(x),
         lambda model: lambda x: (lambda y: model(y))(x),
@@ -449,3 +539,68 @@ def test_a_module_of_outputs_is_evaluated_for_a_teacher():
     logits = GLOBAL.eval()(x)
     GLOBAL.train()
     torch.testing.assert_close(step.teacher, head.eval()(logits).detach())
+
+
+# ---- what a mask and an output may look like ------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """A causal model of few tokens, whose padding is told by the mask alone."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Embedding(9, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+    def forward(self, input_ids, **others):
+        return self.layers(input_ids).cumsum(1)
+
+
+def padded():
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    mask[2, :3] = 0
+    return {"input_ids": token_ids(3, 6) % 9, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda batch: batch,
+        lambda batch: UserDict(batch),
+        lambda batch: {**batch, "attention_mask": batch["attention_mask"][:, None, None]},
+        lambda batch: {**batch, "attention_mask": batch["attention_mask"].float()},
+        lambda batch: (batch, None),
+        lambda batch: [batch, torch.zeros(3, 6, dtype=torch.int64)],
+    ],
+)
+def test_padding_never_counts_whatever_the_layout(layout, accumulate):
+    student, teacher, batch = Tokens(1), Tokens(2), padded()
+    with torch.no_grad():
+        logits = student(**batch), teacher(**batch)
+    real = batch["attention_mask"].bool()
+    trained = distiller(student, teacher, optimizer=lambda x: torch.optim.SGD(x, 0.1), accumulate=accumulate)
+    given = layout(batch)
+    torch.testing.assert_close(trained.step(given).detach(), kl(*logits, real))
+    record = trained.fit([given], epochs=1, progress=False)[0]
+    assert record["loss"] == pytest.approx(float(kl(*logits, real)), rel=1e-5)
+
+
+def test_a_mask_that_is_added_to_scores_is_refused():
+    batch = padded()
+    batch["attention_mask"] = (batch["attention_mask"] - 1) * 1e9
+    with pytest.raises(ValueError, match="the attention_mask has negative numbers"):
+        distiller(Tokens(1), Tokens(2)).step(batch)
+
+
+def test_a_named_tuple_with_logits_is_one_output():
+    Output = namedtuple("Output", "loss logits")
+
+    class Named(Tokens):
+        def forward(self, **inputs):
+            return Output(torch.zeros(1), super().forward(**inputs))
+
+    batch = padded()
+    want = distiller(Tokens(1), Tokens(2)).step(batch)
+    torch.testing.assert_close(distiller(Named(1), Named(2)).step(batch), want)

@@ -1,9 +1,10 @@
 """A run that is taken up is the run that was asked for: with any option changed, a checkpoint is refused by name."""
 
+import copy
 import inspect
 import warnings
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,6 +313,67 @@ def test_a_variable_that_a_function_uses_counts(monkeypatch):
     assert list(differences(before, text_of(objective))) == ["objective.TEMPERATURE"]
 
 
+class Settings:
+    weight = 1.0
+
+
+class Using:
+    weight = 1.0
+
+    def __call__(self, step):
+        return self.weight * TEMPERATURE * step.student.sum()
+
+    def temperature(self, step):
+        return 4 - step.progress
+
+
+def using_a_class(step):
+    return Settings.weight * step.student.sum()
+
+
+SETTINGS = ModuleType("settings")
+SETTINGS.weight = 1.0
+
+
+def using_a_file(step):
+    return SETTINGS.weight * step.student.sum()
+
+
+@pytest.mark.parametrize(
+    ("objective", "place"),
+    [
+        (Using(), (Using, "weight")),
+        (Using(), None),
+        (using_a_class, (Settings, "weight")),
+        (using_a_file, (SETTINGS, "weight")),
+    ],
+)
+def test_settings_of_classes_and_files_count(monkeypatch, objective, place):
+    before = text_of(objective)
+    assert differences(before, text_of(objective)) == {}
+    if place is None:
+        monkeypatch.setitem(globals(), "TEMPERATURE", 1.0)
+    else:
+        monkeypatch.setattr(*place, 2.0)
+    assert len(differences(before, text_of(objective))) == 1
+
+
+def test_another_body_of_a_method_is_another_run(monkeypatch):
+    before = text_of(Using().temperature)
+    monkeypatch.setattr(Using, "temperature", Using.__call__)
+    assert differences(before, text_of(Using().temperature))
+
+
+def test_a_device_is_no_option():
+    def on(device):
+        return lambda batch: batch[0].to(device)
+
+    one = text_of(on(torch.device("cpu")))
+    assert differences(one, text_of(on(torch.device("cuda", 1)))) == {}
+    assert differences(one, text_of(on("cuda:0"))) == {}
+    assert differences(one, text_of(on(torch.float32)))
+
+
 def test_code_of_another_version_of_python_is_not_compared():
     one = {"objective.code": "code of Python 3.10.1: 1234"}
     assert differences(one, {"objective.code": "code of Python 3.11.7: 5678"}) == {}
@@ -326,6 +388,36 @@ def test_code_of_another_version_of_python_is_not_compared():
 )
 def test_another_architecture_is_another_run(other):
     assert any(path.startswith("student") for path in changed({"model": linear()}, {"model": other()}))
+
+
+class Forward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Halved(Forward):
+    def forward(self, x):
+        return self.layer(x) / 2
+
+
+Halved.__qualname__ = Halved.__name__ = "Forward"
+
+
+def test_another_forward_is_another_student():
+    assert changed({"model": Forward()}, {"model": Forward()}) == {}
+    assert list(changed({"model": Forward()}, {"model": Halved()})) == ["student.code"]
+
+
+def test_a_compiled_student_is_the_same_and_is_resumed(tmp_path):
+    compiled = torch.compile(linear(), backend="eager")
+    assert changed({"model": linear()}, {"model": compiled}) == {}
+    assert fit(tmp_path)[0] == fit(tmp_path, epochs=2, model=compiled)[0]
+    assert set(torch.load(tmp_path / "last.pt")["student"]) == {"weight", "bias"}
+    assert fit(tmp_path, epochs=3)[2]["epoch"] == 3
 
 
 def test_initial_weights_may_differ_and_dropout_may_not():
@@ -430,6 +522,96 @@ def test_other_data_is_another_run(one, other, place):
     assert place in changed({"loader": one()}, {"loader": other()})
 
 
+class Kept(Dataset):
+    """Whose parts have private names, as a careful author's have."""
+
+    def __init__(self, scale=1.0, files=("a",), transforms=()):
+        self._scale, self._files, self.transforms = scale, list(files), list(transforms)
+        self._file, self._read = None, {}
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, i):
+        self._file, self._read[i] = object(), i
+        return self._scale * torch.zeros(FEATURES), 0
+
+
+class Doubled(Kept):
+    def __getitem__(self, i):
+        return 2 * torch.zeros(FEATURES), 0
+
+
+Doubled.__qualname__ = Doubled.__name__ = "Kept"
+
+
+class Blur:
+    def __init__(self, radius):
+        self.radius = radius
+
+    def __call__(self, x):
+        return x
+
+
+class Items(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+def both(scale):
+    return torch.utils.data.ConcatDataset([TensorDataset(*data()), TensorDataset(scale * data()[0])])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Kept, lambda: Kept(2.0)),
+        (Kept, lambda: Kept(files=("b",))),
+        (Kept, Doubled),
+        (lambda: Kept(transforms=[Blur(1)]), lambda: Kept(transforms=[Blur(2)])),
+        (lambda: both(1.0), lambda: both(2.0)),
+        (
+            lambda: Items({f"{i}.png": i % 4 for i in range(100)}),
+            lambda: Items({f"{i}.png": i % 5 for i in range(100)}),
+        ),
+    ],
+)
+def test_whatever_a_dataset_holds_counts(one, other):
+    assert changed({"loader": loading(one())}, {"loader": loading(one())}) == {}
+    assert changed({"loader": loading(one())}, {"loader": loading(other())})
+
+
+def test_what_a_dataset_opened_and_remembers_is_no_other_data():
+    used = Kept()
+    used[0]
+    assert changed({"loader": loading(Kept())}, {"loader": loading(used)}) == {}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int64, torch.complex64, np.float32, np.int64])
+def test_every_element_of_large_data_counts(kind):
+    made = torch.arange(700_001)
+    large = made.numpy().astype(kind) if isinstance(kind, type) else made.to(kind)
+    for places in ([123_457], [700_000], [5, 6], [5, 5 + 4096]):
+        other = large.copy() if isinstance(kind, type) else large.clone()
+        # One value is another, or two have changed their places.
+        other[places] = 0 if len(places) == 1 else other[places[::-1]]
+        assert changed({"loader": [(large,)]}, {"loader": [(large + 0,)]}) == {}
+        if not (kind is torch.bfloat16 and len(places) == 2 and large[places[0]] == large[places[1]]):
+            assert changed({"loader": [(large,)]}, {"loader": [(other,)]})
+
+
+def test_a_label_in_a_very_long_list_counts():
+    labels = [i % 4 for i in range(50_000)]
+    other = [*labels[:33_333], 5, *labels[33_334:]]
+    assert changed({"loader": loading(Items(labels))}, {"loader": loading(Items(other))})
+
+
 @pytest.mark.parametrize("place", [0, 40, 99])
 def test_an_item_of_a_long_list_counts(place):
     def pairs(wrong=None):
@@ -499,6 +681,31 @@ def test_more_epochs_are_told_and_fewer_refused(tmp_path, capsys):
     assert f"resumed {tmp_path}/last.pt at epoch 2 of 3\n" in error
     with pytest.raises(ValueError, match=r"last.pt is in epoch 3, and epochs=2 are asked for"):
         fit(tmp_path)
+
+
+def test_a_folder_is_the_one_that_it_was_when_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    R, options = kdfast.recipes, {"teacher_score": 1.0}
+    made = [
+        lambda folder: Distiller(linear(), linear(1), folder=folder),
+        lambda folder: R.BornAgain(None, [linear()], folder=folder),
+        lambda folder: R.Bootstrap(linear(), linear(1), folder=folder),
+        lambda folder: R.Growing(linear(), linear(1), grow=copy.deepcopy, folder=folder),
+        lambda folder: R.CrossDomain(linear(), linear(1), folder=folder),
+        lambda folder: R.AdaptiveKD(linear(), linear(1), folder=folder, **options),
+    ]
+    for number, make in enumerate(made):
+        for folder, place in ((f"run{number}", tmp_path), (f"~/run{number}", tmp_path / "home")):
+            recipe = make(folder)
+            monkeypatch.chdir("/")
+            plan = {"eval_loader": [data(8)], "metrics": lambda *_: {"accuracy": 0.5}}
+            plan |= {1: {}, 2: {"rounds": 1}, 4: {"rounds": 1}, 5: {"rounds": 1}}.get(number, {})
+            (recipe.fit(None, [data(8)], epochs=2, **plan) if number == 4 else recipe.fit([data(8)], epochs=2, **plan))
+            monkeypatch.chdir(tmp_path)
+            assert list((place / f"run{number}").glob("**/last.pt"))
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["home", *(f"run{number}" for number in range(6))]
+    assert set(kdfast.distill.load_best("~/run0")) == {"weight", "bias"}
 
 
 def test_another_seed_is_told(tmp_path, capsys):

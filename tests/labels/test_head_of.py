@@ -4,6 +4,8 @@ import copy
 import gc
 import threading
 import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from kdfast import Head, kd_loss
 from kdfast.cache import output_layer
+from kdfast.labels import running
+from kdfast.labels.tail import measure
 from support.language_models import ARCHITECTURES, VOCAB, WIDTH, make, token_ids
 
 
@@ -362,3 +366,94 @@ def test_another_thread_s_forward_is_not_touched():
     thread.join()
     torch.testing.assert_close(seen[0], want)
     torch.testing.assert_close(head.logits(), want.detach())
+
+
+# ---- what changes between two calls ---------------------------------------------------------------------------------
+
+
+class Capped(nn.Module):
+    """A model whose logits depend on all that a model's may."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lm_head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.config = SimpleNamespace(cap=5.0)
+        self.scale, self.after = 1.0, lambda logits: logits
+        self.register_buffer("heat", torch.ones(()))
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, temperature=1.0):
+        logits = self.after(self.lm_head(self.embedding(input_ids)) * self.scale * self.heat / temperature)
+        cap = self.config.cap if self.training else 3.0
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Capped()
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+CHANGES = {
+    "an attribute": lambda model: setattr(model, "scale", 3.0),
+    "a function": lambda model: setattr(model, "after", lambda logits: logits * 3),
+    "a buffer": lambda model: model.heat.fill_(3.0),
+    "a loaded buffer": lambda model: model.load_state_dict({**model.state_dict(), "heat": torch.tensor(3.0)}),
+    "a configuration": lambda model: setattr(model.config, "cap", 2.0),
+    "a cap that is left out": lambda model: setattr(model.config, "cap", None),
+    "the mode": lambda model: model.eval(),
+    "nothing": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_measurement_holds_for_what_was_measured(change, wrapped, monkeypatch):
+    torch.manual_seed(0)
+    outer = Around() if wrapped else Capped()
+    inner, options = (outer.inner, {"layer": "inner.lm_head"}) if wrapped else (outer, {})
+    measured = []
+    monkeypatch.setattr(running, "measure", lambda *args: measured.append(1) or measure(*args))
+    for _ in range(2):
+        assert_same(Head.of(outer, token_ids(), **options), outer(token_ids()), outer)
+    # On a device nothing is looked at without need: that there is need shows without a look.
+    path = running.path_of(outer, inner.lm_head)
+    before = running.circumstances(outer, path, ())
+    CHANGES[change](inner)
+    assert (running.circumstances(outer, path, ()) == before) == (change == "nothing")
+    assert_same(Head.of(outer, token_ids(), **options), outer(token_ids()), outer)
+    assert len(measured) == 3
+
+
+def test_an_argument_may_change_the_logits():
+    torch.manual_seed(0)
+    model = Capped()
+    for temperature in (1.0, 2.0):
+        head, logits = (call(token_ids(), temperature=temperature) for call in (partial(Head.of, model), model))
+        assert_same(head, logits, model)
+    one, other = (running.circumstances(model, "lm_head", [("temperature", x)]) for x in (1.0, 2.0))
+    assert one != other
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_that_change_gradients_are_refused(register):
+    model = Capped()
+    getattr(model.lm_head, register)(lambda *gradients: None)
+    with pytest.raises(TypeError, match="the output layer has backward hooks"):
+        Head.of(model, token_ids())
+    with pytest.raises(TypeError, match="the output layer has backward hooks"):
+        Head(torch.zeros(2, WIDTH), model.lm_head)
+
+
+def test_a_model_that_needs_all_its_rows_is_named():
+    model = Capped()
+    ids = token_ids()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].reshape(-1, WIDTH),))
+    model.after = lambda logits: logits.view(*ids.shape, VOCAB)
+    with pytest.raises(ValueError, match="Capped cannot go on with 5 rows or 1 in the place of its logits'"):
+        Head.of(model, token_ids())

@@ -15,6 +15,7 @@ from kdfast.models import (
     BatchFields,
     call,
     call_outputs,
+    check_no_sigmoid,
     decoder_mask,
     device_of,
     is_encoder_decoder,
@@ -68,6 +69,8 @@ class Fields(BatchFields):
         output = call(model, arguments if self.inputs is not None else move(arguments, device_of(model)))
         logits = logits_of(output) if self.outputs is None else call_outputs(self.outputs, output, batch)
         _require(len(logits), keys, "the teacher's output")
+        if self.outputs is None:
+            check_no_sigmoid("teacher", model, logits)
         masks, targets, views = self._mask(model, batch, logits), *(f and f(batch) for f in (self.targets, self.views))
         for name, values in (("mask", masks), ("targets", targets), ("views", views)):
             if values is not None:
