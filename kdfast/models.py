@@ -323,9 +323,12 @@ def check_no_sigmoid(name: str, model: Any, logits: Tensor) -> None:
         )
 
 
-def check_several_classes(name: str, logits: Tensor) -> None:
-    """Raise ``ValueError`` for a model with one logit per sample, of which a softmax tells nothing."""
-    if logits.dim() == 1:
+def check_several_classes(name: str, logits: Tensor, batched: bool) -> None:
+    """Raise ``ValueError`` for a model with one logit per sample, of which a softmax tells nothing.
+
+    ``batched`` says whether a dimension of (n,) logits would be that of a batch: they may be one sample's, too.
+    """
+    if logits.dim() == 1 and batched:
         raise ValueError(
             f"the {name}'s logits are {tuple(logits.shape)}, one per sample: a softmax would be over the batch. For "
             "two classes give both: outputs=(lambda output, batch: torch.stack([torch.zeros_like(output), output], -1))"

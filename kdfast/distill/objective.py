@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast._names import no_option
 from kdfast.cache import PackedLabels
 from kdfast.distill.counting import Counting, without_padding
-from kdfast.distill.fields import split
+from kdfast.distill.fields import split, tensors
 from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
@@ -148,7 +148,7 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
         if look_like_probabilities(x.detach()):
             raise ValueError(f"the {name} gives probabilities (rows in [0, 1] that sum to 1): leave its softmax out")
         if ours:
-            check_several_classes(name, x)
+            check_several_classes(name, x, _is_batch_of(len(x) if x.dim() else 0, step))
             if model is not None:
                 check_classes_last(name, model, x, sure)
                 check_no_sigmoid(name, model, x)
@@ -172,6 +172,14 @@ def check_first(step: Step, objective: Any, models: Sequence[Any] = ()) -> None:
         )
     if isinstance(objective, KD):
         _check_shift(split(step.batch)[0], labels, ignored, counting.shift)
+
+
+def _is_batch_of(samples: int, step: Step) -> bool:
+    """Whether a step's labels, or without any its first input, are those of so many samples."""
+    if step.labels is not None:
+        return step.labels.dim() > 0 and len(step.labels) == samples
+    first = next(iter(tensors(split(step.batch)[0])), None)
+    return first is not None and first.dim() > 1 and len(first) == samples
 
 
 def _uses_labels(step: Step, objective: Any) -> bool:

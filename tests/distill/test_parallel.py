@@ -150,7 +150,7 @@ def unequal(rank, world, folder):
 
         def forward(self, x):
             self.calls += 1
-            if rank == 1 and self.calls == 2:
+            if rank == 1 and self.calls == 2 and not os.path.exists(f"{folder}/heard"):
                 os.kill(os.getpid(), signal.SIGINT)
             return super().forward(x)
 
@@ -163,10 +163,9 @@ def unequal(rank, world, folder):
     whole = interrupted(f"{folder}/whole", nn.Linear)
     with pytest.raises(KeyboardInterrupt):
         interrupted(f"{folder}/part", Interrupting)
-    # The class is a part of the description; what is compared here is the state.
-    Interrupting.calls = 5
+    open(f"{folder}/heard", "w").close()
     again = interrupted(f"{folder}/part", Interrupting)
-    assert again.calls < 5 + 3
+    assert again.calls < 3
     assert torch.equal(again.weight, whole.weight)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -342,6 +342,7 @@ def test_any_problem(problem, dtype):
     student = student.to(dtype)
     loss, grad = loss_and_gradient(student, labels, target, teacher_temperature=1.0, **options)
     dense = loss_and_gradient(student.double(), expand(labels, 1.0).log(), target, teacher_temperature=1.0, **options)
+    assume(float(dense[1].abs().max()) < torch.finfo(dtype).max)  # else no gradient of this dtype could be right
     floor = 0.1 / len(student)
     assert relative_error(grad, dense[1], floor) <= 5e-6 + torch.finfo(dtype).eps
     assert relative_error(loss.reshape(-1), dense[0].reshape(-1), floor=1.0) <= 1e-5

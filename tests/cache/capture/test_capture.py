@@ -234,7 +234,7 @@ def test_a_loader_may_fill_the_same_tensors_again(tmp_path, teacher):
 
 
 def test_an_empty_loader_has_nothing_to_learn_prototypes_of(tmp_path, teacher):
-    with pytest.raises(ValueError, match="256 prototypes of 0 rows"):
+    with pytest.raises(ValueError, match="prototypes are learned from rows, and there is none"):
         run(teacher, [], tmp_path, codec="prototype")
     with pytest.raises(ValueError, match="prototypes must be a table or a positive number, got 0"):
         run(teacher, batches(), tmp_path, codec="prototype", prototypes=0)
