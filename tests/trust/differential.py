@@ -206,13 +206,18 @@ def check(case: Case) -> str | None:
     if not torch.isfinite(exact).all():
         return _check_infinite(case, loss, exact, counted, ours)
     largest = max(float(g.abs().max()) if g.numel() else 0.0 for g in exact_grads)
-    if largest > torch.finfo(_student_dtype(case)).max:
-        return None  # no gradient of this dtype could be right
-    in_head = 0 if case.student_head is None else case.columns
+    if largest > torch.finfo(_student_dtype(case)).max or (wide == torch.float32 and float(exact.max()) > 1e30):
+        return None  # beyond what the dtype, or float32 on the way, can hold
+    # A gradient's entries are differences of terms as large as the loss.
+    in_head = 0.0
+    if case.student_head is not None:  # each product is of a rounded gradient and a weight
+        in_head = 4 * case.columns * max(1.0, float(case.student_head["weight"].detach().abs().max())) ** 2
     fault = _compare_loss(case, loss.detach().double(), exact, rough, unit)
     for name, mine, right, eager in zip(("student", "weight", "bias"), ours, exact_grads, rough_grads, strict=False):
         if fault is None:
-            fault = _compare_grad(name, mine, right, eager, unit, largest if in_head else 0.0, size, in_head)
+            fault = _compare_grad(
+                name, mine, right, eager, unit, max(largest * bool(in_head), float(exact.abs().max())), size, in_head
+            )
     if fault is None and parts is not None:
         fault = _compare_parts(case, parts, exact_parts)
     return fault
@@ -254,7 +259,7 @@ def _compare_loss(case: Case, loss: Tensor, exact: Tensor, rough: Tensor, unit: 
     else:
         exact, rough = exact.sum(), rough.sum()
     scale = float(exact.abs().max()) if exact.numel() else 0.0
-    allowed = 4 * float((rough.double() - exact).abs().max()) * (unit >= 1e-6) + 4 * unit * max(scale, 1.0)
+    allowed = 4 * float(_error_in_float32(rough, exact, unit)) + 4 * unit * max(scale, 1.0)
     error = float((loss - exact).abs().max())
     return (
         None
@@ -264,15 +269,15 @@ def _compare_loss(case: Case, loss: Tensor, exact: Tensor, rough: Tensor, unit: 
 
 
 def _compare_grad(
-    name: str, ours: Tensor, exact: Tensor, rough: Tensor, unit: float, least: float, size: Tensor, in_head: int
+    name: str, ours: Tensor, exact: Tensor, rough: Tensor, unit: float, least: float, size: Tensor, in_head: float
 ) -> str | None:
-    """``in_head``: of how many logits' gradients, each rounded to its dtype, an entry may be the sum."""
+    """``in_head``: the square of how much the rounding of logits' gradients may weigh in an entry, 0 without a head."""
     if not ours.numel():
         return None
     scale = max(float(exact.abs().max()), float(size.max()) if size.numel() else 0.0, least)
     narrow = torch.finfo(ours.dtype)
     rounding = narrow.eps * (scale * in_head**0.5 if in_head else exact.abs())
-    allowed = unit * scale + 4 * (rough.double() - exact).abs().max() * (unit >= 1e-6)
+    allowed = unit * scale + 4 * _error_in_float32(rough, exact, unit)
     allowed = allowed + rounding + narrow.smallest_normal
     error = (ours.double() - exact).abs()
     if bool((error <= allowed).all()):
@@ -282,6 +287,12 @@ def _compare_grad(
         f"gradient of the {name}: {float(ours.reshape(-1)[worst]):.9g} at {worst}, wanted "
         f"{float(exact.reshape(-1)[worst]):.9g} (largest {scale:.3g})"
     )
+
+
+def _error_in_float32(rough: Tensor, exact: Tensor, unit: float) -> Tensor:
+    """What the formulas themselves lose in float32, where that is what is compared and can hold them."""
+    error = (rough.double() - exact).abs().max()
+    return error if unit >= 1e-6 and bool(torch.isfinite(error)) else torch.zeros((), dtype=torch.float64)
 
 
 def _compare_parts(case: Case, parts: Any, exact: dict[str, Tensor]) -> str | None:
