@@ -147,6 +147,7 @@ def segmentation_kd(
     """
     maps = {"student": student, "teacher": teacher} if isinstance(teacher, Tensor) else {"student": student}
     _check_maps(**maps)
+    _check_no_shift(options)
     size = student.shape[2:] if labels is None else labels.shape[1:]
     for name, logits in maps.items():
         if resize is None and logits.shape[2:] != size:
@@ -178,9 +179,15 @@ def channel_wise_kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.
         TypeError, ValueError: the two are not maps of one shape, or the teacher's requires grad.
     """
     _check_maps(student=student, teacher=teacher)
+    _check_no_shift(options)
     check_same_shape("teacher", student=student, teacher=teacher)
     loss: Tensor = kd_loss(student.flatten(2), teacher.flatten(2), temperature=temperature, **options)
     return loss
+
+
+def _check_no_shift(options: Mapping[str, Any]) -> None:
+    if options.get("shift"):
+        raise ValueError("shift compares a text's positions with the next one's label; pixels have no next one")
 
 
 def _check_maps(**maps: Tensor) -> None:

@@ -275,3 +275,10 @@ def test_ranking_distillation_takes_its_items_from_the_candidates():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("loss", [segmentation_kd, channel_wise_kd])
+def test_pixels_are_not_shifted(loss):
+    maps = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="pixels have no next one"):
+        loss(maps, maps, shift=True)
