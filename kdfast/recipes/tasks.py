@@ -185,7 +185,7 @@ def channel_wise_kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.
     return loss
 
 
-def _check_no_shift(options: Mapping[str, Any]) -> None:
+def _check_no_shift(options: dict[str, Any]) -> None:
     if options.get("shift"):
         raise ValueError("shift compares a text's positions with the next one's label; pixels have no next one")
 
