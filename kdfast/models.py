@@ -32,6 +32,7 @@ __all__ = [
     "evaluating",
     "given_mask",
     "is_encoder_decoder",
+    "labelled",
     "logits_of",
     "look_like_probabilities",
     "modules_in",
@@ -184,10 +185,13 @@ def decoder_mask(batch: Any) -> Tensor | None:
     ``attention_mask`` is its encoder's.
     """
     named = _named_fields(batch)
-    found, labels = named.get("decoder_attention_mask"), named.get("labels")
-    if found is None and isinstance(labels, Tensor) and not labels.is_floating_point():
-        return labels != -100
-    return found
+    found = named.get("decoder_attention_mask")
+    return labelled(named.get("labels")) if found is None else found
+
+
+def labelled(labels: Any) -> Tensor | None:
+    """Which labels are no padding, that is not -100, as collators pad; None for what are no class indices."""
+    return labels != -100 if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
 def apply(model: Callable[..., Any], arguments: Any) -> Any:
