@@ -20,6 +20,7 @@ __all__ = [
     "NON_MODEL_FIELDS",
     "BatchFields",
     "apply",
+    "autocast_dtype",
     "call",
     "call_outputs",
     "check_classes_last",
@@ -236,6 +237,13 @@ def logits_of(output: Any, whose: str = "the teacher") -> Any:
         f"{whose} returned a {type(output).__name__} without logits: say by outputs=(lambda output, batch: ...) "
         "where its logits are"
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of products under autocast; None where it is off, or there is none, as on the meta device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def device_of(model: Any) -> torch.device | None:
