@@ -336,22 +336,13 @@ def _check_inplace(reduction: str, student: Tensor) -> None:
 def check_values(
     student: Tensor | Head,
     teacher: Tensor | Head | SoftLabels,
-    labels: Tensor | None,
-    counted: Tensor,
     temperatures: list[Number],
     columns: int,
 ) -> None:
-    """Raise ``ValueError`` for bad values: labels, temperatures, soft labels, and probabilities in logits' place."""
+    """Raise ``ValueError`` for bad values: temperatures, soft labels, and probabilities in logits' place."""
     for tau in temperatures:
         if isinstance(tau, Tensor) and not bool(((tau > 0) & (tau < math.inf)).all()):
             raise ValueError(f"temperatures must be positive and finite, got values down to {float(tau.min())}")
-    if labels is not None and not labels.is_floating_point():
-        used = labels.reshape(-1)[counted]
-        if bool(((used < 0) | (used >= columns)).any()):
-            raise ValueError(
-                f"labels must be in [0, {columns}) or ignore_index, got values from {int(used.min())} to "
-                f"{int(used.max())}"
-            )
     look_closely(student, teacher)
     if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
