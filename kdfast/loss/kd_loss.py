@@ -165,15 +165,15 @@ def kd_loss(
     if labels is not None:
         check_label_values(index, probs, weight, columns, ignore_index, used=needed_by is not None)
     targets = Targets(index, probs, float(label_smoothing))
-    if backward == "eager":
-        loss, parts = _run_eager(student, teacher, rows, div, tau_t, coef, targets, return_parts, reduction)
-    elif isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
+    by_chunks = isinstance(student, Head) or isinstance(teacher, Head) or shard is not None
+    if by_chunks and backward != "eager":
         loss, parts = _run_by_chunks(
             student, teacher, rows, div, tau_t, coef, targets, return_parts, backward, reduction, shard
         )
     else:
-        source = _op_teacher(teacher, rows, div, tau_t)
-        loss, parts = _run(rows.lay_out(student), source, coef, targets, return_parts, backward, reduction)
+        source = _op_teacher(_with_logits(teacher), rows, div, tau_t)
+        logits = logits_of_head(student) if isinstance(student, Head) else student
+        loss, parts = _run(rows.lay_out(logits), source, coef, targets, return_parts, backward, reduction)
     if reduction == "none":
         loss = rows.unflatten(loss)
     return (loss, _loss_parts(parts.detach(), coef, rows, reduction)) if return_parts else loss
@@ -260,23 +260,6 @@ def _with_logits(teacher: Tensor | Head | SoftLabels) -> Tensor | SoftLabels:
     return logits_of_head(replace(teacher, **frozen))
 
 
-def _run_eager(
-    student: Tensor | Head,
-    teacher: Tensor | Head | SoftLabels,
-    layout: RowLayout,
-    div: Divergence,
-    tau_t: Number,
-    coef: Tensor,
-    targets: Targets,
-    want_parts: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    source = _op_teacher(_with_logits(teacher), layout, div, tau_t)
-    logits = layout.lay_out(logits_of_head(student) if isinstance(student, Head) else student)
-    loss, parts = ops.row_loss_eager(logits, source, coef, targets, want_parts)
-    return (loss if reduction == "none" else loss.sum()), parts
-
-
 def _run(
     logits: Tensor,
     teacher: ops.Teacher,
@@ -291,7 +274,8 @@ def _run(
         return ops.row_loss_inplace(logits, teacher, coef, targets, want_parts)
     if trains and backward == "fused" and reduction != "none" and logits.dtype in (torch.float32, torch.bfloat16):
         return ops.row_loss_fused(logits, teacher, coef, targets, want_parts)
-    loss, parts = ops.row_loss(logits, teacher, coef, targets, want_parts)
+    rows = ops.row_loss_eager if backward == "eager" else ops.row_loss
+    loss, parts = rows(logits, teacher, coef, targets, want_parts)
     return (loss if reduction == "none" else loss.sum()), parts
 
 
