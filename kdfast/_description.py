@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kdfast._version import __version__
 
-__all__ = ["MOVES", "Description", "differences", "of_library"]
+__all__ = ["MOVES", "Description", "differences", "of_library", "slots_of"]
 
 DEPTH = 10  # of values within values
 SHOWN = 60  # characters of a text, and items of a list, that are kept as they are
@@ -442,8 +442,7 @@ def _attributes(value: Any, data: bool) -> dict[str, Any]:
     Of data these are not what is opened, or remembered of what was read (a mapping with a private name), on the way.
     """
     found = dict(sorted(vars(value).items())) if hasattr(value, "__dict__") else {}
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
-    found |= {name: getattr(value, name) for name in slots if not name.startswith("__")}
+    found |= {name: getattr(value, name) for name in slots_of(value)}
     if is_dataclass(value):
         found |= {field.name: getattr(value, field.name) for field in fields(value)}
     kept = [name for name in found if isinstance(getattr(type(value), name, None), cached_property)]
@@ -458,6 +457,13 @@ def _attributes(value: Any, data: bool) -> dict[str, Any]:
         for name, x in found.items()
         if x is not None and not (name.startswith("_") and isinstance(x, Mapping)) and not _is_opaque(x)
     }
+
+
+def slots_of(value: Any) -> list[str]:
+    """The names of an object's slots that have a value; a class may give the name of its only one as a string."""
+    given = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for some in given for name in ([some] if isinstance(some, str) else some)]
+    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
 
 
 def _is_opaque(value: Any) -> bool:

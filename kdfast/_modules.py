@@ -13,7 +13,7 @@ from weakref import ReferenceType
 
 from torch import Tensor, nn
 
-from kdfast._description import of_library
+from kdfast._description import of_library, slots_of
 
 __all__ = ["evaluating", "modules_in"]
 
@@ -94,14 +94,8 @@ def _parts_of(item: Any) -> list[Any]:
 
 
 def _parts_of_object(item: Any) -> list[Any]:
-    slots = [name for kind in type(item).__mro__ for name in _names_of_slots(kind) if hasattr(item, name)]
-    own = [*getattr(item, "__dict__", {}).values(), *(getattr(item, name) for name in slots)]
+    own = [*getattr(item, "__dict__", {}).values(), *(getattr(item, name) for name in slots_of(item))]
     return [getattr(item, "__wrapped__", None), *own, *type(item).__mro__]
-
-
-def _names_of_slots(kind: type) -> list[str]:
-    names = vars(kind).get("__slots__", ())
-    return [name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__")]
 
 
 def _globals_of(function: FunctionType) -> list[Any]:

@@ -20,6 +20,7 @@ __all__ = [
     "NON_MODEL_FIELDS",
     "BatchFields",
     "apply",
+    "autocast_dtype",
     "call",
     "call_outputs",
     "check_classes_last",
@@ -32,6 +33,7 @@ __all__ = [
     "evaluating",
     "given_mask",
     "is_encoder_decoder",
+    "labelled",
     "logits_of",
     "look_like_probabilities",
     "modules_in",
@@ -184,10 +186,13 @@ def decoder_mask(batch: Any) -> Tensor | None:
     ``attention_mask`` is its encoder's.
     """
     named = _named_fields(batch)
-    found, labels = named.get("decoder_attention_mask"), named.get("labels")
-    if found is None and isinstance(labels, Tensor) and not labels.is_floating_point():
-        return labels != -100
-    return found
+    found = named.get("decoder_attention_mask")
+    return labelled(named.get("labels")) if found is None else found
+
+
+def labelled(labels: Any) -> Tensor | None:
+    """Which labels are no padding, that is not -100, as collators pad; None for what are no class indices."""
+    return labels != -100 if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 
 def apply(model: Callable[..., Any], arguments: Any) -> Any:
@@ -232,6 +237,13 @@ def logits_of(output: Any, whose: str = "the teacher") -> Any:
         f"{whose} returned a {type(output).__name__} without logits: say by outputs=(lambda output, batch: ...) "
         "where its logits are"
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of products under autocast; None where it is off, or there is none, as on the meta device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def device_of(model: Any) -> torch.device | None:

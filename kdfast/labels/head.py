@@ -14,7 +14,7 @@ from kdfast._checks import check_number
 from kdfast.labels.digest import TensorDigest
 from kdfast.labels.output_module import is_distributed, weight_and_bias
 from kdfast.labels.running import run_to_output_layer
-from kdfast.models import FLOATS, check_plain
+from kdfast.models import FLOATS, autocast_dtype, check_plain
 
 __all__ = ["Head", "OutputLayer"]
 
@@ -146,7 +146,7 @@ class Head:
             raise ValueError(f"hidden must be (..., {layer.width}) for this weight, got {tuple(self.hidden.shape)}")
         if self.hidden.device != self.weight.device:
             raise ValueError(f"hidden is on {self.hidden.device}, weight on {self.weight.device}")
-        if self.hidden.dtype != self.weight.dtype and not torch.is_autocast_enabled(self.weight.device.type):
+        if self.hidden.dtype != self.weight.dtype and autocast_dtype(self.weight.device) is None:
             raise TypeError(f"hidden is {self.hidden.dtype}, weight {self.weight.dtype}; they must agree")
         if self.logits_dtype not in (None, torch.float32, self.weight.dtype):
             raise TypeError(

@@ -25,7 +25,7 @@ def weight_and_bias(weight: object, bias: object) -> tuple[Tensor, Tensor | None
         if bias is not None:
             raise TypeError(f"a {type(weight).__name__} brings its own bias: leave bias out")
         layer = check_linear(weight)
-        _check_no_hooks(layer)
+        _check_no_forward_hooks(layer)
         check_no_backward_hooks(layer)
         return layer.weight, layer.bias
     if not isinstance(weight, Tensor):
@@ -66,10 +66,8 @@ def check_linear(module: nn.Module) -> nn.Linear:
     return module
 
 
-def _check_no_hooks(module: nn.Module) -> None:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if hooks:
-        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+def _check_no_forward_hooks(module: nn.Module) -> None:
+    if names := _names_of([*module._forward_hooks.values(), *module._forward_pre_hooks.values()]):
         raise TypeError(
             f"the output layer has forward hooks ({names}), which a loss of its weight would not run: remove them, "
             "take the logits, or let Head.of(model, **inputs) run the model"
@@ -78,13 +76,15 @@ def _check_no_hooks(module: nn.Module) -> None:
 
 def check_no_backward_hooks(module: nn.Module) -> None:
     """Raise ``TypeError`` for a layer with backward hooks: they see, and change, gradients that nobody computes."""
-    hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    if hooks:
-        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
+    if names := _names_of([*module._backward_hooks.values(), *module._backward_pre_hooks.values()]):
         raise TypeError(
             f"the output layer has backward hooks ({names}), which a fused loss would not run: remove them, or take "
             "the logits"
         )
+
+
+def _names_of(hooks: list[Any]) -> str:
+    return ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in hooks)
 
 
 def find_output_module(model: Any, layer: nn.Module | str | None = None) -> nn.Module | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdfast.labels.circumstances import circumstances, path_of
 from kdfast.labels.output_module import check_linear, check_no_backward_hooks, find_output_module, is_distributed
 from kdfast.labels.tail import PROBES, Tail, measure, probe
-from kdfast.models import unwrap, with_decoder_inputs
+from kdfast.models import autocast_dtype, unwrap, with_decoder_inputs
 
 __all__ = ["Run", "run_to_output_layer"]
 
@@ -141,8 +141,7 @@ class _Catch:
         weight: Tensor = module.weight
         bias: Tensor | None = module.bias
         self._check_place(hidden, weight)
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        if (dtype := autocast_dtype(hidden.device)) is not None:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         if not torch.is_grad_enabled():
             weight, bias = weight.detach(), None if bias is None else bias.detach()

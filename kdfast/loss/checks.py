@@ -16,7 +16,7 @@ from kdfast._names import did_you_mean
 from kdfast.labels import Head, Prototype, Ragged, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
 from kdfast.labels.repeats import check_ids, check_offsets, check_prototype_ids
-from kdfast.loss.first_look import look_closely
+from kdfast.loss.first_look import ROUNDING, look_closely, not_log_probs, not_log_tails
 from kdfast.loss.option_names import REDUCTION_TERMS
 from kdfast.masks import check_zeros_and_ones, is_mask
 from kdfast.models import check_logits, check_plain
@@ -336,22 +336,13 @@ def _check_inplace(reduction: str, student: Tensor) -> None:
 def check_values(
     student: Tensor | Head,
     teacher: Tensor | Head | SoftLabels,
-    labels: Tensor | None,
-    counted: Tensor,
     temperatures: list[Number],
     columns: int,
 ) -> None:
-    """Raise ``ValueError`` for bad values: labels, temperatures, soft labels, and probabilities in logits' place."""
+    """Raise ``ValueError`` for bad values: temperatures, soft labels, and probabilities in logits' place."""
     for tau in temperatures:
         if isinstance(tau, Tensor) and not bool(((tau > 0) & (tau < math.inf)).all()):
             raise ValueError(f"temperatures must be positive and finite, got values down to {float(tau.min())}")
-    if labels is not None and not labels.is_floating_point():
-        used = labels.reshape(-1)[counted]
-        if bool(((used < 0) | (used >= columns)).any()):
-            raise ValueError(
-                f"labels must be in [0, {columns}) or ignore_index, got values from {int(used.min())} to "
-                f"{int(used.max())}"
-            )
     look_closely(student, teacher)
     if isinstance(teacher, Ragged):
         _check_entries(teacher, columns)
@@ -377,31 +368,22 @@ def _check_entries(labels: Ragged, columns: int) -> None:
         _check_prototypes(labels.prototype_ids, labels.prototypes)
 
 
-_ROUNDING = 1e-2  # stored values are rounded, and so is what they sum to
-
-
 def _check_masses(labels: Ragged) -> None:
     """That log-probabilities, probabilities, weights and tails are some, and no row has more mass than there is."""
     values = labels.values
     if isinstance(labels, TopK):
-        if bool((values > _ROUNDING).any()) or bool(values.isnan().any()):
-            raise ValueError(
-                f"log_probs of topk soft labels must not be positive, got {float(values.max()):.4g}: of probabilities "
-                "probs.log()"
-            )
+        if bool((values > ROUNDING).any()) or bool(values.isnan().any()):
+            raise not_log_probs(float(values.max()))
         values = values.exp()
     elif not bool(((values >= 0) & (values < math.inf)).all()):
         raise ValueError(f"{labels.kind} soft labels hold values from {float(values.min())} to {float(values.max())}")
     if not isinstance(labels, Tailed):
         return
     tails = labels.tails
-    if bool((tails > _ROUNDING).any()) or bool(tails.isnan().any()):
-        raise ValueError(
-            f"tails of {labels.kind} soft labels are logarithms of probabilities, got {float(tails.max()):.4g}: "
-            "tail.log()"
-        )
+    if bool((tails > ROUNDING).any()) or bool(tails.isnan().any()):
+        raise not_log_tails(labels)
     mass = values.new_zeros(len(labels)).index_add_(0, labels.entry_rows, values)
-    if mass.numel() and float(mass.max()) > 1.0 + 2 * _ROUNDING:
+    if mass.numel() and float(mass.max()) > 1.0 + 2 * ROUNDING:
         raise ValueError(
             f"the entries of a row of {labels.kind} soft labels have at most the probability 1, got {mass.max():.4g}"
         )

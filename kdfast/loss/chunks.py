@@ -14,12 +14,13 @@ from kdfast.divergences import Divergence
 from kdfast.labels import Head, Hidden, OutputLayer, Ragged, SoftLabels
 from kdfast.loss import ops
 from kdfast.loss.dispatch import scaled_coefficients
-from kdfast.loss.projection import autocast_dtype, multiply_out
+from kdfast.loss.projection import multiply_out
 from kdfast.loss.reference import Targets
 from kdfast.loss.row_layout import RowLayout
 from kdfast.loss.vocab_parallel import in_group
 from kdfast.loss.vocabulary import Shard
 from kdfast.loss.workspace import Workspace, workspace_bytes
+from kdfast.models import autocast_dtype
 
 __all__ = ["ChunkedRows", "Outcome", "flat_head", "rows_per_chunk", "teacher_chunks"]
 

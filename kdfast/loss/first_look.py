@@ -17,10 +17,10 @@ from kdfast.labels import Dense, Head, SoftLabels, TopK
 from kdfast.labels.ragged import Tailed
 from kdfast.models import look_like_probabilities
 
-__all__ = ["look_closely", "look_once"]
+__all__ = ["ROUNDING", "look_closely", "look_once", "not_log_probs", "not_log_tails"]
 
 _Place = tuple[str, int, int, int]
-ROUNDING = 1e-2  # stored values are rounded
+ROUNDING = 1e-2  # stored values are rounded, and so is what they sum to
 _seen: set[_Place] = set()  # places whose first call was in order
 
 
@@ -74,14 +74,24 @@ def _look_at_entries(labels: Tailed) -> None:
     if isinstance(labels, TopK) and entries.numel() and float(entries.min()) >= 0.0:
         most = float(entries.max())
         if ROUNDING < most <= 1.0 + ROUNDING:
-            raise ValueError(
-                f"log_probs of topk soft labels must not be positive, got {most:.4g}: of probabilities probs.log()"
-            )
+            raise not_log_probs(most)
     if tails.numel() and float(tails.max()) > ROUNDING:
-        raise ValueError(
-            f"tails of {labels.kind} soft labels are logarithms of probabilities, got {float(tails.max()):.4g}: "
-            "tail.log()"
-        )
+        raise not_log_tails(labels)
+
+
+def not_log_probs(most: float) -> ValueError:
+    """The error of top-k labels whose largest log-probability is ``most``."""
+    return ValueError(
+        f"log_probs of topk soft labels must not be positive, got {most:.4g}: of probabilities probs.log()"
+    )
+
+
+def not_log_tails(labels: Tailed) -> ValueError:
+    """The error of labels whose tails are no logarithms of probabilities."""
+    return ValueError(
+        f"tails of {labels.kind} soft labels are logarithms of probabilities, got {float(labels.tails.max()):.4g}: "
+        "tail.log()"
+    )
 
 
 def _place(columns: int) -> _Place:

@@ -133,11 +133,11 @@ def kd_loss(
     student = checks.check_student(student)
     teacher = unpacked(teacher)
     checks.check_options(ignore_index, scale_by_t2=scale_by_t2, shift=shift, return_parts=return_parts)
+    shard, columns = None, student.shape[-1]
     if group is not None:
         checks.check_group(group)
-    shard = None if group is None else Shard(group, student.shape[-1])
-    if shard is not None:
-        teacher = part_of(teacher, shard)
+        shard = Shard(group, columns)
+        teacher, columns = part_of(teacher, shard), shard.columns
     div = Divergence.of(divergence)
     rows = RowLayout(student, shift)
     checks.check_teacher(student, teacher, rows.count)
@@ -149,45 +149,34 @@ def kd_loss(
     checks.check_numbers(temperature, tau_t, kd_weight, ce_weight, z_weight, row_weight)
     needed_by = _needs_labels(div, ce_weight)
     checks.check_labels(labels, student, needed_by)
-    _check_divergence(div, student, teacher, tau_t, vocab, shard, needed_by)
+    _check_divergence(div, teacher, tau_t, columns, vocab, shard is not None, needed_by)
     checks.check_effects(label_smoothing, kd_weight, ce_weight, z_weight, return_parts)
     look_once(student, teacher)
 
     index = None if labels is None or labels.is_floating_point() else rows.labels(labels)
     counted = rows.counted(index, ignore_index, row_weight, teacher)
     if checks.values_are_checked():
-        columns = student.shape[-1] if shard is None else shard.columns
-        checks.check_values(student, teacher, index, counted, [temperature, tau_t], columns)
+        checks.check_values(student, teacher, [temperature, tau_t], columns)
         checks.check_weight_values(kd_weight=kd_weight, ce_weight=ce_weight, z_weight=z_weight)
     weight = rows.weights(counted, row_weight, reduction, num_items)
     scaled = scale_by_t2 and div.name != "logit_mse"
     coef = rows.coefficients(weight, scaled, temperature, tau_t, kd_weight, ce_weight, z_weight)
     probs = rows.probabilities(labels) if labels is not None and labels.is_floating_point() else None
     if labels is not None:
-        columns = student.shape[-1] if shard is None else shard.columns
         check_label_values(index, probs, weight, columns, ignore_index, used=needed_by is not None)
     targets = Targets(index, probs, float(label_smoothing))
-    if backward == "eager":
-        source = _op_teacher(_with_logits(teacher), rows, div, tau_t)
-        logits = rows.lay_out(logits_of_head(student) if isinstance(student, Head) else student)
-        loss, parts = ops.row_loss_eager(logits, source, coef, targets, return_parts)
-        loss = loss if reduction == "none" else loss.sum()
-    elif isinstance(student, Head) or isinstance(teacher, Head) or shard is not None:
+    by_chunks = isinstance(student, Head) or isinstance(teacher, Head) or shard is not None
+    if by_chunks and backward != "eager":
         loss, parts = _run_by_chunks(
             student, teacher, rows, div, tau_t, coef, targets, return_parts, backward, reduction, shard
         )
     else:
-        source = _op_teacher(teacher, rows, div, tau_t)
-        loss, parts = _run(rows.lay_out(student), source, coef, targets, return_parts, backward, reduction)
+        source = _op_teacher(_with_logits(teacher), rows, div, tau_t)
+        logits = logits_of_head(student) if isinstance(student, Head) else student
+        loss, parts = _run(rows.lay_out(logits), source, coef, targets, return_parts, backward, reduction)
     if reduction == "none":
         loss = rows.unflatten(loss)
-    if not return_parts:
-        return loss
-    parts = parts.detach()
-    if reduction == "none":
-        return loss, LossParts(*(rows.unflatten(part) for part in parts))
-    computed = (coef[2:] != 0.0).any(0).sum()
-    return loss, LossParts(*(parts.sum(1) / computed.clamp(min=1)))
+    return (loss, _loss_parts(parts.detach(), coef, rows, reduction)) if return_parts else loss
 
 
 class KDLoss(nn.Module):
@@ -231,22 +220,22 @@ def _needs_labels(div: Divergence, ce_weight: Number) -> str | None:
 
 def _check_divergence(
     div: Divergence,
-    student: Tensor | Head,
     teacher: Tensor | Head | SoftLabels,
     tau_t: Number,
+    ours: int,
     vocab: str,
-    shard: Shard | None,
+    shared_out: bool,
     needed_by: str | None,
 ) -> None:
     if isinstance(teacher, SoftLabels):
         check_supported(teacher, div, tau_t)
-    ours = student.shape[-1] if shard is None else shard.columns
     theirs = teacher.vocab_size if isinstance(teacher, SoftLabels) else teacher.shape[-1]
-    theirs = theirs if shard is None else shard.columns
+    theirs = ours if shared_out else theirs  # a part of the columns; part_of has seen to the whole
     checks.check_vocabularies(ours, theirs, vocab)
-    columns = min(ours, theirs)
-    if div.name == "dkd" and columns < 3:
-        raise ValueError(f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {columns}")
+    if div.name == "dkd" and min(ours, theirs) < 3:
+        raise ValueError(
+            f"divergence dkd needs at least 3 classes (the non-target part is empty of 2), got {min(ours, theirs)}"
+        )
     if ours == 1 and (div.name != "logit_mse" or div.standardize or needed_by is not None):
         raise ValueError(
             "student has one logit per row, whose softmax is always 1. For a sigmoid's logit z give both sides two "
@@ -285,7 +274,8 @@ def _run(
         return ops.row_loss_inplace(logits, teacher, coef, targets, want_parts)
     if trains and backward == "fused" and reduction != "none" and logits.dtype in (torch.float32, torch.bfloat16):
         return ops.row_loss_fused(logits, teacher, coef, targets, want_parts)
-    loss, parts = ops.row_loss(logits, teacher, coef, targets, want_parts)
+    rows = ops.row_loss_eager if backward == "eager" else ops.row_loss
+    loss, parts = rows(logits, teacher, coef, targets, want_parts)
     return (loss if reduction == "none" else loss.sum()), parts
 
 
@@ -336,3 +326,11 @@ def _kept(student: Tensor | Head, coef: Tensor) -> Tensor | None:
         return None
     counts = (coef[2:] != 0.0).any(0)
     return None if bool(counts.all()) else counts.nonzero()[:, 0]
+
+
+def _loss_parts(parts: Tensor, coef: Tensor, rows: RowLayout, reduction: str) -> LossParts:
+    """Those of each row, or their means over the rows that weigh something."""
+    if reduction == "none":
+        return LossParts(*(rows.unflatten(part) for part in parts))
+    computed = (coef[2:] != 0.0).any(0).sum()
+    return LossParts(*(parts.sum(1) / computed.clamp(min=1)))

@@ -25,6 +25,8 @@ def check_label_values(
 ) -> None:
     """Raise ``ValueError`` for wrong labels of rows that weigh something, where looking waits for nothing.
 
+    KDFAST_CHECK=1 looks at labels on any device, and at every row of class probabilities.
+
     Args:
         index: (rows,) class indices, or None.
         probs: (..., V) class probabilities, or None.
@@ -34,15 +36,17 @@ def check_label_values(
         used: whether labels are more than a mark of the rows that count. If not, of class indices only negative ones
             are refused: their rows would count although they are marked.
     """
+    values = index if index is not None else probs if used else None
+    if values is None or not values.numel() or not (can_look(values) or values_are_checked()):
+        return
     if index is not None:
         _check_index(index, weight, columns, ignore_index, used)
-    elif probs is not None and used:
-        _check_probs(probs, weight)
+    else:
+        step = 1 if values_are_checked() else -(-values.numel() // _SOME)
+        check_distributions(values.reshape(weight.numel(), -1)[::step], weight[::step] != 0.0)
 
 
 def _check_index(index: Tensor, weight: Tensor, columns: int, ignore_index: int, used: bool) -> None:
-    if not index.numel() or not can_look(index):
-        return
     low, high = _ends(index)
     if low >= 0 and high < columns:
         return
@@ -62,14 +66,6 @@ def _ends(index: Tensor) -> tuple[int, int]:
         return min(few), max(few)
     low, high = torch.aminmax(index)
     return int(low), int(high)
-
-
-def _check_probs(probs: Tensor, weight: Tensor) -> None:
-    every = values_are_checked()
-    if not probs.numel() or not (every or can_look(probs)):
-        return
-    step = 1 if every else -(-probs.numel() // _SOME)
-    check_distributions(probs.reshape(weight.numel(), -1)[::step], weight[::step] != 0.0)
 
 
 def check_distributions(rows: Tensor, counted: Tensor | None = None) -> None:

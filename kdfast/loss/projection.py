@@ -10,17 +10,10 @@ from torch import Tensor
 
 from kdfast.labels.head import OutputLayer
 
-__all__ = ["WeightGrad", "autocast_dtype", "multiply_out", "slope_of_cap", "without_autocast"]
+__all__ = ["WeightGrad", "multiply_out", "slope_of_cap", "without_autocast"]
 
 # Rows of a narrow weight that are made wide at a time, where no product of narrow numbers gives wide ones.
 WIDENED = 4096
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of products under autocast; None where it is off, or there is none, as on the meta device."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

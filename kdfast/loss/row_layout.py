@@ -39,7 +39,9 @@ class RowLayout:
         """(..., V) as (outer, inner, V) with unit stride along V; a view wherever the strides allow one."""
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             x = x.contiguous()
-        return x.flatten(0, -3) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
+        while x.dim() < 3:
+            x = x.unsqueeze(0)
+        return x.flatten(0, -3) if x.dim() > 3 else x
 
     def number(self, name: str, value: Number) -> Number:
         """A float, or a tensor of one number per row, of a number or a tensor as ``per_row`` takes it."""
@@ -111,8 +113,9 @@ class RowLayout:
             full = [v if isinstance(v, Tensor) else torch.full_like(weight, v) for v in values]
             # Selected, not multiplied: a weight that is NaN in a row that does not count must not count either.
             return torch.where(rows == 0.0, 0.0, rows * torch.stack(full))
-        coef = torch.tensor(values, dtype=self.dtype, device=self.device)[:, None] * weight
-        coef[0], coef[1] = values[0], values[1]
+        table = torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(1)
+        coef = table * weight
+        coef[:2] = table[:2]
         return coef
 
     def labels(self, labels: Tensor) -> Tensor:

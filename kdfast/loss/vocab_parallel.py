@@ -12,6 +12,7 @@ from kdfast.labels import Head, SoftLabels
 from kdfast.loss import ops, reference
 from kdfast.loss.reference import Targets
 from kdfast.loss.vocabulary import Shard
+from kdfast.models import check_logits
 
 __all__ = ["in_group", "part_of"]
 
@@ -61,6 +62,7 @@ def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head 
     """The part of a teacher that this process needs. It may be shared out like the student, or whole.
 
     Raises:
+        TypeError: no teacher.
         ValueError: a teacher with another number of columns.
     """
     here = slice(shard.first, shard.first + shard.width)
@@ -68,7 +70,7 @@ def part_of(teacher: Tensor | Head | SoftLabels, shard: Shard) -> Tensor | Head 
         if teacher.vocab_size != shard.columns:
             raise ValueError(f"soft labels in a group are over all {shard.columns} columns, got {teacher.vocab_size}")
         return teacher.shard(here)
-    columns = teacher.shape[-1]
+    columns = (teacher if isinstance(teacher, Head) else check_logits("teacher", teacher)).shape[-1]
     if columns not in (shard.width, shard.columns):
         raise ValueError(
             f"a teacher in a group has this process's {shard.width} columns or all {shard.columns}, got {columns}"

@@ -73,7 +73,7 @@ class CountedRows:
         used = teacher is None  # else labels only say which rows are ignored
         check_label_values(self.labels, None, self._weight, student.shape[-1], ignore_index, used=used)
         if checks.values_are_checked():
-            checks.check_values(student, target, self.labels, self.counted, [], student.shape[-1])
+            checks.check_values(student, target, [], student.shape[-1])
         self.student = self.select(student)
 
     def select(self, x: Tensor) -> Tensor:

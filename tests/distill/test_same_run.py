@@ -250,6 +250,22 @@ def test_another_option_of_a_recipe_is_another_run(name, parameter):
 TEMPERATURE = 4.0
 
 
+class OneSlot:
+    __slots__ = "weight"  # the name of the only one, without a tuple
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, step):
+        return self.weight * step.loss
+
+
+def test_a_slot_is_an_attribute():
+    found = Description()
+    found.add("objective", OneSlot(0.5))
+    assert found.entries["objective.weight"] == "0.5"
+
+
 def scheduled(start):
     def temperature(step, end=1.0, *, scale=1.0):
         return scale * (start + (end - start) * step.progress)

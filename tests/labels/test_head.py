@@ -126,3 +126,9 @@ def test_numbers_of_a_head_are_numbers():
             assert getattr(Head(hidden, weight, **{name: torch.tensor(2.0, requires_grad=True)}), name) == 2.0
     with pytest.raises(TypeError, match="weight_grad must be a tensor or None, got str"):
         Head(hidden, weight, weight_grad="sum")
+
+
+def test_a_head_on_the_meta_device_names_what_does_not_agree():
+    """Autocast, which would make the dtypes agree, does not know that device."""
+    with pytest.raises(TypeError, match="must agree"):
+        Head(torch.empty(2, 3, device="meta"), torch.empty(5, 3, device="meta", dtype=torch.bfloat16))

@@ -159,3 +159,18 @@ def test_compiled_masks_need_no_look(monkeypatch):
     ours = compiled(student, teacher, labels, row_weight=real, shift=True, temperature=2.0, ce_weight=0.5)
     assert torch.allclose(ours, kd_loss(student, teacher, labels, row_weight=real, shift=True, **OPTIONS))
     assert label_values.can_look(real)
+
+
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_labels_that_only_mark_rows_may_be_of_any_class(monkeypatch, check):
+    """KDFAST_CHECK changes nothing about which labels are wrong: those that a term needs, of rows that weigh."""
+    monkeypatch.setenv("KDFAST_CHECK", check)
+    student, teacher, labels, real = batch()
+    others = torch.where(real == 1, labels + 100, -100)  # of a larger vocabulary, where only -100 matters
+    assert torch.equal(kd_loss(student, teacher, others), kd_loss(student[real == 1], teacher[real == 1]))
+    for bad, message in ((others, "got 1[0-9][0-9] among"), (labels - 20, "got -")):
+        with pytest.raises(ValueError, match=message):
+            kd_loss(student, teacher, bad, ce_weight=1.0)
+        kd_loss(student, teacher, bad, ce_weight=1.0, row_weight=torch.zeros(2, 5))  # no row weighs anything
+    with pytest.raises(ValueError, match="got -"):
+        kd_loss(student, teacher, labels - 20)

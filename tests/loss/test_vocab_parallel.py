@@ -111,6 +111,8 @@ def edges(rank, world):
         assert torch.allclose(a[upstream], b[upstream][:, here]), (kind, a, b[:, here])
     with pytest.raises(ValueError, match="columns"):
         kd_loss(leaves[1], teacher[:, :-1], group=dist.group.WORLD)
+    with pytest.raises(TypeError, match="teacher must be a tensor of logits, got dict"):
+        kd_loss(leaves[1], {}, group=dist.group.WORLD)
     with pytest.raises(ValueError, match="all 37 columns"):
         kd_loss(leaves[1], dataclasses.replace(given, vocab_size=30), group=dist.group.WORLD)
 

@@ -19,6 +19,7 @@ from kdfast.models import (
     decoder_mask,
     device_of,
     is_encoder_decoder,
+    labelled,
     logits_of,
     move,
     row_mask,
@@ -156,9 +157,8 @@ def _row_masks(batch: Any) -> list[Tensor]:
     if not isinstance(batch, Mapping):
         return []
     found = [batch[name].bool() for name in ("attention_mask", "decoder_attention_mask") if batch.get(name) is not None]
-    labels = batch.get("labels")
-    whole = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
-    return [*found, labels >= 0] if whole and labels is not None else found
+    real = labelled(batch.get("labels"))
+    return found if real is None or real.dim() < 2 else [*found, real]
 
 
 def bad_row(logits: Tensor) -> str:

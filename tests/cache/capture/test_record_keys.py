@@ -8,8 +8,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 import kdfast.cache
 from kdfast import Distiller
 from kdfast.cache import capture, record_keys
+from kdfast.cache.capture.batches import Fields
 from kdfast.cache.format.keys import make_key, make_keys
-from kdfast.models import BatchFields
+from kdfast.models import BatchFields, decoder_mask
 
 VOCAB = 13
 
@@ -196,3 +197,12 @@ def test_one_source_with_two_targets_is_two_records_of_a_t5(tmp_path):
         want = teacher.eval()(**batch).logits.log_softmax(-1)
     for key, rows in zip(record_keys(batch), want, strict=True):
         torch.testing.assert_close(cache[key].values, rows, rtol=0.05, atol=0.05)
+
+
+def test_labels_mark_the_rows_that_are_stored():
+    """Collators pad with -100 alone: a record with another negative label is stored with it, and known again by it."""
+    labels = torch.tensor([[5, -1, 7, -100]])
+    batch = {"input_ids": torch.tensor([[1, 2]]), "labels": labels}
+    (stored,) = decoder_mask(batch)
+    (marks,) = Fields(targets=lambda batch: batch["labels"]).marks(batch, ["a"])
+    assert any(mark.rows == 3 and torch.equal(mark.targets, labels[0, stored]) for mark in marks)
