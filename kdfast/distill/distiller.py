@@ -17,6 +17,7 @@ from kdfast.distill.counting import Counting
 from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, frozen_norms
+from kdfast.distill.metrics import is_function
 from kdfast.distill.objective import KD, check_first
 from kdfast.distill.optimizer import LEARNING_RATE, Optimizers, Schedule, optimizer_of, schedule_of
 from kdfast.distill.parallel import unwrap
@@ -267,7 +268,7 @@ class Distiller:
             epochs, eval_every, patience, monitor, metrics, checkpoint_every, log_every, resume, progress, on_epoch
         )
         check_loader("fit", loader)
-        if eval_loader is not None and not callable(metrics):
+        if eval_loader is not None and not is_function(metrics):
             check_loader("eval_loader", eval_loader)
         groups = self.optimizer.param_groups
         before = [{name: group[name] for name in SCHEDULED if name in group} for group in groups]

@@ -252,7 +252,7 @@ def _steps(loader: Iterable[Any], distiller: SupportsFit) -> int | None:
         raise ValueError(f"the processes have different numbers of batches, {listed}: {UNEQUAL}")
     if batches is None:
         if distiller.schedule is not constant:
-            raise ValueError('a loader without a length goes with schedule="constant" only') from None
+            raise ValueError('a loader without a length goes with schedule="constant" only')
         return None
     if not batches:
         raise ValueError("the loader is empty: it has no batch")

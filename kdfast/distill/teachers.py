@@ -52,7 +52,6 @@ class Teachers:
         ignore_index: int = -100,
         compare_targets: bool = True,
     ) -> None:
-        self._student = student
         self._ignore_index, self._compare, self._compared = ignore_index, compare_targets, 0
         self.several = isinstance(teacher, (tuple, list))
         self.members: list[Any] = list(teacher) if self.several else [] if teacher is None else [teacher]

@@ -583,6 +583,21 @@ def test_other_logits_are_noticed_where_there_are_no_targets_or_equal_ones(tmp_p
         assert report.conflicts >= 7  # all that are not alike
 
 
+def test_whole_batches_that_come_again_are_looked_at_once_where_there_are_no_targets(tmp_path, folder):
+    """The teacher need not run for them, but nothing else could tell that the second folder's images are others."""
+    names, x, y = folder
+    order = [*range(0, 16, 2), *range(1, 16, 2)]
+    names, x = [names[i][4:] for i in order], x[order]
+    with pytest.warns(UserWarning, match=r"'0.png' came again with other targets or logits"):
+        report = pictures(lambda x: x, tmp_path / "others", names, x, y, targets=None)
+    assert (report.batches, report.skipped, report.duplicates) == (2, 2, 8)
+    assert report.conflicts > 0
+    calls = []
+    same = pictures(lambda x: calls.append(x) or x, tmp_path / "same", [*names[:8]] * 2, x[:8].repeat(2, 1), y,
+                    targets=None)  # fmt: skip
+    assert (same[:2], same.duplicates, same.conflicts, len(calls)) == ((2, 2), 8, 0, 3)
+
+
 def test_a_record_that_comes_again_as_it_was_is_no_conflict(tmp_path, folder):
     names, x, y = folder
     noise = iter(torch.randn(8, 4, VOCAB) * 0.03)  # another batch around it, in half precision
@@ -666,6 +681,22 @@ def test_a_row_that_is_not_finite_is_named_or_its_record_is_left_out(tmp_path, c
     assert [ids in cache for ids in records()] == [ids[0] != 4 for ids in records()]
     again = run(Spoils(), batches(), tmp_path / "skip", codec=codec, on_bad="skip")
     assert (again.bad, again.records) == (len(bad), 0)
+
+
+@pytest.mark.parametrize("codec", ["topk", "prototype"])
+def test_only_the_columns_that_are_stored_can_be_bad(tmp_path, codec):
+    def teacher(x):
+        rows = nn.functional.pad(x, (0, 2), value=torch.nan if x[0, 0] > 0 else 0.0)
+        rows[1, :VOCAB] = -torch.inf
+        return rows
+
+    x = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(0))
+    loader = [(rows, [f"{i}{j}" for j in range(4)]) for i, rows in enumerate((x[:4].abs(), -x[4:].abs()))]
+    options = {"key": lambda b: b[1], "teacher": "t", "teacher_vocab_size": VOCAB + 2, "codec": codec}
+    with pytest.raises(ValueError, match=r"row 0 has no finite value; on_bad=\"skip\""):
+        run(teacher, loader, tmp_path / "raise", **options)
+    report = run(teacher, loader, tmp_path / "skip", on_bad="skip", **options)
+    assert (report.bad, report.records) == (2, 6)
 
 
 def test_what_on_bad_may_be(tmp_path, teacher):

@@ -304,7 +304,7 @@ def test_packed_labels_are_decoded_in_another_process(tmp_path):
     queue = context.Queue()
     process = context.Process(target=unpack, args=(pickle.dumps(cache.pack([5, 1])), queue))
     process.start()
-    values = queue.get(timeout=60)
+    values = queue.get(timeout=300)
     process.join()
     assert np.array_equal(values, cache.gather([5, 1]).values.numpy())
 

@@ -243,7 +243,7 @@ def test_spawned_workers_find_a_cache_by_a_relative_path(tmp_path, elsewhere):
     queue = context.Queue()
     process = context.Process(target=gather_there, args=(pickle.dumps(cache), "/", range(4), queue))
     process.start()
-    rows = queue.get(timeout=60)
+    rows = queue.get(timeout=300)
     process.join()
     assert rows == len(cache.gather(range(4)))
 
