@@ -126,12 +126,13 @@ class TopK(FixedWidthCodec):
         width = self.k if kept.all() else None  # no row is short, which a loss makes use of
         if width is None and (~kept[:, 0] & np.isneginf(packed["tails"]).any(1)).any():
             raise ValueError("a row has no probability anywhere")
+        counts = kept.sum(1) if width is None else np.full(len(kept), width)
         return TopKLabels(
             vocab_size=self.vocab_size,
-            values=torch.from_numpy(values[kept]),
+            values=torch.from_numpy(values[kept] if width is None else values.reshape(-1)),
             temperatures=self.temperatures,
-            ids=torch.from_numpy(ids[kept]),
-            offsets=offsets_of(torch.from_numpy(kept.sum(1))),
+            ids=torch.from_numpy(ids[kept] if width is None else ids.reshape(-1)),
+            offsets=offsets_of(torch.from_numpy(counts)),
             width=width,
             tails=torch.from_numpy(packed["tails"].T.astype(np.float32, order="C")),
         )
