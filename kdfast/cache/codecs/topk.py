@@ -116,7 +116,8 @@ class TopK(FixedWidthCodec):
         return out.tobytes()
 
     def unpack(self, packed: NDArray[Any]) -> TopKLabels:
-        values = packed["values"].astype(np.float32)
+        # A copy, side by side and aligned, which PyTorch converts several times as fast as NumPy does.
+        values = torch.from_numpy(np.array(packed["values"], order="C")).float().numpy()
         ids, kept = unpack_ids(packed["ids"], self.vocab_size), values > -np.inf
         bad = first_bad_top(ids, values, self.vocab_size)
         if not (packed["tails"] <= 0).all() or (bad >= 0 and not (values[bad] <= 0).all()):  # NaN included

@@ -93,7 +93,7 @@ def test_salvage_of_an_unknown_codec_or_options_keeps_what_is_left(tmp_path, mon
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(codecs, "restore", lambda *_: (_ for _ in ()).throw(error("there is no codec 'toy'")))
-        with pytest.raises(kdfast.cache.CacheError, match="cannot be decoded: .*there is no codec 'toy'"):
+        with pytest.raises(kdfast.cache.CacheError, match=r"cannot be decoded: .*there is no codec 'toy'"):
             kdfast.cache.salvage(tmp_path)
     assert contents(tmp_path) == before
     assert kdfast.cache.salvage(tmp_path) == 10
