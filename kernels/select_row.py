@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.kernels.launch import check_rows
+
 __all__ = ["BLOCK", "LOWEST", "WARPS", "Logits", "forms", "load_tile", "start_of_row", "weigh", "weigh_tile"]
 
 BLOCK = 2048  # columns of a tile
@@ -32,11 +34,7 @@ class Logits(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, temperature: float) -> Logits:
         """The argument of a launch. Raise ``ValueError`` for logits that do not lie along the columns."""
-        if logits.dim() != 3 or (logits.shape[2] > 1 and logits.stride(2) != 1):
-            raise ValueError(
-                f"logits must be (outer, inner, columns) of unit stride along the last, got {tuple(logits.shape)} with "
-                f"strides {logits.stride()}"
-            )
+        check_rows(logits=logits)
         # Within what a float32 can bear; temperatures beyond are as good as 0 and infinite.
         inverse_tau = min(max(1.0 / temperature, 1e-35), 1e35)
         _, inner, columns = logits.shape

@@ -253,7 +253,8 @@ Longs locate_rows(const Bytes& payload, const Longs& blocks, const Longs& rows) 
   return out;
 }
 
-int64_t first_bad_codes_of(const py::array_t<uint8_t>& codes, uint8_t last, const py::array_t<bool>& spread) {
+std::pair<int64_t, bool> check_codes_of(const py::array_t<uint8_t>& codes, uint8_t last,
+                                        const py::array_t<bool>& spread) {
   if (codes.ndim() != 2 || spread.ndim() != 1 || codes.shape(0) != spread.shape(0))
     throw std::invalid_argument("codes must be (rows, columns), and spread (rows,)");
   // A dimension of one number may have any stride.
@@ -261,7 +262,9 @@ int64_t first_bad_codes_of(const py::array_t<uint8_t>& codes, uint8_t last, cons
   if (codes.size() && (apart(codes, 1) || apart(spread, 0)))
     throw std::invalid_argument("the codes of a row, and spread, must lie side by side");
   py::gil_scoped_release release;
-  return first_bad_codes(codes.data(), codes.strides(0), codes.shape(0), codes.shape(1), last, spread.data());
+  const CheckedCodes found =
+      check_codes(codes.data(), codes.strides(0), codes.shape(0), codes.shape(1), last, spread.data());
+  return {found.first_bad, found.has_masked};
 }
 
 void check_indexes(const Bytes& payload, const Longs& blocks) {
@@ -276,6 +279,7 @@ void check_indexes(const Bytes& payload, const Longs& blocks) {
 int64_t first_bad_top_of(const Ints& ids, const Floats& values, int32_t vocab) {
   if (ids.ndim() != 2 || values.ndim() != 2 || ids.shape(0) != values.shape(0) || ids.shape(1) != values.shape(1))
     throw std::invalid_argument("ids and values must both be (rows, k)");
+  if (ids.shape(1) < 1 || vocab < 1) throw std::invalid_argument("k and vocab must be positive");
   py::gil_scoped_release release;
   return first_bad_top(ids.data(), values.data(), ids.shape(0), ids.shape(1), vocab);
 }
@@ -307,8 +311,9 @@ void bind(py::module_& m) {
            py::arg("order"), py::arg("levels") = py::none(), py::arg("total") = 0, py::arg("remainder") = -1);
   m.def("count_symbols", &count, "How often each symbol occurs in each context.");
   m.def("locate_rows", &locate_rows, "Where rows of row blocks lie.");
-  m.def("first_bad_codes", &first_bad_codes_of, py::arg("codes"), py::arg("last"), py::arg("spread"),
-        "The first row of codes without a code 0, or that is spread out and lacks the code `last`; or -1.");
+  m.def("check_codes", &check_codes_of, py::arg("codes"), py::arg("last"), py::arg("spread"),
+        "The first row of codes without a code 0, or that is spread out and lacks the code `last`, or -1; and whether "
+        "a row up to there has a code above `last`.");
   m.def("first_bad_top", &first_bad_top_of, py::arg("ids"), py::arg("values"), py::arg("vocab"),
         "The first of some rows of top-k entries that is none, or -1.");
   m.def("check_indexes", &check_indexes, py::arg("payload"), py::arg("blocks"),

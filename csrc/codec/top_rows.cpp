@@ -18,15 +18,15 @@ class Distinct {
   }
 
  private:
-  static constexpr uint32_t kPlaces = 4096;
+  static constexpr uint32_t kBits = 13, kPlaces = 1 << kBits;
 
   template <uint32_t kFactor>
   bool share(const int32_t* ids, int64_t count) {
-    constexpr uint32_t kShift = kFactor == 1 ? 0 : 20;  // the product's highest bits are its best
+    constexpr uint32_t kShift = kFactor == 1 ? 0 : 32 - kBits;  // the product's highest bits are its best
     uint32_t shared = 0;
     ++row_;
     for (int64_t i = 0; i < count; ++i) {
-      uint32_t& place = last_row_[((uint32_t(ids[i]) * kFactor) >> kShift) % kPlaces];
+      uint16_t& place = last_row_[((uint32_t(ids[i]) * kFactor) >> kShift) % kPlaces];
       shared |= place == row_;
       place = row_;
     }
@@ -43,8 +43,8 @@ class Distinct {
   }
 
   size_t vocab_;
-  uint32_t row_ = 0;  // after 2^32 rows a place may be taken for shared, and is looked at
-  uint32_t last_row_[kPlaces] = {};
+  uint16_t row_ = 0;  // after 2^16 tables a place may be taken for shared, and is looked at
+  uint16_t last_row_[kPlaces] = {};
   std::vector<bool> seen_;
 };
 
@@ -66,17 +66,19 @@ int64_t first_bad_top(const int32_t* ids, const float* values, int64_t rows, int
   return -1;
 }
 
-int64_t first_bad_codes(const uint8_t* codes, ptrdiff_t stride, int64_t rows, int64_t columns, uint8_t last,
-                        const bool* spread) {
+CheckedCodes check_codes(const uint8_t* codes, ptrdiff_t stride, int64_t rows, int64_t columns, uint8_t last,
+                         const bool* spread) {
+  uint8_t highest = 0;
   for (int64_t row = 0; row < rows; ++row, codes += stride) {
     uint8_t lowest = UINT8_MAX, has_last = 0;
     for (int64_t i = 0; i < columns; ++i) {
       lowest = codes[i] < lowest ? codes[i] : lowest;
+      highest = codes[i] > highest ? codes[i] : highest;
       has_last |= uint8_t(codes[i] == last);
     }
-    if (lowest || (spread[row] && !has_last)) return row;
+    if (lowest || (spread[row] && !has_last)) return {row, highest > last};
   }
-  return -1;
+  return {-1, highest > last};
 }
 
 }  // namespace kdfast::codec

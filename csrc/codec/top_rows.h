@@ -11,9 +11,13 @@ namespace kdfast::codec {
 // distinct.
 int64_t first_bad_top(const int32_t* ids, const float* values, int64_t rows, int64_t k, int32_t vocab);
 
-// The first of `rows` of codes, `stride` bytes apart, that has no code 0, or is spread out and has none that is `last`;
-// or -1.
-int64_t first_bad_codes(const uint8_t* codes, ptrdiff_t stride, int64_t rows, int64_t columns, uint8_t last,
-                        const bool* spread);
+struct CheckedCodes {
+  int64_t first_bad;  // row that has no code 0, or is spread out and has none that is `last`; or -1
+  bool has_masked;    // whether a row up to there has a code above `last`
+};
+
+// Looks at rows of codes, `stride` bytes apart.
+CheckedCodes check_codes(const uint8_t* codes, ptrdiff_t stride, int64_t rows, int64_t columns, uint8_t last,
+                         const bool* spread);
 
 }  // namespace kdfast::codec

@@ -80,7 +80,7 @@ class Numbers {
   Numbers(const Tensor& x, int64_t count) : data_(x.data_ptr()), is_double_(x.scalar_type() == ScalarType::Double) {
     STD_TORCH_CHECK(
         x.is_contiguous() && x.numel() == count && (is_double_ || x.scalar_type() == ScalarType::Float),
-        "expected contiguous float32 or float64 numbers, five a row of coef, one a row of tail and one factor");
+        "coef, tail and factor must be contiguous float32 or float64: 5 numbers a row, 1 a row, and 1 at all");
   }
   double operator[](int64_t i) const { return is_double_ ? ((double*)data_)[i] : ((float*)data_)[i]; }
   void set(int64_t i, double value) const {

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast._C import first_bad_codes
+from kdfast._C import check_codes
 from kdfast.cache.codecs.base import FixedWidthCodec, float64_chunks
 from kdfast.cache.codecs.registry import register
 from kdfast.labels import Dense as DenseLabels
@@ -93,25 +93,29 @@ class Dense(FixedWidthCodec):
         codes, step = self._unpack(packed["codes"]), packed["step"]
         if not ((step >= 0) & (step <= np.float32(self.max_error))).all():  # NaN included
             raise ValueError(f"a row's step is outside [0, {self.max_error:g}]")
-        masked = codes == self._masked
-        self._check_codes(codes, masked, step)
+        has_masked = self._check_codes(codes, step)
         levels = codes if self.bits == 8 else self._levels.astype(np.float32).take(codes, mode="clip")
         log_probs = levels * -step[:, None]
-        if masked.any():
-            log_probs[masked] = -np.inf
+        if has_masked:
+            log_probs[codes == self._masked] = -np.inf
         return DenseLabels(vocab_size=self.vocab_size, values=torch.from_numpy(log_probs).log_softmax(1))
 
-    def _check_codes(self, codes: NDArray[np.uint8], masked: NDArray[np.bool_], step: NDArray[np.float32]) -> None:
-        """Raise ``ValueError`` unless each row's largest column has code 0 and its smallest finite one the last."""
+    def _check_codes(self, codes: NDArray[np.uint8], step: NDArray[np.float32]) -> bool:
+        """Whether a column is masked.
+
+        Raises:
+            ValueError: not each row's largest column has code 0 and its smallest finite one the last.
+        """
         spread = np.ascontiguousarray(step >= TINY)
-        bad = first_bad_codes(codes, self._masked - 1, spread)
+        bad, has_masked = check_codes(codes, self._masked - 1, spread)
         if bad >= 0 and codes[bad].all():
             raise ValueError("a row has no finite column, or none of code 0")
         if bad >= 0:
             raise ValueError(f"a row's step is not 0, but none of its codes is {self._masked - 1}")
         flat = step == 0
-        if flat.any() and (~masked[flat] & (codes[flat] != 0)).any():
+        if flat.any() and not np.isin(codes[flat], (0, self._masked)).all():
             raise ValueError("a row's step is 0, but not all of its codes are")
+        return has_masked
 
     def _step(self, log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
         """(rows,): from the largest to the smallest finite value of each row, over the last level."""

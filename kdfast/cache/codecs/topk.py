@@ -116,7 +116,8 @@ class TopK(FixedWidthCodec):
         return out.tobytes()
 
     def unpack(self, packed: NDArray[Any]) -> TopKLabels:
-        values = packed["values"].astype(np.float32)
+        # A copy, side by side and aligned, which PyTorch converts several times as fast as NumPy does.
+        values = torch.from_numpy(np.array(packed["values"], order="C")).float().numpy()
         ids, kept = unpack_ids(packed["ids"], self.vocab_size), values > -np.inf
         bad = first_bad_top(ids, values, self.vocab_size)
         if not (packed["tails"] <= 0).all() or (bad >= 0 and not (values[bad] <= 0).all()):  # NaN included
@@ -126,12 +127,13 @@ class TopK(FixedWidthCodec):
         width = self.k if kept.all() else None  # no row is short, which a loss makes use of
         if width is None and (~kept[:, 0] & np.isneginf(packed["tails"]).any(1)).any():
             raise ValueError("a row has no probability anywhere")
+        counts = kept.sum(1) if width is None else np.full(len(kept), width)
         return TopKLabels(
             vocab_size=self.vocab_size,
-            values=torch.from_numpy(values[kept]),
+            values=torch.from_numpy(values[kept] if width is None else values.reshape(-1)),
             temperatures=self.temperatures,
-            ids=torch.from_numpy(ids[kept]),
-            offsets=offsets_of(torch.from_numpy(kept.sum(1))),
+            ids=torch.from_numpy(ids[kept] if width is None else ids.reshape(-1)),
+            offsets=offsets_of(torch.from_numpy(counts)),
             width=width,
             tails=torch.from_numpy(packed["tails"].T.astype(np.float32, order="C")),
         )

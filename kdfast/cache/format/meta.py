@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from kdfast._version import __version__
 from kdfast.cache import codecs
 from kdfast.cache.codecs.base import LARGEST, MAX_VOCAB, SMALLEST, Codec
-from kdfast.cache.errors import CacheError, CacheMismatchError
+from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from kdfast.cache.format.strict import parse_integer, parse_json
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "HASH", "RANGE", "CacheMeta"]
@@ -35,16 +36,36 @@ class CacheMeta:
     def of(cls, codec: Codec, teacher: str, keys: str = HASH) -> CacheMeta:
         return cls(codec.name, codec.config(), codec.vocab_size, codec.temperatures, teacher, keys)
 
-    def make_codec(self, read_asset: Callable[[str], bytes]) -> Codec:
-        """Make the codec that wrote the cache, without its model. ``read_asset(file name)`` gives an asset's bytes.
+    def make_codec(self, read_asset: Callable[[str], bytes], where: object) -> Codec:
+        """Make the codec that wrote the cache, without its model.
+
+        Args:
+            read_asset: gives the bytes of a file beside the shards, by its name.
+            where: the cache, or a file of it, for messages.
 
         Raises:
-            ValueError, TypeError: there is no such codec, or not with these options or assets.
+            CacheError: there is no such codec, or not with these options or assets.
             OSError: an asset cannot be read.
         """
-        codec = codecs.restore(self.codec, self.vocab_size, self.temperatures, self.config, read_asset)
-        if _json(codec.config()) != _json(self.config):
-            raise ValueError(f"its options {_json(self.config):.200} are not those that codec {self.codec!r} writes")
+
+        def read_own(name: str) -> bytes:
+            if PurePath(name).name != name:
+                raise CacheCorruptError(f"{where}: its asset {name!r} is no file of the cache's own")
+            return read_asset(name)
+
+        try:
+            codec = codecs.restore(self.codec, self.vocab_size, self.temperatures, self.config, read_own)
+            options = _json(codec.config())
+        except CacheError:
+            raise
+        # Options may be anything.
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CacheError(f"{where}: its labels cannot be decoded: {error}") from error
+        if options != _json(self.config):
+            raise CacheError(
+                f"{where}: its labels cannot be decoded: its options {_json(self.config):.200} are not those that "
+                f"codec {self.codec!r} writes"
+            )
         return codec
 
     def to_strings(self) -> dict[str, str]:

@@ -83,20 +83,13 @@ def _digest(shard: Shard) -> bytes:
 
 def _make(shard: Shard, fetch: Callable[[str], Path]) -> Codec:
     def read_asset(name: str) -> bytes:
-        if Path(name).name != name:
-            raise CacheCorruptError(f"{shard.path}: its asset {name!r} is no file of the cache's own")
         try:
             return read_regular(fetch(name), MOST_READ)
         except FileNotFoundError as error:
             where = shard.path.with_name(name)
             raise CacheError(f"{where}: is missing, and {shard.path.name} cannot be decoded without it") from error
 
-    try:
-        codec = shard.meta.make_codec(read_asset)
-    except CacheError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # options may be anything
-        raise CacheError(f"{shard.path.parent}: cannot be decoded: {error}") from error
+    codec = shard.meta.make_codec(read_asset, shard.path.parent)
     if codec.learn_rows and not shard.model:
         if shard.rows:
             raise CacheCorruptError(f"{shard.path}: codec {codec.name!r} needs a model, and the shard holds none")

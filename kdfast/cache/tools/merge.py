@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from kdfast._atomic import with_filename
@@ -121,7 +120,7 @@ def _held(target: Storage) -> list[_Held]:
 def _require_one_kind(caches: dict[str, list[Shard]], held: list[_Held], target: Storage) -> None:
     kinds = [(str(shards[0].path), shards[0].meta) for shards in caches.values()]
     kinds += [(target.describe(shard.name), shard.meta) for shard in held[:1]]
-    declared = None if held else _declared(target)
+    declared = None if held else read_declaration(target)
     if declared is not None and unfinished_names(target):  # a writer has begun, and has no shard yet
         kinds.append((target.describe(DECLARATION), declared.meta))
     for where, meta in kinds[1:]:
@@ -129,13 +128,6 @@ def _require_one_kind(caches: dict[str, list[Shard]], held: list[_Held], target:
             meta.require_equal(kinds[0][1], where, kinds[0][0])
         except CacheMismatchError as error:
             raise CacheMismatchError(f"the caches cannot be merged: {error}") from error
-
-
-def _declared(storage: Storage) -> Declaration | None:
-    try:
-        return read_declaration(storage)
-    except FileNotFoundError:
-        return None
 
 
 def _declare(target: Storage, storages: dict[str, Storage], caches: dict[str, list[Shard]]) -> None:
@@ -192,17 +184,10 @@ def _copy_assets(source: Storage, shard: Shard, target: Storage, report: MergeRe
     files: dict[str, bytes] = {}
 
     def read(name: str) -> bytes:
-        if Path(name).name != name:
-            raise CacheError(f"{shard.path}: its asset {name!r} is no file of the cache's own")
         files[name] = source.read_bytes(name)
         return files[name]
 
-    try:
-        shard.meta.make_codec(read)
-    except CacheError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # options may be anything
-        raise CacheError(f"{shard.path}: its labels cannot be decoded: {error}") from error
+    shard.meta.make_codec(read, shard.path)
     for name, data in files.items():
         if not target.exists(name):
             target.publish(name, [data])

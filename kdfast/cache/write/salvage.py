@@ -73,7 +73,8 @@ def _salvage(storage: Storage, folder: Path, writer: str) -> int:
     builder = None
     try:
         if session.has_left and session.meta is not None:
-            builder = session.builder(session.meta.make_codec(storage.read_bytes), BLOCK_ROWS, SHARD_BYTES)
+            codec = session.meta.make_codec(storage.read_bytes, storage.url)
+            builder = session.builder(codec, BLOCK_ROWS, SHARD_BYTES)
             builder.advance(final=True)
         return 0 if builder is None else builder.durable
     finally:

@@ -210,15 +210,11 @@ class Unfinished:
         None if the journal is empty. What comes after the last good block is cut off.
 
         Raises:
-            CacheError: the journal is of another version, or says what no writer writes; or the part is a link.
+            CacheError: the journal is of another version; or the part is a link.
             OSError: part or journal cannot be read or cut.
+            Exception: of any class: the journal says what no writer writes.
         """
-        try:
-            shard, parked, kept = cls._replay(folder, journal)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, RecursionError) as error:
-            if isinstance(error, CacheError):
-                raise
-            raise CacheError(f"{journal.path} cannot be continued: {error!r}") from error
+        shard, parked, kept = cls._replay(folder, journal)
         if shard is None:
             return None
         journal.cut(kept)

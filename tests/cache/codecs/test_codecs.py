@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdfast._C import check_codes, first_bad_top
 from kdfast.cache import codecs
 from kdfast.testing import loss_and_gradient
 from support.caches import Toy
@@ -348,3 +349,48 @@ def test_former_option_names_are_the_library_s_own():
     assert codecs.create("shaped toy", 5, (1.0,), {"shapes": 3}).shapes == 3
     assert codecs.current_options("prototype", {"shapes": 3, "k": 1}) == {"prototypes": 3, "k": 1}
     assert codecs.current_options("auto", {"shapes": 3}) == {"prototypes": 3}
+
+
+# ---- what the native checks say --------------------------------------------------------------------------------------
+
+
+def test_one_look_at_codes_tells_bad_rows_and_masks():
+    codes = np.array([[0, 14, 3], [3, 0, 14], [15, 0, 14], [0, 1, 2]], np.uint8)
+    spread = np.array([True, True, True, True])
+    assert check_codes(codes[:2], 14, spread[:2]) == (-1, False)
+    assert check_codes(codes[:3], 14, spread[:3]) == (-1, True)
+    assert check_codes(codes, 14, spread) == (3, True)
+    assert check_codes(codes, 14, ~spread) == (-1, True)
+    assert check_codes(codes[:0], 14, spread[:0]) == (-1, False)
+
+
+def test_rows_of_top_entries_have_an_entry_and_a_vocabulary():
+    ids, values = np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32)
+    assert first_bad_top(ids, values, 1) == -1
+    for rows, vocab in ((ids[:, :0], 1), (ids, 0)):
+        with pytest.raises(ValueError, match="k and vocab must be positive"):
+            first_bad_top(rows, values[:, : rows.shape[1]], vocab)
+
+
+@pytest.mark.parametrize("count", [3, 4096, 2**13])
+def test_ids_of_a_row_that_differ_are_told_from_two_that_do_not(count):
+    """Whatever places they share in the tables that tell most rows at once."""
+    ids = np.arange(0, 8 * count, 8, dtype=np.int32)[None]
+    values = np.zeros(ids.shape, np.float32)
+    assert first_bad_top(ids, values, 8 * count) == -1
+    ids[0, -1] = ids[0, 1]
+    assert first_bad_top(ids, values, 8 * count) == 0
+
+
+@pytest.mark.parametrize("value_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_full_rows_of_top_entries_are_no_view_of_the_bytes(value_dtype, rows):
+    codec = codecs.create("topk", 9, (1.0,), {"k": 3, "value_dtype": value_dtype})
+    packed = np.frombuffer(bytearray(codec.encode(codec.select(torch.randn(rows, 9), bytes(16)))), codec.row_dtype)
+    labels = codec.unpack(packed)
+    values, ids = labels.values.clone(), labels.ids.clone()
+    packed["values"], packed["ids"] = -9, 1
+    assert labels.width == 3
+    assert torch.equal(labels.values, values)
+    assert torch.equal(labels.ids, ids)
+    assert labels.offsets.tolist() == list(range(0, 3 * rows + 1, 3))

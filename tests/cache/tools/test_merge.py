@@ -209,6 +209,16 @@ def test_a_source_of_options_that_no_writer_has_is_named(tmp_path, config):
         merge([a], tmp_path / "all")
 
 
+@pytest.mark.parametrize("act", [kdfast.cache.open, lambda path: merge([path], f"{path}-all")])
+def test_an_asset_elsewhere_is_not_read(tmp_path, act):
+    a = fill(tmp_path / "a", ["x"], codec="with_table")
+    (path,) = Path(a).glob("shard-*")
+    repack(path, {"codec_config": '{"k":2,"table":"../secret","value_dtype":"float16"}'})
+    (tmp_path / "secret").write_bytes(b"content")
+    with pytest.raises(kdfast.cache.CacheCorruptError, match=r"asset '\.\./secret' is no file of the cache's own"):
+        act(a)
+
+
 def test_assets_come_along(tmp_path):
     a = tmp_path / "a"
     fill(a, ["x"], codec="with_table")

@@ -87,12 +87,13 @@ def test_salvage_without_the_asset_keeps_what_it_cannot_seal_and_seals_the_rest(
     assert keys(tmp_path) >= {make_key(i) for i in range(30)}
 
 
-def test_salvage_of_an_unknown_codec_keeps_what_is_left(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError])
+def test_salvage_of_an_unknown_codec_or_options_keeps_what_is_left(tmp_path, monkeypatch, error):
     stop(tmp_path, codec="toy")
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(codecs, "restore", lambda *_: (_ for _ in ()).throw(ValueError("there is no codec 'toy'")))
-        with pytest.raises(ValueError, match="there is no codec 'toy'"):
+        patch.setattr(codecs, "restore", lambda *_: (_ for _ in ()).throw(error("there is no codec 'toy'")))
+        with pytest.raises(kdfast.cache.CacheError, match=r"cannot be decoded: .*there is no codec 'toy'"):
             kdfast.cache.salvage(tmp_path)
     assert contents(tmp_path) == before
     assert kdfast.cache.salvage(tmp_path) == 10
