@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, log2
 from operator import index
 from typing import Any
@@ -24,6 +24,7 @@ from kdfast.labels.entries import offsets_of
 __all__ = ["Sample", "Threshold", "WeightCodec"]
 
 DRAWS, TAU = 50, 0.02  # defaults
+SAMPLINGS = ("systematic", "independent")
 
 
 class WeightCodec(EntryCodec):
@@ -105,7 +106,12 @@ class Sample(WeightCodec):
     Draws are a function of (seed, key, row) alone.
 
     Args:
-        draws: N. The relative variance of a rare id's weight is 1 / N.
+        draws: N.
+        sampling: "systematic": the draws lie at equal distances along the cumulative probabilities, moved by one
+            random offset, so that a weight is p rounded up or down to a multiple of 1 / N ("systematic resampling",
+            Kitagawa 1996). "independent": each draw for itself, as caches were written before 0.2, whose weights have
+            the variance p (1 - p) / N: the same bytes, and twice to three times the noise.
+        seed: of the draws.
     """
 
     name = "sample"
@@ -116,6 +122,7 @@ class Sample(WeightCodec):
         temperatures: Sequence[float],
         *,
         draws: int = DRAWS,
+        sampling: str = SAMPLINGS[0],
         seed: int = 0,
         coding: str = "blocks",
         prototypes: PrototypeTable | None = None,
@@ -123,13 +130,21 @@ class Sample(WeightCodec):
         super().__init__(vocab_size, temperatures, coding=coding, prototypes=prototypes)
         if not 1 <= index(draws) < 2**17:
             raise ValueError(f"draws must lie in [1, 2**17), got {draws}")
-        self.draws, self.seed = index(draws), index(seed)
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling must be one of {SAMPLINGS}, got {sampling!r}")
+        self.draws, self.sampling, self.seed = index(draws), sampling, index(seed)
         self.total = self.draws
         self.max_entries = min(self.draws, self.vocab_size)
         self.levels = (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
 
     def config(self) -> dict[str, Any]:
-        return {"draws": self.draws, "seed": self.seed, **super().config()}
+        named = {} if self.sampling == "independent" else {"sampling": self.sampling}
+        return {"draws": self.draws, "seed": self.seed, **named, **super().config()}
+
+    @classmethod
+    def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
+        # A cache that does not say so was written when all draws were independent.
+        return {"sampling": "independent", **super().options(config, read_asset)}
 
     @classmethod
     def refined(cls, options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
@@ -137,7 +152,13 @@ class Sample(WeightCodec):
         return {**options, "draws": options.get("draws", DRAWS) * epochs}
 
     def select(self, logits: Tensor, key: bytes) -> Weights:
-        drawn = sample(logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key))
+        drawn = sample(
+            logits,
+            temperature=self.temperatures[0],
+            draws=self.draws,
+            systematic=self.sampling == "systematic",
+            seed=record_seed(self.seed, key),
+        )
         levels = torch.from_numpy(self.levels).to(logits.device)
         return self._labels(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
 

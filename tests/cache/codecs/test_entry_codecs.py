@@ -125,6 +125,39 @@ def test_draws_are_a_function_of_seed_key_and_row():
             assert len(other[0]) != len(base[0]) or not torch.equal(other[0], base[0])
 
 
+def test_systematic_draws_round_a_probability_up_or_down():
+    logits = make_logits(400)
+    expected = 10 * logits.double().softmax(1)
+    codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 10})
+    assert codec.sampling == "systematic"
+    labels = codec.select(logits, b"")
+    counts = torch.zeros_like(expected)
+    counts[torch.repeat_interleave(labels.offsets.diff()), labels.ids.long()] = (labels.values * 10).double().round()
+    assert (counts > expected.floor() - 1e-6).all()
+    assert (counts < expected.ceil() + 1e-6).all()
+    independent = codecs.create("sample", VOCAB, (1.0,), {"draws": 10, "sampling": "independent"})
+    assert not torch.equal(independent.select(logits, b"").values, labels.values)
+
+
+def test_caches_of_independent_draws_go_on_with_independent_draws(tmp_path):
+    """Their configuration, of before there was a choice, does not name the sampling."""
+    logits = make_logits(30)
+    options = {"vocab_size": VOCAB, "codec": "sample", "draws": 6, "sampling": "independent"}
+    with kdfast.cache.Writer(tmp_path, **options) as writer:
+        writer.add("a", logits)
+    cache = kdfast.cache.open(tmp_path)
+    assert "sampling" not in cache.info.config
+    assert cache.codec.sampling == "independent"
+    with pytest.raises(kdfast.cache.CacheMismatchError, match="sampling"):
+        kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec="sample", draws=6)
+    with kdfast.cache.Writer(tmp_path, **options) as writer:
+        writer.add("b", logits)
+    assert_same(
+        kdfast.cache.open(tmp_path)["b"],
+        codecs.create("sample", VOCAB, (1.0,), {"draws": 6, "sampling": "independent"}).select(logits, make_key("b")),
+    )
+
+
 def test_a_prototype_is_close_to_the_row_in_every_part():
     logits = make_logits(200, scale=2.5)
     probs = logits.double().softmax(1)
@@ -266,6 +299,7 @@ def test_shapes_come_back_from_their_file():
     ("name", "options", "message"),
     [
         ("sample", {"draws": 0}, r"draws must lie in \[1, 2\*\*17\), got 0"),
+        ("sample", {"sampling": "iid"}, r"sampling must be one of .* got 'iid'"),
         ("sample", {"coding": "L2"}, r"coding must be one of .* got 'L2'"),
         ("threshold", {"tau": 0.0}, r"tau must lie in \[2\*\*-16, 1\], got 0"),
         ("threshold", {"tau": float("nan")}, "tau must lie in"),
