@@ -20,6 +20,7 @@ from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import record_seed, sample, threshold
 from kdfast.labels import SoftLabels, Weights
 from kdfast.labels.entries import offsets_of
+from kdfast.labels.ragged import same_table, table_on
 
 __all__ = ["Sample", "Threshold", "WeightCodec"]
 
@@ -51,7 +52,8 @@ class WeightCodec(EntryCodec):
         ids, counts = labels.ids.numpy(), labels.counts.numpy()
         header, prototype = [counts], None
         if self.prototypes is not None:
-            prototype = self._nearest(ids, counts)
+            known = labels.prototype_ids is not None and same_table(labels.prototypes, self.prototypes.table)
+            prototype = labels.prototype_ids.numpy() if known else self._nearest(ids, counts)
             header.append(prototype)
         sort, ranks = by_rank(ids, counts, order, prototype)
         values = self._value(labels.values.numpy()[sort])
@@ -77,15 +79,24 @@ class WeightCodec(EntryCodec):
         return self._transposed
 
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Weights:
-        return self._labels(ids, values, headers[:, 0])
+        return self._labels(ids, values, headers[:, 0], None if self.prototypes is None else headers[:, 1].long())
 
-    def _labels(self, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
+    def _selected(self, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
+        """The labels of columns that were just chosen, with their prototypes."""
+        if self.prototypes is None:
+            return self._labels(ids, weights, counts, None)
+        nearest = torch.from_numpy(self._nearest(ids.cpu().numpy(), counts.long().cpu().numpy()))
+        return self._labels(ids, weights, counts, nearest.to(ids.device))
+
+    def _labels(self, ids: Tensor, weights: Tensor, counts: Tensor, prototype_ids: Tensor | None) -> Weights:
         return Weights(
             vocab_size=self.vocab_size,
             values=weights,
             temperatures=self.temperatures,
             ids=ids,
             offsets=offsets_of(counts.long()),
+            prototype_ids=prototype_ids,
+            prototypes=None if self.prototypes is None else table_on(self.prototypes.table, ids.device),
         )
 
     def _value(self, weights: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -160,7 +171,7 @@ class Sample(WeightCodec):
             seed=record_seed(self.seed, key),
         )
         levels = torch.from_numpy(self.levels).to(logits.device)
-        return self._labels(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
+        return self._selected(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
 
 
 @register
@@ -211,7 +222,7 @@ class Threshold(WeightCodec):
         seed = record_seed(self.seed, key)
         kept = threshold(logits, temperature=self.temperatures[0], tau=self.tau, seed=seed)
         weights = torch.from_numpy(self._round(kept.probs.cpu().numpy(), seed)).to(kept.ids.device)
-        return self._labels(kept.ids, weights, kept.counts)
+        return self._selected(kept.ids, weights, kept.counts)
 
     def _round(self, probs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
         """Round at random to the level above or below, so that the expectation is ``probs``; tau itself is a level."""

@@ -16,18 +16,7 @@ from kdfast.cache.format.keys import make_key
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import threshold, top
-from support.entry_checks import VOCAB, learned, make_logits, make_prototypes
-
-
-def through_bytes(codec, labels, wanted=None):
-    block = np.frombuffer(codec.encode(labels), np.uint8)
-    rows = np.arange(len(labels)) if wanted is None else np.array(wanted)
-    unit = np.array([[0, len(block), len(labels)]])
-    if codec.coding == "blocks":
-        return codec.decode(block, unit, rows)
-    spans = codec.locate(block, unit.repeat(len(rows), 0), rows)
-    units = np.concatenate([spans, np.ones((len(rows), 1), np.int64)], 1)
-    return codec.decode(block, units, np.arange(len(rows)))
+from support.entry_checks import VOCAB, learned, make_logits, make_prototypes, through_bytes
 
 
 def by_id(labels):
