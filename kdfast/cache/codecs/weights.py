@@ -52,14 +52,23 @@ class WeightCodec(EntryCodec):
         ids, counts = labels.ids.numpy(), labels.counts.numpy()
         header, prototype = [counts], None
         if self.prototypes is not None:
-            known = labels.prototype_ids is not None and same_table(labels.prototypes, self.prototypes.table)
-            prototype = labels.prototype_ids.numpy() if known else self._nearest(ids, counts)
+            prototype = self._known(labels)
+            if prototype is None:
+                prototype = self._nearest(ids, counts)
             header.append(prototype)
         sort, ranks = by_rank(ids, counts, order, prototype)
         values = self._value(labels.values.numpy()[sort])
         if (self.levels[values] != labels.values.numpy()[sort]).any():
             raise ValueError(f"{self.name}: a weight is not one that this codec gives")
         return EntryRows(np.stack(header, 1).astype(np.int32), ranks, values)
+
+    def _known(self, labels: Weights) -> NDArray[np.int64] | None:
+        """(rows,): the labels' own prototypes, if they are of this table."""
+        if labels.prototype_ids is None or labels.prototypes is None or self.prototypes is None:
+            return None
+        if not same_table(labels.prototypes, self.prototypes.table):
+            return None
+        return labels.prototype_ids.numpy()
 
     def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(rows,): the prototype that finds a row's ids the likeliest: it needs the fewest bits."""
