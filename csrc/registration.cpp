@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def("sparse_rows_inplace(Tensor(a!) student" KDFAST_SPARSE ") -> (Tensor loss, Tensor parts)");
   m.def("select_threshold(" KDFAST_SELECT ", float tau, " KDFAST_STREAM
         ") -> (Tensor ids, Tensor probs, Tensor counts, Tensor lse)");
-  m.def("select_sample(" KDFAST_SELECT ", int draws, " KDFAST_STREAM
+  m.def("select_sample(" KDFAST_SELECT ", int draws, bool systematic, " KDFAST_STREAM
         ") -> (Tensor ids, Tensor counts_of_id, Tensor counts, Tensor lse)");
   m.def("select_top(" KDFAST_SELECT ", int k) -> (Tensor ids, Tensor probs, Tensor rest, Tensor lse)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");

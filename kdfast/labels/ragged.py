@@ -109,6 +109,68 @@ class Weights(Ragged):
 
     kind: ClassVar[str] = "weights"
     support: ClassVar[Support] = Support({"soft_ce": "unbiased"}, entropy=False)
+    shared: ClassVar[tuple[str, ...]] = ("prototypes",)
+
+    prototype_ids: Tensor | None = None  # (rows,) int64, each row's row of `prototypes`, where it is known
+    prototypes: Tensor | None = None  # (S, vocab) bfloat16 or float32
+
+    def shrunk(self, share: float) -> SoftLabels:
+        """Move each row a part of the way to its prototype: ``(1 - share) * weights + share * prototype``.
+
+        Draws are right on average and noisy, prototypes have no noise and are a fixed distance away from the teacher.
+        For a student further from its teacher than the prototypes are, a mixture trains better than the draws; for one
+        nearer it does not. A share of m / (N + m) counts the prototype as m draws beside N.
+
+        Returns:
+            Prototype labels of whole distributions, which any divergence takes; the labels themselves for a share of 0.
+
+        Raises:
+            ValueError: a share outside [0, 1], or labels without prototypes: ``sample`` caches captured with a table
+                (``prototypes=``) have them.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share must lie in [0, 1], got {share}")
+        if share == 0.0:
+            return self
+        if self.prototype_ids is None or self.prototypes is None:
+            raise ValueError(
+                'labels without prototypes cannot be shrunk towards them: capture with codec="sample", '
+                "prototypes=kdfast.cache.learn_prototypes(...)"
+            )
+        row = self.entry_rows
+        typical = self.prototypes[self.prototype_ids[row], self.ids.long()].float()
+        held = torch.zeros(len(self), device=self.device).index_add(0, row, typical)
+        return Prototype(
+            vocab_size=self.vocab_size,
+            values=(1.0 - share) * self.values + share * typical,
+            temperatures=self.temperatures,
+            present=self.present,
+            ids=self.ids,
+            offsets=self.offsets,
+            width=self.width,
+            tails=torch.log(share * (1.0 - held).clamp(min=0.0))[None],
+            prototype_ids=self.prototype_ids,
+            prototypes=self.prototypes,
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        moved = super().to(device, non_blocking=non_blocking)
+        if self.prototypes is None:
+            return moved
+        return replace(moved, prototypes=table_on(self.prototypes, moved.device))
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        prototype_ids = None if self.prototype_ids is None else self.prototype_ids[index]
+        return {**super()._taken(index), "prototype_ids": prototype_ids}
+
+    def _joined(self, parts: Sequence[Any]) -> dict[str, Any]:
+        joined = super()._joined(parts)
+        same = self.prototypes is not None and all(
+            part.prototypes is not None and same_table(part.prototypes, self.prototypes) for part in parts
+        )
+        if not same:  # they are weights still
+            return {**joined, "prototype_ids": None, "prototypes": None}
+        return {**joined, "prototype_ids": torch.cat([part.prototype_ids for part in parts])}
 
     def _at(self, temperature: float, known: int) -> tuple[Tensor, Tensor | None]:
         return self.values, None

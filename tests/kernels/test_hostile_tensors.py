@@ -55,7 +55,7 @@ def test_selection(logits):
     for call in (
         lambda: ops.select_top(logits, 1.0, 2),
         lambda: ops.select_threshold(logits, 1.0, 0.1, 0, 0),
-        lambda: ops.select_sample(logits, 1.0, 3, 0, 0),
+        lambda: ops.select_sample(logits, 1.0, 3, False, 0, 0),
     ):
         with pytest.raises((RuntimeError, IndexError)):
             call()

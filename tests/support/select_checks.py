@@ -39,7 +39,9 @@ def points_on(p, positions, eps=0.0):
     return (np.searchsorted(positions, end) - np.searchsorted(positions, begin)).clip(0) * (p > 0)
 
 
-def positions(seed, row, draws):
+def positions(seed, row, draws, systematic=False):
+    if systematic:
+        return (np.arange(draws) + select.uniforms(seed, row, 1)[0]) / draws
     sums = -np.log(select.uniforms(seed, row, 1, draws + 1)[0])
     return sums.cumsum()[:-1] / sums.sum()
 

@@ -38,12 +38,18 @@ void sorted_uniforms(const Uniforms& uniforms, int64_t count, double* to) {
   for (int64_t i = 0; i < count; ++i) to[i] /= sum;
 }
 
+// `count` numbers at equal distances in (0, 1), all moved by one offset.
+void spaced(double offset, int64_t count, double* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = (double(i) + offset) / double(count);
+}
+
 struct SelectArguments {
   const Tensor& logits;  // (outer, inner, V)
   double temperature;
   int64_t seed, first_row;
   double tau = 0;
   int64_t draws = 0;
+  bool systematic = false;
 };
 
 // The entries of consecutive rows, one after another.
@@ -81,7 +87,9 @@ class PieceRunner {
 
   Selection operator()(const Source& row, int64_t i) {
     const Uniforms uniforms(arguments_.seed, arguments_.first_row + i);
-    if (arguments_.draws > 0)
+    if (arguments_.systematic)
+      spaced(uniforms[0], arguments_.draws, points_.data());
+    else if (arguments_.draws > 0)
       sorted_uniforms(uniforms, arguments_.draws, points_.data());
     else
       points_[0] = uniforms[0];
@@ -152,10 +160,12 @@ Outputs select_threshold(Tensor logits, double temperature, double tau, int64_t 
   return pack<float>(run(arguments), ScalarType::Float);
 }
 
-Outputs select_sample(Tensor logits, double temperature, int64_t draws, int64_t seed, int64_t first_row) {
+Outputs select_sample(Tensor logits, double temperature, int64_t draws, bool systematic, int64_t seed,
+                      int64_t first_row) {
   STD_TORCH_CHECK(draws >= 1 && draws <= INT32_MAX, "expected 1 draw or more");
   SelectArguments arguments = {logits, temperature, seed, first_row};
   arguments.draws = draws;
+  arguments.systematic = systematic;
   return pack<int32_t>(run(arguments), ScalarType::Int);
 }
 

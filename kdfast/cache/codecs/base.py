@@ -132,6 +132,10 @@ class Codec(ABC):
         """Constructor keywords from what ``config`` gave. ``read_asset(file name)`` gives the bytes of an asset."""
         return dict(config)
 
+    def keywords(self) -> dict[str, Any]:
+        """The constructor keywords that make this codec."""
+        return type(self).options(self.config(), self.assets().__getitem__)
+
     def assets(self) -> dict[str, bytes]:
         """Files that a reader needs beside the shards, by name. The name holds a digest of the contents."""
         return {}

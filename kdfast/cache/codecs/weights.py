@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, log2
 from operator import index
 from typing import Any
@@ -20,10 +20,12 @@ from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import record_seed, sample, threshold
 from kdfast.labels import SoftLabels, Weights
 from kdfast.labels.entries import offsets_of
+from kdfast.labels.ragged import same_table, table_on
 
 __all__ = ["Sample", "Threshold", "WeightCodec"]
 
 DRAWS, TAU = 50, 0.02  # defaults
+SAMPLINGS = ("systematic", "independent")
 
 
 class WeightCodec(EntryCodec):
@@ -50,13 +52,23 @@ class WeightCodec(EntryCodec):
         ids, counts = labels.ids.numpy(), labels.counts.numpy()
         header, prototype = [counts], None
         if self.prototypes is not None:
-            prototype = self._nearest(ids, counts)
+            prototype = self._known(labels)
+            if prototype is None:
+                prototype = self._nearest(ids, counts)
             header.append(prototype)
         sort, ranks = by_rank(ids, counts, order, prototype)
         values = self._value(labels.values.numpy()[sort])
         if (self.levels[values] != labels.values.numpy()[sort]).any():
             raise ValueError(f"{self.name}: a weight is not one that this codec gives")
         return EntryRows(np.stack(header, 1).astype(np.int32), ranks, values)
+
+    def _known(self, labels: Weights) -> NDArray[np.int64] | None:
+        """(rows,): the labels' own prototypes, if they are of this table."""
+        if labels.prototype_ids is None or labels.prototypes is None or self.prototypes is None:
+            return None
+        if not same_table(labels.prototypes, self.prototypes.table):
+            return None
+        return labels.prototype_ids.numpy()
 
     def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(rows,): the prototype that finds a row's ids the likeliest: it needs the fewest bits."""
@@ -76,15 +88,24 @@ class WeightCodec(EntryCodec):
         return self._transposed
 
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Weights:
-        return self._labels(ids, values, headers[:, 0])
+        return self._labels(ids, values, headers[:, 0], None if self.prototypes is None else headers[:, 1].long())
 
-    def _labels(self, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
+    def _selected(self, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
+        """The labels of columns that were just chosen, with their prototypes."""
+        if self.prototypes is None:
+            return self._labels(ids, weights, counts, None)
+        nearest = torch.from_numpy(self._nearest(ids.cpu().numpy(), counts.long().cpu().numpy()))
+        return self._labels(ids, weights, counts, nearest.to(ids.device))
+
+    def _labels(self, ids: Tensor, weights: Tensor, counts: Tensor, prototype_ids: Tensor | None) -> Weights:
         return Weights(
             vocab_size=self.vocab_size,
             values=weights,
             temperatures=self.temperatures,
             ids=ids,
             offsets=offsets_of(counts.long()),
+            prototype_ids=prototype_ids,
+            prototypes=None if self.prototypes is None else table_on(self.prototypes.table, ids.device),
         )
 
     def _value(self, weights: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -105,7 +126,12 @@ class Sample(WeightCodec):
     Draws are a function of (seed, key, row) alone.
 
     Args:
-        draws: N. The relative variance of a rare id's weight is 1 / N.
+        draws: N.
+        sampling: "systematic": the draws lie at equal distances along the cumulative probabilities, moved by one
+            random offset, so that a weight is p rounded up or down to a multiple of 1 / N ("systematic resampling",
+            Kitagawa 1996). "independent": each draw for itself, as caches were written before 0.2, whose weights have
+            the variance p (1 - p) / N: the same bytes, and twice to three times the noise.
+        seed: of the draws.
     """
 
     name = "sample"
@@ -116,6 +142,7 @@ class Sample(WeightCodec):
         temperatures: Sequence[float],
         *,
         draws: int = DRAWS,
+        sampling: str = SAMPLINGS[0],
         seed: int = 0,
         coding: str = "blocks",
         prototypes: PrototypeTable | None = None,
@@ -123,13 +150,21 @@ class Sample(WeightCodec):
         super().__init__(vocab_size, temperatures, coding=coding, prototypes=prototypes)
         if not 1 <= index(draws) < 2**17:
             raise ValueError(f"draws must lie in [1, 2**17), got {draws}")
-        self.draws, self.seed = index(draws), index(seed)
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling must be one of {SAMPLINGS}, got {sampling!r}")
+        self.draws, self.sampling, self.seed = index(draws), sampling, index(seed)
         self.total = self.draws
         self.max_entries = min(self.draws, self.vocab_size)
         self.levels = (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
 
     def config(self) -> dict[str, Any]:
-        return {"draws": self.draws, "seed": self.seed, **super().config()}
+        named = {} if self.sampling == "independent" else {"sampling": self.sampling}
+        return {"draws": self.draws, "seed": self.seed, **named, **super().config()}
+
+    @classmethod
+    def options(cls, config: Mapping[str, Any], read_asset: Callable[[str], bytes]) -> dict[str, Any]:
+        # A cache that does not say so was written when all draws were independent.
+        return {"sampling": "independent", **super().options(config, read_asset)}
 
     @classmethod
     def refined(cls, options: Mapping[str, Any], epochs: int) -> dict[str, Any]:
@@ -137,9 +172,15 @@ class Sample(WeightCodec):
         return {**options, "draws": options.get("draws", DRAWS) * epochs}
 
     def select(self, logits: Tensor, key: bytes) -> Weights:
-        drawn = sample(logits, temperature=self.temperatures[0], draws=self.draws, seed=record_seed(self.seed, key))
+        drawn = sample(
+            logits,
+            temperature=self.temperatures[0],
+            draws=self.draws,
+            systematic=self.sampling == "systematic",
+            seed=record_seed(self.seed, key),
+        )
         levels = torch.from_numpy(self.levels).to(logits.device)
-        return self._labels(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
+        return self._selected(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
 
 
 @register
@@ -190,7 +231,7 @@ class Threshold(WeightCodec):
         seed = record_seed(self.seed, key)
         kept = threshold(logits, temperature=self.temperatures[0], tau=self.tau, seed=seed)
         weights = torch.from_numpy(self._round(kept.probs.cpu().numpy(), seed)).to(kept.ids.device)
-        return self._labels(kept.ids, weights, kept.counts)
+        return self._selected(kept.ids, weights, kept.counts)
 
     def _round(self, probs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
         """Round at random to the level above or below, so that the expectation is ``probs``; tau itself is a level."""

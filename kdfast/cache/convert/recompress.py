@@ -50,7 +50,7 @@ def recompress(
     about = cache.info
     kept = about.temperatures if temperatures is None else tuple(float(t) for t in temperatures)
     if codec == about.codec:  # what is not asked for stays as it is
-        options = {**about.config, **options}
+        options = {**cache.codec.keywords(), **options}
     narrow = None if isinstance(cache.codec.empty, Dense) else _narrowing(source, cache, codec, kept, options)
     report = BiasReport(f"the {about.codec} cache {source}")
     stored = {"codec": codec, "temperatures": kept, "teacher": about.teacher, "keys": about.keys, **options}

@@ -91,13 +91,18 @@ def threshold(logits: Tensor, *, temperature: float, tau: float, seed: int, firs
     return Thresholded(*out)
 
 
-def sample(logits: Tensor, *, temperature: float, draws: int, seed: int, first_row: int = 0) -> Drawn:
+def sample(
+    logits: Tensor, *, temperature: float, draws: int, systematic: bool = False, seed: int, first_row: int = 0
+) -> Drawn:
     """Draw columns with replacement from each row's softmax.
 
     Args:
         logits: (rows, vocabulary), any float dtype. Without NaN and +inf; each row with a finite column.
         temperature: the softmax's.
         draws: how many for each row, at least 1.
+        systematic: whether a row's draws lie at equal distances along its cumulative probabilities, moved by one
+            uniform offset, instead of each for itself. A column of probability p is then drawn ``draws * p`` times,
+            rounded up or down, with the same expectation.
         seed: 64 bits, signed; ``record_seed`` makes one.
         first_row: the number of the first row: a row's draws depend on ``seed`` and its number alone.
 
@@ -109,7 +114,7 @@ def sample(logits: Tensor, *, temperature: float, draws: int, seed: int, first_r
     if not 1 <= index(draws) < 2**31:
         raise ValueError(f"draws must lie in [1, 2**31), got {draws}")
     out = torch.ops.kdfast.select_sample(
-        _rows(logits), float(temperature), index(draws), _int64("seed", seed), _row(first_row)
+        _rows(logits), float(temperature), index(draws), bool(systematic), _int64("seed", seed), _row(first_row)
     )
     return Drawn(*out)
 
@@ -156,7 +161,8 @@ GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 def uniforms(seed: int, first_row: int, rows: int, count: int = 1) -> NDArray[np.float64]:
     """(rows, count) uniform numbers in (0, 1), a function of ``seed`` and each row's number alone (splitmix64).
 
-    ``threshold`` takes a row's first one as its offset; ``sample`` makes the spacings of its draws from ``draws + 1``.
+    ``threshold`` and systematic draws take a row's first one as their offset; ``sample`` makes the spacings of
+    independent draws from ``draws + 1``.
     """
     with np.errstate(over="ignore"):
         row = np.arange(first_row + 1, first_row + 1 + rows, dtype=np.uint64) * np.uint64(GOLDEN)
@@ -229,15 +235,21 @@ def _threshold(
     return _entries(hit | (p > tau), p.clamp(min=tau).float(), lse)
 
 
+def _positions(draws: int, systematic: bool, seed: int, first_row: int, rows: int) -> NDArray[np.float64]:
+    """(rows, draws): where along a row's cumulative probabilities its draws lie, ascending in (0, 1)."""
+    if systematic:
+        return (np.arange(draws) + uniforms(seed, first_row, rows)) / draws
+    sums = (-np.log(uniforms(seed, first_row, rows, draws + 1))).cumsum(1)
+    return sums[:, :-1] / sums[:, -1:]
+
+
 def _sample(
-    logits: Tensor, temperature: float, draws: int, seed: int, first_row: int
+    logits: Tensor, temperature: float, draws: int, systematic: bool, seed: int, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, lse = _probabilities(logits, temperature)
-    spacings = -np.log(uniforms(seed, first_row, len(p), draws + 1))
-    sums = torch.from_numpy(spacings.cumsum(1)).to(p.device)
     mass = p.cumsum(1)
     total = mass[:, -1:].contiguous()
-    at = sums[:, :-1] / sums[:, -1:] * total
+    at = torch.from_numpy(_positions(draws, systematic, seed, first_row, len(p))).to(p.device) * total
     # A point that rounding has put on the row's end belongs to the last column with a probability.
     last = torch.searchsorted(mass, total, side="left")
     column = torch.minimum(torch.searchsorted(mass, at, side="right"), last)

@@ -16,18 +16,7 @@ from kdfast.cache.format.keys import make_key
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 from kdfast.cache.selection.select import threshold, top
-from support.entry_checks import VOCAB, learned, make_logits, make_prototypes
-
-
-def through_bytes(codec, labels, wanted=None):
-    block = np.frombuffer(codec.encode(labels), np.uint8)
-    rows = np.arange(len(labels)) if wanted is None else np.array(wanted)
-    unit = np.array([[0, len(block), len(labels)]])
-    if codec.coding == "blocks":
-        return codec.decode(block, unit, rows)
-    spans = codec.locate(block, unit.repeat(len(rows), 0), rows)
-    units = np.concatenate([spans, np.ones((len(rows), 1), np.int64)], 1)
-    return codec.decode(block, units, np.arange(len(rows)))
+from support.entry_checks import VOCAB, learned, make_logits, make_prototypes, through_bytes
 
 
 def by_id(labels):
@@ -123,6 +112,39 @@ def test_draws_are_a_function_of_seed_key_and_row():
         assert all(torch.equal(a, b) for a, b in zip(base, select(b"a", name=name), strict=True))
         for other in (select(b"b", name=name), select(b"a", 1, name)):
             assert len(other[0]) != len(base[0]) or not torch.equal(other[0], base[0])
+
+
+def test_systematic_draws_round_a_probability_up_or_down():
+    logits = make_logits(400)
+    expected = 10 * logits.double().softmax(1)
+    codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 10})
+    assert codec.sampling == "systematic"
+    labels = codec.select(logits, b"")
+    counts = torch.zeros_like(expected)
+    counts[torch.repeat_interleave(labels.offsets.diff()), labels.ids.long()] = (labels.values * 10).double().round()
+    assert (counts > expected.floor() - 1e-6).all()
+    assert (counts < expected.ceil() + 1e-6).all()
+    independent = codecs.create("sample", VOCAB, (1.0,), {"draws": 10, "sampling": "independent"})
+    assert not torch.equal(independent.select(logits, b"").values, labels.values)
+
+
+def test_caches_of_independent_draws_go_on_with_independent_draws(tmp_path):
+    """Their configuration, of before there was a choice, does not name the sampling."""
+    logits = make_logits(30)
+    options = {"vocab_size": VOCAB, "codec": "sample", "draws": 6, "sampling": "independent"}
+    with kdfast.cache.Writer(tmp_path, **options) as writer:
+        writer.add("a", logits)
+    cache = kdfast.cache.open(tmp_path)
+    assert "sampling" not in cache.info.config
+    assert cache.codec.sampling == "independent"
+    with pytest.raises(kdfast.cache.CacheMismatchError, match="sampling"):
+        kdfast.cache.Writer(tmp_path, vocab_size=VOCAB, codec="sample", draws=6)
+    with kdfast.cache.Writer(tmp_path, **options) as writer:
+        writer.add("b", logits)
+    assert_same(
+        kdfast.cache.open(tmp_path)["b"],
+        codecs.create("sample", VOCAB, (1.0,), {"draws": 6, "sampling": "independent"}).select(logits, make_key("b")),
+    )
 
 
 def test_a_prototype_is_close_to_the_row_in_every_part():
@@ -266,6 +288,7 @@ def test_shapes_come_back_from_their_file():
     ("name", "options", "message"),
     [
         ("sample", {"draws": 0}, r"draws must lie in \[1, 2\*\*17\), got 0"),
+        ("sample", {"sampling": "iid"}, r"sampling must be one of .* got 'iid'"),
         ("sample", {"coding": "L2"}, r"coding must be one of .* got 'L2'"),
         ("threshold", {"tau": 0.0}, r"tau must lie in \[2\*\*-16, 1\], got 0"),
         ("threshold", {"tau": float("nan")}, "tau must lie in"),

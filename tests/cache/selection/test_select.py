@@ -48,13 +48,19 @@ def test_threshold_keeps_what_the_model_keeps(case, tau, seed):
 
 
 @settings(deadline=None, max_examples=150)
-@given(case=cases(), draws=st.sampled_from([1, 2, 23, 50, 1000]), seed=st.integers(-(2**63), 2**63 - 1))
-def test_sample_draws_what_the_model_draws(case, draws, seed):
+@given(
+    case=cases(),
+    draws=st.sampled_from([1, 2, 23, 50, 1000]),
+    systematic=st.booleans(),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_sample_draws_what_the_model_draws(case, draws, systematic, seed):
     logits, temperature = case
-    out = select.sample(logits, temperature=temperature, draws=draws, seed=seed, first_row=3)
+    out = select.sample(logits, temperature=temperature, draws=draws, systematic=systematic, seed=seed, first_row=3)
     torch.testing.assert_close(out.lse, (logits.double() / temperature).logsumexp(1).float(), rtol=1e-6, atol=1e-5)
     for row, (ids, counts) in enumerate(rows_of(out)):
-        assert_sampled_row(probabilities(logits[row], temperature), ids, counts, positions(seed, 3 + row, draws))
+        where = positions(seed, 3 + row, draws, systematic)
+        assert_sampled_row(probabilities(logits[row], temperature), ids, counts, where)
 
 
 def test_large_vocabularies():
@@ -97,6 +103,12 @@ def test_both_are_unbiased(dtype):
     # Independent draws: a column's count has the binomial variance.
     top = p.argmax()
     assert weights[:, top].var() == pytest.approx(p[top] * (1 - p[top]) / 10, rel=0.05)
+    weights = dense(select.sample(rows, temperature=1.0, draws=10, systematic=True, seed=11), redraws, 200) / 10
+    assert_mean(weights, p, redraws * 10 * p)
+    # Systematic ones: it is 10 p rounded up or down.
+    assert set(np.unique(weights[:, top] * 10).round(4)) <= {np.floor(10 * p[top]), np.ceil(10 * p[top])}
+    part = 10 * p[top] % 1
+    assert weights[:, top].var() == pytest.approx(part * (1 - part) / 100, rel=0.05)
 
 
 # ---- edges ----------------------------------------------------------------------------------------------------------
@@ -185,6 +197,7 @@ def test_no_rows():
 RUNS = {
     "threshold": lambda x, **more: select.threshold(x, temperature=1.5, tau=0.03, seed=9, **more),
     "sample": lambda x, **more: select.sample(x, temperature=1.5, draws=40, seed=9, **more),
+    "systematic": lambda x, **more: select.sample(x, temperature=1.5, draws=40, systematic=True, seed=9, **more),
 }
 
 
@@ -245,16 +258,21 @@ def test_the_fallback_has_the_same_law():
     out = select.Thresholded(*select._threshold(logits[None], 1.5, 0.03, 8, 2))
     for row, (ids, probs) in enumerate(rows_of(out)):
         assert_threshold_row(p[row], ids, probs, 0.03, select.uniforms(8, 2 + row, 1)[0, 0], eps=1e-12)
-    drawn = select.Drawn(*select._sample(logits[None], 1.5, 60, 8, 2))
-    for row, (ids, counts) in enumerate(rows_of(drawn)):
-        assert_sampled_row(p[row], ids, counts, positions(8, 2 + row, 60), eps=1e-12)
+    for systematic in (False, True):
+        drawn = select.Drawn(*select._sample(logits[None], 1.5, 60, systematic, 8, 2))
+        for row, (ids, counts) in enumerate(rows_of(drawn)):
+            assert_sampled_row(p[row], ids, counts, positions(8, 2 + row, 60, systematic), eps=1e-12)
     torch.testing.assert_close(out.lse, (logits / 1.5).logsumexp(1))
 
 
-@pytest.mark.parametrize(("name", "amount"), [("select_threshold", 0.05), ("select_sample", 20)])
+@pytest.mark.parametrize(
+    ("name", "amount"), [("select_threshold", (0.05,)), ("select_sample", (20, False)), ("select_sample", (20, True))]
+)
 def test_ops_trace_with_unknown_sizes(name, amount):
     op = getattr(torch.ops.kdfast, name).default
-    torch.library.opcheck(op, (torch.randn(1, 3, 50), 1.0, amount, 1, 0), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        op, (torch.randn(1, 3, 50), 1.0, *amount, 1, 0), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 # ---- bad arguments --------------------------------------------------------------------------------------------------
