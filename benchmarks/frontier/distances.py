@@ -36,7 +36,7 @@ class Distance:
     windows: int = 64
     held_out: int = 16
     batch: int = 2
-    rate: float = 2e-4
+    rate: float = 3e-4
     seeds: int = field(default=5, repr=False)
 
 
