@@ -56,4 +56,8 @@ ARMS: dict[str, LabelSource] = {
     "threshold-.1": LabelSource("threshold", {"tau": 0.1}),
     "threshold-.05-fresh": LabelSource("threshold", {"tau": 0.05}, fresh=True),
     "prototype-1-and-8-drawn": prototype(1, 256, residual=8),
+    "systematic-5": LabelSource("sample", {"draws": 5, "sampling": "systematic"}),
+    "systematic-8": LabelSource("sample", {"draws": 8, "sampling": "systematic"}),
+    "systematic-10": LabelSource("sample", {"draws": 10, "sampling": "systematic"}),
+    "systematic-23": LabelSource("sample", {"draws": 23, "sampling": "systematic"}),
 }

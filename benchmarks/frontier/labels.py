@@ -64,12 +64,15 @@ def _labels(corpus: Corpus, folder: Path, arm: LabelSource, draw: int, count: in
     options = dict(arm.options)
     if codecs.find(arm.codec).drawn:
         options["seed"] = draw
+    if arm.codec == "sample":  # arms that do not say so were trained before there was a choice
+        options.setdefault("sampling", "independent")
     if arm.prototypes:
         options["prototypes"] = load_prototypes(corpus, folder, arm.prototypes, options["k"])
     stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits, count)
     windows, payload, model, residual = stored.windows, float(stored.payload), stored.model, []
     if arm.residual:
         draws = {"draws": arm.residual, "seed": draw, "prototypes": options["prototypes"]}
+        draws["sampling"] = "independent"
         codec = codecs.create("sample", corpus.vocab_size, (1.0,), draws)
         residual, drawn = _residual(corpus, codec, windows)
         payload += drawn.payload + sum(part.extra_bytes for part in residual)
