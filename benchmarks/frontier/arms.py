@@ -45,6 +45,8 @@ ARMS: dict[str, LabelSource] = {
     "prototype-0": prototype(0, 256),
     "threshold-.05": LabelSource("threshold", {"tau": 0.05}),
     "sample-23-fresh": LabelSource("sample", {"draws": 23}, fresh=True),
+    "sample-5": LabelSource("sample", {"draws": 5}),
+    "topk-16-tail": LabelSource("topk", {"k": 16}),
     "topk-4": LabelSource("topk", {"k": 4}, renormalise=True),
     "prototype-9": prototype(9, 256),
     "prototype-1-of-64": prototype(1, 64),
@@ -54,4 +56,8 @@ ARMS: dict[str, LabelSource] = {
     "threshold-.1": LabelSource("threshold", {"tau": 0.1}),
     "threshold-.05-fresh": LabelSource("threshold", {"tau": 0.05}, fresh=True),
     "prototype-1-and-8-drawn": prototype(1, 256, residual=8),
+    "systematic-5": LabelSource("sample", {"draws": 5, "sampling": "systematic"}),
+    "systematic-8": LabelSource("sample", {"draws": 8, "sampling": "systematic"}),
+    "systematic-10": LabelSource("sample", {"draws": 10, "sampling": "systematic"}),
+    "systematic-23": LabelSource("sample", {"draws": 23, "sampling": "systematic"}),
 }

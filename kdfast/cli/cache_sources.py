@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 
 import kdfast.cache
-from kdfast._optional import import_optional
 from kdfast._paths import local_path
 from kdfast.cache import CacheError
 from kdfast.cache.capture.corpus import cut
+from kdfast.cache.capture.language_model import load_causal_model, load_tokenizer
 from kdfast.cache.capture.ranks import Ranks, capture_share
 from kdfast.cli.documents import documents
 from kdfast.cli.terminal import check_choice, exit_on_error, progress_bar
@@ -42,7 +42,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def capture(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face causal model: a folder or a name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face causal model: a folder, a name, or a .gguf file.")
+    ],
     texts: Texts,
     out: Destination,
     codec: Annotated[str, typer.Option(help="How to store the labels.")] = "auto",
@@ -95,7 +97,9 @@ def capture_vllm(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server: http://host:8000.", show_default=False)],
     texts: Texts,
     out: Destination,
-    tokenizer: Annotated[str, typer.Option(help="The teacher's tokenizer, of Hugging Face: a folder or a name.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="The teacher's tokenizer, of Hugging Face: a folder, a name, or a .gguf file.")
+    ],
     vocab_size: Annotated[int, typer.Option(min=1, help="Size of the teacher's vocabulary.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="The teacher's fingerprint: a text that changes with its weights.")],
     k: Annotated[int, typer.Option(min=1, help="Entries per row; above 20 the server needs --max-logprobs.")] = 20,
@@ -180,18 +184,9 @@ def convert(
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(name)
-    from transformers import AutoModelForCausalLM
-
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device), tokenizer
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load a Hugging Face tokenizer. Raises ``ImportError`` if transformers is not installed."""
-    transformers = import_optional("transformers", "a language model", extra="lm")
-    return transformers.AutoTokenizer.from_pretrained(name)
+    return load_causal_model(name, dtype).to(device), tokenizer
 
 
 def _recompress(source: str, destination: str, **options: Any) -> BiasReport:
