@@ -54,7 +54,7 @@ DISTANCES: dict[str, Distance] = {
         "Gemma-3-270M, layers 6, 9, 12 cut", "gemma3", cut=(6, 9, 12), windows=24, held_out=6, batch=1, seeds=1
     ),
     "cut-3-long": Distance(
-        "layers 10, 14, 18 cut, ten times the tokens", corpus="manuals", cut=(10, 14, 18), windows=640, batch=4, seeds=1
+        "layers 10, 14, 18 cut, 25 times the tokens", corpus="manuals", cut=(10, 14, 18), windows=1600, batch=4, seeds=1
     ),
 }
 # The arms that decide have all seeds, the others one. "start" is a student that is not trained.

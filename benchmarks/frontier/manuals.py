@@ -1,4 +1,4 @@
-"""The text of Debian's manuals, some hundred thousand words: debian-handbook and its like, fetched by apt-get."""
+"""The text of Debian's manuals, 300,000 words of debian-handbook and its like, fetched by apt-get."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pathlib import Path
 
 __all__ = ["manuals"]
 
-PACKAGES = ("debian-handbook", "debian-reference-en", "debian-policy", "developers-reference")
+PACKAGES = (
+    "debian-handbook",
+    "debian-reference-en",
+    "installation-guide-amd64",
+    "debian-policy",
+    "developers-reference",
+)
 PAGES = "usr/share/doc/**/*.html"
 
 
@@ -27,14 +33,14 @@ def _pages(package: str) -> list[str]:
         subprocess.run(["apt-get", "download", "-q", package], cwd=name, check=True)
         (archive,) = Path(name).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", archive, name], check=True)
-        files = sorted(Path(name).glob(PAGES))
-        return [_text(file.read_text(errors="replace")) for file in files if _english(file)]
+        files = sorted(file for file in Path(name).glob(PAGES) if file.is_file() and _english(file, Path(name)))
+        return [_text(file.read_text(errors="replace")) for file in files]
 
 
-def _english(file: Path) -> bool:
-    """Whether a page is English: other languages have folders or endings of two letters."""
-    others = re.compile(r"(^|[./])(?!en)[a-z]{2}([-_][A-Za-z]{2,4})?([./]|$)")
-    return not others.search(str(file.relative_to(file.parents[-1])).split("usr/share/doc/")[1].removesuffix(".html"))
+def _english(file: Path, root: Path) -> bool:
+    """Whether a page is English: those of other languages lie in a folder or end in a suffix of two letters."""
+    parts = re.split(r"[/.]", str(file.relative_to(root / "usr/share/doc")).removesuffix(".html"))
+    return all(part.startswith("en") for part in parts if re.fullmatch(r"[a-z]{2}([-_][A-Za-z]{2,4})?", part))
 
 
 def _text(page: str) -> str:

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def main() -> None:
     far = [row for row in _rows(folder / "frontier-students.jsonl") if row["epochs"] == FAR_EPOCHS]
     if far:
         panels[FAR], _ = summarise(far, untrained="none")
-        sections.append(f"## {FAR}\n\n{table(panels[FAR])}")
+        sections.append(f"## {FAR}\n\n{table(panels[FAR], margins=False)}")
     where = [", ".join(sorted({str(row[name]) for row in rows})) for name in ("commit", "torch", "processor")]
     about = f"{len(rows)} near students; commits {where[0]}; torch {where[1]}; {where[2]}"
     text = "\n\n".join([HEADING, *sections, about])
@@ -117,7 +118,7 @@ def _result(arm: str, by_seed: dict[int, dict[str, Any]], dense: dict[int, float
     return Result(arm, kl, ce, lost, interval, len(by_seed), size)
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[Result], margins: bool = True) -> str:
     lines = [
         "| labels | bytes/token | held-out KL | lost of dense KD's gain | within the margin | cross-entropy | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -126,11 +127,12 @@ def table(results: list[Result]) -> str:
         size = "" if r.bytes_per_token is None else f"{r.bytes_per_token:.1f}"
         lost = "" if r.lost is None else f"{100 * r.lost:.2f} %"
         lost += "" if r.interval is None else f" ± {100 * r.interval:.2f}"
-        within = "" if r.within is None else "yes" if r.within else "no"
+        within = "" if r.within is None or not margins else "yes" if r.within else "no"
         lines.append(f"| {r.arm} | {size} | {r.kl:.4f} | {lost} | {within} | {r.ce:.3f} | {r.seeds} |")
     return "\n".join(lines)
 
 
+COLOURS = {**FAMILIES, "systematic": "tab:purple"}
 SHOWN = (0.0005, 3.0)  # the axis of shares lost; what lies outside is drawn at its edge
 COLUMNS = 3
 
@@ -146,7 +148,7 @@ def plot(panels: dict[str, list[Result]], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, results) in zip(axes.flat, panels.items(), strict=False):
-        _panel(axis, results)
+        _panel(axis, results, () if title == FAR else MARGINS)
         axis.set_title(title, fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("share of dense KD's gain lost")
@@ -157,15 +159,15 @@ def plot(panels: dict[str, list[Result]], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis: Any, results: list[Result]) -> None:
+def _panel(axis: Any, results: list[Result], margins: Sequence[tuple[float, float]]) -> None:
     left = 0.9
-    for most, margin in MARGINS:
+    for most, margin in margins:
         axis.plot([left, most], [margin, margin], color="black", linewidth=1, linestyle=":")
         left = most
     axis.axhline(1, color="grey", linewidth=0.7)
     named = set()
     for r in results:
-        family = next((name for name in FAMILIES if r.arm.startswith(name)), None)
+        family = next((name for name in COLOURS if r.arm.startswith(name)), None)
         if family is None or r.bytes_per_token is None or r.lost is None:
             continue
         y = min(max(r.lost, SHOWN[0]), SHOWN[1])
@@ -176,7 +178,7 @@ def _panel(axis: Any, results: list[Result]) -> None:
         label = None if family in named else family
         named.add(family)
         axis.errorbar(
-            r.bytes_per_token, y, error, fmt=marker, color=FAMILIES[family], label=label, capsize=2, markersize=5
+            r.bytes_per_token, y, error, fmt=marker, color=COLOURS[family], label=label, capsize=2, markersize=5
         )
         note = r.arm.removeprefix(family).strip("-")
         axis.annotate(note, (r.bytes_per_token, y), xytext=(5, 3), textcoords="offset points", fontsize=7)

@@ -22,7 +22,7 @@ def load_causal_model(name: str | Path, dtype: str | torch.dtype = "auto") -> An
         dtype: of the weights; "auto": the model's own.
 
     Raises:
-        ImportError: transformers is not installed, or gguf for a .gguf file.
+        ImportError: transformers is not installed, or gguf or accelerate for a .gguf file.
         FileNotFoundError: there is no such .gguf file.
     """
     transformers = import_optional("transformers", "a language model", extra="lm")
@@ -44,7 +44,8 @@ def _where(name: str | Path) -> tuple[str, dict[str, Any]]:
     file = Path(name)
     if file.suffix != ".gguf" or file.is_dir():
         return str(name), {}
-    import_optional("gguf", "a .gguf file")
+    for module in ("gguf", "accelerate"):
+        import_optional(module, "a .gguf file", extra="lm")
     if not file.exists():
         raise FileNotFoundError(f"there is no file {file}")
     return str(file.parent), {"gguf_file": file.name}

@@ -1,0 +1,117 @@
+"""The frontier's near students: what is cut, rounded, adapted and trained is what their descriptions say."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+import kdfast
+
+FOLDER = Path(__file__).parents[2] / "benchmarks/frontier"
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def near():
+    sys.path.insert(0, str(FOLDER))
+    import near_student
+
+    yield near_student
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def make(near):
+    def make(kind="llama", **options):
+        torch.manual_seed(0)
+        model = (
+            LlamaForCausalLM(LlamaConfig(**SIZES))
+            if kind == "llama"
+            else Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=4, sliding_window_pattern=2))
+        ).eval()
+        for parameter in model.parameters():  # norms too
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return model, near.NearStudent(model, replace(sys.modules["distances"].Distance(""), **options))
+
+    return make
+
+
+def logits(student):
+    """In float32 throughout."""
+    with torch.no_grad():
+        hidden = student.upper(inputs_embeds=student.inputs(IDS), use_cache=False).last_hidden_state
+    return hidden @ student.weight.T
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_student_of_all_layers_is_its_teacher(make, kind):
+    model, student = make(kind)
+    assert torch.equal(logits(student), model(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_cut_leaves_these_layers_out_and_those_below_it_alone(make, kind):
+    model, student = make(kind, cut=(2, 3))
+    layers = model.model.layers
+    found, skipped = logits(student), []
+    layers[2].register_forward_pre_hook(lambda module, args: skipped.append(args[0]))
+    layers[4].register_forward_pre_hook(lambda module, args: (skipped[0], *args[1:]))
+    torch.testing.assert_close(found, model(IDS).logits)
+    assert {id(p) for p in student.trained} == {
+        id(p) for part in (layers[4], model.model.norm) for p in part.parameters()
+    }
+    assert all(p.requires_grad for p in student.trained)
+    assert not any(p.requires_grad for p in (*layers[:2].parameters(), model.lm_head.weight))
+
+
+def test_weights_are_rounded_to_multiples_of_their_groups_scale(near):
+    weight = torch.linspace(-7, 7, 64).view(1, 64)
+    weight[0, 32:] *= 3
+    low = near.rounded(weight, 4)
+    assert torch.equal(low[0, :32], weight[0, :32].round())  # the largest of the group is 7: a scale of 1
+    assert torch.equal(low[0, 32:] / 3, (weight[0, 32:] / 3).round())
+    assert (near.rounded(weight, 8) - weight).abs().max() <= 21 / 127 / 2 + 1e-6
+    assert torch.equal(near.rounded(torch.zeros(2, 32), 4), torch.zeros(2, 32))
+
+
+def test_rounded_weights_are_trained_straight_through(make, near):
+    model, student = make(bits=4)
+    layer = model.model.layers[0].self_attn.q_proj.weight
+    exact = next(w for w, r in zip(student.exact, student.rounded, strict=True) if r is layer)
+    assert torch.equal(layer, near.rounded(exact, 4))
+    assert not torch.equal(layer, exact)
+    assert any(p is exact for p in student.trained)
+    assert not any(p is layer for p in student.trained)
+    before = exact.clone()
+    kdfast.kd_loss(student.head(student.inputs(IDS)), torch.randn(24, 40)).backward()
+    gradient = layer.grad.clone()
+    student.before_step()
+    torch.optim.SGD(student.trained, lr=1.0).step()
+    student.after_step()
+    torch.testing.assert_close(exact, before - gradient)
+    assert torch.equal(layer, near.rounded(exact, 4))
+    assert layer.grad is None
+
+
+def test_adapters_begin_at_the_rounded_weights_and_alone_are_trained(make):
+    _, plain = make(bits=4)
+    model, student = make(bits=4, rank=2)
+    assert torch.equal(logits(student), logits(plain))
+    assert {tuple(p.shape)[:1] for p in student.trained[::2]} == {(2,)}
+    assert len(student.trained) == 2 * 7 * 5
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in student.trained}
