@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from kdfast.cache.codecs.base import CaptureSource, Files, require_kind
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
+from kdfast.cache.codecs.learned_table import needs_table, with_table
 from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.codecs.registry import register
-from kdfast.cache.selection.learn_prototypes import learn_prototypes
 from kdfast.cache.selection.prototypes import PrototypeTable
-from kdfast.cache.selection.select import Top, missing, threshold, top
+from kdfast.cache.selection.select import missing, top
 from kdfast.labels import Prototype as PrototypeLabels
 from kdfast.labels import SoftLabels
 from kdfast.labels.entries import offsets_of
@@ -27,11 +26,7 @@ from kdfast.labels.ragged import table_on
 __all__ = ["Prototype"]
 
 K = 3  # the default
-PROTOTYPES = 256  # that a capture learns by default
-CHOSEN = "shapes.txt"  # holds the name of the table that those who learned one at the same time agreed on
-TABLE_NAME = re.compile(r"shapes-.*\.safetensors")
 CHUNK = 512  # rows at a time
-ASSIGN_TAU = 1 / 512  # a sample so fine finds prototypes whose labels' KL is 5e-4 nats above the best ones'
 REACH = 12.0  # logits of shares and tails are cut to [-REACH, REACH] nats
 
 
@@ -96,26 +91,11 @@ class Prototype(EntryCodec):
 
     @classmethod
     def learns_first(cls, options: Mapping[str, Any], files: Files) -> bool:
-        return not isinstance(options.get("prototypes"), PrototypeTable) and _stored_table(files) is None
+        return needs_table(options, files)
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any], source: CaptureSource) -> dict[str, Any]:
-        wanted = options.get("prototypes", PROTOTYPES)
-        if isinstance(wanted, PrototypeTable):
-            return dict(options)
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-            raise ValueError(f"prototypes must be a table or a positive number, got {wanted!r}")
-        table = _stored_table(source.files)
-        if table is None:
-            table = learn_prototypes(
-                source.first_rows,
-                count=wanted,
-                entries=options.get("k", K),
-                temperature=source.temperatures[0],
-                rounds=1,
-            )
-            table = _agreed_table(table, source.files)
-        return {**options, "prototypes": table}
+        return with_table(options, source, options.get("k", K))
 
     def select(self, logits: Tensor, key: bytes) -> SoftLabels:
         chunks = torch.split(logits.detach(), CHUNK)
@@ -123,7 +103,7 @@ class Prototype(EntryCodec):
 
     def _select(self, logits: Tensor, first_row: int) -> PrototypeLabels:
         likeliest = top(logits, temperature=self.temperatures[0], k=self.k)
-        prototype = self._assign(logits, first_row, likeliest).cpu().numpy()
+        prototype = self.prototypes.assign_rows(logits, self.temperatures[0], first_row, likeliest).cpu().numpy()
         probs = likeliest.probs.cpu().numpy()
         kept = ~missing(logits, likeliest).cpu().numpy()  # a masked column is no entry
         counts = kept.sum(1)
@@ -135,14 +115,6 @@ class Prototype(EntryCodec):
         tail = self._tail_code(likeliest.rest.cpu().numpy(), mass, counts)
         headers = np.stack([counts, prototype, tail], 1).astype(np.int32)
         return self.to_labels(*(torch.from_numpy(x) for x in (headers, flat[sort], values)))
-
-    def _assign(self, logits: Tensor, first_row: int, likeliest: Top) -> Tensor:
-        """(rows,) int64: each row's prototype."""
-        temperature = self.temperatures[0]
-        if logits.device.type == "cpu":
-            drawn = threshold(logits, temperature=temperature, tau=ASSIGN_TAU, seed=0, first_row=first_row)
-            return self.prototypes.assign_drawn(drawn, likeliest.ids, likeliest.rest)
-        return self.prototypes.assign((logits.float() / temperature).softmax(1), likeliest.ids.long())
 
     def _tail_code(self, tail: NDArray[np.float64], mass: NDArray[np.float64], counts: NDArray[np.int64]) -> Any:
         head = _sums(mass, counts)
@@ -209,31 +181,6 @@ def _grid(step: float) -> NDArray[np.float64]:
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
     y: NDArray[np.float64] = np.exp(-np.logaddexp(0, -x))
     return y
-
-
-def _stored_table(files: Files) -> PrototypeTable | None:
-    """The table that an earlier session of the same capture has learned: resuming it takes the same one."""
-    try:
-        names = files.list()
-    except FileNotFoundError:
-        return None
-    tables = [name for name in names if TABLE_NAME.fullmatch(name)]
-    if CHOSEN in names:
-        name = files.read_bytes(CHOSEN).decode("ascii", "replace").strip()
-        return PrototypeTable.from_bytes(files.read_bytes(name)) if name in tables else None
-    return PrototypeTable.from_bytes(files.read_bytes(tables[0])) if len(tables) == 1 else None
-
-
-def _agreed_table(table: PrototypeTable, files: Files) -> PrototypeTable:
-    """``table``, or that of another process which has learned one at the same time and was faster."""
-    files.create()
-    if files.exists(CHOSEN):
-        return _stored_table(files) or table
-    if not files.exists(table.file_name):
-        files.publish(table.file_name, [table.to_bytes()])
-    if files.publish_new(CHOSEN, f"{table.file_name}\n".encode()):
-        return table
-    return _stored_table(files) or table
 
 
 def _nearest(grid: NDArray[np.float64], logits: NDArray[np.float64], fixed: NDArray[np.bool_]) -> NDArray[np.int32]:

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.base import require_kind
+from kdfast.cache.codecs.base import CaptureSource, Files, require_kind
 from kdfast.cache.codecs.entries import EntryCodec, EntryRows, by_rank
+from kdfast.cache.codecs.learned_table import needs_table, with_table
 from kdfast.cache.codecs.model import IdOrder
 from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.prototypes import PrototypeTable
-from kdfast.cache.selection.select import record_seed, sample, threshold
+from kdfast.cache.selection.select import Top, record_seed, sample, threshold
 from kdfast.labels import SoftLabels, Weights
 from kdfast.labels.entries import offsets_of
 from kdfast.labels.ragged import same_table, table_on
@@ -25,6 +26,7 @@ from kdfast.labels.ragged import same_table, table_on
 __all__ = ["Sample", "Threshold", "WeightCodec"]
 
 DRAWS, TAU = 50, 0.02  # defaults
+CHUNK = 512  # rows at a time
 SAMPLINGS = ("systematic", "independent")
 
 
@@ -46,6 +48,14 @@ class WeightCodec(EntryCodec):
     @property
     def header_limits(self) -> tuple[int, ...]:
         return (self.max_entries + 1, *(() if self.prototypes is None else (len(self.prototypes),)))
+
+    @classmethod
+    def learns_first(cls, options: Mapping[str, Any], files: Files) -> bool:
+        return options.get("prototypes") is not None and needs_table(options, files)
+
+    @classmethod
+    def prepare(cls, options: Mapping[str, Any], source: CaptureSource) -> dict[str, Any]:
+        return dict(options) if options.get("prototypes") is None else with_table(options, source, entries=0)
 
     def to_rows(self, labels: SoftLabels, order: IdOrder) -> EntryRows:
         labels = require_kind(labels, Weights)
@@ -71,7 +81,7 @@ class WeightCodec(EntryCodec):
         return labels.prototype_ids.numpy()
 
     def _nearest(self, ids: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(rows,): the prototype that finds a row's ids the likeliest: it needs the fewest bits."""
+        """(rows,): the prototype that finds a row's ids the likeliest, of labels that come without their rows."""
         assert self.prototypes is not None
         totals = np.zeros((len(counts), len(self.prototypes)), np.int32)
         first = counts.cumsum() - counts
@@ -90,12 +100,17 @@ class WeightCodec(EntryCodec):
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Weights:
         return self._labels(ids, values, headers[:, 0], None if self.prototypes is None else headers[:, 1].long())
 
-    def _selected(self, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
-        """The labels of columns that were just chosen, with their prototypes."""
+    def _selected(self, logits: Tensor, ids: Tensor, weights: Tensor, counts: Tensor) -> Weights:
+        """The labels of columns that were just chosen, with the prototypes closest to the whole rows."""
         if self.prototypes is None:
             return self._labels(ids, weights, counts, None)
-        nearest = torch.from_numpy(self._nearest(ids.cpu().numpy(), counts.long().cpu().numpy()))
-        return self._labels(ids, weights, counts, nearest.to(ids.device))
+        chunks, numbers = torch.split(logits.detach(), CHUNK), []
+        for i, chunk in enumerate(chunks):
+            none = chunk.new_empty((len(chunk), 0), dtype=torch.int32)
+            rest = torch.ones(len(chunk), dtype=torch.float64, device=chunk.device)
+            whole = Top(none, none.double(), rest, rest.float())  # no entries: a prototype stands for the whole row
+            numbers.append(self.prototypes.assign_rows(chunk, self.temperatures[0], CHUNK * i, whole))
+        return self._labels(ids, weights, counts, torch.cat(numbers) if numbers else counts.long())
 
     def _labels(self, ids: Tensor, weights: Tensor, counts: Tensor, prototype_ids: Tensor | None) -> Weights:
         return Weights(
@@ -180,7 +195,7 @@ class Sample(WeightCodec):
             seed=record_seed(self.seed, key),
         )
         levels = torch.from_numpy(self.levels).to(logits.device)
-        return self._selected(drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
+        return self._selected(logits, drawn.ids, levels[drawn.draws.long() - 1], drawn.counts)
 
 
 @register
@@ -231,7 +246,7 @@ class Threshold(WeightCodec):
         seed = record_seed(self.seed, key)
         kept = threshold(logits, temperature=self.temperatures[0], tau=self.tau, seed=seed)
         weights = torch.from_numpy(self._round(kept.probs.cpu().numpy(), seed)).to(kept.ids.device)
-        return self._selected(kept.ids, weights, kept.counts)
+        return self._selected(logits, kept.ids, weights, kept.counts)
 
     def _round(self, probs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
         """Round at random to the level above or below, so that the expectation is ``probs``; tau itself is a level."""

@@ -12,12 +12,13 @@ from safetensors.numpy import load, save
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from kdfast.cache.selection.select import Thresholded
+from kdfast.cache.selection.select import Thresholded, Top, threshold
 
 __all__ = ["PrototypeTable"]
 
 STEPS_PER_OCTAVE = 8  # of the stored logarithms: a probability is off by at most 4.4 %
 ZERO = 255  # the code of a column without any probability
+ASSIGN_TAU = 1 / 512  # a sample so fine finds prototypes whose labels' KL is 5e-4 nats above the best ones'
 FAVOURITES = 64  # ids per prototype that lead its order: the likeliest ones, entries of the labels included
 
 
@@ -107,6 +108,20 @@ class PrototypeTable:
     def file_name(self) -> str:
         """The name of the table's file beside a cache's shards."""
         return f"shapes-{self.digest}.safetensors"
+
+    def assign_rows(self, logits: Tensor, temperature: float, first_row: int, likeliest: Top) -> Tensor:
+        """(rows,) int64: for each row the prototype whose label, with the entries ``likeliest``, is the closest to it.
+
+        Args:
+            logits: (rows, vocab).
+            temperature: of the labels.
+            first_row: the number of the first row, on which the sample of it depends that is looked at on a CPU.
+            likeliest: the entries, and the probability of all other columns.
+        """
+        if logits.device.type == "cpu":
+            drawn = threshold(logits, temperature=temperature, tau=ASSIGN_TAU, seed=0, first_row=first_row)
+            return self.assign_drawn(drawn, likeliest.ids, likeliest.rest)
+        return self.assign((logits.float() / temperature).softmax(1), likeliest.ids.long())
 
     def assign(self, probs: Tensor, ids: Tensor) -> Tensor:
         """(rows,) int64: for each row the prototype whose label is the closest to it in forward KL.

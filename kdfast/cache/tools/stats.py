@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kdfast.cache.codecs.prototype import CHOSEN
+from kdfast.cache.codecs.learned_table import CHOSEN
 from kdfast.cache.format.container import read_container
 from kdfast.cache.format.declared import DECLARATION
 from kdfast.cache.format.manifest import MANIFEST, UNFINISHED, shard_names

@@ -401,6 +401,18 @@ def test_replicas_are_draws_of_their_own(tmp_path, teacher):
     assert run(teacher, batches(2), tmp_path, codec=Draws.name, epochs=5, reuse="replicas")[:3] == (2, 0, 12)
 
 
+def test_draws_learn_a_table_of_whole_rows_if_asked_for_one(tmp_path, teacher):
+    run(teacher, batches(4), tmp_path / "a", codec="sample", draws=6, prototypes=3)
+    run(teacher, batches(2), tmp_path / "b", codec="sample", draws=6, prototypes=3)
+    run(teacher, batches(4), tmp_path / "b", codec="sample", draws=6, prototypes=3)  # takes up the table that it finds
+    cache = kdfast.cache.open(tmp_path / "a")
+    labels = cache.gather(list(cache))
+    assert labels.prototypes.shape[0] <= 3
+    assert len(kdfast.cache.open(tmp_path / "b")) == len(cache)
+    run(teacher, batches(2), tmp_path / "c", codec="sample", draws=6)
+    assert kdfast.cache.open(tmp_path / "c").gather(list(kdfast.cache.open(tmp_path / "c"))).prototypes is None
+
+
 def test_refining_draws_more(tmp_path, teacher):
     run(teacher, batches(2), tmp_path / "default", codec=Draws.name, epochs=3)
     run(teacher, batches(2), tmp_path / "given", codec=Draws.name, epochs=3, draws=10)

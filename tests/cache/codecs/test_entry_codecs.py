@@ -1,6 +1,7 @@
 """The codecs of entries: what they keep of a row, without bias where promised, and that bytes lose nothing of it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,10 +210,20 @@ def test_a_sample_finds_a_shape_that_is_nearly_as_close():
     assert len(best.unique()) > 8
 
 
-def test_a_row_of_weights_is_coded_in_the_shape_that_finds_its_ids_the_likeliest():
+@pytest.mark.parametrize("options", [("sample", {"draws": 9}), ("threshold", {"tau": 0.1})])
+def test_a_row_of_weights_has_the_prototype_closest_to_the_whole_row(options):
+    prototypes = make_prototypes(count=6)
+    logits = make_logits(600, scale=1.5)
+    labels = codecs.create(options[0], VOCAB, (1.0,), {**options[1], "prototypes": prototypes}).select(logits, b"")
+    kl = -logits.softmax(1) @ prototypes.log_table
+    assert (kl.gather(1, labels.prototype_ids[:, None])[:, 0] - kl.amin(1)).mean() < 1e-3
+    assert len(labels.prototype_ids.unique()) > 1
+
+
+def test_weights_without_their_rows_are_coded_in_the_prototype_that_finds_their_ids_the_likeliest():
     prototypes = make_prototypes(count=6)
     codec = codecs.create("sample", VOCAB, (1.0,), {"draws": 9, "prototypes": prototypes})
-    labels = codec.select(make_logits(60), b"")
+    labels = replace(codec.select(make_logits(60), b""), prototype_ids=None, prototypes=None)
     chosen = codec.to_rows(labels, codec.order).headers[:, 1]
     rows = np.split(labels.ids.numpy(), labels.offsets.numpy()[1:-1])
     assert chosen.tolist() == [int(prototypes.codes[:, row].sum(1, dtype=np.int64).argmin()) for row in rows]
