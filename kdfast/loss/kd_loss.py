@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -41,6 +41,26 @@ class LossParts(NamedTuple):
     ce: Tensor  # cross-entropy with label smoothing, nats, unweighted
     entropy: Tensor  # of the student at its temperature, nats
     top1: Tensor  # 1 where student and teacher agree on the most likely column, else 0
+
+    @property
+    def floor(self) -> float | None:
+        """How far the teacher's labels lie from its rows, in nats: KL(teacher || label), the mean over their cache.
+
+        A ``kd`` that is not well above it is of a student that is about as near to its teacher as its labels are: it
+        learns their error. None for logits, for labels that nobody has measured or that have no floor, being drawn,
+        and at another teacher temperature than that of the measurement.
+        """
+        return None
+
+
+class _FlooredParts(LossParts):
+    """The parts of a loss of labels whose floor is known."""
+
+    known: float
+
+    @property
+    def floor(self) -> float:
+        return self.known
 
 
 def kd_loss(
@@ -110,7 +130,7 @@ def kd_loss(
             With padding on the left the position before the first token counts, as in Hugging Face's losses;
             ``mask[..., :-1] * mask[..., 1:]`` leaves it out. Numbers of (..., length) are the logits': temperatures,
             weights and a ``row_weight`` that is no mask. Of (..., length - 1) both leave a position out already.
-        return_parts: also return ``LossParts``.
+        return_parts: also return ``LossParts``, with the floor of a cache's labels where it is known.
         group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
             its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
             over the whole. A teacher is shared out alike, or whole. A few numbers per row cross between them.
@@ -185,9 +205,9 @@ def kd_loss(
         return loss
     parts = parts.detach()
     if reduction == "none":
-        return loss, LossParts(*(rows.unflatten(part) for part in parts))
+        return loss, _parts((rows.unflatten(part) for part in parts), teacher, tau_t)
     computed = (coef[2:] != 0.0).any(0).sum()
-    return loss, LossParts(*(parts.sum(1) / computed.clamp(min=1)))
+    return loss, _parts(parts.sum(1) / computed.clamp(min=1), teacher, tau_t)
 
 
 class KDLoss(nn.Module):
@@ -215,6 +235,16 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _parts(parts: Iterable[Tensor], teacher: Tensor | Head | SoftLabels, tau_t: Number) -> LossParts:
+    """The parts, with the floor of labels that have one at this temperature."""
+    floor = teacher.floor if isinstance(teacher, SoftLabels) else None
+    if floor is None or isinstance(tau_t, Tensor) or tau_t != floor.temperature:
+        return LossParts(*parts)
+    floored = _FlooredParts(*parts)
+    floored.known = floor.kl
+    return floored
 
 
 def _check_known(options: Mapping[str, Any]) -> None:
