@@ -140,8 +140,8 @@ class FloorWatch:
         warnings.warn(
             f"the student is {kl:.2g} nats from its labels, and these lie {parts.floor:.2g} nats from the teacher's "
             "rows, which is their floor: they hold a student back that is so near, or pull it away from its teacher. "
-            'Capture labels without a floor: codec="sample" (unbiased draws, for divergence="soft_ce"), "topk" with its '
-            'exact tail, "dense" or "hidden". `kdfast cache info` prints the floor',
+            'Capture labels without a floor: codec="sample" (unbiased draws, for divergence="soft_ce"), "topk" with '
+            'its exact tail, "dense" or "hidden". `kdfast cache info` prints the floor',
             stacklevel=2,
         )
 
