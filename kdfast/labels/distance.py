@@ -13,7 +13,8 @@ from kdfast.labels.whole import Whole
 
 __all__ = ["Distances", "distances"]
 
-CHUNK = 2**20  # elements in float64 at a time
+CHUNK = 2**18  # elements in float64 at a time
+SMALLEST = -1e300  # of a logarithm
 
 
 class Distances(NamedTuple):
@@ -46,49 +47,42 @@ def distances(logits: Tensor, labels: SoftLabels, temperature: float) -> Distanc
 
 
 def _distances(logits: Tensor, labels: SoftLabels, temperature: float) -> Distances:
-    labels = labels.without_padding()
     log_p = (logits.detach().double() / temperature).log_softmax(1)
-    p = log_p.exp()
-    entropy = -_sum(p, log_p)
-    if isinstance(labels, TopK):
-        return _of_top(p, log_p, entropy, labels, temperature)
-    log_q = _whole(labels, temperature)
-    kl = _sum(p, log_p - log_q).clamp(min=0)
-    return Distances(kl, entropy, torch.zeros_like(kl))
+    # What is masked adds nothing: 0 times a number, which infinity is not.
+    p, log_p = log_p.exp(), log_p.clamp_(min=SMALLEST)
+    entropy = -_dot(p, log_p)
+    if isinstance(labels, Whole):
+        log_q = (labels.to_dense().values.double() / temperature).log_softmax(1)
+        kl = -entropy - _dot(p, torch.where(p > 0, log_q, 0.0))
+        return Distances(kl.clamp(min=0), entropy, torch.zeros_like(kl))
+    assert isinstance(labels, (TopK, Prototype))
+    return _of_entries(p, log_p, entropy, labels.without_padding(), temperature)
 
 
-def _of_top(p: Tensor, log_p: Tensor, entropy: Tensor, labels: TopK, temperature: float) -> Distances:
-    weights, tail = labels.at(temperature)
-    assert tail is not None
-    row, column = labels.entry_rows, labels.ids.long()
-    inside = torch.zeros_like(p, dtype=torch.bool).index_put((row, column), torch.tensor(True, device=p.device))
-    rest = p.masked_fill(inside, 0.0)
-    mass, log_tail = rest.sum(1), tail.double()
-    log_weights = torch.full_like(p, -torch.inf).index_put((row, column), weights.double().log())
-    head = _sum(p.masked_fill(~inside, 0.0), log_p - log_weights)
-    kl = (head + _sum(mass[:, None], (mass.log() - log_tail)[:, None])).clamp(min=0)
-    # Within the tail: KL of its own shape from an even one.
-    columns = (~inside).sum(1).clamp(min=1)
-    open_ = _sum(rest, log_p - mass.log()[:, None] + columns.log()[:, None])
-    return Distances(kl, entropy, open_.clamp(min=0))
-
-
-def _whole(labels: SoftLabels, temperature: float) -> Tensor:
-    """(rows, vocab) float64: the log-probabilities that the labels say."""
-    if not isinstance(labels, Prototype):
-        return (labels.to_dense().values.double() / temperature).log_softmax(1)
+def _of_entries(p: Tensor, log_p: Tensor, entropy: Tensor, labels: TopK | Prototype, temperature: float) -> Distances:
+    """The distances of rows with some entries and a tail. ``p`` loses the entries."""
     weights, log_tail = labels.at(temperature)
     assert log_tail is not None
-    row, column = labels.entry_rows, labels.ids.long()
-    shape = labels.prototypes[labels.prototype_ids].double()
-    inside = torch.zeros_like(shape, dtype=torch.bool).index_put((row, column), torch.tensor(True, device=shape.device))
-    shape = shape.masked_fill(inside, 0.0)
-    outside = shape.sum(1, keepdim=True)
-    q = shape * (log_tail.double().exp()[:, None] / torch.where(outside > 0, outside, 1.0))
-    q = q.index_put((row, column), weights.double(), accumulate=True)
-    return (q / q.sum(1, keepdim=True)).log()
+    entries = (labels.entry_rows, labels.ids.long())
+    inside, zero = p[entries], p.new_zeros(())
+    head = torch.zeros_like(entropy).index_add(0, entries[0], inside * (log_p[entries] - weights.double().log()))
+    rest = p.index_put_(entries, zero)
+    mass, log_tail = rest.sum(1), log_tail.double()
+    shape = _dot(rest, log_p) - torch.xlogy(mass, mass)  # of the tail: minus its entropy, times its mass
+    head = head + torch.where(mass > 0, mass * (mass.log() - log_tail), 0.0)
+    if isinstance(labels, TopK):
+        columns = (p.shape[1] - labels.counts).clamp(min=1)
+        return Distances(head.clamp(min=0), entropy, (shape + mass * columns.log()).clamp(min=0))
+    tails = labels.prototypes[labels.prototype_ids].float().index_put_(entries, zero.float())
+    outside = tails.double().sum(1)
+    log_tails = torch.where(rest > 0, tails.log().double(), 0.0)
+    # Where the prototype has nothing outside the entries, these take all.
+    lost = torch.where(outside > 0, 0.0, torch.log1p(-log_tail.exp()))
+    outside = torch.where(outside > 0, outside, 1.0)
+    kl = head + (1 - mass) * lost + shape - _dot(rest, log_tails) + mass * outside.log()
+    return Distances(kl.clamp(min=0), entropy, torch.zeros_like(kl))
 
 
-def _sum(p: Tensor, logs: Tensor) -> Tensor:
-    """(rows,) the sum of ``p * logs`` over the columns where ``p`` is not 0."""
-    return torch.where(p > 0, p * logs, 0.0).sum(1)
+def _dot(p: Tensor, logs: Tensor) -> Tensor:
+    """(rows,) the sum of ``p * logs`` over the columns."""
+    return torch.linalg.vecdot(p, logs)

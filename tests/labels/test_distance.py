@@ -96,6 +96,8 @@ def test_prototypes_lie_as_far_as_their_shape_of_the_tail():
     assert found.kl[:2].isfinite().all()
     assert found.kl[2] == math.inf  # beside the entries there is nothing
     assert found.left_open.tolist() == [0.0] * 3
+    logits[2, [0, 2, 3, 5, 6]] = -math.inf  # nor has the row anything there
+    assert float(distances(logits, labels, 1.0).kl[2]) == pytest.approx(kl(softmax(logits[2].tolist()), q), abs=5e-7)
 
 
 def test_hidden_states_are_compared_as_logits():

@@ -97,8 +97,9 @@ class Hidden(FixedWidthCodec):
     def distances(self, rows: Tensor, labels: SoftLabels) -> Distances | None:
         if self._layer is None or self._layer.weight.device != rows.device:
             return None
-        stored = self.as_stored(labels).to(rows.device)
-        return distances(self._layer.logits(rows), stored, self.temperatures[0])
+        stored = self.as_stored(labels).values.to(rows.device)
+        both = self._layer.logits(torch.cat([rows.float(), stored.float()]))  # one product: it converts the layer
+        return distances(both[: len(rows)], SoftLabels.dense(both[len(rows) :]), self.temperatures[0])
 
     def encode(self, labels: SoftLabels) -> bytes:
         out = np.empty(len(labels), self.row_dtype)
