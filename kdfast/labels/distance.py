@@ -50,7 +50,7 @@ def _distances(logits: Tensor, labels: SoftLabels, temperature: float) -> Distan
     log_p = (logits.detach().double() / temperature).log_softmax(1)
     # What is masked adds nothing: 0 times a number, which infinity is not.
     p, log_p = log_p.exp(), log_p.clamp_(min=SMALLEST)
-    entropy = -_dot(p, log_p)
+    entropy = (-_dot(p, log_p)).clamp(min=0)
     if isinstance(labels, Whole):
         log_q = (labels.to_dense().values.double() / temperature).log_softmax(1)
         kl = -entropy - _dot(p, torch.where(p > 0, log_q, 0.0))

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import kdfast.cache
 from kdfast import Distiller, kd_loss
@@ -63,6 +64,13 @@ def test_a_student_near_the_floor_is_told_of_once(cache, x):
     (message,) = [str(w.message) for w in warned]
     assert f"these lie {cache.floor.kl:.2g} nats" in message
     assert 'codec="sample"' in message
+
+
+def test_labels_that_batches_bring_are_a_cache_s_too(cache, x):
+    dataset = kdfast.cache.CacheDataset(cache, range(ROWS), [{"input": row} for row in x])
+    brought = DataLoader(dataset, 8, collate_fn=dataset.collate)
+    with pytest.warns(UserWarning, match=FOUND):
+        Distiller(Student(), temperature=1.0, kd_weight=1.0, ce_weight=0.0).fit(brought, epochs=1, progress=False)
 
 
 def test_the_first_step_is_looked_at_and_then_those_of_the_log(cache, x, monkeypatch):

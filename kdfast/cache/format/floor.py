@@ -21,7 +21,9 @@ from kdfast.labels.floor import Floor
 __all__ = ["FLOOR", "LARGEST_FLOOR", "FloorSums"]
 
 FLOOR = "floor"  # the key of a shard's metadata
-NUMBER = 2.2250738585072014e-308  # none is longer in JSON
+NUMBER = 1.23456789e-100  # no sum is longer in JSON
+MOST_KL = 1e6  # nats: beyond is as good as infinite, and its square has room
+MOST = 1e100  # of a sum
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FloorSums:
     @classmethod
     def of(cls, weight: NDArray[Any], kl: NDArray[Any], entropy: NDArray[Any], left_open: NDArray[Any]) -> FloorSums:
         """The sums of some rows, (rows,) float64 each."""
-        finite = np.isfinite(kl)
+        finite = kl < MOST_KL
         known = np.where(finite, kl, 0.0)
         terms = (
             *(weight, weight**2, weight * known, weight**2 * known, weight**2 * known**2),
@@ -77,18 +79,19 @@ class FloorSums:
         if not self.rows:
             raise ValueError("no row has been measured")
         kl = self.kl / self.weight
-        spread = self.weight2_kl2 - 2 * kl * self.weight2_kl + kl**2 * self.weight2
+        spread = self.weight2_kl2 - 2 * kl * self.weight2_kl + kl * kl * self.weight2
         error = math.sqrt(max(spread, 0.0) * self.rows / max(self.rows - 1, 1)) / self.weight
         entropy, left_open = self.entropy / self.weight, self.left_open / self.weight
         if self.infinite:
             kl, error = math.inf, 0.0
         return Floor(kl, error, entropy, left_open, self.rows, temperature)
 
-    # ---- in a shard's metadata and in the manifest -----------------------------------------------------------------
+    # ---- in a shard's metadata -------------------------------------------------------------------------------------
 
     def to_metadata(self) -> dict[str, str]:
-        """The entry of a shard's metadata."""
-        return {FLOOR: json.dumps(vars(self))}
+        """The entry of a shard's metadata, in nine digits, which the order of a sum on some machine does not reach."""
+        rows, *sums = astuple(self)
+        return {FLOOR: _array([rows, *(float(f"{x:.9g}") for x in sums)])}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], rows: int) -> FloorSums | None:
@@ -100,17 +103,22 @@ class FloorSums:
         if FLOOR not in metadata:
             return None
         try:
-            sums = parse_json(metadata[FLOOR])
+            numbers = parse_json(metadata[FLOOR])
         except ValueError as error:
             raise ValueError(f"its floor cannot be read: {error}") from error
-        if not isinstance(sums, dict) or sums.keys() != vars(cls()).keys():
+        if not isinstance(numbers, list) or len(numbers) != len(cls().columns()):
             raise ValueError(f"its floor is not the sums of one: {metadata[FLOOR]:.80}")
-        count = sums.pop("rows")
+        count, *sums = numbers
         if type(count) is not int or not 1 <= count <= rows:
             raise ValueError(f"its floor is not of 1 to {rows} rows: {metadata[FLOOR]:.80}")
-        if not all(type(x) is float and x >= 0 for x in sums.values()) or not sums["weight"] or not sums["weight2"]:
+        possible = all(type(x) is float and 0 <= x < MOST for x in sums)
+        if not possible or min(sums[:2]) < 1:  # a row stands for itself at least
             raise ValueError(f"its floor has sums that are impossible: {metadata[FLOOR]:.80}")
-        return cls(count, **sums)
+        return cls(count, *sums)
 
 
-LARGEST_FLOOR = {FLOOR: json.dumps({**dict.fromkeys(vars(FloorSums()), NUMBER), "rows": 2**63})}
+def _array(numbers: list[float]) -> str:
+    return json.dumps(numbers, separators=(",", ":"))
+
+
+LARGEST_FLOOR = {FLOOR: _array([2**63, *[NUMBER] * 8])}

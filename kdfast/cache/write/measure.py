@@ -20,6 +20,7 @@ from kdfast.labels import SoftLabels
 __all__ = ["measure", "measured_rows"]
 
 DENSE = 256  # rows that are all measured, and then as many per e-fold of rows
+GRID = 2.0**-24  # nats
 
 
 def measure(codec: Codec, rows: Tensor, labels: SoftLabels, before: int) -> FloorSums | None:
@@ -41,7 +42,11 @@ def measure(codec: Codec, rows: Tensor, labels: SoftLabels, before: int) -> Floo
     if found is None:
         return None
     weight = np.maximum(1.0, (before + chosen + 1) / DENSE)
-    return FloorSums.of(weight, *(column.cpu().numpy() for column in found))
+    # On a grid: the last digits depend on how many threads have summed a row up, and what is on disk must not.
+    parts = [np.rint(column.cpu().numpy() / GRID) * GRID for column in found]
+    columns = np.stack([weight, *parts])
+    known = columns[:, ~np.isnan(columns).any(0)]  # a product with the output layer may overflow
+    return FloorSums.of(*known) if known.size else None
 
 
 def measured_rows(before: int, count: int) -> NDArray[np.int64]:

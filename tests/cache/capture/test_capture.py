@@ -547,7 +547,7 @@ def test_auto_takes_no_label_with_a_floor_unless_the_student_is_far(tmp_path):
     for name, options in given.items():
         report = run(wide, [IDS], tmp_path / name, **WIDE, **options)
         found[name] = kdfast.cache.open(tmp_path / name).info
-        assert report.floor == found[name].floor
+        assert (report.floor and report.floor.text()) == (found[name].floor and found[name].floor.text())
         assert found[name].codec_reason
     assert [info.codec for info in found.values()] == ["sample", "sample", "prototype", "prototype"]
     assert found["none"].config["draws"] == LARGE_VOCAB.options["draws"]
@@ -684,6 +684,18 @@ def test_reports_add_up_and_survive_pickling():
     total = kdfast.cache.CaptureReport.total([a, pickle.loads(pickle.dumps(a))])
     assert (*total, total.known, total.duplicates, total.conflicts, total.bad) == (2, 4, 6, 8, 10, 0, 12, 0)
     assert repr(a).endswith("rows=4, known=5, duplicates=0, conflicts=6, bad=0)")
+
+
+def test_reports_of_several_processes_have_the_floor_of_all_their_rows(tmp_path, teacher):
+    """As the workers of a cluster and the processes of torchrun give them."""
+    parts = [list(batches())[i::2] for i in range(2)]
+    reports = [run(teacher, part, tmp_path, writer=str(i), bits=4) for i, part in enumerate(parts)]
+    total = kdfast.cache.CaptureReport.total(pickle.loads(pickle.dumps(reports)))
+    assert total.floor.rows == sum(report.floor.rows for report in reports) == total.rows
+    assert total.floor.text() == kdfast.cache.open(tmp_path).floor.text()
+    assert reports[0].floor.kl != reports[1].floor.kl
+    assert repr(total).endswith(f"bad=0, floor={total.floor})")
+    assert run(teacher, parts[0], tmp_path, writer="0", bits=4).floor is None  # nothing was added
 
 
 # ---- rows that cannot be stored -------------------------------------------------------------------------------------

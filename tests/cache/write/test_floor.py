@@ -60,15 +60,16 @@ def test_every_codec_s_floor_is_that_of_the_labels_that_are_read(tmp_path, name)
     info, want = expected(tmp_path, CODECS[name]["codec"], 20)
     floor = info.floor
     assert (floor.rows, floor.temperature) == (39, info.temperatures[0])
-    exact = 1e-3 if name == "hidden-8" else 1e-9  # the order of a float32 product's sums
-    assert floor.entropy == pytest.approx(float(want.entropy.mean()), rel=exact)
+    # Numbers are on a grid of 6e-8 nats; of hidden states they are those of a float32 product.
+    exact = {"rel": 1e-3 if name == "hidden-8" else 1e-8, "abs": 4e-8}
+    assert floor.entropy == pytest.approx(float(want.entropy.mean()), **exact)
     listed = json.loads((tmp_path / "manifest.json").read_text())["floor"]
     if name == "hard":
         assert (floor.kl, listed["kl"], want.kl.min()) == (math.inf, None, math.inf)
         return
-    assert floor.kl == pytest.approx(float(want.kl.mean()), rel=exact)
-    assert floor.standard_error == pytest.approx(float(want.kl.std()) / math.sqrt(39), rel=max(exact, 1e-6))
-    assert floor.left_open == pytest.approx(float(want.left_open.mean()), rel=1e-9)
+    assert floor.kl == pytest.approx(float(want.kl.mean()), **exact)
+    assert floor.standard_error == pytest.approx(float(want.kl.std()) / math.sqrt(39), **exact)
+    assert floor.left_open == pytest.approx(float(want.left_open.mean()), **exact)
     assert listed == floor._asdict()
     assert info.floor_text == floor.text()
     bounds = {"dense-8": (1e-7, 1e-3), "dense-4": (1e-4, 0.1), "topk": (0, 1e-6), "hidden-8": (1e-7, 1e-2)}
@@ -114,6 +115,25 @@ def test_the_labels_bring_their_floor(tmp_path):
     with writer(tmp_path / "copy", codec="dense") as w:
         w.add_labels(0, cache[0])  # without the teacher's rows nothing is measured
     assert kdfast.cache.open(tmp_path / "copy").floor is None
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name != "dense-4"])
+@pytest.mark.parametrize("scale", [0.0, 1e4, 1e30])
+def test_extreme_rows_leave_sums_that_can_be_read(tmp_path, name, scale):
+    """Certain, even and masked rows: an entropy of 0 is not a little less, and nothing is NaN."""
+    codec = CODECS[name]["codec"]
+    options = {**CODECS[name], "max_error": 1e30} if codec == "dense" else CODECS[name]
+    rows = torch.eye(6 if codec == "hidden" else VOCAB)[:5] * scale
+    if codec != "hidden":
+        rows[0, 3:] = -math.inf
+        rows[1, 1:] = -math.inf
+        rows[1, 0] = 1.0
+    with writer(tmp_path, **options) as w:
+        w.add("a", rows)
+    floor = kdfast.cache.open(tmp_path, head=HEAD if codec == "hidden" else None).floor
+    assert floor.rows == 5
+    assert floor.kl >= 0 <= floor.entropy
+    assert floor.left_open >= 0 <= floor.standard_error
 
 
 # ---- which rows -----------------------------------------------------------------------------------------------------
@@ -196,7 +216,7 @@ def test_each_process_measures_its_own_and_a_merge_has_them_all(tmp_path):
     for path in (tmp_path / "together", tmp_path / "merged"):
         floor = kdfast.cache.open(path).floor
         assert floor.rows == sum(part.rows for part in parts) == len(want.kl)
-        assert floor.kl == pytest.approx(float(want.kl.mean()), rel=1e-9)
+        assert floor.kl == pytest.approx(float(want.kl.mean()), rel=1e-6)
         assert floor.standard_error == pytest.approx(float(want.kl.std()) / math.sqrt(len(want.kl)), rel=1e-6)
         assert json.loads((path / "manifest.json").read_text())["floor"] == floor._asdict()
     assert parts[0].kl != parts[1].kl
@@ -208,19 +228,23 @@ def test_sums_that_no_writer_gives_are_refused(tmp_path):
     shard = tmp_path / "shard-0-00000.safetensors"
     with safe_open(shard, "np") as file:
         good = json.loads(file.metadata()["floor"])
-    for change, message in [
-        ({"rows": 4}, "not of 1 to 3 rows"),
-        ({"rows": 0}, "not of 1 to 3 rows"),
-        ({"rows": 2.0}, "not of 1 to 3 rows"),
-        ({"kl": -1.0}, "impossible"),
-        ({"kl": 1}, "impossible"),
-        ({"weight": 0.0}, "impossible"),
-        ({"kl": 1e999}, "cannot be read"),
-        ({"more": 1.0}, "not the sums of one"),
+    for at, value, message in [
+        (0, 4, "not of 1 to 3 rows"),
+        (0, 0, "not of 1 to 3 rows"),
+        (0, 2.0, "not of 1 to 3 rows"),
+        (3, -1.0, "impossible"),
+        (3, 1, "impossible"),
+        (1, 0.5, "impossible"),
+        (5, 1e101, "impossible"),
+        (3, 1e999, "cannot be read"),
+        (8, [1.0, 2.0], "impossible"),
     ]:
         with pytest.raises(ValueError, match=message):
-            FloorSums.from_metadata({"floor": json.dumps({**good, **change})}, 3)
+            FloorSums.from_metadata({"floor": json.dumps([*good[:at], value, *good[at + 1 :]])}, 3)
+    for other in ([*good, 1.0], good[:-1], {"kl": 1.0}, 3):
+        with pytest.raises(ValueError, match="not the sums of one"):
+            FloorSums.from_metadata({"floor": json.dumps(other)}, 3)
     assert FloorSums.from_metadata({"floor": json.dumps(good)}, 3).rows == 3
-    repack(shard, {"floor": json.dumps({**good, "rows": 4})})
+    repack(shard, {"floor": json.dumps([4, *good[1:]])})
     with pytest.raises(CacheCorruptError, match=r"shard-0-00000.safetensors: its floor is not of 1 to 3 rows"):
         kdfast.cache.open(tmp_path)
