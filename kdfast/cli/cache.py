@@ -124,6 +124,7 @@ def _info_table(about: CacheInfo) -> Table:
         "table of prototypes": f"{about.asset_bytes:,} bytes" if about.asset_bytes else "",
         "index": f"{about.index_bytes:,} bytes; {about.index}",
         "teacher's cross-entropy": "" if about.cross_entropy is None else f"{about.cross_entropy:.4f} nats",
+        "floor": about.floor_text,
     }
     table = Table(show_header=False)
     for name, value in rows.items():
@@ -150,4 +151,5 @@ def _stats_table(found: CacheStats) -> Table:
             table.add_row(f"tail mass at T = {temperature:g}", f"mean {mean:.4f}; rows: {shares}")
     if about.cross_entropy is not None:
         table.add_row("teacher's cross-entropy", f"{about.cross_entropy:.4f} nats per target")
+    table.add_row("floor", about.floor_text)
     return table

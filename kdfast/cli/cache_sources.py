@@ -48,6 +48,10 @@ def capture(
     texts: Texts,
     out: Destination,
     codec: Annotated[str, typer.Option(help="How to store the labels.")] = "auto",
+    student_kl: Annotated[
+        str | None,
+        typer.Option(help="The student's KL from the teacher in nats, or 'far' (1 and more): for codec 'auto'."),
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the codec or the writer.")] = None,
     temperature: Annotated[list[float] | None, typer.Option(help="The student's; may be repeated. Default: 1.")] = None,
     max_length: MaxLength = 1024,
@@ -84,6 +88,7 @@ def capture(
             ranks,
             codec=codec,
             temperatures=tuple(temperature or (1.0,)),
+            student_kl=_distance(student_kl),
             max_length=max_length,
             batch_size=batch_size,
             on_bad=on_bad,
@@ -180,6 +185,14 @@ def convert(
             stored = {"vocab_size": vocab_size, "codec": codec, "teacher": teacher, **options}
             report = _import(records, destination, **checks, **stored)
     print_bias(report)
+
+
+def _distance(text: str | None) -> float | str | None:
+    """A student's distance as ``capture`` takes it: the number that the text is, or the text."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:

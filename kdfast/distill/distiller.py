@@ -18,7 +18,7 @@ from kdfast.distill.fields import Fields, split, to_device
 from kdfast.distill.fitting import Fit
 from kdfast.distill.freezing import freeze, frozen_norms
 from kdfast.distill.metrics import is_function
-from kdfast.distill.objective import KD, check_first
+from kdfast.distill.objective import KD, FloorWatch, check_first
 from kdfast.distill.optimizer import LEARNING_RATE, Optimizers, Schedule, optimizer_of, schedule_of
 from kdfast.distill.parallel import unwrap
 from kdfast.distill.state import Record
@@ -135,6 +135,7 @@ class Distiller:
         self.epoch, self.progress = 0, 0.0
         self._run: Any = torch.compile(student) if compile else student
         self._checked = False
+        self.watch = FloorWatch()  # of a run, which makes one of its own
 
     @property
     def device(self) -> torch.device | None:
@@ -203,6 +204,7 @@ class Distiller:
             check_first(step, self.objective, models)
             self._checked = True
         with self.autocast():
+            self.watch.see(self.objective, step)
             return self.objective(step)
 
     def autocast(self) -> Any:
@@ -235,6 +237,9 @@ class Distiller:
         count in training belongs in their ``state_dict``. ``best.pt`` is the best student's ``state_dict``, which
         ``kdfast.distill.load_best(folder)`` reads and checks. Without a folder a second call continues training, with a
         schedule that starts over.
+
+        A run on a cache's labels warns, once, if the student comes about as near to them as they are to the teacher:
+        ``CacheInfo.floor`` is that distance, and such labels hold it back.
 
         Args:
             loader: batches to train on; an epoch is one pass over them.

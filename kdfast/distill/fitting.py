@@ -22,6 +22,7 @@ from kdfast.distill.fields import samples, split, to_device
 from kdfast.distill.freezing import training
 from kdfast.distill.identity import Identity, SupportsIdentity, tell
 from kdfast.distill.log import Log, plot_curves
+from kdfast.distill.objective import FloorWatch
 from kdfast.distill.optimizer import Schedule, constant
 from kdfast.distill.position import Position
 from kdfast.distill.state import Record, TrainState
@@ -88,6 +89,7 @@ class Fit:
         if options.resume:
             self.checkpointer.resume()
         self.log = Log(folder, self.state.step)
+        distiller.watch = FloorWatch(due=parallel.is_first())
         self.interrupts = Interrupts(None if distiller.folder is None else str(self.checkpointer.path))
 
     def run(self) -> list[Record]:
@@ -171,6 +173,7 @@ class Fit:
 
     def _train_step(self, group: list[Any]) -> None:
         d, state = self.distiller, self.state
+        d.watch.due |= (state.step + 1) % self.options.log_every == 0 and parallel.is_first()
         group = [to_device(batch, d.device) for batch in group]
         try:
             loss = self.update(group)

@@ -1,7 +1,11 @@
-"""``KD``, the loss of an ordinary distillation, and a check of the first batch for mistakes that train silently."""
+"""``KD``, the loss of an ordinary distillation, and checks for mistakes that train silently: of the first batch, and of
+labels that a student has come as near to as they are to the teacher.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -17,7 +21,7 @@ from kdfast.distill.step import Step
 from kdfast.divergences import Divergence
 from kdfast.labels import SoftLabels
 from kdfast.loss.checks import check_vocabularies
-from kdfast.loss.kd_loss import kd_loss
+from kdfast.loss.kd_loss import LossParts, kd_loss
 from kdfast.loss.label_values import check_distributions
 from kdfast.loss.option_names import OPTION_TERMS
 from kdfast.models import (
@@ -28,8 +32,9 @@ from kdfast.models import (
     look_like_probabilities,
 )
 
-__all__ = ["KD", "check_first", "teacher_of"]
+__all__ = ["KD", "FloorWatch", "check_first", "teacher_of"]
 
+NEAR = 2.0  # times the floor: a label's error is then about as much of the gradient as what it teaches
 _OURS = {"reduction", "num_items", "return_parts"}
 
 
@@ -65,8 +70,7 @@ class KD:
             ValueError: the step has several teachers.
             TypeError, ValueError: whatever ``kd_loss`` refuses, such as a teacher of another number of classes.
         """
-        options = {name: value(step) if callable(value) else value for name, value in self.options.items()}
-        options = without_padding(step, options)
+        options = self._options(step)
         if step.teacher is None:
             options |= {"kd_weight": 0.0, "ce_weight": 1.0}
             return kd_loss(step.logits, step.logits.detach(), step.labels, **options)  # type: ignore[no-any-return]
@@ -77,6 +81,25 @@ class KD:
         _check_temperature(teacher, options)
         return kd_loss(step.logits, teacher, step.labels, **options)  # type: ignore[no-any-return]
 
+    def parts(self, step: Step) -> LossParts | None:
+        """The parts of a step's loss, without its gradient.
+
+        None where it is not forward KL to a teacher, or an option is a function of the step, which may count its calls.
+        """
+        if step.teacher is None or any(map(callable, self.options.values())):
+            return None
+        options = self._options(step)
+        if Divergence.of(options.get("divergence", "forward_kl")).name != "forward_kl":
+            return None
+        teacher = teacher_of(step, options.get("vocab", "same"))
+        with torch.no_grad():
+            parts: LossParts = kd_loss(step.logits, teacher, step.labels, **options, return_parts=True)[1]
+        return parts
+
+    def _options(self, step: Step) -> dict[str, Any]:
+        options = {name: value(step) if callable(value) else value for name, value in self.options.items()}
+        return without_padding(step, options)
+
     def described(self) -> dict[str, Any]:
         """All options by name, defaults included: what a checkpoint compares."""
         defaults = {name: value for name, value in (kd_loss.__kwdefaults__ or {}).items() if name not in _OURS}
@@ -85,6 +108,42 @@ class KD:
 
     def __repr__(self) -> str:
         return f"KD({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+class FloorWatch:
+    """Says once in a run when the student has come about as near to its labels as these are to the teacher.
+
+    From there on it learns what the labels lack, and a student that began nearer is pulled away from its teacher. It
+    looks at a step of a run now and then, ``due``, at the cost of one more forward pass of the loss, and fetches a
+    number right after that step's loss was: the host waits no longer for it.
+    """
+
+    def __init__(self, due: bool = False) -> None:
+        self.due = due
+        self._parts: LossParts | None = None
+        self._told = False
+
+    def see(self, objective: Any, step: Step) -> None:
+        """Note the parts of a step's loss, if one is due and there is a floor that it may come near."""
+        if not self.due or self._told or self._parts is not None or not isinstance(objective, KD):
+            return
+        floor = step.teacher.floor if isinstance(step.teacher, (SoftLabels, PackedLabels)) else None
+        if floor is not None and math.isfinite(floor.kl):
+            self._parts = objective.parts(step)
+
+    def look(self) -> None:
+        """Warn if the parts that were noted are near the floor; called when the step's loss has been fetched."""
+        parts, self._parts, self.due = self._parts, None, False
+        if parts is None or parts.floor is None or not (kl := float(parts.kd)) < NEAR * parts.floor:
+            return
+        self._told = True
+        warnings.warn(
+            f"the student is {kl:.2g} nats from its labels, and these lie {parts.floor:.2g} nats from the teacher's "
+            "rows, which is their floor: they hold a student back that is so near, or pull it away from its teacher. "
+            'Capture labels without a floor: codec="sample" (unbiased draws, for divergence="soft_ce"), "topk" with '
+            'its exact tail, "dense" or "hidden". `kdfast cache info` prints the floor',
+            stacklevel=2,
+        )
 
 
 def _check_temperature(teacher: Any, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from kdfast.distill import parallel
 from kdfast.distill.counting import Counting, rows_shape
 from kdfast.distill.fields import Fields
+from kdfast.distill.objective import FloorWatch
 from kdfast.distill.step import Step, SupportsForward
 from kdfast.loss.data_parallel import global_items
 
@@ -29,6 +30,7 @@ class SupportsUpdate(SupportsForward, Protocol):
     optimizer: Optimizer
     amp: torch.dtype | None
     clip_norm: float | None
+    watch: FloorWatch
 
     @property
     def device(self) -> torch.device | None:
@@ -82,6 +84,7 @@ class Update:
             with self._gradient_sync(number == len(batches) - 1):
                 torch.autograd.backward(self.scaler.scale(loss))
         value = self._mean(total)
+        d.watch.look()
         if not math.isfinite(value):
             d.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {value}")

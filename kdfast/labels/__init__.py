@@ -1,5 +1,6 @@
 """What a loss compares a student with: a teacher's soft labels, and output layers that make logits of hidden states."""
 
+from kdfast.labels.floor import Floor
 from kdfast.labels.head import Head, OutputLayer
 from kdfast.labels.ragged import Prototype, Ragged, TopK, Weights
 from kdfast.labels.soft_labels import SoftLabels
@@ -7,6 +8,7 @@ from kdfast.labels.whole import Dense, Hidden, Whole
 
 __all__ = [
     "Dense",
+    "Floor",
     "Head",
     "Hidden",
     "OutputLayer",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import Divergence
+from kdfast.labels.floor import Floor
 from kdfast.labels.head import OutputLayer
 from kdfast.labels.inputs import (
     check_entries,
@@ -96,7 +97,8 @@ class SoftLabels(ABC):
     Each kind is a class of ``kdfast.labels``: ``TopK``, ``Weights``, ``Prototype``, ``Dense`` and ``Hidden``. The first
     three are ``Ragged``: row i owns entries ``offsets[i]:offsets[i + 1]``. A row names an id once. An entry of
     log-probability -inf, or of weight or probability 0, is padding: as if it were not there, whatever its id.
-    ``present`` marks the rows that exist; an absent row is not counted and leaves the denominator.
+    ``present`` marks the rows that exist; an absent row is not counted and leaves the denominator. ``floor`` says how
+    far the labels of a cache lie from the rows that they stand for; it is None where nobody has measured that.
     Index it by row: a slice, a bool mask, or integer rows.
     """
 
@@ -109,6 +111,7 @@ class SoftLabels(ABC):
     values: Tensor  # what is stored of the rows; each kind says what that is
     temperatures: tuple[float, ...] = (1.0,)
     present: Tensor | None = None  # (rows,) bool; None: all
+    floor: Floor | None = None  # how far they lie from the teacher's rows, where a cache has measured it
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -368,7 +371,8 @@ class SoftLabels(ABC):
         present = None
         if any(part.present is not None for part in parts):
             present = torch.cat([part.present_mask for part in parts])
-        return {"values": torch.cat([part.values for part in parts]), "present": present}
+        floor = self.floor if all(part.floor == self.floor for part in parts) else None
+        return {"values": torch.cat([part.values for part in parts]), "present": present, "floor": floor}
 
     # ---- what a loss asks ---------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Hidden(Whole):
 
     def to_dense(self) -> Dense:
         logits = self.require_head().logits(self.values)
-        return Dense(vocab_size=logits.shape[1], values=logits, present=self.present)
+        return Dense(vocab_size=logits.shape[1], values=logits, present=self.present, floor=self.floor)
 
     def shard(self, columns: slice) -> Self:
         head = self.require_head().shard(columns)

@@ -42,6 +42,26 @@ class LossParts(NamedTuple):
     entropy: Tensor  # of the student at its temperature, nats
     top1: Tensor  # 1 where student and teacher agree on the most likely column, else 0
 
+    @property
+    def floor(self) -> float | None:
+        """How far the teacher's labels lie from its rows, in nats: KL(teacher || label), the mean over their cache.
+
+        A ``kd`` that is not well above it is of a student that is about as near to its teacher as its labels are: it
+        learns their error. None for logits, for labels that nobody has measured or that have no floor, being drawn,
+        and at another teacher temperature than that of the measurement.
+        """
+        return None
+
+
+class _FlooredParts(LossParts):
+    """The parts of a loss of labels whose floor is known."""
+
+    known: float
+
+    @property
+    def floor(self) -> float:
+        return self.known
+
 
 def kd_loss(
     student: Tensor | Head,
@@ -110,7 +130,7 @@ def kd_loss(
             With padding on the left the position before the first token counts, as in Hugging Face's losses;
             ``mask[..., :-1] * mask[..., 1:]`` leaves it out. Numbers of (..., length) are the logits': temperatures,
             weights and a ``row_weight`` that is no mask. Of (..., length - 1) both leave a position out already.
-        return_parts: also return ``LossParts``.
+        return_parts: also return ``LossParts``, with the floor of a cache's labels where it is known.
         group: the processes that share out the vocabulary, each with some columns of the student's logits or rows of
             its head's weight, in the order of ranks. All call with the same rows and labels, whose classes are numbered
             over the whole. A teacher is shared out alike, or whole. A few numbers per row cross between them.
@@ -176,7 +196,9 @@ def kd_loss(
         loss, parts = _run(rows.lay_out(logits), source, coef, targets, return_parts, backward, reduction)
     if reduction == "none":
         loss = rows.unflatten(loss)
-    return (loss, _loss_parts(parts.detach(), coef, rows, reduction)) if return_parts else loss
+    if not return_parts:
+        return loss
+    return loss, _loss_parts(parts.detach(), coef, rows, reduction, teacher, tau_t)
 
 
 class KDLoss(nn.Module):
@@ -328,9 +350,17 @@ def _kept(student: Tensor | Head, coef: Tensor) -> Tensor | None:
     return None if bool(counts.all()) else counts.nonzero()[:, 0]
 
 
-def _loss_parts(parts: Tensor, coef: Tensor, rows: RowLayout, reduction: str) -> LossParts:
-    """Those of each row, or their means over the rows that weigh something."""
+def _loss_parts(
+    parts: Tensor, coef: Tensor, rows: RowLayout, reduction: str, teacher: Tensor | Head | SoftLabels, tau_t: Number
+) -> LossParts:
+    """Those of each row, or their means over the rows that weigh something; with the floor of labels that have one."""
     if reduction == "none":
-        return LossParts(*(rows.unflatten(part) for part in parts))
-    computed = (coef[2:] != 0.0).any(0).sum()
-    return LossParts(*(parts.sum(1) / computed.clamp(min=1)))
+        values = [rows.unflatten(part) for part in parts]
+    else:
+        values = list(parts.sum(1) / (coef[2:] != 0.0).any(0).sum().clamp(min=1))
+    floor = teacher.floor if isinstance(teacher, SoftLabels) else None
+    if floor is None or isinstance(tau_t, Tensor) or tau_t != floor.temperature:
+        return LossParts(*values)
+    floored = _FlooredParts(*values)
+    floored.known = floor.kl
+    return floored

@@ -13,6 +13,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 import kdfast.cache
 from kdfast.cli.app import app
+from support import ROOT
 
 VOCAB = 10
 
@@ -27,9 +28,8 @@ def output_of(result):
 
 
 def fill(path, names="abc", **options):
-    with kdfast.cache.Writer(
-        path, **{"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options}
-    ) as writer:
+    given = {"vocab_size": VOCAB, "codec": "topk", "k": 4, "teacher": "t", **options}
+    with kdfast.cache.Writer(path, **{name: value for name, value in given.items() if value is not None}) as writer:
         for i, name in enumerate(names):
             writer.add(name, torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(i)))
     return path
@@ -82,6 +82,23 @@ class TestMerge:
         a = fill(tmp_path / "a")
         (a / "shard-1-00000.safetensors.part").write_bytes(b"")
         assert "not merged" in output_of(invoke("merge", a, tmp_path / "all"))
+
+
+class TestFloor:
+    """How far the labels lie from the teacher's rows is told by info and stats, in one line."""
+
+    @pytest.mark.parametrize("command", ["info", "stats"])
+    def test_labels_that_have_one(self, tmp_path, command):
+        path = fill(tmp_path / "a", codec="dense", k=None, bits=4)
+        floor = kdfast.cache.open(path).info.floor
+        line = f"floor {floor.kl:.2g} ± {floor.standard_error:.1g} nats, {100 * floor.share:.2g} % of the rows' entropy"
+        assert line in output_of(invoke(command, path)).replace("│ ", "")
+
+    @pytest.mark.parametrize("command", ["info", "stats"])
+    def test_labels_that_are_drawn_and_labels_of_old_caches(self, tmp_path, command):
+        drawn = output_of(invoke(command, fill(tmp_path / "a", codec="sample", k=None, draws=7)))
+        assert "floor │ none: unbiased, with the noise of 7 draws a row" in drawn
+        assert "floor │ not measured" in output_of(invoke(command, ROOT / "tests" / "fixtures" / "v1" / "topk"))
 
 
 class TestStats:

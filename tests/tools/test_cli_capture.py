@@ -105,6 +105,19 @@ def test_the_last_line_counts_what_came_of_the_records(tmp_path, model):
     assert "0 records, 0 rows added; 3 records were stored already; 2 came again" in invoke(*arguments)[1]
 
 
+@pytest.mark.parametrize(("given", "chosen"), [(["far"], "prototype"), (["1.5"], "prototype"), (["0.2"], "sample")])
+def test_the_last_line_has_the_floor_that_the_student_s_distance_allows(tmp_path, model, monkeypatch, given, chosen):
+    monkeypatch.setattr("kdfast.cache.codecs.auto.SMALL_VOCAB", 4)
+    (tmp_path / "a.txt").write_text("a b c b a c")
+    arguments = ["capture", model, tmp_path / "a.txt", "--out", tmp_path / "cache"]
+    result, output = invoke(*arguments, "--student-kl", *given)
+    assert result.exit_code == 0, output
+    info = kdfast.cache.open(tmp_path / "cache").info
+    assert info.codec == chosen
+    told = "none, the labels are unbiased, with the noise of 50 draws a row" if info.noise else info.floor.text()
+    assert f"; floor: {told}" in output
+
+
 def test_options_that_do_not_fit_are_named(tmp_path, model):
     (tmp_path / "a.txt").write_text("a b c")
     arguments = ["capture", model, tmp_path / "a.txt", "--out", tmp_path / "cache"]
@@ -114,6 +127,9 @@ def test_options_that_do_not_fit_are_named(tmp_path, model):
     result, output = invoke(*arguments, "--codec", "topk", "--option", "k=abc")
     assert result.exit_code == 1
     assert "codec 'topk': 'str' object cannot be interpreted as an integer; it was given k='abc'" in output
+    result, output = invoke(*arguments, "--student-kl", "near")
+    assert result.exit_code == 1
+    assert "student_kl must be KL(teacher || student) in nats, or \"far\" (1 nat and more), got 'near'" in output
     result, output = invoke(*arguments, "--option", "k")
     assert result.exit_code == 2
     assert "an option is NAME=VALUE" in output

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ def capture(
     codec: str = "auto",
     temperatures: Sequence[float] = (1.0,),
     divergence: str | Divergence | None = None,
+    student_kl: float | str | None = None,
     teacher: str | None = None,
     inputs: Callable[[Any], Any] | None = None,
     outputs: Callable[[Any, Any], Any] | None = None,
@@ -88,6 +90,9 @@ def capture(
         codec: a codec's name, or "auto": see ``codecs.choose``.
         temperatures: those that the student will be trained at.
         divergence: the student's, for "auto".
+        student_kl: how far from its teacher the student is, for "auto": KL(teacher || student) in nats, or "far".
+            Labels of prototypes train a far student best and pull a near one away, so that "auto" takes them for 1 nat
+            and more alone, and unbiased draws where nothing is said.
         teacher: the teacher's fingerprint. By default that of the module's weights; a callable needs one.
         inputs: of a batch: the model's argument, tuple of arguments, or mapping of keywords. By default a mapping's
             fields but ``key`` and ``labels``, a tuple's first item, or the batch, on the model's device. It depends on
@@ -134,8 +139,12 @@ def capture(
     options = codecs.current_options(codec, options)
     if codec == "auto":
         prototypes = "prototypes" in options or not isinstance(loader, Iterator)
-        codec, chosen, _ = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
-        options = {**chosen, **options}
+        choose = partial(codecs.choose, vocab_size, temperatures, divergence, prototypes=prototypes)
+        chosen = choose(student_kl=student_kl)
+        _check_choice(chosen, choose(student_kl="far"), options)
+        codec, options = chosen.name, {**chosen.options, **options}
+    else:
+        codecs.is_far(student_kl)  # raises for what is neither a number nor "far"
     wanted = codecs.find(codec)
     learns = progress and wanted.learns_first(options, files)
     with evaluating(model), Progress("learn", unit="batches", shown=learns) as bar:
@@ -217,6 +226,9 @@ class _Run:
             duplicates=counts.duplicates,
             conflicts=counts.conflicts,
             bad=self._bad,
+            measured=writer.measured,
+            temperature=writer.codec.temperatures[0],
+            noise=writer.codec.noise,
         )
 
 
@@ -263,6 +275,20 @@ def _check_on_bad(on_bad: str, keys: Any) -> None:
         raise ValueError(f'on_bad must be "raise" or "skip", got {on_bad!r}')
     if on_bad == "skip" and keys == RANGE:
         raise ValueError('on_bad="skip" leaves records out, and keys="range" are consecutive: give keys="hash"')
+
+
+def _check_choice(chosen: codecs.Choice, for_far: codecs.Choice, options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where "auto" comes to a codec that lacks what only the caller has, or options of another."""
+    found = f'codec="auto" comes to {chosen.name!r}'
+    far = f'student_kl="far" (1 nat and more) comes to {for_far.name!r}, which holds back a student near its teacher'
+    if codecs.find(chosen.name).input_name == codecs.HIDDEN_STATES and "head" not in options:
+        other = "" if for_far == chosen else f". {far}"
+        raise ValueError(
+            f"{found}, for this loss needs whole rows: capture_lm stores these by itself; here give codec='hidden' "
+            f"with width=, head= and outputs= that are hidden states{other}"
+        )
+    if isinstance(options.get("prototypes"), int) and chosen.name != "prototype":
+        raise ValueError(f'{found}, which learns no prototypes: give codec="prototype", or none. {far}')
 
 
 def _names(key: Any, replicas: int) -> list[Any]:

@@ -42,6 +42,7 @@ def capture_lm(
     codec: str = "auto",
     temperatures: Sequence[float] = (1.0,),
     divergence: str | Divergence | None = None,
+    student_kl: float | str | None = None,
     add_special_tokens: bool = True,
     mask: Callable[[Tensor], Tensor] | None = None,
     teacher: str | None = None,
@@ -84,7 +85,8 @@ def capture_lm(
         field: of a row: which field is the document. By default the one of text, messages and input_ids that it has.
         vocab_size: columns of the logits to store, the first ones, where the model has more than its tokenizer.
         causal: False takes a model whose rows see the tokens after them, too. It is tried on the first window.
-        codec, temperatures, divergence, epochs, reuse, on_bad, progress, options: as ``capture`` takes them.
+        codec, temperatures, divergence, student_kl, epochs, reuse, on_bad, progress, options: as ``capture`` takes
+            them.
         add_special_tokens: the tokenizer's policy. It is a part of the fingerprint.
         mask: of a window's ids: which rows to store, a bool each (position i's row predicts token i + 1).
         teacher: a fingerprint to take instead of the weights'. The tokenizer's is added to it.
@@ -112,8 +114,8 @@ def capture_lm(
     if vocab_size is not None:
         options, size = _narrowed(options, vocab_size, width), vocab_size
     if codec == "auto":
-        codec, chosen, _ = codecs.choose(size, temperatures, divergence, prototypes=True)
-        options = {**chosen, **options}
+        chosen = codecs.choose(size, temperatures, divergence, prototypes=True, student_kl=student_kl)
+        codec, options = chosen.name, {**chosen.options, **options}
     runs, outputs = _Causal(model), None
     wanted = codecs.find(codec)
     if wanted.input_name == codecs.HIDDEN_STATES:
@@ -134,6 +136,7 @@ def capture_lm(
             vocab_size=size,
             codec=codec,
             temperatures=temperatures,
+            student_kl=student_kl,
             teacher=with_tokenizer(fingerprint(model) if teacher is None else teacher, tokenizer, add_special_tokens),
             outputs=outputs,
             targets=lambda batch: [next_tokens(ids) for ids in _padded(batch)],

@@ -73,7 +73,8 @@ def capture_share(
 def _both(first: CaptureReport, rest: CaptureReport) -> CaptureReport:
     """One report of a capture of some windows and of all of them after that, which knew what the first one added."""
     batches, _, records, rows = first
-    return CaptureReport.total([rest, CaptureReport(batches, 0, records, rows, known=-records)])
+    before = CaptureReport(batches, 0, records, rows, known=-records, measured=first.measured)
+    return CaptureReport.total([rest, before])
 
 
 def _rows(windows: Sequence[Tensor], count: int) -> Sequence[Tensor]:

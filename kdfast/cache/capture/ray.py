@@ -119,11 +119,12 @@ def _learns_first(
     codec: str = "auto",
     temperatures: Any = (1.0,),
     divergence: Any = None,
+    student_kl: Any = None,
     **others: Any,
 ) -> bool:
     """Whether this capture's codec first learns from its first rows, as what it needs is neither given nor stored."""
     if codec == "auto":
-        codec = codecs.choose(vocab_size, temperatures, divergence, prototypes=True).name
+        codec = codecs.choose(vocab_size, temperatures, divergence, prototypes=True, student_kl=student_kl).name
     return codecs.find(codec).learns_first(codecs.current_options(codec, others), open_storage(path))
 
 

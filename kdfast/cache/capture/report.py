@@ -12,16 +12,21 @@ from torch import Tensor
 
 from kdfast.cache.capture.batches import Mark
 from kdfast.cache.errors import CacheError, CacheMismatchError
+from kdfast.cache.format.floor import FloorSums
 from kdfast.cache.format.keys import Key, describe, make_key
 from kdfast.cache.format.storage import LocalStorage, Storage
 from kdfast.cache.format.targets import targets_crc
 from kdfast.cache.read.reader import CacheReader, open_cache
+from kdfast.labels import Floor
 
 __all__ = ["CaptureReport", "Repeats"]
 
 BITS = 32  # of a sketch
 DIFFERENT = 6  # bits: an angle of 34 degrees between logits. Another batch around a record changes hardly one
 SKETCHED_COLUMNS = 2048  # of a record's last row, at most
+
+
+_MORE = ("known", "duplicates", "conflicts", "bad")  # counts beside the tuple's
 
 
 class _Counts(NamedTuple):
@@ -37,13 +42,18 @@ class CaptureReport(_Counts):
     ``batches`` were run through the teacher, ``skipped`` ones held only records that were there; ``records`` and
     ``rows`` were added. ``known`` records were in the cache before, and ``duplicates`` came again in this capture: both
     stayed as they were. ``conflicts`` of these came with other targets or other logits, so that one label serves
-    examples that differ. ``bad`` records were left out for a row that cannot be stored.
+    examples that differ. ``bad`` records were left out for a row that cannot be stored. ``floor`` is how near to the
+    teacher the labels that were added bring a student; None where the codec draws, whose labels have ``noise`` instead.
     """
 
     known: int
     duplicates: int
     conflicts: int
     bad: int
+    floor: Floor | None
+    noise: str
+    measured: FloorSums | None
+    temperature: float
 
     def __new__(
         cls,
@@ -55,19 +65,34 @@ class CaptureReport(_Counts):
         duplicates: int = 0,
         conflicts: int = 0,
         bad: int = 0,
+        *,
+        measured: FloorSums | None = None,
+        temperature: float = 1.0,
+        noise: str = "",
     ) -> CaptureReport:
         report = super().__new__(cls, batches, skipped, records, rows)
         report.known, report.duplicates, report.conflicts, report.bad = known, duplicates, conflicts, bad
+        report.floor, report.noise = None if measured is None else measured.floor(temperature), noise
+        report.measured, report.temperature = measured, temperature
         return report
 
+    def _numbers(self) -> dict[str, int]:
+        """All counts by name."""
+        return {**self._asdict(), **{name: getattr(self, name) for name in _MORE}}
+
     def __repr__(self) -> str:
-        numbers = {**self._asdict(), **vars(self)}
-        return f"CaptureReport({', '.join(f'{name}={number}' for name, number in numbers.items())})"
+        about = self._numbers() if self.floor is None else {**self._numbers(), "floor": self.floor}
+        return f"CaptureReport({', '.join(f'{name}={number}' for name, number in about.items())})"
 
     @classmethod
     def total(cls, reports: Sequence[CaptureReport]) -> CaptureReport:
         """The sum of several reports."""
-        return cls(*(sum(column) for column in zip(*((*r, *vars(r).values()) for r in reports), strict=True)))
+        return cls(
+            *(sum(column) for column in zip(*(r._numbers().values() for r in reports), strict=True)),
+            measured=FloorSums.total(r.measured for r in reports),
+            temperature=reports[0].temperature,
+            noise=reports[0].noise,
+        )
 
     def text(self) -> str:
         """The numbers in words: those that are 0 only where a reader expects them."""
@@ -76,6 +101,10 @@ class CaptureReport(_Counts):
         parts += [f"{self.duplicates:,} came again"] * bool(self.duplicates)
         parts += [f"{self.conflicts:,} came with other targets or logits"] * bool(self.conflicts)
         parts += [f"{self.bad:,} left out for a row that is not finite"] * bool(self.bad)
+        if self.noise:
+            parts += [f"floor: none, the labels are unbiased, with {self.noise}"]
+        elif self.floor is not None:
+            parts += [f"floor: {self.floor.text()}"]
         return "; ".join(parts)
 
 

@@ -8,7 +8,7 @@ elsewhere. A codec's class is also an attribute of this module: ``codecs.TopK``.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from kdfast.cache.codecs.auto import Choice, choose
+from kdfast.cache.codecs.auto import Choice, choose, is_far
 from kdfast.cache.codecs.base import HIDDEN_STATES, LOGITS, Codec, FixedWidthCodec
 from kdfast.cache.codecs.registry import create, current_options, find, names, register, restore
 
@@ -22,6 +22,7 @@ __all__ = [
     "create",
     "current_options",
     "find",
+    "is_far",
     "names",
     "register",
     "restore",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.labels import Ragged, SoftLabels
+from kdfast.labels.distance import Distances, distances
 from kdfast.labels.head import OutputLayer
 
 __all__ = [
@@ -108,9 +109,11 @@ class Codec(ABC):
     name: ClassVar[str]
     kind: ClassVar[str] = ""  # of the labels that records decode to: a key of ``kdfast.labels.support.SERVES``
     input_name: ClassVar[str] = LOGITS  # what select takes: LOGITS or HIDDEN_STATES
-    drawn: ClassVar[bool] = False  # whether select draws, so that another key gives other labels
+    # Whether select draws, so that another key gives other labels, which on average are the row itself.
+    drawn: ClassVar[bool] = False
     learn_rows: int = 0  # selected rows wanted before the first block is encoded; 0: it has no model
     model: bytes = b""
+    noise: str = ""  # of labels that are drawn: what they have in place of a floor, in words
     heads: int | None = None  # the labels of a row are so many of its likeliest columns, and the mass of all others
     rows_per_byte: int | None = None  # no block has more, where that is known: a reader checks it before it makes room
 
@@ -209,6 +212,21 @@ class Codec(ABC):
             ValueError: a row that cannot be stored within the codec's promised error, by its number.
         """
 
+    def as_stored(self, labels: SoftLabels) -> SoftLabels:
+        """``labels`` that ``select`` gave, as a reader will see them, where encoding rounds them further."""
+        return labels
+
+    def distances(self, rows: Tensor, labels: SoftLabels) -> Distances | None:
+        """How far ``labels`` lie from the teacher's rows, at the first temperature; None where that cannot be known.
+
+        It is not asked of a codec that draws, whose labels are the row itself on average.
+
+        Args:
+            rows: (rows, columns) what ``select`` was given, of any float dtype and device.
+            labels: what it gave, on the CPU.
+        """
+        return distances(rows, self.as_stored(labels).to(rows.device), self.temperatures[0])
+
     @cached_property
     def empty(self) -> SoftLabels:
         """Labels of zero rows, of the kind, vocabulary and temperatures that ``select`` gives."""
@@ -296,6 +314,9 @@ class FixedWidthCodec(Addressable):
             self.unpack(np.frombuffer(encoded, self.row_dtype))
         except ValueError as error:  # a reader would refuse the row, and all that lie in one batch with it
             raise ValueError(f"codec {self.name!r} cannot store it: {error}") from error
+
+    def as_stored(self, labels: SoftLabels) -> SoftLabels:
+        return self.unpack(np.frombuffer(self.encode(labels), self.row_dtype))
 
     @property
     def row_bytes(self) -> int:

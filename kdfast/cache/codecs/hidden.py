@@ -16,6 +16,7 @@ from kdfast.cache.codecs.base import HIDDEN_STATES, FixedWidthCodec
 from kdfast.cache.codecs.registry import register
 from kdfast.labels import Hidden as HiddenLabels
 from kdfast.labels import SoftLabels
+from kdfast.labels.distance import Distances, distances
 from kdfast.labels.head import OutputLayer
 
 __all__ = ["Hidden"]
@@ -38,7 +39,8 @@ class Hidden(FixedWidthCodec):
 
     Args:
         width: of the hidden states.
-        head: the output layer's ``fingerprint``. A cache is opened with that layer and no other.
+        head: the output layer, or its ``fingerprint``. A cache is opened with that layer and no other. With the layer
+            itself a writer can say how far from the teacher's logits the rounding is.
         bits: 16 or 8.
     """
 
@@ -47,9 +49,10 @@ class Hidden(FixedWidthCodec):
     input_name = HIDDEN_STATES
 
     def __init__(
-        self, vocab_size: int, temperatures: Sequence[float], *, width: int, head: str, bits: int = 16
+        self, vocab_size: int, temperatures: Sequence[float], *, width: int, head: str | OutputLayer, bits: int = 16
     ) -> None:
         super().__init__(vocab_size, temperatures)
+        layer, head = (head, head.fingerprint) if isinstance(head, OutputLayer) else (None, head)
         if not 1 <= index(width) <= MAX_WIDTH:
             raise ValueError(f"width must be at least 1 and at most {MAX_WIDTH}, got {width}")
         if bits not in (8, 16):
@@ -60,6 +63,8 @@ class Hidden(FixedWidthCodec):
         self._layer: OutputLayer | None = None
         values = ("values", "<u2" if bits == 16 else "i1", (self.input_width,))
         self.row_dtype = np.dtype([values] if bits == 16 else [("step", "<u2"), values])
+        if layer is not None:
+            self.use_head(layer)
 
     def use_head(self, head: OutputLayer) -> None:
         if head.fingerprint != self.head:
@@ -78,7 +83,7 @@ class Hidden(FixedWidthCodec):
 
     @classmethod
     def for_head(cls, options: Mapping[str, Any], head: OutputLayer) -> dict[str, Any]:
-        return {"width": head.width, "head": head.fingerprint, **options}
+        return {"width": head.width, "head": head, **options}
 
     def select(self, logits: Tensor, key: bytes) -> HiddenLabels:
         hidden = logits.detach().bfloat16() if self.bits == 16 else logits.detach().float()
@@ -88,6 +93,13 @@ class Hidden(FixedWidthCodec):
             step = _step(hidden)[:, None]
             hidden = _codes(hidden, step) * step
         return HiddenLabels(vocab_size=self.vocab_size, values=hidden)
+
+    def distances(self, rows: Tensor, labels: SoftLabels) -> Distances | None:
+        if self._layer is None or self._layer.weight.device != rows.device:
+            return None
+        stored = self.as_stored(labels).values.to(rows.device)
+        both = self._layer.logits(torch.cat([rows.float(), stored.float()]))  # one product: it converts the layer
+        return distances(both[: len(rows)], SoftLabels.dense(both[len(rows) :]), self.temperatures[0])
 
     def encode(self, labels: SoftLabels) -> bytes:
         out = np.empty(len(labels), self.row_dtype)

@@ -38,6 +38,9 @@ class Prototype(EntryCodec):
     prototype is the one whose label is closest to the row in forward KL. Probabilities are rounded: the tail as a
     logit, the entries as logits of their shares in what the entries before them leave.
 
+    It is another distribution than the row, some tenths of a nat away: the floor of ``CacheInfo``. Students that stay
+    farther from their teacher learn from it as from whole rows; one that is nearer is pulled away.
+
     A capture may be given a number in place of the table, or neither: it then takes the table that the cache holds
     already, or learns one from its first 65,536 rows, over which the teacher runs three times more. After that the
     table is frozen. Several writers of one cache need one table: learn it first.

@@ -169,6 +169,7 @@ class Sample(WeightCodec):
             raise ValueError(f"sampling must be one of {SAMPLINGS}, got {sampling!r}")
         self.draws, self.sampling, self.seed = index(draws), sampling, index(seed)
         self.total = self.draws
+        self.noise = f"the noise of {self.draws} draws a row"
         self.max_entries = min(self.draws, self.vocab_size)
         self.levels = (np.arange(1, self.draws + 1) / self.draws).astype(np.float32)
 
@@ -229,6 +230,7 @@ class Threshold(WeightCodec):
         if not 1 <= index(steps) <= 1024:
             raise ValueError(f"steps must lie in [1, 1024], got {steps}")
         self.tau, self.steps, self.seed = float(tau), index(steps), index(seed)
+        self.noise = f"the noise of draws below {self.tau:g}"
         self.max_entries = min(ceil(1 / self.tau) + 1, self.vocab_size)
         grid = 2.0 ** (-np.arange(ceil(self.steps * log2(1 / self.tau)) + 1) / self.steps)
         # One level more than tau = 1 needs, so that there is always one below and one above.

@@ -7,14 +7,16 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.container import MAX_HEADER, Container, read_container
+from kdfast.cache.format.floor import FloorSums
 from kdfast.cache.format.keys import number_keys
 from kdfast.cache.format.manifest import MANIFEST, SHARD_NAME, check_listed, entry_of, read_manifest, shard_names
 from kdfast.cache.format.meta import FORMAT, FORMAT_VERSION, HASH, RANGE, CacheMeta
@@ -44,6 +46,8 @@ class Sealed:
                 self.meta = CacheMeta.from_strings(container.metadata)
                 outline = Outline.of(container)
                 _require_room(outline, container)
+                self.rows = int(container.tables["block_index"][:, 3].sum())
+                self.floor = FloorSums.from_metadata(container.metadata, self.rows)
             except CacheError as error:
                 message = str(error).removeprefix(f"{path}: ")
                 raise type(error)(f"{storage.describe(name)}: {message}") from error
@@ -53,7 +57,6 @@ class Sealed:
         self.keys: NDArray[np.uint8] = tables["record_keys"]
         if self.meta.keys == RANGE:
             self.keys = number_keys(outline.first_record, outline.records)
-        self.rows = int(tables["block_index"][:, 3].sum())
         self.targets: NDArray[np.uint32] | None = tables.get("record_targets")
         self.model = tables["codec_model"].tobytes() if "codec_model" in tables else b""
         self.seal = container.seal.hex()
@@ -97,7 +100,7 @@ def write_manifest(storage: Storage) -> None:
         shards = scan(storage)
         entries = [_entry(shard) for shard in shards]
         names = [str(entry["name"]) for entry in entries]
-        document = {"format": FORMAT, "version": FORMAT_VERSION, "shards": entries}
+        document = {"format": FORMAT, "version": FORMAT_VERSION, "shards": entries, **_floor(shards)}
         storage.publish(MANIFEST, [json.dumps(document, indent=1).encode()])
         if shards and shards[0].meta.keys == HASH:
             write_index(storage, shards)
@@ -105,6 +108,15 @@ def write_manifest(storage: Storage) -> None:
 
 def _entry(shard: Sealed) -> dict[str, str | int]:
     return entry_of(shard.name, len(shard.keys), shard.rows, shard.file_bytes, shard.seal)
+
+
+def _floor(shards: list[Sealed]) -> dict[str, Any]:
+    """What the manifest says of how far the labels lie from the teacher's rows; nothing where it is not known."""
+    sums = FloorSums.total(shard.floor for shard in shards)
+    if sums is None:
+        return {}
+    floor = sums.floor(shards[0].meta.temperatures[0])._asdict()
+    return {"floor": {**floor, "kl": floor["kl"] if isfinite(floor["kl"]) else None}}
 
 
 def _require_room(outline: Outline, container: Container) -> None:

@@ -14,6 +14,7 @@ from kdfast._C import crc32c, last_at_most
 from kdfast.cache.codecs.base import Addressable, Codec, FixedWidthCodec
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.container import Container, read_container
+from kdfast.cache.format.floor import FloorSums
 from kdfast.cache.format.meta import RANGE, CacheMeta
 from kdfast.cache.format.strict import parse_integer, parse_json
 from kdfast.labels import SoftLabels
@@ -87,6 +88,7 @@ class Shard:
             self.records, self.first_record, self._one_row_each = Outline.of(self._container)
             self._check_tables()
             self.cross_entropy = _cross_entropy(self._container.metadata, self.rows, self.targets is not None)
+            self.floor = FloorSums.from_metadata(self._container.metadata, self.rows)
         except CacheError as error:
             raise type(error)(f"{path}: {error}") from error
         except ValueError as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError
 from kdfast.cache.read.decoder import Decoder
+from kdfast.labels.floor import Floor
 from kdfast.labels.soft_labels import SoftLabels, row_index
 
 __all__ = ["PackedLabels", "join"]
@@ -32,6 +33,7 @@ class PackedLabels:
     wanted: Tensor  # (rows,) int64: row numbers, counted over all units one after another
     decoders: tuple[tuple[Decoder, int], ...]  # and how many units each is for, one after another
     present: Tensor | None = None  # (rows,) bool; None: all. An absent row repeats some row, and is not counted
+    floor: Floor | None = None  # of the cache that the labels are from
 
     @classmethod
     def cat(cls, parts: Sequence[PackedLabels]) -> PackedLabels:
@@ -48,9 +50,9 @@ class PackedLabels:
         if any(part.present is not None for part in parts):
             present = torch.cat([part._present_mask() for part in parts])
         data = torch.cat([part.data for part in parts])
-        return cls(
-            data, torch.cat(units), torch.cat(wanted), join(pair for part in parts for pair in part.decoders), present
-        )
+        decoders = join(pair for part in parts for pair in part.decoders)
+        floor = parts[0].floor if all(part.floor == parts[0].floor for part in parts) else None
+        return cls(data, torch.cat(units), torch.cat(wanted), decoders, present, floor)
 
     def __len__(self) -> int:
         return self.wanted.numel()
@@ -99,7 +101,7 @@ class PackedLabels:
             labels = self._decode()
         except ValueError as error:
             raise CacheCorruptError(f"packed labels cannot be decoded: {error}") from error
-        return replace(labels, present=self.present)
+        return replace(labels, present=self.present, floor=self.floor)
 
     def _decode(self) -> SoftLabels:
         units, wanted = (x.cpu().numpy() for x in (self.units, self.wanted))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdfast.cache.codecs.auto import choose
+from kdfast.cache.codecs.auto import FAR, choose
 from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from kdfast.cache.format.floor import FloorSums
 from kdfast.cache.format.keys import Key, describe
 from kdfast.cache.format.manifest import load_shards, no_shard
 from kdfast.cache.format.meta import RANGE
@@ -31,7 +32,7 @@ from kdfast.cache.read.gather import RowGatherer, groups, ranges
 from kdfast.cache.read.lookup import HashLookup, Lookup, RangeLookup, RecordIndex
 from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.spans import check_several, check_spans, split_spans
-from kdfast.labels import SoftLabels
+from kdfast.labels import Floor, SoftLabels
 from kdfast.labels.head import OutputLayer
 
 __all__ = ["CacheInfo", "CacheReader", "open_cache"]
@@ -58,12 +59,24 @@ class CacheInfo:
     index: str  # what a key is looked up in: index.safetensors, or memory (and why), or none for keys="range"
     cross_entropy: float | None  # the teacher's on the targets, in nats, mean over all; None if no shard has any
     shard_cross_entropy: tuple[float | None, ...]  # shard by shard: one that stands out was misaligned
+    floor: Floor | None = None  # how near to the teacher these labels bring a student; None: not measured, or no floor
+    noise: str = ""  # of labels that are drawn, which have noise in place of a floor: what it is of
+
+    @property
+    def floor_text(self) -> str:
+        """``floor`` in words, or why there is none."""
+        if self.noise:
+            return f"none: unbiased, with {self.noise}"
+        return "not measured" if self.floor is None else self.floor.text()
 
     @property
     def codec_reason(self) -> str:
         """Why ``codec="auto"`` takes this codec for such a teacher; empty where it takes another one."""
-        choice = choose(self.vocab_size, self.temperatures, prototypes=self.asset_bytes > 0)
-        return choice.reason if choice.name == self.codec else ""
+        choices = (
+            choose(self.vocab_size, self.temperatures, prototypes=self.asset_bytes > 0, student_kl=distance)
+            for distance in (None, FAR)
+        )
+        return next((choice.reason for choice in choices if choice.name == self.codec), "")
 
     @property
     def why(self) -> str:
@@ -130,6 +143,7 @@ class CacheReader:
         if head is not None:
             self._use_head(head)
         self._gatherer = RowGatherer(shards, self._decoders, trusted)
+        self._floor = _floor_of(shards)
         self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
 
     def _use_head(self, head: OutputLayer) -> None:
@@ -164,7 +178,7 @@ class CacheReader:
         """
         where = self._locate(keys)
         try:
-            return self._gatherer.pack(*where).unpack()
+            return replace(self._gatherer.pack(*where), floor=self._floor).unpack()
         except CacheCorruptError:
             self._gatherer.explain(*where)
             raise
@@ -174,7 +188,7 @@ class CacheReader:
 
         ``gather(keys)`` is ``pack(keys).unpack()``.
         """
-        return self._gatherer.pack(*self._locate(keys))
+        return replace(self._gatherer.pack(*self._locate(keys)), floor=self._floor)
 
     def index(self, keys: Iterable[Any]) -> RecordIndex:
         """Look up keys once, for any number of ``gather``: hashing a key takes longer than reading a row.
@@ -332,7 +346,18 @@ class CacheReader:
             index=self._lookup.note,
             cross_entropy=_mean(total),
             shard_cross_entropy=tuple(map(_mean, marks)),
+            floor=self._floor,
+            noise=self.codec.noise,
         )
+
+    @property
+    def floor(self) -> Floor | None:
+        """How near to the teacher these labels bring a student; None: not measured, or drawn labels, without a floor.
+
+        It is measured when a cache is written, on rows spread over all of it, and comes with the labels:
+        ``SoftLabels.floor``.
+        """
+        return self._floor
 
     @property
     def codec(self) -> Codec:
@@ -373,6 +398,11 @@ class CacheReader:
         sizes = np.where(whole, spans[:, 1], index.spans[:, 1])
         rows = ranges(spans[:, 0] + index.spans[:, 0], sizes)
         return np.repeat(owners, sizes), rows, np.repeat(index.records >= 0, sizes)
+
+
+def _floor_of(shards: list[Shard]) -> Floor | None:
+    sums = FloorSums.total(shard.floor for shard in shards)
+    return None if sums is None else sums.floor(shards[0].meta.temperatures[0])
 
 
 def _mean(total: tuple[float, int] | None) -> float | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdfast.cache.codecs.base import Codec
+from kdfast.cache.format.floor import FloorSums
 from kdfast.cache.format.keys import DIGEST_BYTES, Key, number_of
 from kdfast.cache.format.meta import RANGE
 from kdfast.cache.format.shard import MAX_ROWS, ONE_ROW_EACH
@@ -39,6 +40,7 @@ COLUMN_DTYPES = {
     "cross_entropy": np.float64,
     "target_count": np.int64,
     "views": np.uint8,
+    "floor": np.float64,
 }
 
 
@@ -50,6 +52,7 @@ class Record:
     labels: SoftLabels
     targets: Targets | None = None
     views: NDArray[np.uint8] | None = None  # (rows, 13)
+    floor: FloorSums | None = None  # of the rows that were measured; None: none was
 
 
 class Attachments(NamedTuple):
@@ -65,7 +68,7 @@ class Attachments(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """Keys, row counts, targets and views of some records, concatenated: what journals and shards' tables hold."""
+    """Keys, row counts, targets, views and floors of some records, concatenated: what journals and tables hold."""
 
     keys: NDArray[np.uint8]  # (records, 16)
     rows: NDArray[np.int64]  # (records,)
@@ -73,6 +76,7 @@ class RecordColumns:
     cross_entropy: NDArray[np.float64] | None = None  # (records,) sums
     target_count: NDArray[np.int64] | None = None  # (records,)
     views: NDArray[np.uint8] | None = None  # (sum of rows, 13)
+    floor: NDArray[np.float64] | None = None  # (records, 9), zeros where no row was measured; None: nowhere
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> RecordColumns:
@@ -80,16 +84,20 @@ class RecordColumns:
         rows = np.array([len(record.labels) for record in records], np.int64)
         marks = [record.targets for record in records if record.targets is not None]
         views = [record.views for record in records if record.views is not None]
-        columns = cls(keys, rows, views=np.concatenate(views) if views else None)
+        floor = None
+        if any(record.floor is not None for record in records):
+            floor = np.stack([(record.floor or FloorSums()).columns() for record in records])
+        columns = cls(keys, rows, views=np.concatenate(views) if views else None, floor=floor)
         if not marks:
             return columns
         crc, loss, count = zip(*marks, strict=True)
-        return cls(keys, rows, np.array(crc), np.array(loss, np.float64), np.array(count), columns.views)
+        return cls(keys, rows, np.array(crc), np.array(loss, np.float64), np.array(count), columns.views, floor)
 
     def check(self) -> None:
         """Raise ``ValueError`` unless they are columns that ``of`` makes: what a journal holds may be anything."""
         records = len(self.rows)
         shapes: dict[str, tuple[int | None, ...]] = {"keys": (records, DIGEST_BYTES), "views": (None, VIEW_BYTES)}
+        shapes["floor"] = (records, len(FloorSums().columns()))
         for name, array in self.arrays().items():
             wanted, dtype = shapes.get(name, (records,)), COLUMN_DTYPES[name]
             if array.dtype != dtype or wanted[1:] != array.shape[1:] or wanted[0] not in (None, len(array)):
@@ -105,6 +113,8 @@ class RecordColumns:
             raise ValueError("its targets are more than its rows")
         if self.cross_entropy is not None and not np.isfinite(self.cross_entropy).all():
             raise ValueError("its cross-entropies are not finite")
+        if self.floor is not None and not (np.isfinite(self.floor) & (self.floor >= 0)).all():
+            raise ValueError("its floors are not sums of some")
 
     @property
     def attachments(self) -> Attachments:
@@ -124,7 +134,8 @@ class RecordColumns:
             if self.target_crc is not None and self.cross_entropy is not None and self.target_count is not None:
                 marks = Targets(int(self.target_crc[at]), float(self.cross_entropy[at]), int(self.target_count[at]))
             views = None if self.views is None else self.views[end - rows : end]
-            result.append(Record(Key(self.keys[at].tobytes()), labels[end - rows : end], marks, views))
+            floor = None if self.floor is None or not self.floor[at, 0] else FloorSums.of_columns(self.floor[at])
+            result.append(Record(Key(self.keys[at].tobytes()), labels[end - rows : end], marks, views, floor))
         return result
 
 
@@ -137,6 +148,7 @@ class Tables:
         self._columns: list[RecordColumns] = []
         self.payload_bytes = self.rows = self.records = self._target_count = 0
         self._cross_entropy = 0.0
+        self.floor: FloorSums | None = None  # of the records that have one
 
     def add(self, columns: RecordColumns, length: int, crc: int) -> None:
         """Add the records of a block of ``length`` bytes, which is 0 if none of them has a row."""
@@ -152,6 +164,9 @@ class Tables:
             for value in columns.cross_entropy.tolist():  # one by one: the sum does not depend on where blocks end
                 self._cross_entropy += value
             self._target_count += int(columns.target_count.sum())
+        if columns.floor is not None:
+            measured = map(FloorSums.of_columns, columns.floor[columns.floor[:, 0] > 0])
+            self.floor = FloorSums.total([self.floor, *measured])
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +215,7 @@ class Tables:
         if self.attachments.targets:
             targets = {"cross_entropy_sum": self._cross_entropy, "count": self._target_count}
             metadata["targets"] = json.dumps(targets)
-        return metadata
+        return metadata if self.floor is None else {**metadata, **self.floor.to_metadata()}
 
     @property
     def attachments(self) -> Attachments:
@@ -284,5 +299,5 @@ def check_views(views: Sequence[View], rows: int) -> NDArray[np.uint8]:
 
 def _copy(labels: SoftLabels) -> SoftLabels:
     """``labels`` in memory of their own. Hidden ones lose their head: a cache stores none, its reader is given it."""
-    copy = labels.map_tensors(lambda part: part.detach().clone())
+    copy = replace(labels.map_tensors(lambda part: part.detach().clone()), floor=None)
     return replace(copy, head=None) if isinstance(copy, Hidden) else copy

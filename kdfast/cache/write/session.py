@@ -110,6 +110,12 @@ class Session:
         return sum(len(shard.keys) for shard in self._own)
 
     @property
+    def own_rows(self) -> int:
+        """How many rows this writer's name had stored when the session began, parked ones included."""
+        left = 0 if self._unfinished is None else self._unfinished.tables.rows
+        return sum(shard.rows for shard in self._own) + left + sum(len(record.labels) for record in self._parked)
+
+    @property
     def model(self) -> bytes:
         """The model that this writer's name has used so far, if any."""
         left = b"" if self._unfinished is None else self._unfinished.model

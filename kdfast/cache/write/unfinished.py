@@ -15,8 +15,10 @@ from torch import Tensor
 
 from kdfast._atomic import part_of, with_filename
 from kdfast._C import crc32c
+from kdfast.cache.codecs import find
 from kdfast.cache.errors import CacheCorruptError, CacheError
 from kdfast.cache.format.container import OPTIONAL, pack, reserve
+from kdfast.cache.format.floor import LARGEST_FLOOR
 from kdfast.cache.format.meta import HASH
 from kdfast.cache.format.shard import ONE_ROW_EACH
 from kdfast.cache.format.storage import Storage
@@ -194,7 +196,8 @@ class Unfinished:
         self._descriptor, self._reserved = descriptor, reserved
 
     def _room(self) -> int:
-        return reserve({**self.metadata, **LARGEST_MARK}, OPTIONAL)
+        floor = {} if find(self.metadata["codec"]).drawn else LARGEST_FLOOR
+        return reserve({**self.metadata, **LARGEST_MARK, **floor}, OPTIONAL)
 
     def _ends(self, reserved: int | None = None) -> tuple[bytes, bytes]:
         keys = self.metadata.get("keys", HASH)
@@ -306,6 +309,7 @@ def _parked_records(contents: dict[str, Tensor]) -> list[Record]:
 def _labels_to_tensors(labels: SoftLabels) -> dict[str, Tensor]:
     """Every field of ``labels`` by name: tensors as they are, the others together as JSON."""
     values = labels.to_fields()
+    del values["floor"]  # of the labels of a cache: a writer's are on their way there
     tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
     text = json.dumps({name: value for name, value in values.items() if name not in tensors}).encode()
     return {f"labels.{name}": part for name, part in {**tensors, "": _tensor(np.frombuffer(text, np.uint8))}.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdfast.cache import codecs
 from kdfast.cache.errors import CacheError
+from kdfast.cache.format.floor import FloorSums
 from kdfast.cache.format.keys import Key, describe, make_key, number_key, number_of
 from kdfast.cache.format.meta import HASH, RANGE, CacheMeta
 from kdfast.cache.format.sealed import write_manifest
@@ -26,6 +27,7 @@ from kdfast.cache.format.targets import Targets, cross_entropy, targets_crc, tar
 from kdfast.cache.format.teacher import Fingerprint
 from kdfast.cache.format.view import View
 from kdfast.cache.write.builder import BLOCK_ROWS, SHARD_BYTES, ShardBuilder
+from kdfast.cache.write.measure import measure
 from kdfast.cache.write.records import Attachments, Record, check_labels, check_logits, check_views, select
 from kdfast.cache.write.session import Session, work_folder
 from kdfast.cache.write.writer_thread import WriterThread
@@ -68,6 +70,8 @@ class Writer:
     cut may take the blocks that the system has not written out yet; sealed shards are synced.
 
     What is on disk depends on the records and their order alone, never on time.
+
+    Of some rows, spread over all, ``add`` measures how far their labels lie from them: ``CacheInfo.floor`` says it.
 
     The first writer of a directory declares in ``cache.json`` what the cache is; the others compare when they open it.
 
@@ -145,12 +149,14 @@ class Writer:
             self._seen = self._session.target_crcs()
             # With keys="range": the last record of the shard to resume.
             self._last = self._session.last_key if keys == RANGE else None
+            self._rows_before = self._session.own_rows
             self._attachments = self._session.attachments  # of the records so far; None: there is none
             self._builder = self._session.builder(self._codec, block_rows, shard_bytes)
             self._thread = WriterThread(self._builder, block_rows)
         except BaseException:
             self._session.close(None)
             raise
+        self._measured: FloorSums | None = None
         self._unsettled: tuple[Record, int] | None = None  # a record that is being queued, and how many were before
         self._leaving = _Leaving(self._builder, self._session, self._storage.url, self._process)
         self._finalizer = weakref.finalize(self, _abandon, self._thread, self._leaving)
@@ -179,6 +185,12 @@ class Writer:
     def report(self) -> WriterReport:
         """What the writer has been given since it was opened: how much is stored, and how much is not, and why."""
         return WriterReport(self.records, self.rows, self._duplicates, self._conflicts, tuple(self._conflicting))
+
+    @property
+    def measured(self) -> FloorSums | None:
+        """How far the labels added since the writer was opened lie from their rows; None where none was measured."""
+        self._settle()
+        return self._measured
 
     @property
     def codec(self) -> codecs.Codec:
@@ -229,7 +241,9 @@ class Writer:
                 known = cross_entropy(rows, ids) if self._takes_logits else (0.0, 0)
                 marks = Targets(targets_crc(ids), *known)
             # Both kinds of keys give a codec that draws the same seeds.
-            record = self._record(digest, select(self._codec, rows, make_key(key)), marks, views)
+            labels = select(self._codec, rows, make_key(key))
+            floor = measure(self._codec, rows, labels, self._rows_before + self.rows)
+            record = self._record(digest, labels, marks, views, floor)
         self._put(record)
 
     def add_labels(
@@ -360,10 +374,17 @@ class Writer:
                 )
         return True
 
-    def _record(self, digest: Key, labels: SoftLabels, marks: Targets | None, views: Sequence[View] | None) -> Record:
+    def _record(
+        self,
+        digest: Key,
+        labels: SoftLabels,
+        marks: Targets | None,
+        views: Sequence[View] | None,
+        floor: FloorSums | None = None,
+    ) -> Record:
         if self._last is not None and number_of(digest) != number_of(self._last) + 1:
             raise ValueError(f"keys='range' takes consecutive integers: {number_of(self._last) + 1} comes next")
-        record = Record(digest, labels, marks, None if views is None else check_views(views, len(labels)))
+        record = Record(digest, labels, marks, None if views is None else check_views(views, len(labels)), floor)
         attachments = Attachments.of(record)
         for name, has, had in zip(Attachments._fields, attachments, self._attachments or attachments, strict=True):
             if has != had:
@@ -383,6 +404,7 @@ class Writer:
         if self.records > before:
             self._attachments = Attachments.of(record)
             self._seen[record.key] = None if record.targets is None else record.targets.crc
+            self._measured = FloorSums.total([self._measured, record.floor])
             if self._make_key is _number_key:
                 self._last = record.key
         self._unsettled = None

@@ -18,7 +18,7 @@ from kdfast import _progress
 from kdfast.cache import CacheMismatchError, View, capture, codecs, replica_key
 from kdfast.cache.capture import capture as capture_module
 from kdfast.cache.capture import stream as stream_module
-from kdfast.cache.codecs.auto import LARGE_VOCAB, SMALL_VOCAB
+from kdfast.cache.codecs.auto import FAR_KL, LARGE_VOCAB, SMALL_VOCAB
 from kdfast.divergences import DIVERGENCES
 from kdfast.labels import SoftLabels
 from kdfast.labels.support import SERVES
@@ -514,33 +514,77 @@ def test_auto_takes_topk_at_other_temperatures(tmp_path):
 @pytest.mark.parametrize("temperatures", [(1.0,), (2.0,), (1.0, 4.0)])
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
 @pytest.mark.parametrize("prototypes", [False, True])
-def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, prototypes):
-    name, options, why = codecs.choose(vocab_size, temperatures, divergence, prototypes=prototypes)
+@pytest.mark.parametrize("student_kl", [None, 0.3, 2, "far"])
+def test_the_choice_serves_what_was_asked_for(vocab_size, temperatures, divergence, prototypes, student_kl):
+    name, options, why = codecs.choose(
+        vocab_size, temperatures, divergence, prototypes=prototypes, student_kl=student_kl
+    )
     serves = SERVES[codecs.find(name).kind].divergences
     # Draws have forward KL's gradient as soft_ce; the reason says so.
     wanted = {"forward_kl": "soft_ce", None: "soft_ce"}.get(divergence, divergence)
     assert wanted in serves
     assert name == "dense" if vocab_size <= SMALL_VOCAB else name != "dense"
     assert why
-    assert name != "prototype" or (prototypes and len(temperatures) == 1)
+    far = student_kl in (2, "far")
+    assert name != "prototype" or (prototypes and len(temperatures) == 1 and far)
     if vocab_size <= SMALL_VOCAB:
         return
-    if prototypes and len(temperatures) == 1:
+    if prototypes and len(temperatures) == 1 and far:
         assert name == ("hidden" if divergence == "logit_mse" else "prototype")
     elif temperatures == (1.0,) and wanted == "soft_ce":
         assert (name, options) == LARGE_VOCAB[:2]
         assert "soft_ce" in why
 
 
+@pytest.mark.parametrize("student_kl", ["near", "", -0.1, float("nan"), True, [1.0]])
+@pytest.mark.parametrize("codec", ["auto", "dense"])
+def test_a_distance_is_a_number_of_nats_or_far(tmp_path, teacher, student_kl, codec):
+    with pytest.raises(ValueError, match=r'student_kl must be KL\(teacher \|\| student\) in nats, or "far"'):
+        run(teacher, batches(), tmp_path, codec=codec, student_kl=student_kl)
+    assert not list(tmp_path.iterdir())
+
+
+def wide(input_ids):
+    generator = torch.Generator().manual_seed(int(input_ids.sum()))
+    return torch.randn(2, 3, SMALL_VOCAB + 1, generator=generator)
+
+
+WIDE = {"codec": "auto", "vocab_size": SMALL_VOCAB + 1, "teacher": "t"}
+IDS = {"input_ids": torch.arange(6).view(2, 3)}
+
+
+def test_auto_takes_no_label_with_a_floor_unless_the_student_is_far(tmp_path):
+    given = {"none": {}, "near": {"student_kl": 0.7}, "limit": {"student_kl": FAR_KL}, "far": {"student_kl": "far"}}
+    found = {}
+    for name, options in given.items():
+        report = run(wide, [IDS], tmp_path / name, **WIDE, **options)
+        found[name] = kdfast.cache.open(tmp_path / name).info
+        assert (report.floor and report.floor.text()) == (found[name].floor and found[name].floor.text())
+        assert found[name].codec_reason
+    assert [info.codec for info in found.values()] == ["sample", "sample", "prototype", "prototype"]
+    assert found["none"].config["draws"] == LARGE_VOCAB.options["draws"]
+    assert found["none"].floor is None
+    assert found["none"].floor_text == "none: unbiased, with the noise of 50 draws a row"
+    assert found["far"].floor.kl > 0.01
+    assert report.text().endswith(f"; floor: {found['far'].floor.text()}")
+
+
 def test_auto_learns_prototypes_unless_the_loader_is_an_iterator(tmp_path):
-    size, batch = SMALL_VOCAB + 1, {"input_ids": torch.arange(6).view(2, 3)}
-
-    def teacher(input_ids):
-        return torch.randn(2, 3, size, generator=torch.Generator().manual_seed(int(input_ids.sum())))
-
-    for name, loader in [("sample", iter([batch])), ("prototype", [batch])]:
-        run(teacher, loader, tmp_path / name, codec="auto", vocab_size=size, teacher="t")
+    for name, loader in [("sample", iter([IDS])), ("prototype", [IDS])]:
+        run(wide, loader, tmp_path / name, **WIDE, student_kl="far")
         assert kdfast.cache.open(tmp_path / name).info.codec == name
+
+
+def test_auto_says_what_it_would_need_and_what_there_is_for_far_students(tmp_path):
+    with pytest.raises(ValueError, match=r"'hidden', for this loss needs whole rows.*\"far\" .* comes to 'prototype'"):
+        run(wide, [IDS], tmp_path, **WIDE, divergence="reverse_kl")
+    with pytest.raises(ValueError, match=r"'hidden', for this loss needs whole rows.*that are hidden states$"):
+        run(wide, [IDS], tmp_path, **WIDE, divergence="logit_mse")
+    with pytest.raises(ValueError, match="comes to 'sample', which learns no prototypes"):
+        run(wide, [IDS], tmp_path, **WIDE, prototypes=4)
+    assert not list(tmp_path.iterdir())
+    run(wide, [IDS], tmp_path, **WIDE, divergence="reverse_kl", student_kl="far", prototypes=4)
+    assert kdfast.cache.open(tmp_path).info.codec == "prototype"
 
 
 def test_integer_keys_can_be_the_numbers_of_a_range(tmp_path):
@@ -579,7 +623,7 @@ def test_images_that_share_a_name_are_counted_and_warned_of(tmp_path, folder):
     assert warned[0].filename == __file__
     assert report[:4] == (4, 0, 8, 8)
     assert (report.known, report.duplicates, report.conflicts, report.bad) == (0, 8, 8, 0)
-    assert report.text() == (
+    assert report.text().partition("; floor: ")[0] == (
         "8 records, 8 rows added; 0 records were stored already; 8 came again; 8 came with other targets or logits"
     )
     report = pictures(lambda x: x, tmp_path / "paths", names, x, y)
@@ -667,6 +711,18 @@ def test_reports_add_up_and_survive_pickling():
     total = kdfast.cache.CaptureReport.total([a, pickle.loads(pickle.dumps(a))])
     assert (*total, total.known, total.duplicates, total.conflicts, total.bad) == (2, 4, 6, 8, 10, 0, 12, 0)
     assert repr(a).endswith("rows=4, known=5, duplicates=0, conflicts=6, bad=0)")
+
+
+def test_reports_of_several_processes_have_the_floor_of_all_their_rows(tmp_path, teacher):
+    """As the workers of a cluster and the processes of torchrun give them."""
+    parts = [list(batches())[i::2] for i in range(2)]
+    reports = [run(teacher, part, tmp_path, writer=str(i), bits=4) for i, part in enumerate(parts)]
+    total = kdfast.cache.CaptureReport.total(pickle.loads(pickle.dumps(reports)))
+    assert total.floor.rows == sum(report.floor.rows for report in reports) == total.rows
+    assert total.floor.text() == kdfast.cache.open(tmp_path).floor.text()
+    assert reports[0].floor.kl != reports[1].floor.kl
+    assert repr(total).endswith(f"bad=0, floor={total.floor})")
+    assert run(teacher, parts[0], tmp_path, writer="0", bits=4).floor is None  # nothing was added
 
 
 # ---- rows that cannot be stored -------------------------------------------------------------------------------------

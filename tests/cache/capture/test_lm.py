@@ -213,12 +213,24 @@ def test_auto_takes_hidden_states_where_the_divergence_needs_them(tmp_path, larg
     assert (info.codec, info.config["head"]) == ("hidden", output_layer(large_model).fingerprint)
 
 
-def test_auto_takes_prototypes_of_a_large_vocabulary(tmp_path, large_model):
-    run(large_model, IDS, tmp_path, codec="auto", divergence="reverse_kl", temperatures=(2.0,))
+def test_auto_takes_what_holds_no_near_student_back(tmp_path, large_model):
+    found = {}
+    for name, options in {"plain": {}, "reverse": {"divergence": "reverse_kl"}}.items():
+        run(large_model, IDS, tmp_path / name, codec="auto", **options)
+        head = output_layer(large_model) if name == "reverse" else None
+        found[name] = kdfast.cache.open(tmp_path / name, head=head).info
+    assert [info.codec for info in found.values()] == ["sample", "hidden"]
+    assert found["reverse"].floor.kl < 1e-5  # the rounding to bfloat16
+    assert found["plain"].floor is None
+
+
+def test_auto_takes_prototypes_of_a_large_vocabulary_for_a_far_student(tmp_path, large_model):
+    far = {"divergence": "reverse_kl", "temperatures": (2.0,), "student_kl": 2.5}
+    run(large_model, IDS, tmp_path, codec="auto", **far)
     info = kdfast.cache.open(tmp_path).info
     assert (info.codec, info.temperatures) == ("prototype", (2.0,))
     assert info.why == info.codec_reason
-    assert "best student per byte" in info.codec_reason
+    assert "best such student per byte" in info.codec_reason
     assert info.asset_bytes == sum(path.stat().st_size for path in tmp_path.glob("shapes-*.safetensors")) > 0
 
 
