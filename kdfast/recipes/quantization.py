@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdfast.labels.output_module import find_output_module
 
@@ -73,48 +74,56 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _FakeQuantized:
-    """A layer whose ``weight`` is the rounded one. Its parameter, and what it saves, is the weight before rounding."""
+    """A layer that computes with its rounded weight. Its parameter, which it trains and saves, is the unrounded one."""
 
     format: str
     group_size: int
-    _parameters: dict[str, Any]
+    weight: Tensor
 
     @property
-    def weight(self) -> Tensor:
-        """The rounded weight, which the layer computes with. Its gradient goes to the parameter unchanged."""
-        rounded = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            self._parameters["weight"], self.format, self.group_size
-        )
-        return cast(Tensor, rounded)
+    def rounded_weight(self) -> Tensor:
+        """The weight that the layer computes with. Its gradient goes to ``weight`` unchanged."""
+        return self._round(self.weight)
+
+    def _round(self, weight: Tensor) -> Tensor:
+        return cast(Tensor, _StraightThrough.apply(weight, self.format, self.group_size))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         plain: str = super().extra_repr()  # type: ignore[misc]
         return f"{plain}, format={self.format!r}, group_size={self.group_size}"
 
 
-class FakeQuantizedLinear(_FakeQuantized, nn.Linear):  # type: ignore[misc, override]
+class FakeQuantizedLinear(_FakeQuantized, nn.Linear):
     """An ``nn.Linear`` that multiplies by its rounded weight: see ``fake_quantize``, which makes them.
 
     Attributes:
-        weight: the rounded weight. ``state_dict`` and ``parameters`` have the one before rounding, under this name.
+        weight: the parameter, which is trained and saved, not rounded.
+        rounded_weight: what the layer multiplies by.
         format, group_size: as ``fake_quantize`` was given them.
     """
 
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.rounded_weight, self.bias)
 
-class FakeQuantizedEmbedding(_FakeQuantized, nn.Embedding):  # type: ignore[misc, override]
-    """An ``nn.Embedding`` of rounded vectors, which the whole table is rounded for: see ``fake_quantize``.
+
+class FakeQuantizedEmbedding(_FakeQuantized, nn.Embedding):
+    """An ``nn.Embedding`` whose vectors are rounded: see ``fake_quantize``, which makes them.
 
     Attributes:
-        weight: the rounded table. ``state_dict`` and ``parameters`` have the one before rounding, under this name.
+        weight: the parameter, which is trained and saved, not rounded.
+        rounded_weight: the rounded table, of which the layer's vectors are rows.
         format, group_size: as ``fake_quantize`` was given them.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._round(super().forward(input))  # no scale is shared between rows: those in use are enough
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FakeQuantizedLinear,
     nn.Embedding: FakeQuantizedEmbedding,
 }
-_BACK = {fake: plain for plain, fake in _PLAIN.items()}
+_BACK: dict[type[Any], type[nn.Module]] = {fake: plain for plain, fake in _PLAIN.items()}
 
 
 def fake_quantize(
@@ -134,7 +143,8 @@ def fake_quantize(
     Weights are rounded in every forward pass, to float32's nearest number of the format (ties to even), and gradients
     pass the rounding as if it were not there (the straight-through estimator). Names of parameters, ``state_dict`` and
     optimizers stay as they are: what is saved before ``bake`` are the weights before rounding, which any quantiser of
-    the same format can take. Calls with other ``modules`` give other layers other formats.
+    the same format can take. A ``kdfast.Head`` of an output layer has its rounded weight. Calls with other ``modules``
+    give other layers other formats. Do it before ``torch.compile`` and before FSDP wraps the model.
 
     The formats:
 
@@ -186,16 +196,22 @@ def bake(model: nn.Module, *, rounded: bool = True) -> list[str]:
 
     Raises:
         ValueError: the model has no fake-quantised layer.
+        TypeError: a wrapper such as FSDP has changed a layer's class. The model is then unchanged.
     """
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _FakeQuantized)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no fake-quantised layer: fake_quantize makes them")
+    for name, layer in layers.items():
+        if type(layer) not in _BACK:
+            raise TypeError(
+                f"{name} is a {type(layer).__name__}, a wrapped layer: bake a plain copy with its state_dict"
+            )
     if rounded:
         # One that is shared is rounded once: what is rounded twice may be another number.
-        weights = {id(x._parameters["weight"]): x for x in layers.values()}
+        once = {id(layer.weight): layer for layer in layers.values()}
         with torch.no_grad():
-            for layer in weights.values():
-                layer._parameters["weight"].copy_(layer.weight)
+            for layer in once.values():
+                layer.weight.copy_(layer.rounded_weight)
     for module in dict.fromkeys(cast("Iterable[Any]", layers.values())):
         module.__class__ = _BACK[type(module)]
         del module.format, module.group_size
@@ -248,9 +264,5 @@ def _group_size(name: str, layer: Any, format: str, asked: int | None) -> int:
         raise ValueError(
             f"{name} has {inputs} inputs, which are no whole groups of {size}: give a group_size that divides them, or "
             "modules=... without it"
-        )
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise ValueError(
-            f"{name} rescales its vectors to max_norm={layer.max_norm} in place, which rounding would lose"
         )
     return size

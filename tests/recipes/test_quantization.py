@@ -5,7 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from kdfast import Head, kd_loss
 from kdfast.cache import fingerprint
@@ -25,7 +28,7 @@ def layer(weight, format, group_size=None):
 
 
 def rounded(weight, format, group_size=None):
-    return layer(weight, format, group_size).weight.detach()
+    return layer(weight, format, group_size).rounded_weight.detach()
 
 
 def block(*values):
@@ -146,7 +149,7 @@ def test_gradients_pass_straight_through(format):
     assert torch.equal(linear(x), x @ rounded(weight, format, FORMATS[format]).T)
     x.requires_grad_()
     linear(x).backward(out)
-    torch.testing.assert_close(linear._parameters["weight"].grad, out.T @ x.detach())
+    torch.testing.assert_close(linear.weight.grad, out.T @ x.detach())
     torch.testing.assert_close(x.grad, out @ rounded(weight, format, FORMATS[format]))
 
 
@@ -163,7 +166,7 @@ def test_training_moves_the_weights_behind():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-    assert not torch.equal(linear.weight, linear._parameters["weight"])
+    assert not torch.equal(linear.rounded_weight, linear.weight)
 
 
 # Dynamo's own, of any autograd function.
@@ -172,7 +175,7 @@ def test_it_compiles_as_one_graph():
     linear, x = layer(torch.randn(4, 32), "mxfp4"), torch.randn(3, 32)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     compiled(x).sum().backward()
-    got = linear._parameters["weight"].grad.clone()
+    got = linear.weight.grad.clone()
     assert torch.equal(compiled(x), linear(x))
     assert torch.equal(got, x.sum(0).expand(4, 32))
 
@@ -219,11 +222,12 @@ def test_tied_weights_are_rounded_in_all_places_or_none(tied):
         "model.embed_tokens",
         "lm_head",
     ]
-    weight = model.lm_head._parameters["weight"]
-    assert weight is model.model.embed_tokens._parameters["weight"]
+    weight = model.lm_head.weight
+    assert weight is model.model.embed_tokens.weight
     assert torch.equal(model.model.embed_tokens(ids), rounded(weight.detach(), "int4", 8)[ids])
     head = Head.of(model, input_ids=ids)
     assert torch.equal(head.weight, rounded(weight.detach(), "int4", 8))
+    assert torch.equal(Head(head.hidden.detach(), model.lm_head).weight, head.weight)
     torch.testing.assert_close(head.hidden @ head.weight.T, logits(model, ids))
     teacher = torch.randn(*ids.shape, VOCAB)
     kd_loss(head, teacher).backward()
@@ -273,7 +277,7 @@ def test_copies_and_pickles_round(tied):
     want = logits(model, ids)
     assert torch.equal(logits(copy.deepcopy(model), ids), want)
     linear = model.model.layers[0].mlp.up_proj
-    assert torch.equal(pickle.loads(pickle.dumps(linear)).weight, linear.weight)
+    assert torch.equal(pickle.loads(pickle.dumps(linear)).rounded_weight, linear.rounded_weight)
 
 
 def test_calls_give_layers_formats_of_their_own(tied):
@@ -307,7 +311,7 @@ def test_adapters_over_rounded_weights_merge(tied):
     adapter = model.model.layers[0].mlp.up_proj
     nn.init.normal_(adapter.up)
     want = logits(model, ids)
-    base = adapter.base.weight.detach()
+    base = adapter.base.rounded_weight.detach()
     merge_lora(model)
     torch.testing.assert_close(logits(model, ids), want)
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base)
@@ -323,6 +327,30 @@ def test_a_rounding_teacher_has_fingerprints_of_its_own(tied):
     assert len(seen) == 3
     bake(other, rounded=False)
     assert str(fingerprint(other)) in seen
+
+
+def test_sharded_layers_round_their_whole_weights():
+    """FSDP2 reads a layer's parameter as its attribute, and puts layers into classes of its own."""
+    model, x = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 4)), torch.randn(3, 32)
+    fake_quantize(model, "int8")
+    want = model(x)
+    want.sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = copy.deepcopy(model)
+        sharded.zero_grad()
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*sharded, sharded):
+            fully_shard(part, mesh=mesh)
+        got = sharded(x)
+        got.sum().backward()
+        assert torch.equal(got, want)
+        assert all(torch.equal(p.grad.full_tensor(), g) for p, g in zip(sharded.parameters(), grads, strict=True))
+        with pytest.raises(TypeError, match="0 is a FSDPFakeQuantizedLinear, a wrapped layer: bake a plain copy"):
+            bake(sharded)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -348,7 +376,5 @@ def test_other_models_are_refused():
         fake_quantize([])
     with pytest.raises(ValueError, match=r"Embedding has no nn\.Linear to round"):
         fake_quantize(nn.Embedding(3, 4))
-    with pytest.raises(ValueError, match=r"rescales its vectors to max_norm=1\.0"):
-        fake_quantize(nn.Sequential(nn.Embedding(3, 4, max_norm=1.0)), "int8", modules="0")
     with pytest.raises(ValueError, match="Linear has no fake-quantised layer: fake_quantize makes them"):
         bake(nn.Linear(3, 4))

@@ -141,10 +141,8 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(scaling, Mapping) and active is not None and not callable(active):
             state = [list(active), {str(key): float(value) for key, value in scaling.items()}]
             yield _own(name), _brief([*state, bool(getattr(module, "disable_adapters", False))])
-        # A layer that rounds the weight that it saves, as kdfast.recipes.fake_quantize makes.
-        if "weight" in module._parameters and isinstance(getattr(type(module), "weight", None), property):
-            with torch.no_grad():
-                yield f"{_own(name)}.weight", _tensor(module.weight)
+        if isinstance(rounded := getattr(module, "rounded_weight", None), Tensor):  # as recipes.fake_quantize makes it
+            yield f"{_own(name)}.rounded_weight", _tensor(rounded.detach())
 
 
 def _modules_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
