@@ -14,6 +14,7 @@ from kdfast.labels.output_module import find_output_module
 
 __all__ = ["FakeQuantizedEmbedding", "FakeQuantizedLinear", "bake", "fake_quantize"]
 
+_EXPONENT_BITS = -(1 << 23)  # of float32, and its sign
 _BLOCK = 32  # numbers that share a scale, of MX formats by their definition and of INT4 by custom
 
 
@@ -27,7 +28,7 @@ def _integers(bits: int) -> Callable[[Tensor], Tensor]:
     def rounded(groups: Tensor) -> Tensor:
         scale = groups.abs().amax(-1, keepdim=True) / ((high - low) / 2)
         scale = scale.clamp(min=torch.finfo(scale.dtype).smallest_normal)  # of a group of zeros
-        return (groups * (1 / scale)).round().clamp(low, high) * scale
+        return (groups * (1 / scale)).round_().clamp_(low, high).mul_(scale)
 
     return rounded
 
@@ -37,14 +38,17 @@ def _mxfp4(groups: Tensor) -> Tensor:
 
     A block that has an infinity or NaN is NaN, as the scale then is.
     """
-    amax = groups.abs().amax(-1, keepdim=True)
-    exponent = ((amax.view(torch.int32) >> 23) - 127 - 2).clamp(min=-127)  # E2M1's largest power of two is 4 = 2^2
-    scaled = groups * _power_of_two(-exponent)
-    size = scaled.abs().clamp(max=6)
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    # To even multiples of the step, which are those of an even mantissa. Half of 2^(e + 1), as 2^-127 is subnormal.
-    half = (size / step).round() * step * 0.5
-    return half.copysign(scaled) * (_power_of_two(exponent + 1) + amax * 0)
+    size = groups.abs()
+    amax = size.amax(-1, keepdim=True)
+    exponent = ((amax.view(torch.int32) >> 23) - 127 - 2).clamp_(min=-127)  # E2M1's largest power of two is 4 = 2^2
+    size.mul_(_power_of_two(-exponent)).clamp_(max=6)
+    # Numbers from 2^i on are apart by 2^(i - 1), and those below 1 as those above. In multiples of that, ties to even
+    # are ties to an even mantissa.
+    power = size.clamp(min=1)
+    power.view(torch.int32).bitwise_and_(_EXPONENT_BITS)
+    doubled = size.div_(power).mul_(2).round_().mul_(power)
+    # A quarter of 2^(e + 1), as 2^-127 is no normal number.
+    return doubled.copysign_(groups).mul_(0.25).mul_(_power_of_two(exponent + 1) + amax * 0)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
