@@ -13,6 +13,11 @@ from torch import nn
 
 __all__ = ["drop_layers"]
 
+# What transformers' modules call a layer's own number, and how many there are.
+_POSITIONS = ("layer_idx", "layer_id", "layer_number", "layer_num")
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_UNBUILT = (*_POSITIONS, *_COUNTS, "training", "gradient_checkpointing")  # what a layer's configuration does not say
+
 
 @dataclass(frozen=True)
 class _Stack:
@@ -31,7 +36,8 @@ def drop_layers(model: nn.Module, drop: Iterable[int], *, layers: str | None = N
         Distiller(student, cache, temperature=1.0, kd_weight=1.0, ce_weight=0.0, lr=1e-4).fit(loader, epochs=1)
 
     Those that stay keep their weights and order. Their ``layer_idx``, by which a cache of keys and values finds them,
-    counts anew; the configuration gets the new number of layers, and its lists with an item per layer (such as
+    counts anew; the
+    configuration gets the new number of layers, and its lists with an item per layer (such as
     ``layer_types``) lose those of the dropped ones, so that the student can be saved and loaded. The configuration is a
     copy: a model that shares the old one stays as it is.
 
@@ -66,13 +72,21 @@ def drop_layers(model: nn.Module, drop: Iterable[int], *, layers: str | None = N
     for module in model.modules():
         if id(getattr(module, "config", None)) in configs:
             module.config = configs[id(module.config)]
+    for new, old in enumerate(kept):
+        for module in stack.layers[old].modules():
+            _renumber(module, _POSITIONS, old, new)
+    for name, module in model.named_modules():
+        if not name or f"{stack.name}.".startswith(f"{name}.") or name.startswith(f"{stack.name}."):
+            _renumber(module, _COUNTS, len(stack.layers), len(kept))
     for i in sorted(dropped, reverse=True):
         del stack.layers[i]
-    for position, layer in enumerate(stack.layers):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = position  # type: ignore[assignment]
     return [f"{stack.name}.{i}" for i in sorted(dropped)]
+
+
+def _renumber(module: nn.Module, names: Sequence[str], old: int, new: int) -> None:
+    for name in names:
+        if type(module.__dict__.get(name)) is int and module.__dict__[name] == old:
+            setattr(module, name, new)
 
 
 def _find(model: nn.Module, name: str | None) -> _Stack:
@@ -141,29 +155,37 @@ def _configs(model: nn.Module, stack: _Stack, kept: list[int]) -> dict[int, Any]
     new.num_hidden_layers = len(kept)
     for field, value in list(vars(new).items()):
         if isinstance(value, (list, tuple)) and len(value) == count:
-            setattr(new, field, type(value)(value[i] for i in kept))
+            numbers = list(value) == list(range(count))  # of all layers, as Llama 4's that are mixtures
+            setattr(new, field, type(value)(range(len(kept)) if numbers else (value[i] for i in kept)))
     return copies
 
 
 def _check_loads(model: nn.Module, stack: _Stack, kept: list[int], configs: dict[int, Any]) -> None:
-    """Raise ``ValueError`` where layers differ, and the new configuration would make them others than those kept."""
-    if not configs or not hasattr(model, "config_class"):
-        return
-    plans = [_plan(layer) for layer in stack.layers]
-    differing = {key for plan in plans for key in plan if any(other.get(key) != plan[key] for other in plans)}
-    if not differing:
+    """Raise ``ValueError`` where the new configuration would make other layers than those that are kept.
+
+    Only what differs between layers is looked at: adapters and the like are not the configuration's.
+    """
+    around = ((name, module) for name, module in model.named_modules() if hasattr(type(module), "config_class"))
+    outer, whole = next((x for x in around if not x[0] or stack.name.startswith(f"{x[0]}.")), ("", None))
+    if not configs or whole is None:
         return
     with torch.device("meta"):
-        made = type(model)(configs[id(model.config)]).get_submodule(stack.name)
-    for i, layer in zip(kept, made.children(), strict=True):
-        plan = _plan(layer)
-        wrong = sorted(key for key in differing & plan.keys() if plan[key] != plans[i].get(key))
-        if wrong:
-            raise ValueError(
-                f"the configuration does not say layer by layer what differs between them: of {stack.name}.{i}, "
-                f"{wrong[0]} is {plans[i].get(wrong[0])}, and would be {plan[wrong[0]]} once the student is loaded "
-                "again. Drop layers at another place, or whole periods of the pattern"
-            )
+        made = type(whole)(configs[id(whole.config)]).get_submodule(stack.name[len(outer) :].removeprefix("."))
+    old, new = [_plan(stack.layers[i]) for i in kept], [_plan(layer) for layer in made.children()]
+    keys = {key for plan in (*old, *new) for key in plan}
+    differing = [key for key in sorted(keys) if any(_differ(key, plans) for plans in (old, new))]
+    for number, was, loaded in zip(kept, old, new, strict=True):
+        for key in differing:
+            if key in loaded and loaded[key] != was.get(key):
+                raise ValueError(
+                    f"the configuration does not say layer by layer what differs between them: of {stack.name}."
+                    f"{number}, {key} is {was.get(key)}, and would be {loaded[key]} once the student is loaded again. "
+                    "Drop layers at another place, or whole periods of the pattern"
+                )
+
+
+def _differ(key: str, plans: list[dict[str, Any]]) -> bool:
+    return any(plan.get(key) != plans[0].get(key) for plan in plans)
 
 
 def _plan(layer: nn.Module) -> dict[str, Any]:
@@ -171,6 +193,6 @@ def _plan(layer: nn.Module) -> dict[str, Any]:
     plan: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
     for name, module in layer.named_modules():
         for field, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str)) and field != "layer_idx" and not field.startswith("_"):
+            if isinstance(value, (bool, int, float, str)) and field not in _UNBUILT and not field.startswith("_"):
                 plan[f"{name}.{field}"] = value
     return plan

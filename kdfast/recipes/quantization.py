@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -162,8 +165,8 @@ def fake_quantize(
         format: "int8", "int4" or "mxfp4".
         group_size: how many neighbouring inputs share a scale. It must divide the layers' inputs.
         modules: one or several globs over layers' names, as ``fnmatch`` takes them: ``nn.Linear`` and ``nn.Embedding``.
-            By default every ``nn.Linear`` but the output layer (``get_output_embeddings()``) and those that share a
-            weight with an embedding.
+            By default every ``nn.Linear`` but the output layer (``get_output_embeddings()``), those that share a weight
+            with an embedding, and those whose weight the module around them reads, past the layer and its rounding.
 
     Returns:
         The names of the layers that round.
@@ -171,8 +174,8 @@ def fake_quantize(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: another format; a group size that does not divide a layer's inputs, or that the format does not
-            have; a pattern that matches no layer; or a weight that is shared with a layer that is not to round. The
-            model is then unchanged.
+            have; a pattern that matches no layer; a layer whose weight the module around it reads; or a weight that is
+            shared with a layer that is not to round. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -228,10 +231,13 @@ def _choose(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
     if modules is None:
         output = find_output_module(model)
         embedded = {id(m.weight) for m in layers.values() if isinstance(m, nn.Embedding)}
-        linear = {name: m for name, m in layers.items() if isinstance(m, nn.Linear)}
-        chosen = {name: m for name, m in linear.items() if m is not output and id(m.weight) not in embedded}
+        chosen = {name: m for name, m in layers.items() if isinstance(m, nn.Linear) and m is not output}
+        chosen = {name: m for name, m in chosen.items() if id(m.weight) not in embedded and not _reader(model, name)}
         if not chosen:
-            raise ValueError(f"{type(model).__name__} has no nn.Linear to round but its output layer: name modules=...")
+            raise ValueError(
+                f"{type(model).__name__} has no nn.Linear to round, of that class itself, but its output layer and "
+                "layers whose weights others read: name modules=..."
+            )
         return chosen
     patterns = [modules] if isinstance(modules, str) else list(modules)
     for pattern in patterns:
@@ -240,7 +246,30 @@ def _choose(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
                 f"no nn.Linear or nn.Embedding within the model fits {pattern!r}; there are "
                 f"{', '.join(layers) or 'none'}"
             )
-    return {name: m for name, m in layers.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    chosen = {name: m for name, m in layers.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    for name in chosen:
+        if reader := _reader(model, name):
+            raise ValueError(
+                f"{reader} reads the weight of {name} itself, past the layer and its rounding: leave it out"
+            )
+    return chosen
+
+
+def _reader(model: nn.Module, name: str) -> str | None:
+    """The class of the module around a layer, if its code reads the layer's weight, as Mamba's do."""
+    outer, _, own = name.rpartition(".")
+    kind = type(model.get_submodule(outer))
+    return kind.__name__ if own in _read_weights(kind) else None
+
+
+@cache
+def _read_weights(kind: Any) -> frozenset[str]:
+    """Of which attributes a class's code reads the weight, other than its dtype, device or shape."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # made where there is no file
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b)", source))
 
 
 def _check_shared(model: nn.Module, chosen: dict[str, Any]) -> None:

@@ -34,6 +34,17 @@ def gemma(types):
     return hf.Gemma3ForCausalLM(config).eval()
 
 
+def llama4():
+    """Mixtures of experts in all layers, by a list of their numbers, and a list of which layers have no rotation."""
+    torch.manual_seed(3)
+    config = hf.Llama4TextConfig(**SIZES, num_hidden_layers=4, num_local_experts=2, intermediate_size_mlp=24)
+    model = hf.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model
+
+
 def ids(length=9):
     return torch.randint(3, 40, (2, length), generator=torch.Generator().manual_seed(2))
 
@@ -64,7 +75,7 @@ def test_layers_find_their_keys_and_values():
     torch.testing.assert_close(later, student(ids()).logits[:, 6:])
 
 
-@pytest.mark.parametrize("make", [llama, lambda: gemma("ssfssf")])
+@pytest.mark.parametrize("make", [llama, lambda: gemma("ssfssf"), llama4])
 def test_a_student_can_be_saved_and_loaded(make, tmp_path):
     student = make()
     drop_layers(student, [1, 2])
@@ -97,6 +108,11 @@ def test_a_model_that_shares_the_configuration_stays():
     [
         (hf.GPT2LMHeadModel, hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2), "transformer.h"),
         (hf.BertForMaskedLM, hf.BertConfig(**SIZES, num_hidden_layers=3), "bert.encoder.layer"),
+        (
+            hf.DistilBertForMaskedLM,
+            hf.DistilBertConfig(vocab_size=40, dim=16, hidden_dim=24, n_heads=2, n_layers=3),
+            "distilbert.transformer.layer",
+        ),
         (hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES, num_hidden_layers=3, num_local_experts=3), "model.layers"),
     ],
 )
@@ -105,6 +121,8 @@ def test_stacks_of_other_names(model, config, name):
     assert drop_layers(student, [1]) == [f"{name}.1"]
     assert student.config.num_hidden_layers == 2
     assert student(ids()).logits.shape == (2, 9, 40)
+    counts = [getattr(module, "n_layers", 2) for module in student.modules()]
+    assert set(counts) == {2}
 
 
 def test_a_rounded_student_can_lose_layers():
@@ -112,6 +130,13 @@ def test_a_rounded_student_can_lose_layers():
     fake_quantize(student, "int8", modules="*.layers.0.mlp.*")
     drop_layers(student, [3])
     assert len(student.model.layers) == 4
+
+
+def test_a_model_within_a_module():
+    model = nn.ModuleDict({"language": gemma("ssf"), "vision": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
+    assert drop_layers(model, [0]) == ["language.model.layers.0"]
+    assert model["language"].config.layer_types == ["sliding_attention", "full_attention"]
+    assert len(model["vision"]) == 3
 
 
 def test_layers_whose_pattern_follows_from_their_number_are_refused():

@@ -271,6 +271,27 @@ def test_what_it_saves_loads_into_plain_and_rounding_models(tied, tmp_path):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
+class Reader(nn.Module):
+    """Multiplies by a layer's weight itself, as Mamba does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.outer(x.to(self.outer.weight.dtype) @ self.inner.weight)
+
+
+def test_layers_whose_weight_another_reads_are_left_out_or_refused():
+    model = nn.Sequential(Reader())
+    assert fake_quantize(model, "int8") == ["0.outer"]
+    with pytest.raises(
+        ValueError, match=r"Reader reads the weight of 0\.inner itself, past the layer and its rounding"
+    ):
+        fake_quantize(model, "int8", modules="*.inner")
+    assert type(model[0].inner) is nn.Linear
+
+
 def test_copies_and_pickles_round(tied):
     model, ids = tied
     fake_quantize(model, "int4", group_size=8)
