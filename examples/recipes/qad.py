@@ -63,7 +63,6 @@ def main() -> None:
         options = {"kd_weight": 1.0, "ce_weight": 0.0, "temperature": 1.0, "divergence": "soft_ce"}  # as draws serve it
         healing = Distiller(student, labels, lr=1e-3, schedule="cosine", **options)
         healing.fit(batches(train), epochs=1, progress=False)
-        del labels, healing
     student.eval()
     healed = kl(teacher, student, test)
     bake(student)

@@ -169,7 +169,8 @@ def fake_quantize(
             with an embedding, and those whose weight the module around them reads, past the layer and its rounding.
 
     Returns:
-        The names of the layers that round.
+        The names of the layers that round. Other weights stay as they are, such as experts that are slices of one
+        parameter.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -256,10 +257,13 @@ def _choose(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
 
 
 def _reader(model: nn.Module, name: str) -> str | None:
-    """The class of the module around a layer, if its code reads the layer's weight, as Mamba's do."""
-    outer, _, own = name.rpartition(".")
-    kind = type(model.get_submodule(outer))
-    return kind.__name__ if own in _read_weights(kind) else None
+    """The class of a module around a layer whose code reads the layer's weight, as Mamba's does."""
+    path = name.split(".")
+    for i in range(len(path) - 1, -1, -1):
+        kind = type(model.get_submodule(".".join(path[:i])))
+        if ".".join(path[i:]) in _read_weights(kind):  # type: ignore[arg-type]
+            return kind.__name__
+    return None
 
 
 @cache
@@ -269,7 +273,7 @@ def _read_weights(kind: Any) -> frozenset[str]:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # made where there is no file
         return frozenset()
-    return frozenset(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b)", source))
+    return frozenset(re.findall(r"\bself\.([\w.]+)\.weight\b(?!\.(?:dtype|device|shape|size)\b)", source))
 
 
 def _check_shared(model: nn.Module, chosen: dict[str, Any]) -> None:
