@@ -33,7 +33,8 @@ def drop_layers(model: nn.Module, drop: Iterable[int], *, layers: str | None = N
 
         student = copy.deepcopy(teacher)
         drop_layers(student, [10, 14, 18])
-        Distiller(student, cache, temperature=1.0, kd_weight=1.0, ce_weight=0.0, lr=1e-4).fit(loader, epochs=1)
+        options = {"temperature": 1.0, "kd_weight": 1.0, "ce_weight": 0.0}
+        Distiller(student, teacher, lr=1e-4, **options).fit(loader, epochs=1)
 
     Those that stay keep their weights and order. Their ``layer_idx``, by which a cache of keys and values finds them,
     counts anew; the

@@ -142,9 +142,11 @@ def fake_quantize(
 ) -> list[str]:
     """Let layers of a model compute with rounded weights, so that training finds weights that bear the rounding::
 
+        labels = cache.open(folder)  # which cache.capture(teacher, ..., codec="sample", draws=23) has written
         student = copy.deepcopy(teacher)
         fake_quantize(student, "mxfp4")
-        Distiller(student, cache, temperature=1.0, kd_weight=1.0, ce_weight=0.0, lr=1e-4).fit(loader, epochs=1)
+        options = {"temperature": 1.0, "kd_weight": 1.0, "ce_weight": 0.0, "divergence": "soft_ce"}
+        Distiller(student, labels, lr=1e-4, **options).fit(loader, epochs=1)
         bake(student)
 
     Weights are rounded in every forward pass, to float32's nearest number of the format (ties to even), and gradients
