@@ -37,8 +37,7 @@ def drop_layers(model: nn.Module, drop: Iterable[int], *, layers: str | None = N
         Distiller(student, teacher, lr=1e-4, **options).fit(loader, epochs=1)
 
     Those that stay keep their weights and order. Their ``layer_idx``, by which a cache of keys and values finds them,
-    counts anew; the
-    configuration gets the new number of layers, and its lists with an item per layer (such as
+    counts anew; the configuration gets the new number of layers, and its lists with an item per layer (such as
     ``layer_types``) lose those of the dropped ones, so that the student can be saved and loaded. The configuration is a
     copy: a model that shares the old one stays as it is.
 
@@ -54,8 +53,8 @@ def drop_layers(model: nn.Module, drop: Iterable[int], *, layers: str | None = N
     Raises:
         TypeError: ``model`` is no module, ``layers`` names no ``nn.ModuleList``, or a layer's number is no integer.
         ValueError: no stack or several fit; ``drop`` is empty, names a layer twice or one that is not there, or leaves
-            none; or the configuration lists layers by number, which nothing here could count anew. The model is then
-            unchanged.
+            none; the model is an encoder-decoder; or its configuration would make other layers of those that are kept,
+            where their kinds follow from their numbers. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
