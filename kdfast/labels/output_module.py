@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from kdfast.models import unwrap
 
-__all__ = ["check_linear", "check_no_backward_hooks", "find_output_module", "is_distributed", "weight_and_bias"]
+__all__ = [
+    "check_linear",
+    "check_no_backward_hooks",
+    "find_output_module",
+    "is_distributed",
+    "weight_and_bias",
+    "weight_in_use",
+]
 
 _MEND = "take the logits, or merge the adapter into the layer first (merge_and_unload(), merge_lora())"
 
@@ -27,7 +34,7 @@ def weight_and_bias(weight: object, bias: object) -> tuple[Tensor, Tensor | None
         layer = check_linear(weight)
         _check_no_forward_hooks(layer)
         check_no_backward_hooks(layer)
-        return layer.weight, layer.bias
+        return weight_in_use(layer), layer.bias
     if not isinstance(weight, Tensor):
         raise TypeError(
             "weight must be a (vocab, d) tensor or the nn.Linear that it belongs to, such as model.lm_head, got "
@@ -38,8 +45,14 @@ def weight_and_bias(weight: object, bias: object) -> tuple[Tensor, Tensor | None
     return weight, bias
 
 
+def weight_in_use(layer: nn.Linear) -> Tensor:
+    """What a linear layer multiplies by: its weight, or that rounded, where ``recipes.fake_quantize`` makes it so."""
+    rounds = hasattr(type(layer), "rounded_weight")
+    return layer.rounded_weight if rounds else layer.weight  # type: ignore[return-value]
+
+
 def check_linear(module: nn.Module) -> nn.Linear:
-    """``module``, if it is a linear layer whose ``weight`` and ``bias`` are all that its ``forward`` uses.
+    """``module``, if it is a linear layer whose ``weight_in_use`` and ``bias`` are all that its ``forward`` uses.
 
     Raises:
         TypeError: an adapter (its ``weight`` is that of the frozen base), a quantised layer, or a module of another
@@ -54,7 +67,8 @@ def check_linear(module: nn.Module) -> nn.Linear:
             "multiplies by, if that is all it does"
         )
     replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate's only moves weights
-    if type(module).forward is not nn.Linear.forward or replaced:
+    derived = type(module).forward is not nn.Linear.forward and not hasattr(type(module), "rounded_weight")
+    if derived or replaced:
         raise TypeError(f"the output layer is a {kind} with a forward of its own: {_MEND}")
     weight = module.weight
     plain = type(weight) in (Tensor, nn.Parameter) or is_distributed(weight) or torch.compiler.is_compiling()

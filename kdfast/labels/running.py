@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.labels.circumstances import circumstances, path_of
-from kdfast.labels.output_module import check_linear, check_no_backward_hooks, find_output_module, is_distributed
+from kdfast.labels.output_module import (
+    check_linear,
+    check_no_backward_hooks,
+    find_output_module,
+    is_distributed,
+    weight_in_use,
+)
 from kdfast.labels.tail import PROBES, Tail, measure, probe
 from kdfast.models import autocast_dtype, unwrap, with_decoder_inputs
 
@@ -138,7 +144,7 @@ class _Catch:
             return None
         self._calls += 1
         hidden: Tensor = args[0] if args else kwargs["input"]
-        weight: Tensor = module.weight
+        weight: Tensor = weight_in_use(module)
         bias: Tensor | None = module.bias
         self._check_place(hidden, weight)
         if (dtype := autocast_dtype(hidden.device)) is not None:

@@ -5,9 +5,11 @@ from kdfast.recipes.auxiliary import Adversarial, GraphAttention, discriminator
 from kdfast.recipes.chain import BornAgain, Chain, TeacherAssistants
 from kdfast.recipes.composite import Cohort, CohortOutput, Combined, EachStudent, MultiTask, MutualLearning, TaskOutput
 from kdfast.recipes.cross_domain import CrossDomain, Unlabelled
+from kdfast.recipes.dropping import drop_layers
 from kdfast.recipes.ema import EMATeacher, self_distillation
 from kdfast.recipes.ensemble import LogitEnsemble, ProbabilityEnsemble, label_trust
 from kdfast.recipes.growing import Growing, deepen, widen
+from kdfast.recipes.quantization import FakeQuantizedEmbedding, FakeQuantizedLinear, bake, fake_quantize
 from kdfast.recipes.rounds import AdaptiveKD, Bootstrap
 from kdfast.recipes.targets import HardTargets, pad_sequences, sequence_level, soft_targets, teacher_sequences
 from kdfast.recipes.tasks import (
@@ -49,6 +51,8 @@ __all__ = [
     "Detections",
     "EMATeacher",
     "EachStudent",
+    "FakeQuantizedEmbedding",
+    "FakeQuantizedLinear",
     "GraphAttention",
     "Growing",
     "HardTargets",
@@ -63,6 +67,7 @@ __all__ = [
     "ViewedExamples",
     "add_lora",
     "anneal",
+    "bake",
     "capture_views",
     "channel_wise_kd",
     "class_attention",
@@ -73,7 +78,9 @@ __all__ = [
     "detection_kd",
     "disagreement",
     "discriminator",
+    "drop_layers",
     "entropy_temperature",
+    "fake_quantize",
     "focal",
     "focal_temperature",
     "gaussian_kd",

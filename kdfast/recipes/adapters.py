@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from kdfast.labels.output_module import weight_in_use
+
 __all__ = ["LoRALinear", "add_lora", "merge_lora"]
 
 
@@ -40,7 +42,7 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight that the layer multiplies by, update included, for modules that read their layers'."""
-        return self.base.weight + self.scale * (self.up @ self.down)
+        return weight_in_use(self.base) + self.scale * (self.up @ self.down)
 
     @property
     def bias(self) -> Tensor | None:

@@ -83,6 +83,13 @@ def test_cached_views_teach_and_others_are_refused(capsys):
     assert distilled > max(0.8, alone + 0.04)
 
 
+def test_a_pruned_and_rounded_student_is_healed_from_draws(capsys):
+    _, (before, healed, baked, size) = run("qad", capsys)
+    assert healed < before / 2
+    assert baked == healed
+    assert size < 14
+
+
 def test_no_example_is_left_out():
     named = set(re.findall(r"\"(\w+)\"", Path(__file__).read_text()))
     assert {path.stem for path in FOLDER.glob("*.py")} <= named

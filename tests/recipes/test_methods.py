@@ -9,7 +9,7 @@ import pytest
 
 from support import ROOT
 
-REQUIREMENTS = 34
+REQUIREMENTS = 36
 
 
 def rows():

@@ -135,12 +135,14 @@ def _answers(path: str, config: Mapping[str, Any], others: tuple[str, ...]) -> I
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield what decides how adapters (PEFT's) take part: weights do not tell."""
+    """Yield what decides how adapters (PEFT's) take part, and weights as layers use them: those saved do not tell."""
     for name, module in model.named_modules():
         scaling, active = getattr(module, "scaling", None), getattr(module, "active_adapters", None)
         if isinstance(scaling, Mapping) and active is not None and not callable(active):
             state = [list(active), {str(key): float(value) for key, value in scaling.items()}]
             yield _own(name), _brief([*state, bool(getattr(module, "disable_adapters", False))])
+        if isinstance(rounded := getattr(module, "rounded_weight", None), Tensor):  # as recipes.fake_quantize makes it
+            yield f"{_own(name)}.rounded_weight", _tensor(rounded.detach())
 
 
 def _modules_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
