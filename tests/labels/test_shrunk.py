@@ -1,5 +1,7 @@
 """Draws that are moved a part of the way to their prototype: the mixture, its loss and its gradient."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -81,3 +83,48 @@ def test_the_mean_moves_and_the_noise_shrinks():
     error = (mixed.mean(0) - (probs + typical / typical.sum()) / 2) / (mixed.std(0) / 4000**0.5 + 1e-4)
     assert error.abs().max() < 4
     torch.testing.assert_close(mixed.var(0), weights.var(0) / 4, rtol=0.01, atol=1e-6)
+
+
+def test_a_cache_is_opened_for_a_distance(tmp_path):
+    options = {"vocab_size": VOCAB, "codec": "sample", "draws": 6}
+    with kdfast.cache.Writer(tmp_path / "a", prototypes=make_prototypes(), **options) as writer:
+        writer.add("a", make_logits(9))
+    near, far = kdfast.cache.open(tmp_path / "a"), kdfast.cache.open(tmp_path / "a", shrink=0.6)
+    want = near["a"].shrunk(0.6)
+    for got in (far["a"], pickle.loads(pickle.dumps(far))["a"], pickle.loads(pickle.dumps(far.pack(["a"]))).unpack()):
+        assert got.kind == "prototype"
+        assert torch.equal(got.values, want.values)
+        assert torch.equal(got.tails, want.tails)
+    student = torch.randn(9, VOCAB)
+    torch.testing.assert_close(kdfast.kd_loss(student, far.pack(["a"])), kdfast.kd_loss(student, want))
+    with pytest.raises(ValueError, match=r"opened with shrink=\[0.0, 0.6\]"):
+        kdfast.cache.PackedLabels.cat([near.pack(["a"]), far.pack(["a"])])
+    with pytest.raises(ValueError, match=r"shrink must lie in \[0, 1\], got 1.2"):
+        kdfast.cache.open(tmp_path / "a", shrink=1.2)
+    with kdfast.cache.Writer(tmp_path / "b", **options) as writer:
+        writer.add("a", make_logits(9))
+    with pytest.raises(ValueError, match="this sample cache has none: capture with"):
+        kdfast.cache.open(tmp_path / "b", shrink=0.6)
+
+
+def test_another_share_is_another_run(tmp_path):
+    with kdfast.cache.Writer(
+        tmp_path / "a", vocab_size=VOCAB, codec="sample", draws=6, prototypes=make_prototypes()
+    ) as writer:
+        for key in range(4):
+            writer.add(key, make_logits(1, seed=key))
+    data = [{"input": torch.randn(2, 5), "key": torch.arange(2 * i, 2 * i + 2)} for i in range(2)]
+
+    def fit(share):
+        torch.manual_seed(0)
+        student = torch.nn.Linear(5, VOCAB)
+        cache = kdfast.cache.open(tmp_path / "a", shrink=share)
+        return kdfast.Distiller(student, cache, folder=tmp_path / "run", temperature=1.0, ce_weight=0.0).fit(
+            data, epochs=1
+        )
+
+    fit(0.5)
+    with pytest.raises(ValueError, match="teacher"):
+        fit(0.6)
+    index = kdfast.cache.open(tmp_path / "a").index([0, 3])  # of the same shards
+    assert len(kdfast.cache.open(tmp_path / "a", shrink=0.5).gather(index)) == 2

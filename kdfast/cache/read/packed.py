@@ -14,6 +14,7 @@ from kdfast.cache.codecs.base import Codec
 from kdfast.cache.errors import CacheCorruptError
 from kdfast.cache.read.decoder import Decoder
 from kdfast.labels.floor import Floor
+from kdfast.labels.ragged import Weights
 from kdfast.labels.soft_labels import SoftLabels, row_index
 
 __all__ = ["PackedLabels", "join"]
@@ -34,12 +35,16 @@ class PackedLabels:
     decoders: tuple[tuple[Decoder, int], ...]  # and how many units each is for, one after another
     present: Tensor | None = None  # (rows,) bool; None: all. An absent row repeats some row, and is not counted
     floor: Floor | None = None  # of the cache that the labels are from
+    shrink: float = 0.0  # how far draws are moved to their prototypes when they are decoded
 
     @classmethod
     def cat(cls, parts: Sequence[PackedLabels]) -> PackedLabels:
-        """Concatenate along rows. Raises ``ValueError`` if there is no part."""
+        """Concatenate along rows. Raises ``ValueError`` for no part, or parts of different ``shrink``."""
         if not parts:
             raise ValueError("PackedLabels.cat needs at least one part")
+        shares = sorted({part.shrink for part in parts})
+        if len(shares) > 1:
+            raise ValueError(f"cannot concatenate labels of caches that were opened with shrink={shares}")
         units, wanted, nbytes, rows = [], [], 0, 0
         for part in parts:
             units.append(part.units + part.units.new_tensor([nbytes, 0, 0]))
@@ -52,7 +57,7 @@ class PackedLabels:
         data = torch.cat([part.data for part in parts])
         decoders = join(pair for part in parts for pair in part.decoders)
         floor = parts[0].floor if all(part.floor == parts[0].floor for part in parts) else None
-        return cls(data, torch.cat(units), torch.cat(wanted), decoders, present, floor)
+        return cls(data, torch.cat(units), torch.cat(wanted), decoders, present, floor, *shares)
 
     def __len__(self) -> int:
         return self.wanted.numel()
@@ -101,7 +106,8 @@ class PackedLabels:
             labels = self._decode()
         except ValueError as error:
             raise CacheCorruptError(f"packed labels cannot be decoded: {error}") from error
-        return replace(labels, present=self.present, floor=self.floor)
+        labels = replace(labels, present=self.present, floor=self.floor)
+        return labels.shrunk(self.shrink) if isinstance(labels, Weights) else labels
 
     def _decode(self) -> SoftLabels:
         units, wanted = (x.cpu().numpy() for x in (self.units, self.wanted))

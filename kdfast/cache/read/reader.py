@@ -34,6 +34,7 @@ from kdfast.cache.read.packed import PackedLabels
 from kdfast.cache.read.spans import check_several, check_spans, split_spans
 from kdfast.labels import Floor, SoftLabels
 from kdfast.labels.head import OutputLayer
+from kdfast.labels.ragged import Weights
 
 __all__ = ["CacheInfo", "CacheReader", "open_cache"]
 
@@ -89,6 +90,7 @@ def open_cache(
     *,
     head: OutputLayer | tuple[Tensor, Tensor | None] | None = None,
     trusted: bool = False,
+    shrink: float = 0.0,
 ) -> CacheReader:
     """Open a cache for reading.
 
@@ -101,8 +103,12 @@ def open_cache(
             be, bit for bit, the one whose fingerprint the cache was written with; keep it on the training device.
         trusted: read blocks that claim far more rows than bytes, too, as labels that are all equal give. Decoded they
             take far more memory than the file, so that one from a stranger is refused.
+        shrink: of a cache of draws with prototypes (``codec="sample", prototypes=256``): how far each row is moved to
+            its prototype, a part of the way in [0, 1] (``SoftLabels.shrunk``). 0 is right for a student that comes near
+            its teacher, .8 was best for one 4 nats away. The labels are then prototype labels, for any divergence.
 
     Raises:
+        ValueError: ``shrink`` is outside [0, 1], or the cache has no draws with prototypes.
         CacheCorruptError: a shard is corrupt or truncated; the message names it.
         CacheError: there is no shard, or one of another format version, or an asset is missing, or a block claims rows
             that take far more memory than the file and the cache is not ``trusted``.
@@ -117,7 +123,7 @@ def open_cache(
         Decoder.of(shard, storage.fetch)
     index = storage.fetch(INDEX) if storage.exists(INDEX) else shards[0].path.with_name(INDEX)
     layer = OutputLayer(*head) if isinstance(head, tuple) else head
-    reader = CacheReader(storage.url, shards, index, layer, trusted)
+    reader = CacheReader(storage.url, shards, index, layer, trusted, shrink)
     len(reader)  # finds the keys now
     return reader
 
@@ -136,15 +142,19 @@ class CacheReader:
         index_file: Path,
         head: OutputLayer | None = None,
         trusted: bool = False,
+        shrink: float = 0.0,
     ) -> None:
         self._path, self._shards, self._index_file, self._head = path, shards, index_file, head
         self._trusted = trusted
         self._decoders = [Decoder.of(shard) for shard in shards]
         if head is not None:
             self._use_head(head)
+        self._shrink = _check_shrink(shrink, self.codec, path)
         self._gatherer = RowGatherer(shards, self._decoders, trusted)
         self._floor = _floor_of(shards)
-        self._fingerprint = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
+        self._seals = blake2b("".join(shard.seal for shard in shards).encode(), digest_size=16).digest()
+        # What tells a run's labels from others: shrunk by another share they are others.
+        self._fingerprint = self._seals + (repr(self._shrink).encode() if self._shrink else b"")
 
     def _use_head(self, head: OutputLayer) -> None:
         for decoder in self._decoders:
@@ -154,7 +164,7 @@ class CacheReader:
                 raise CacheMismatchError(f"{self._path}: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (self._path, self._shards, self._index_file, self._head, self._trusted)
+        return CacheReader, (self._path, self._shards, self._index_file, self._head, self._trusted, self._shrink)
 
     # ---- labels -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +188,7 @@ class CacheReader:
         """
         where = self._locate(keys)
         try:
-            return replace(self._gatherer.pack(*where), floor=self._floor).unpack()
+            return self._pack(*where).unpack()
         except CacheCorruptError:
             self._gatherer.explain(*where)
             raise
@@ -188,7 +198,12 @@ class CacheReader:
 
         ``gather(keys)`` is ``pack(keys).unpack()``.
         """
-        return replace(self._gatherer.pack(*self._locate(keys)), floor=self._floor)
+        return self._pack(*self._locate(keys))
+
+    def _pack(self, *where: Any) -> PackedLabels:
+        # Shrunk labels are others than those whose floor was measured.
+        floor = None if self._shrink else self._floor
+        return replace(self._gatherer.pack(*where), floor=floor, shrink=self._shrink)
 
     def index(self, keys: Iterable[Any]) -> RecordIndex:
         """Look up keys once, for any number of ``gather``: hashing a key takes longer than reading a row.
@@ -214,7 +229,7 @@ class CacheReader:
             rows = np.iinfo(np.int64).max * absent  # any number of rows may be absent
             rows[~absent] = self._gatherer.spans(records[~absent])[1][:, 1]
             check_spans(entries, spans, rows)
-        return RecordIndex(records, self._fingerprint, spans)
+        return RecordIndex(records, self._seals, spans)
 
     # ---- what goes with the labels -----------------------------------------------------------------------------------
 
@@ -389,7 +404,7 @@ class CacheReader:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_] | None]:
         """The shard of each row of ``keys``, its number there, and which rows are present, None standing for all."""
         index = keys if isinstance(keys, RecordIndex) else self.index(keys)
-        if index.shards != self._fingerprint:
+        if index.shards != self._seals:
             raise CacheError(f"{self._path}: the index was made for other shards than these: make it again")
         owners, spans = self._gatherer.spans(index.records)
         if index.spans is None:
@@ -398,6 +413,18 @@ class CacheReader:
         sizes = np.where(whole, spans[:, 1], index.spans[:, 1])
         rows = ranges(spans[:, 0] + index.spans[:, 0], sizes)
         return np.repeat(owners, sizes), rows, np.repeat(index.records >= 0, sizes)
+
+
+def _check_shrink(share: float, codec: Codec, path: str) -> float:
+    """``share``, if labels of this codec can be shrunk by it."""
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"shrink must lie in [0, 1], got {share}")
+    if share and (codec.kind != Weights.kind or not codec.assets()):
+        raise ValueError(
+            f"{path}: shrink={share} moves draws to their prototypes, and this {codec.name} cache has none: capture "
+            'with codec="sample", prototypes=256'
+        )
+    return float(share)
 
 
 def _floor_of(shards: list[Shard]) -> Floor | None:
