@@ -19,12 +19,14 @@ from kdfast.cli.bench import app as bench_app
 from kdfast.cli.cache import app as cache_app
 from kdfast.cli.experiments import app as experiments_app
 from kdfast.cli.experiments import demo
+from kdfast.cli.kld import kld
 from kdfast.kernels import cluster
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command()(kld)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
 app.add_typer(experiments_app, name="experiments")

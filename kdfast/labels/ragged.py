@@ -82,12 +82,15 @@ class Ragged(SoftLabels):
     def to_dense(self) -> SoftLabels:
         raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
 
-    def _taken(self, index: Tensor) -> dict[str, Any]:
-        counts = self.counts[index]
-        offsets = offsets_of(counts)
+    def _entries_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The offsets of rows ``index``, and the numbers of their entries."""
+        offsets = offsets_of(self.counts[index])
         # Entry e of the result sits `e - offsets[row]` past its row's old start.
         row = rows_of_entries(offsets, int(offsets[-1]))
-        entries = (self.offsets[:-1][index] - offsets[:-1])[row] + torch.arange(len(row), device=self.device)
+        return offsets, (self.offsets[:-1][index] - offsets[:-1])[row] + torch.arange(len(row), device=self.device)
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        offsets, entries = self._entries_of(index)
         present = None if self.present is None else self.present[index]
         return {"values": self.values[entries], "ids": self.ids[entries], "offsets": offsets, "present": present}
 
@@ -113,6 +116,11 @@ class Weights(Ragged):
 
     prototype_ids: Tensor | None = None  # (rows,) int64, each row's row of `prototypes`, where it is known
     prototypes: Tensor | None = None  # (S, vocab) bfloat16 or float32
+    log_probs: Tensor | None = None  # (nnz,) float32 natural logs of the teacher's probabilities, where they are known
+
+    def without_padding(self) -> Self:
+        log_probs = None if self.log_probs is None else self.log_probs[~self.padding]
+        return replace(super().without_padding(), log_probs=log_probs)
 
     def shrunk(self, share: float) -> SoftLabels:
         """Move each row a part of the way to its prototype: ``(1 - share) * weights + share * prototype``.
@@ -161,10 +169,13 @@ class Weights(Ragged):
 
     def _taken(self, index: Tensor) -> dict[str, Any]:
         prototype_ids = None if self.prototype_ids is None else self.prototype_ids[index]
-        return {**super()._taken(index), "prototype_ids": prototype_ids}
+        log_probs = None if self.log_probs is None else self.log_probs[self._entries_of(index)[1]]
+        return {**super()._taken(index), "prototype_ids": prototype_ids, "log_probs": log_probs}
 
     def _joined(self, parts: Sequence[Any]) -> dict[str, Any]:
-        joined = super()._joined(parts)
+        known = all(part.log_probs is not None for part in parts)
+        log_probs = torch.cat([part.log_probs for part in parts]) if known else None
+        joined = {**super()._joined(parts), "log_probs": log_probs}
         same = self.prototypes is not None and all(
             part.prototypes is not None and same_table(part.prototypes, self.prototypes) for part in parts
         )
