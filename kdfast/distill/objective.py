@@ -84,11 +84,17 @@ class KD:
     def parts(self, step: Step) -> LossParts | None:
         """The parts of a step's loss, without its gradient.
 
-        None where it is not forward KL to a teacher, or an option is a function of the step, which may count its calls.
+        None where they have no forward KL to compare with the floor of the teacher's labels, or an option is a function
+        of the step, which may count its calls.
         """
-        if step.teacher is None or any(map(callable, self.options.values())):
+        floor = step.teacher.floor if isinstance(step.teacher, (SoftLabels, PackedLabels)) else None
+        if floor is None or not math.isfinite(floor.kl) or any(map(callable, self.options.values())):
             return None
         options = self._options(step)
+        weight, tau = options["kd_weight"], options.get("teacher_temperature")
+        tau = options["temperature"] if tau is None else tau
+        if isinstance(weight, Tensor) or not weight or isinstance(tau, Tensor) or tau != floor.temperature:
+            return None
         if Divergence.of(options.get("divergence", "forward_kl")).name != "forward_kl":
             return None
         teacher = teacher_of(step, options.get("vocab", "same"))
@@ -125,10 +131,7 @@ class FloorWatch:
 
     def see(self, objective: Any, step: Step) -> None:
         """Note the parts of a step's loss, if one is due and there is a floor that it may come near."""
-        if not self.due or self._told or self._parts is not None or not isinstance(objective, KD):
-            return
-        floor = step.teacher.floor if isinstance(step.teacher, (SoftLabels, PackedLabels)) else None
-        if floor is not None and math.isfinite(floor.kl):
+        if self.due and not self._told and self._parts is None and isinstance(objective, KD):
             self._parts = objective.parts(step)
 
     def look(self) -> None:

@@ -100,9 +100,13 @@ def test_a_far_student_and_labels_without_a_floor_are_not(cache, x, tmp_path):
         # Not forward KL, not at the temperature of the labels, or an option that may count its calls.
         fit(Student(), cache, x, kd={"divergence": "reverse_kl"})
         fit(Student(), cache, x, kd={"kd_weight": lambda step: 1.0})
+        fit(Student(), cache, x, kd={"kd_weight": 0.0, "z_weight": 1.0})
+    with pytest.raises(ValueError, match=r"give the objective temperature=1\.0"):
+        fit(Student(), cache, x, kd={"temperature": 2.0})
 
 
-def test_the_student_is_trained_as_if_nobody_looked(cache, x, monkeypatch):
+@pytest.mark.parametrize("backward", ["fused", "inplace"])
+def test_the_student_is_trained_as_if_nobody_looked(cache, x, monkeypatch, backward):
     trained = []
     for looks in (True, False):
         learner = Student()
@@ -110,6 +114,6 @@ def test_the_student_is_trained_as_if_nobody_looked(cache, x, monkeypatch):
         monkeypatch.setattr("kdfast.distill.objective.NEAR", 0.0)  # so that nothing is said, and all steps looked at
         if not looks:
             monkeypatch.setattr("kdfast.distill.objective.FloorWatch.see", lambda *_: None)
-        fit(learner, cache, x)
+        fit(learner, cache, x, kd={"backward": backward})
         trained.append(learner.state_dict())
     states_equal(*trained)
