@@ -119,9 +119,9 @@ def _share(shares: list[float]) -> str:
 
 
 def _verdict(shares: list[float], size: float | None) -> str:
-    """Whether the interval lies above the bound, of labels that are small enough."""
+    """Whether the interval lies above the bound, of labels that are small enough and have three seeds."""
     half = _interval(shares)
-    if size is None or size > BYTES or half is None:
+    if size is None or size > BYTES or half is None or len(shares) < 3:
         return ""
     return "yes" if statistics.mean(shares) - half >= BOUND else "no"
 
