@@ -50,9 +50,7 @@ DISTANCES: dict[str, Distance] = {
     "rounded-8": Distance("weights of 8 bits", bits=8, rate=1e-5),
     "adapters": Distance("adapters of rank 16 beside weights of 4 bits", bits=4, rank=16, rate=1e-3),
     "continuation": Distance("layers 10, 14, 18 cut, the teacher's own text", corpus="continuation", cut=(10, 14, 18)),
-    "gemma-cut-3": Distance(
-        "Gemma-3-270M, layers 6, 9, 12 cut", "gemma3", cut=(6, 9, 12), windows=24, held_out=6, batch=1, seeds=1
-    ),
+    "gemma-cut-1": Distance("Gemma-3-270M, layer 9 cut", "gemma3", cut=(9,), windows=24, held_out=6, batch=1, seeds=1),
     "cut-3-long": Distance(
         "layers 10, 14, 18 cut, 25 times the tokens", corpus="manuals", cut=(10, 14, 18), windows=1600, batch=4, seeds=1
     ),
