@@ -45,7 +45,7 @@ DISTANCES: dict[str, Distance] = {
     "cut-3": Distance("layers 10, 14, 18 cut", cut=(10, 14, 18)),
     "cut-1": Distance("layer 10 cut", cut=(10,)),
     "rounded-4": Distance("weights of 4 bits", bits=4, rate=1e-4),
-    "rounded-5": Distance("weights of 5 bits", bits=5, rate=5e-5),
+    "rounded-5": Distance("weights of 5 bits", bits=5, rate=1e-4),
     "cut-5": Distance("layers 8, 11, 14, 17, 20 cut", cut=(8, 11, 14, 17, 20)),
     "rounded-8": Distance("weights of 8 bits", bits=8, rate=1e-5),
     "adapters": Distance("adapters of rank 16 beside weights of 4 bits", bits=4, rank=16, rate=1e-3),
