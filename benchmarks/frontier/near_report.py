@@ -110,7 +110,7 @@ def _result(arm: str, by_seed: dict[int, dict[str, Any]], dense: dict[int, float
     gain = start - float(np.mean(list(dense.values())))
     pairs = np.array([row["kl"] - dense[seed] for seed, row in by_seed.items() if seed in dense]) / gain
     lost = interval = None
-    if len(pairs) and arm != "dense":
+    if len(pairs) and arm not in ("dense", UNTRAINED):
         lost = float(pairs.mean())
         if len(pairs) > 1:
             interval = T95[min(len(pairs) - 1, max(T95))] * float(pairs.std(ddof=1)) / math.sqrt(len(pairs))
