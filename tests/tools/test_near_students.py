@@ -149,3 +149,15 @@ def test_the_share_lost_is_paired_by_seed_and_judged_by_its_interval(report):
 def test_earlier_tries_with_another_setting_are_no_pairs(report):
     rows = [row("dense", 0, 1.0) | {"setting": "old"}, row("dense", 0, 2.0), row("start", 0, 3.0)]
     assert [r["kl"] for r in report._current(rows)] == [2.0, 3.0]
+
+
+def test_a_run_that_is_cut_short_has_the_most_telling_students(report):
+    distances = sys.modules["distances"]
+    planned = list(distances.plan([*distances.DECIDING, *distances.OTHERS]))
+    assert len(set(planned)) == len(planned)
+    assert planned[:2] == [("cut-3", "start", 0), ("cut-3", "dense", 0)]
+    assert ("cut-3", "none", 1) not in planned
+    first = {name: planned.index((name, "dense", 0)) for name in distances.DISTANCES}
+    assert planned.index(("cut-1", "topk-16-tail", 4)) < first["rounded-4"] < first["gemma-cut-1"]
+    assert first["gemma-cut-1"] < planned.index(("rounded-4", "dense", 1)) < first["cut-3-long"]
+    assert first["cut-3-long"] == max(first.values())
