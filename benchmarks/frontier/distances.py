@@ -40,20 +40,18 @@ class Distance:
     seeds: int = field(default=5, repr=False)
 
 
-# In the order in which they are trained, so that a run that is cut short has the most telling ones.
+LONG = "cut-3-long"
 DISTANCES: dict[str, Distance] = {
     "cut-3": Distance("layers 10, 14, 18 cut", cut=(10, 14, 18)),
     "cut-1": Distance("layer 10 cut", cut=(10,)),
     "rounded-4": Distance("weights of 4 bits", bits=4, rate=1e-4),
-    "rounded-5": Distance("weights of 5 bits", bits=5, rate=5e-5),
+    "rounded-5": Distance("weights of 5 bits", bits=5, rate=1e-4),
     "cut-5": Distance("layers 8, 11, 14, 17, 20 cut", cut=(8, 11, 14, 17, 20)),
     "rounded-8": Distance("weights of 8 bits", bits=8, rate=1e-5),
     "adapters": Distance("adapters of rank 16 beside weights of 4 bits", bits=4, rank=16, rate=1e-3),
     "continuation": Distance("layers 10, 14, 18 cut, the teacher's own text", corpus="continuation", cut=(10, 14, 18)),
-    "gemma-cut-3": Distance(
-        "Gemma-3-270M, layers 6, 9, 12 cut", "gemma3", cut=(6, 9, 12), windows=24, held_out=6, batch=1, seeds=1
-    ),
-    "cut-3-long": Distance(
+    "gemma-cut-1": Distance("Gemma-3-270M, layer 9 cut", "gemma3", cut=(9,), windows=24, held_out=6, batch=1, seeds=1),
+    LONG: Distance(
         "layers 10, 14, 18 cut, 25 times the tokens", corpus="manuals", cut=(10, 14, 18), windows=1600, batch=4, seeds=1
     ),
 }
@@ -62,9 +60,20 @@ DECIDING = ("dense", "sample-10", "prototype-3", "sample-5", "topk-16-tail")
 OTHERS = ("none", "sample-23", "prototype-1")
 
 
+FIRST = ("cut-3", "cut-1")  # with all seeds; then the other distances with one
+
+
 def plan(arms: Sequence[str]) -> Iterator[tuple[str, str, int]]:
     """Every student that is to be trained on the labels of ``arms``: distance, arm, seed, the most telling first."""
-    for name, distance in DISTANCES.items():
-        yield name, "start", 0
-        for seed in range(distance.seeds):
-            yield from ((name, arm, seed) for arm in arms if seed == 0 or arm not in OTHERS)
+    groups = [(name, seed) for name, distance in DISTANCES.items() for seed in range(distance.seeds)]
+    for name, seed in sorted(groups, key=_turn):
+        if seed == 0:
+            yield name, "start", 0
+        yield from ((name, arm, seed) for arm in arms if seed == 0 or arm not in OTHERS)
+
+
+def _turn(group: tuple[str, int]) -> int:
+    name, seed = group
+    if name in FIRST:
+        return 0
+    return 3 if name == LONG else 1 if seed == 0 else 2

@@ -30,11 +30,12 @@ HEADING = """# Bytes per token against the student they train, near the teacher
 Students start from their teacher's own weights, damaged as practice damages them, and are healed by distillation from
 stored labels: SmolLM2-135M (49,152 columns) and Gemma-3-270M (262,144) on the standard library's help topics, each
 window once. Lost: (KL - KL of dense KD) / (KL at the start - KL of dense KD), held-out KL(teacher, student) in nats,
-paired by seed, with 95 % intervals; above 100 % the labels do harm. `none`: the text alone, no KD. Bytes are those of
-the labels; a table of 256 prototypes takes 12.6 MB more (Gemma: 67 MB), whatever the cache's size, and the files'
-headers and keys 0.3 B per token. Margins, declared before the first student was trained: 1 % at up to 4 bytes per
-token, .3 % at up to 14; within: the interval ends below it. The students from scratch are not healed but trained:
-their start is that without KD, `none`."""
+paired by seed, with 95 % intervals; above 100 % the labels do harm. `none`: the text alone, no KD.
+
+Bytes are those of the labels; a table of 256 prototypes, learned from the windows that are trained on, takes 12.6 MB
+more (Gemma: 67 MB), whatever the cache's size, and the files' headers and keys 0.3 B per token. Margins, declared
+before the first student was trained: 1 % at up to 4 bytes per token, .3 % at up to 14; within: the interval ends below
+it. The students from scratch are not healed but trained: their start is that without KD, `none`."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _result(arm: str, by_seed: dict[int, dict[str, Any]], dense: dict[int, float
     gain = start - float(np.mean(list(dense.values())))
     pairs = np.array([row["kl"] - dense[seed] for seed, row in by_seed.items() if seed in dense]) / gain
     lost = interval = None
-    if len(pairs) and arm != "dense":
+    if len(pairs) and arm not in ("dense", UNTRAINED):
         lost = float(pairs.mean())
         if len(pairs) > 1:
             interval = T95[min(len(pairs) - 1, max(T95))] * float(pairs.std(ddof=1)) / math.sqrt(len(pairs))

@@ -35,6 +35,13 @@ def near():
     sys.path.remove(str(FOLDER))
 
 
+@pytest.fixture(scope="module")
+def report(near):
+    import near_report
+
+    return near_report
+
+
 @pytest.fixture
 def make(near):
     def make(kind="llama", **options):
@@ -115,3 +122,42 @@ def test_adapters_begin_at_the_rounded_weights_and_alone_are_trained(make):
     assert {tuple(p.shape)[:1] for p in student.trained[::2]} == {(2,)}
     assert len(student.trained) == 2 * 7 * 5
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in student.trained}
+
+
+def row(arm, seed, kl, **more):
+    return {"arm": arm, "seed": seed, "kl": kl, "ce": 1.0, "setting": "", **more}
+
+
+def test_the_share_lost_is_paired_by_seed_and_judged_by_its_interval(report):
+    rows = [row("start", 0, 1.0), *(row("dense", seed, 0.4 + 0.1 * seed) for seed in range(3))]
+    rows += [row("sample-5", seed, 0.405 + 0.1 * seed, bytes_per_token=3.9) for seed in range(3)]
+    rows += [row("sample-10", seed, 0.4 + 0.102 * seed, bytes_per_token=7.0) for seed in range(3)]
+    rows += [row("topk-16", 0, 0.55, bytes_per_token=68.0)]
+    results, start = report.summarise(rows)
+    by_arm = {result.arm: result for result in results}
+    assert start == 1.0
+    assert [by_arm[arm].lost for arm in ("sample-5", "sample-10", "topk-16")] == pytest.approx([0.01, 0.004, 0.3])
+    # Differences of 0, .004 and .008 of a gain of .5: a standard error of .004 / sqrt(3), and t = 4.303.
+    assert by_arm["sample-10"].interval == pytest.approx(4.303 * 0.004 / 3**0.5)
+    assert by_arm["sample-5"].interval == pytest.approx(0.0, abs=1e-9)
+    assert by_arm["topk-16"].interval is None
+    assert by_arm["topk-16"].within is None
+    assert by_arm["sample-10"].within is False
+    assert replace(by_arm["sample-5"], lost=0.0099).within is True
+
+
+def test_earlier_tries_with_another_setting_are_no_pairs(report):
+    rows = [row("dense", 0, 1.0) | {"setting": "old"}, row("dense", 0, 2.0), row("start", 0, 3.0)]
+    assert [r["kl"] for r in report._current(rows)] == [2.0, 3.0]
+
+
+def test_a_run_that_is_cut_short_has_the_most_telling_students(report):
+    distances = sys.modules["distances"]
+    planned = list(distances.plan([*distances.DECIDING, *distances.OTHERS]))
+    assert len(set(planned)) == len(planned)
+    assert planned[:2] == [("cut-3", "start", 0), ("cut-3", "dense", 0)]
+    assert ("cut-3", "none", 1) not in planned
+    first = {name: planned.index((name, "dense", 0)) for name in distances.DISTANCES}
+    assert planned.index(("cut-1", "topk-16-tail", 4)) < first["rounded-4"] < first["gemma-cut-1"]
+    assert first["gemma-cut-1"] < planned.index(("rounded-4", "dense", 1)) < first["cut-3-long"]
+    assert first["cut-3-long"] == max(first.values())
