@@ -56,7 +56,7 @@ DISTANCES: dict[str, Distance] = {
     ),
 }
 # The arms that decide have all seeds, the others one. "start" is a student that is not trained.
-DECIDING = ("dense", "sample-10", "prototype-3", "sample-5", "topk-16-tail")
+DECIDING = ("dense", "systematic-10", "prototype-3", "systematic-5", "sample-10", "topk-16-tail", "systematic-23")
 OTHERS = ("none", "sample-23", "prototype-1")
 
 

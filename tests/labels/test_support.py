@@ -37,7 +37,7 @@ SERVED = {
 }
 
 
-OWN_CODECS = ["dense", "hard", "hidden", "prototype", "sample", "threshold", "topk"]
+OWN_CODECS = ["dense", "hard", "hidden", "prototype", "sample", "scored", "threshold", "topk"]
 
 
 def test_the_table_has_a_row_for_every_kind():

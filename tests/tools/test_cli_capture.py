@@ -114,7 +114,7 @@ def test_the_last_line_has_the_floor_that_the_student_s_distance_allows(tmp_path
     assert result.exit_code == 0, output
     info = kdfast.cache.open(tmp_path / "cache").info
     assert info.codec == chosen
-    told = "none, the labels are unbiased, with the noise of 50 draws a row" if info.noise else info.floor.text()
+    told = "none, the labels are unbiased, with the noise of 23 draws a row" if info.noise else info.floor.text()
     assert f"; floor: {told}" in output
 
 

@@ -564,7 +564,7 @@ def test_auto_takes_no_label_with_a_floor_unless_the_student_is_far(tmp_path):
     assert [info.codec for info in found.values()] == ["sample", "sample", "prototype", "prototype"]
     assert found["none"].config["draws"] == LARGE_VOCAB.options["draws"]
     assert found["none"].floor is None
-    assert found["none"].floor_text == "none: unbiased, with the noise of 50 draws a row"
+    assert found["none"].floor_text == "none: unbiased, with the noise of 23 draws a row"
     assert found["far"].floor.kl > 0.01
     assert report.text().endswith(f"; floor: {found['far'].floor.text()}")
 
