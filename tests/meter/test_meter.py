@@ -180,7 +180,12 @@ def test_bytes_lose_nothing_of_what_was_selected(tmp_path, coding):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"draws": 0}, r"draws must lie in \[1, 256\], got 0"), ({"draws": 257}, "got 257")]
+    ("options", "message"),
+    [
+        ({"draws": 0}, r"draws must lie in \[1, 256\], got 0"),
+        ({"draws": 257}, "got 257"),
+        ({"coding": "plain"}, 'coding must be "blocks" or "rows"'),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -55,6 +55,10 @@ class Scored(EntryCodec):
         seed: int = 0,
         coding: str = "blocks",
     ) -> None:
+        if coding == "plain":
+            raise ValueError(
+                'coding must be "blocks" or "rows": its numbers do not fit into the whole bytes of "plain"'
+            )
         super().__init__(vocab_size, temperatures, coding=coding)
         if not 1 <= index(draws) <= MOST_DRAWS:
             raise ValueError(f"draws must lie in [1, {MOST_DRAWS}], got {draws}")

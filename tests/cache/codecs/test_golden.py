@@ -15,12 +15,13 @@ from support import ROOT
 V1 = ROOT / "tests" / "fixtures" / "v1"
 NAMES = sorted(path.name for path in V1.iterdir())
 CONTEXTS = 576
+ENTRY_CODECS = ("sample", "scored", "threshold", "prototype")
 
 
 def test_every_codec_has_a_fixture():
     stored = {kdfast.cache.open(V1 / name).info.codec for name in NAMES}
-    assert stored == {"dense", "hard", "hidden", "prototype", "sample", "threshold", "topk"}
-    assert len(NAMES) == 19
+    assert stored == {"dense", "hard", "hidden", "prototype", "sample", "scored", "threshold", "topk"}
+    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +69,8 @@ def limits(codec, config, metadata):
     shapes = [3] if "shapes" in config else []
     if codec == "sample":
         return [min(config["draws"], vocab) + 1, *shapes], config["draws"]
+    if codec == "scored":
+        return [min(config["draws"] + 1, vocab) + 1], 2**17
     if codec == "threshold":
         return [min(-int(-1 // config["tau"]) + 1, vocab) + 1, *shapes], 2 + int(
             np.ceil(config["steps"] * np.log2(1 / config["tau"]))
@@ -106,6 +109,8 @@ def weights(codec, config, numbers, values):
     """The probabilities or weights of a row's entries, and its tail mass, as FORMAT.md has them."""
     if codec == "sample":
         return [(v + 1) / config["draws"] for v in values], None
+    if codec == "scored":
+        return [(int(config["draws"] * np.exp(-(v // 4) / 1024)) + v % 4 - 1) / config["draws"] for v in values], None
     if codec == "threshold":
         return [2 ** (-(v - 1) / config["steps"]) if v else config["tau"] for v in values], None
 
@@ -122,7 +127,7 @@ def weights(codec, config, numbers, values):
     return out, tail
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.split("-")[0] in ("sample", "threshold", "prototype")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split("-")[0] in ENTRY_CODECS])
 def test_the_format_s_text_gives_the_same_labels(name):
     expected = load_file(V1 / name / "labels.safetensors")
     offsets = expected["offsets"].tolist()
