@@ -85,6 +85,7 @@ if __name__ == "__main__":
             "kdfast.kernels",
             "kdfast.labels",
             "kdfast.loss",
+            "kdfast.meter",
             "kdfast.objectives",
             "kdfast.recipes",
         ],
