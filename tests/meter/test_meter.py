@@ -6,6 +6,7 @@ import statistics
 import struct
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,6 +191,15 @@ def test_bytes_lose_nothing_of_what_was_selected(tmp_path, coding):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         codecs.create("scored", VOCAB, (1.0,), options)
+
+
+@pytest.mark.parametrize("moved", [3e-4, -1e-4, math.nan, -math.inf, -40.0])
+def test_log_probabilities_off_the_grid_are_not_rounded_in_silence(moved):
+    codec = codecs.create("scored", VOCAB, (1.0,), {"draws": 5})
+    labels = codec.select(Table().table.detach(), b"")
+    learned(codec, labels)
+    with pytest.raises(ValueError, match="a log-probability is not one that this codec gives"):
+        codec.encode(replace(labels, log_probs=labels.log_probs + moved))
 
 
 def test_what_cannot_be_measured_is_named(tmp_path):

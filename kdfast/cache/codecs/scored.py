@@ -113,9 +113,11 @@ class Scored(EntryCodec):
             raise ValueError(f"{self.name}: weights without the teacher's log-probabilities, log_probs")
         ids, counts = labels.ids.numpy(), labels.counts.numpy()
         sort, ranks = by_rank(ids, counts, order, None)
-        code = np.rint(labels.log_probs.numpy()[sort] / -STEP).astype(np.int64)
+        log_probs = labels.log_probs.numpy()[sort]
+        code = np.rint(np.nan_to_num(log_probs / -STEP, nan=-1.0, posinf=-1.0, neginf=-1.0)).astype(np.int64)
         draws = np.rint(labels.values.numpy()[sort] * self.draws).astype(np.int64)
-        if len(code) and not 0 <= code.min() <= code.max() < CODES:
+        exact = (code * np.float32(-STEP)).astype(np.float32) == log_probs
+        if len(code) and not (exact.all() and 0 <= code.min() <= code.max() < CODES):
             raise ValueError(f"{self.name}: a log-probability is not one that this codec gives")
         offset = draws - self._least[code] + 1
         if len(offset) and not 0 <= offset.min() <= offset.max() < OFFSETS:
