@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,7 +79,10 @@ def _loading(name: str, dtype: str, llama: bool, context: int) -> Any:
 
 
 def _json(found: Comparison) -> list[Mapping[str, Any]]:
-    steps = [None if step is None else {"difference": step[0], "error": step[1]} for step in found.steps]
+    steps = [
+        None if step is None else {"difference": step[0], "error": None if math.isnan(step[1]) else step[1]}
+        for step in found.steps
+    ]
     pairs = zip(found.measurements, steps, strict=True)
     return [{**measurement.to_json(), "from_the_one_before": step} for measurement, step in pairs]
 

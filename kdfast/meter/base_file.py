@@ -4,6 +4,9 @@ All numbers are little-endian: ``_logits_``; context length, columns and chunks 
 chunks, int32; and of each chunk the rows of its second half but the last token, for which the context is long. A row is
 a scale and the smallest log-probability, float32, and a uint16 v per column, padded to an even number of them: the
 log-probability is ``smallest + scale * v``. It spans at most 16 nats.
+
+Where a model's texts begin with BOS, llama.cpp puts it in place of each chunk's first token while it runs the model,
+and not in the file: there only the first chunk begins with it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from kdfast.cache import CacheError
 from kdfast.meter.estimate import Rows
+from kdfast.meter.models import bos_of
 from kdfast.models import call, device_of, evaluating, logits_of
 
 __all__ = ["BaseFile"]
@@ -34,13 +38,18 @@ ROWS = 64  # at a time
 class BaseFile:
     """A base file open for reading. Its rows are mapped, not read; sizes are checked against the file's length first.
 
+    Args:
+        path: the file.
+        bos: the id of the model's BOS; None asks the model. Where the file begins with it, every chunk is run with it
+            for its first token, as llama.cpp does.
+
     Raises:
-        CacheError: the file is no base file, or is cut short; the message says where.
+        CacheError: the file is no base file, is cut short, or has tokens that are no columns; the message says which.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, bos: int | None = None) -> None:
+        self.path, self.bos = Path(path), bos
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             head = file.read(HEADER)
@@ -60,6 +69,12 @@ class BaseFile:
                 f"{self.path}: {size} bytes, and {self.chunks} chunks of {self.context} tokens and {self.vocab_size} "
                 f"columns take {wanted}: it was cut short, so write it again"
             )
+        low, high = int(self.tokens.min()), int(self.tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise CacheError(
+                f"{self.path}: has tokens {low} to {high}, and {self.vocab_size} columns: it was damaged, so write it "
+                "again"
+            )
 
     @property
     def rows_per_chunk(self) -> int:
@@ -76,8 +91,7 @@ class BaseFile:
 
     def log_probs(self, chunk: int) -> Iterator[tuple[int, Tensor]]:
         """(rows, vocab) float32 of a chunk, some rows at a time, each part with its first position in the chunk."""
-        at = self._rows_at + 2 * self._width * self.rows_per_chunk * chunk
-        packed = np.memmap(self.path, "<u2", "r", at, (self.rows_per_chunk, self._width))
+        packed = self._packed(chunk)
         for begin in range(0, self.rows_per_chunk, ROWS):
             part = np.ascontiguousarray(packed[begin : begin + ROWS])
             scale, smallest = np.ascontiguousarray(part[:, :4]).view("<f4").T
@@ -86,16 +100,19 @@ class BaseFile:
             levels = part[:, 4 : 4 + self.vocab_size].astype(np.float32)
             yield self._first + begin, torch.from_numpy(levels * scale[:, None] + smallest[:, None])
 
+    def _packed(self, chunk: int) -> NDArray[np.uint16]:
+        at = self._rows_at + 2 * self._width * self.rows_per_chunk * chunk
+        return np.memmap(self.path, "<u2", "r", at, (self.rows_per_chunk, self._width))
+
     @cached_property
     def cross_entropy(self) -> float:
         """The teacher's on the next tokens, in nats, mean over all rows."""
         total = 0.0
-        for chunk in range(self.chunks):
-            for first, log_probs in self.log_probs(chunk):
-                following = torch.from_numpy(
-                    self.tokens[chunk, first + 1 : first + 1 + len(log_probs)].astype(np.int64)
-                )
-                total -= float(log_probs.gather(1, following[:, None]).double().sum())
+        for chunk in range(self.chunks):  # three numbers of each row are read, not its columns
+            packed, following = self._packed(chunk), self.tokens[chunk, self._first + 1 :].astype(np.int64)
+            scale, smallest = np.ascontiguousarray(packed[:, :4]).view("<f4").T
+            levels = packed[np.arange(len(packed)), 4 + following]
+            total -= float((levels * scale.astype(np.float64) + smallest).sum())
         return total / (self.chunks * self.rows_per_chunk)
 
     def rows(self, model: Any, progress: Callable[[], object] | None = None) -> Rows:
@@ -105,15 +122,19 @@ class BaseFile:
             ValueError: the model's logits have other columns.
         """
         parts = []
+        bos = bos_of(model) if self.bos is None else self.bos
+        bos = bos if bos == int(self.tokens[0, 0]) else None
         with evaluating(model), torch.no_grad():
             for chunk in range(self.chunks):
-                parts.append(self._measure(model, chunk))
+                parts.append(self._measure(model, chunk, bos))
                 if progress is not None:
                     progress()
         return Rows.cat(parts)
 
-    def _measure(self, model: Any, chunk: int) -> Rows:
+    def _measure(self, model: Any, chunk: int, bos: int | None) -> Rows:
         ids = torch.from_numpy(self.tokens[chunk].astype(np.int64))[None]
+        if bos is not None:
+            ids[0, 0] = bos
         logits = logits_of(call(model, ids.to(device_of(model) or ids.device)), "the model")
         if logits.shape != (1, self.context, self.vocab_size):
             raise ValueError(

@@ -33,10 +33,15 @@ def row_terms(logits: Tensor, labels: SoftLabels) -> tuple[Tensor, Tensor]:
         labels: what a cache of codec ``scored`` holds of the same rows, on the same device.
 
     Raises:
-        ValueError: labels without the teacher's log-probabilities, or of other rows or columns.
+        ValueError: labels without the teacher's log-probabilities, of another temperature, or of other rows or columns.
     """
     if not isinstance(labels, Weights) or labels.log_probs is None:
         raise ValueError(f'the labels need log-probabilities: capture with codec="scored", got {labels!r}')
+    if labels.temperatures != (1.0,):
+        raise ValueError(
+            f"the labels are of temperature {labels.temperatures[0]:g}, and the KL is measured at temperature 1: "
+            "capture with temperatures=(1.0,)"
+        )
     if logits.shape != (len(labels), labels.vocab_size):
         raise ValueError(f"logits must be {(len(labels), labels.vocab_size)}, got {tuple(logits.shape)}")
     row, ids = labels.entry_rows, labels.ids.long()
@@ -71,7 +76,22 @@ class Rows:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def measurement(self, name: str, teacher_ce: float | None, exact: bool) -> Measurement:
-        """These rows in a few numbers."""
+        """Sum the rows up: the mean KL and its error over documents, quantiles, agreement and perplexity ratio.
+
+        Args:
+            name: of the model.
+            teacher_ce: the teacher's mean cross-entropy on the same next tokens, in nats; None where it is not known.
+            exact: whether each row's KL is exact, or estimated from draws.
+
+        Raises:
+            ValueError: rows whose KL is NaN, as a model's NaN logits make it.
+        """
+        bad = np.isnan(self.kl)
+        if bad.any():
+            raise ValueError(
+                f"{bad.sum()} of {len(bad)} rows of {name} have a KL of NaN, the first in document "
+                f"{self.document[bad.argmax()]}: the model's logits have NaN there"
+            )
         known = ~np.isnan(self.ce)
         ce = float(self.ce[known].mean()) if known.any() else None
         agreement, agreement_error = clustered(self.agree.astype(float), self.document)
@@ -111,8 +131,14 @@ class Measurement:
         return self.kl - Z95 * self.kl_error, self.kl + Z95 * self.kl_error
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return asdict(self)
+        """Everything, as JSON takes it: numbers that are not finite are None."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def clustered(values: NDArray[np.float64], document: NDArray[np.int64]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kdfast.cache import CacheReader
 from kdfast.meter.base_file import BaseFile
 from kdfast.meter.estimate import Measurement, Rows, difference, row_terms
+from kdfast.meter.models import Loader
 from kdfast.models import call, device_of, evaluating, logits_of
 
 __all__ = ["Comparison", "compare", "measure"]
@@ -64,8 +65,17 @@ def compare(
 ) -> Comparison:
     """Rank several models by their KL from the teacher, with errors of the differences, which are paired row by row.
 
-    Args and errors: as ``measure`` has them; ``models`` by name. A model may be a function without arguments that
-    loads it, so that one at a time is in memory: pass ``kdfast.meter.models.Loader``.
+    Args:
+        teacher: a cache of codec ``scored``, or llama.cpp's base file.
+        models: the models by name, each as ``measure`` takes it, or a ``kdfast.meter.Loader`` that loads one, so that
+            one at a time is in memory.
+        documents: the token ids of the cache's records; a base file brings its own.
+        batch_size: documents of the same length at a time.
+        progress: called after each document of each model.
+
+    Raises:
+        ValueError: no documents, documents beside a base file, or a model with other rows or columns than the teacher.
+        KeyError: a document is not in the cache.
     """
     rows = {name: _rows(teacher, model, documents, batch_size, progress) for name, model in models.items()}
     about = _about(teacher, documents)
@@ -90,7 +100,7 @@ def _rows(
     batch_size: int,
     progress: Callable[[], object] | None,
 ) -> Rows:
-    model = model() if getattr(model, "loads", False) else model
+    model = model() if isinstance(model, Loader) else model
     if isinstance(teacher, BaseFile):
         if documents is not None:
             raise ValueError("a base file has documents of its own: give it none")

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Loader", "llama_cpp"]
+__all__ = ["Loader", "bos_of", "llama_cpp"]
 
 
 class Loader:
     """A model that is loaded when it is measured: ``Loader(lambda: AutoModelForCausalLM.from_pretrained(name))``."""
-
-    loads = True
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
@@ -55,4 +53,11 @@ def llama_cpp(path: str | Path, *, context: int = 4096, **options: Any) -> Calla
             rows.append(torch.from_numpy(np.array(model.scores[: len(document)], np.float32)))
         return torch.stack(rows)
 
+    logits.bos = model.token_bos()  # type: ignore[attr-defined]
     return logits
+
+
+def bos_of(model: Any) -> int | None:
+    """The id of the token that a model's texts begin with, if it says so: one of Hugging Face or of ``llama_cpp``."""
+    found = getattr(model, "bos", getattr(getattr(model, "config", None), "bos_token_id", None))
+    return found if isinstance(found, int) and found >= 0 else None

@@ -20,6 +20,7 @@ from kdfast.cache.codecs.scored import STEP
 from kdfast.cli.app import app
 from kdfast.meter import BaseFile, compare, llama_cpp, measure, row_terms
 from kdfast.meter.estimate import clustered
+from kdfast.meter.models import bos_of
 from support.entry_checks import learned, through_bytes
 
 VOCAB = 64
@@ -150,6 +151,13 @@ def test_errors_are_those_of_whole_documents():
     assert math.isnan(clustered(values, np.zeros(500, int))[1])
 
 
+def test_one_document_has_no_error_and_its_json_is_json(tmp_path):
+    docs = documents(1)
+    found = measure(cache(tmp_path, docs), Table(0.3), docs)
+    assert math.isnan(found.kl_error)
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["kl_error"] is None
+
+
 def test_models_are_ranked_with_paired_errors(tmp_path):
     docs = documents()
     source = cache(tmp_path, docs)
@@ -213,6 +221,11 @@ def test_what_cannot_be_measured_is_named(tmp_path):
         measure(source, lambda ids: Table()(ids)[..., :63], docs)
     with kdfast.cache.Writer(tmp_path / "b", vocab_size=VOCAB, codec="sample", draws=5) as writer:
         writer.add(docs[0], Table()(docs[0]).detach())
+    with pytest.raises(ValueError, match="3 of 36 rows of model have a KL of NaN, the first in document 1"):
+        measure(source, lambda ids: Table()(ids).masked_fill((ids == docs[1][4])[..., None], math.nan), docs)
+    warm = cache(tmp_path / "c", docs, temperatures=[2.0])
+    with pytest.raises(ValueError, match="of temperature 2, and the KL is measured at temperature 1"):
+        measure(warm, Table(), docs)
     with pytest.raises(ValueError, match='capture with codec="scored"'):
         measure(kdfast.cache.open(tmp_path / "b"), Table(), docs[:1])
 
@@ -236,7 +249,7 @@ def write_base(path, teacher, chunks, context=12, cut=0):
     return path
 
 
-def test_a_base_file_is_measured_exactly(tmp_path):
+def test_a_base_file_is_measured_exactly(tmp_path, monkeypatch):
     chunks = documents(5)
     base = BaseFile(write_base(tmp_path / "base.kld", Table(), chunks))
     assert (base.context, base.vocab_size, len(base), base.rows_per_chunk) == (12, VOCAB, 5, 5)
@@ -249,10 +262,38 @@ def test_a_base_file_is_measured_exactly(tmp_path):
     ce = nn.functional.cross_entropy(Table()(ids)[:, 6:-1].reshape(-1, VOCAB), ids[:, 7:].reshape(-1)).item()
     assert base.cross_entropy == pytest.approx(ce, rel=1e-4)
     assert found.perplexity_ratio == pytest.approx(math.exp(found.ce - ce), rel=1e-4)
+    reads = []
+    monkeypatch.setattr(BaseFile, "log_probs", lambda self, chunk: reads.append(chunk))
+    assert BaseFile(base.path).cross_entropy == pytest.approx(ce, rel=1e-4)
+    assert not reads  # of whole rows
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="a base file has documents of its own"):
         measure(base, model, chunks)
     with pytest.raises(ValueError, match="12 tokens and 64 columns, the model gave"):
         measure(base, lambda ids: Table()(ids)[..., :9])
+
+
+class Remembering(Table):
+    """Its logits depend on the first token."""
+
+    def forward(self, ids):
+        return super().forward(ids) + super().forward(ids[:, :1])
+
+
+@pytest.mark.parametrize("said", ["by the model", "by the caller", "by nobody"])
+def test_chunks_are_run_with_bos_where_the_file_begins_with_it(tmp_path, said):
+    chunks, bos = documents(4), 3
+    chunks[0][0] = bos
+    stored = [torch.cat([torch.tensor([bos]), ids[1:]]) for ids in chunks]
+    path = write_base(tmp_path / "base.kld", lambda ids: Remembering()(ids[None])[0], stored)
+    data = bytearray(path.read_bytes())  # the file has the tokens of the text
+    data[20 : 20 + 4 * 48] = torch.stack(chunks).numpy().astype("<i4").tobytes()
+    path.write_bytes(data)
+    model = Remembering()
+    if said == "by the model":
+        model.config = types.SimpleNamespace(bos_token_id=bos)
+    found = measure(BaseFile(path, bos=bos if said == "by the caller" else None), model)
+    assert (found.kl < 1e-5) == (said != "by nobody")
 
 
 def test_files_that_are_none_are_named(tmp_path):
@@ -268,6 +309,11 @@ def test_files_that_are_none_are_named(tmp_path):
         BaseFile(path)
     with pytest.raises(kdfast.cache.CacheError, match="it was cut short"):
         BaseFile(write_base(path, Table(), documents(2), cut=1))
+    data = bytearray(write_base(path, Table(), documents(2)).read_bytes())
+    data[20:24] = (VOCAB).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(kdfast.cache.CacheError, match="has tokens 0 to 64, and 64 columns"):
+        BaseFile(path)
 
 
 def test_gguf_models_are_run_by_llama_cpp(monkeypatch):
@@ -275,6 +321,9 @@ def test_gguf_models_are_run_by_llama_cpp(monkeypatch):
         def __init__(self, model_path, n_ctx, logits_all, verbose):
             assert (model_path, n_ctx, logits_all, verbose) == ("a.gguf", 16, True, False)
             self.scores = np.zeros((n_ctx, VOCAB), np.float32)
+
+        def token_bos(self):
+            return 1
 
         def reset(self):
             self.scores[:] = np.nan
@@ -286,6 +335,7 @@ def test_gguf_models_are_run_by_llama_cpp(monkeypatch):
     model = llama_cpp("a.gguf", context=16)
     ids = torch.stack(documents(3))
     torch.testing.assert_close(model(ids), Table()(ids).detach())
+    assert bos_of(model) == 1
     with pytest.raises(ValueError, match="a document of 17 tokens, and context=16"):
         model(torch.zeros(1, 17, dtype=torch.long))
     monkeypatch.setitem(sys.modules, "llama_cpp", None)

@@ -33,7 +33,7 @@ def export(
     counts    list of int32          the entries of each row (not for dense labels)
     ids       list of int32          the entries' ids, row after row (not for dense labels)
     log_probs list of float32        their log-probabilities at T = 1, or all columns' for dense labels
-    weights   list of float32        instead, for labels that are weights
+    weights   list of float32        instead, for labels that are weights; of codec scored both are there
     tails     list of float32        for top-k labels: per row the log-mass outside, one for each temperature
     ========= ====================== ========================================================================
 
@@ -99,6 +99,8 @@ def _row(key: Key | int, labels: SoftLabels) -> dict[str, Any]:
         row["ids"] = labels.ids.numpy()
     name = "weights" if isinstance(labels, Weights) else "log_probs"
     row[name] = labels.values.float().reshape(-1).numpy()
+    if isinstance(labels, Weights) and labels.log_probs is not None:
+        row["log_probs"] = labels.log_probs.numpy()
     if isinstance(labels, TopK):
         row["tails"] = labels.tails.T.contiguous().reshape(-1).numpy()
     return row

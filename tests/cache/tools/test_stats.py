@@ -146,6 +146,16 @@ def test_exported_topk_labels_are_those_of_the_cache(tmp_path):
     assert (about["kind"], about["teacher"], about["temperatures"]) == ("topk", "t", [1.0, 2.0])
 
 
+def test_exported_draws_keep_the_teachers_log_probabilities(tmp_path):
+    path = fill(tmp_path / "cache", codec="scored", draws=9)
+    export(path, tmp_path / "out.parquet")
+    table, rows = read(tmp_path / "out.parquet")
+    assert table.column_names == ["key", "rows", "counts", "ids", "weights", "log_probs"]
+    row, labels = rows[kdfast.cache.format.keys.make_key(3).hex()], kdfast.cache.open(path)[3]
+    assert (row["ids"], row["weights"]) == (labels.ids.tolist(), labels.values.tolist())
+    assert row["log_probs"] == labels.log_probs.tolist()
+
+
 def test_integer_keys_are_exported_in_decimal(tmp_path):
     path = fill(tmp_path / "cache", k=4, keys_="range")
     export(path, tmp_path / "out.parquet")
