@@ -111,7 +111,9 @@ def _each(keys: Any) -> list[Any]:
 
 
 def row_mask(batch: Any, rows: torch.Size, mask: str | Callable[[Any], Any] | None = None) -> Tensor | None:
-    """Which rows of a batch's logits are real and not padding: bool, of the shape ``rows``; None without a mask.
+    """Find which rows of a batch's logits are real and which are padding: a bool tensor of the shape ``rows``, or None.
+
+    None says that there is no mask, and every row is real.
 
     Args:
         batch: the batch.
@@ -191,7 +193,10 @@ def decoder_mask(batch: Any) -> Tensor | None:
 
 
 def labelled(labels: Any) -> Tensor | None:
-    """Which labels are no padding, that is not -100, as collators pad; None for what are no class indices."""
+    """Mark the class indices that are no padding: ``labels != -100``, with which collators pad.
+
+    None for what are no class indices: floats, and what is no tensor.
+    """
     return labels != -100 if isinstance(labels, Tensor) and not labels.is_floating_point() else None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from distances import DISTANCES
 from near import RESULTS
 from near_train import UNTRAINED
-from report import FAMILIES, T95
+from report import FAMILIES, half_interval
 
 # At most so many bytes per token, and the share of dense KD's gain that may be lost.
 MARGINS = ((4.0, 0.01), (14.0, 0.003))
@@ -111,9 +111,7 @@ def _result(arm: str, by_seed: dict[int, dict[str, Any]], dense: dict[int, float
     pairs = np.array([row["kl"] - dense[seed] for seed, row in by_seed.items() if seed in dense]) / gain
     lost = interval = None
     if len(pairs) and arm not in ("dense", UNTRAINED):
-        lost = float(pairs.mean())
-        if len(pairs) > 1:
-            interval = T95[min(len(pairs) - 1, max(T95))] * float(pairs.std(ddof=1)) / math.sqrt(len(pairs))
+        lost, interval = float(pairs.mean()), half_interval(pairs)
     kl, ce = (float(np.mean([row[name] for row in by_seed.values()])) for name in ("kl", "ce"))
     size = next((row["bytes_per_token"] for row in by_seed.values() if "bytes_per_token" in row), None)
     return Result(arm, kl, ce, lost, interval, len(by_seed), size)

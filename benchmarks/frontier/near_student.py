@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from distances import Distance
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdfast import Head
+from kdfast.recipes import add_lora
 
 __all__ = ["NearStudent", "rounded"]
 
@@ -38,7 +37,8 @@ class NearStudent:
         for weight in self.rounded:
             weight.copy_(rounded(weight, self.bits))
         if distance.rank:
-            self.trained = [p for layer in self.upper.layers for p in _adapt(layer, distance.rank)]
+            add_lora(self.upper.layers, rank=distance.rank, alpha=distance.rank)
+            self.trained = [p for p in self.upper.layers.parameters() if p.requires_grad]
             return
         free = [*self.upper.layers.parameters(), *self.upper.norm.parameters()]
         exact = {id(weight): own for weight, own in zip(self.rounded, self.exact, strict=True)}
@@ -87,28 +87,3 @@ def _part(decoder: Any, indices: list[int]) -> Any:
     if getattr(part.config, "layer_types", None):
         part.config.layer_types = [part.config.layer_types[i] for i in indices]
     return part
-
-
-class Adapted(nn.Module):
-    """A frozen linear layer plus a product of two thin matrices, at first of zeros."""
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.down), self.up)
-
-
-def _adapt(layer: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Put adapters beside all linear layers of ``layer``. Returns their parameters."""
-    parameters = []
-    for module in list(layer.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                adapted = Adapted(child, rank)
-                setattr(module, name, adapted)
-                parameters += [adapted.down, adapted.up]
-    return parameters

@@ -80,9 +80,7 @@ def summarise(rows: list[dict]) -> list[Result]:
 def _result(arm: str, kl: dict[int, float], dense: dict[int, float], gap: float, row: dict) -> Result:
     paired = np.array([kl[seed] - dense[seed] for seed in kl if seed in dense])
     difference = float(paired.mean()) if len(paired) else None
-    interval = None
-    if len(paired) > 1:
-        interval = T95[min(len(paired) - 1, max(T95))] * float(paired.std(ddof=1)) / math.sqrt(len(paired))
+    interval = half_interval(paired)
     as_good = None if interval is None or arm == "dense" else bool(difference + interval < MARGIN * gap)
     return Result(
         arm,
@@ -94,6 +92,13 @@ def _result(arm: str, kl: dict[int, float], dense: dict[int, float], gap: float,
         row.get("entries_per_token"),
         as_good,
     )
+
+
+def half_interval(paired: np.ndarray) -> float | None:
+    """Half of the 95 % interval of the mean of paired differences; None of less than two."""
+    if len(paired) < 2:
+        return None
+    return T95[min(len(paired) - 1, max(T95))] * float(paired.std(ddof=1)) / math.sqrt(len(paired))
 
 
 def mean(kl: dict[int, float]) -> float:

@@ -79,6 +79,12 @@ class Ragged(SoftLabels):
         counts = torch.bincount(self.entry_rows[kept], minlength=len(self))
         return replace(self, ids=self.ids[kept], values=self.values[kept], offsets=offsets_of(counts), width=None)
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        moved = super().to(device, non_blocking=non_blocking)
+        tables = {name: getattr(self, name) for name in self.shared}
+        tables = {name: table_on(table, moved.device) for name, table in tables.items() if table is not None}
+        return replace(moved, **tables) if tables else moved
+
     def to_dense(self) -> SoftLabels:
         raise ValueError(f"{self.kind} soft labels do not hold the logits of whole rows; dense and hidden ones do")
 
@@ -119,8 +125,9 @@ class Weights(Ragged):
     log_probs: Tensor | None = None  # (nnz,) float32 natural logs of the teacher's probabilities, where they are known
 
     def without_padding(self) -> Self:
-        log_probs = None if self.log_probs is None else self.log_probs[~self.padding]
-        return replace(super().without_padding(), log_probs=log_probs)
+        if self.log_probs is None:
+            return super().without_padding()
+        return replace(super().without_padding(), log_probs=self.log_probs[~self.padding])
 
     def shrunk(self, share: float) -> SoftLabels:
         """Move each row a part of the way to its prototype: ``(1 - share) * weights + share * prototype``.
@@ -160,12 +167,6 @@ class Weights(Ragged):
             prototype_ids=self.prototype_ids,
             prototypes=self.prototypes,
         )
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        moved = super().to(device, non_blocking=non_blocking)
-        if self.prototypes is None:
-            return moved
-        return replace(moved, prototypes=table_on(self.prototypes, moved.device))
 
     def _taken(self, index: Tensor) -> dict[str, Any]:
         prototype_ids = None if self.prototype_ids is None else self.prototype_ids[index]
@@ -260,10 +261,6 @@ class Prototype(Tailed):
     def argmax(self) -> Tensor:
         best = super().argmax()
         return torch.where(best < 0, self.prototypes.argmax(-1)[self.prototype_ids], best)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        moved = super().to(device, non_blocking=non_blocking)
-        return replace(moved, prototypes=table_on(self.prototypes, moved.device))
 
     def _taken(self, index: Tensor) -> dict[str, Any]:
         return {**super()._taken(index), "prototype_ids": self.prototype_ids[index]}

@@ -162,7 +162,14 @@ def _row_masks(batch: Any) -> list[Tensor]:
 
 
 def bad_row(logits: Tensor) -> str:
-    """Which row of (rows, vocab) ``logits`` cannot be stored, and why; empty if all can."""
+    """Say which row of ``logits`` cannot be stored, and why: the first that has NaN, +inf, or no finite column.
+
+    Args:
+        logits: (rows, vocab).
+
+    Returns:
+        A text such as "row 3 has a value of nan"; "" if all rows can be stored.
+    """
     # The maximum is NaN or +inf if any column is, and -inf if no column is finite.
     largest = logits.detach().amax(1) if logits.numel() else logits.new_zeros(0)
     for row in (~largest.isfinite()).nonzero().flatten().tolist()[:1]:

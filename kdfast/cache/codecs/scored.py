@@ -18,6 +18,7 @@ from kdfast.cache.codecs.registry import register
 from kdfast.cache.selection.select import record_seed, sample
 from kdfast.labels import SoftLabels, Weights
 from kdfast.labels.entries import offsets_of, rows_of_entries
+from kdfast.labels.ragged import table_on
 
 __all__ = ["Scored"]
 
@@ -66,7 +67,7 @@ class Scored(EntryCodec):
         self.max_entries = min(self.draws + 1, self.vocab_size)
         self.noise = f"the noise of {self.draws} draws a row"
         # How often an id of each code is drawn at least, where its log-probability was not rounded.
-        self._least = np.floor(self.draws * np.exp(-STEP * np.arange(CODES))).astype(np.int64)
+        self._least = torch.from_numpy(np.floor(self.draws * np.exp(-STEP * np.arange(CODES)))).long()
 
     @property
     def header_limits(self) -> tuple[int, ...]:
@@ -119,14 +120,14 @@ class Scored(EntryCodec):
         exact = (code * np.float32(-STEP)).astype(np.float32) == log_probs
         if len(code) and not (exact.all() and 0 <= code.min() <= code.max() < CODES):
             raise ValueError(f"{self.name}: a log-probability is not one that this codec gives")
-        offset = draws - self._least[code] + 1
+        offset = draws - self._least.numpy()[code] + 1
         if len(offset) and not 0 <= offset.min() <= offset.max() < OFFSETS:
             raise ValueError(f"{self.name}: a weight is not one that this codec gives")
         return EntryRows(counts[:, None].astype(np.int32), ranks, (code * OFFSETS + offset).astype(np.int32))
 
     def to_labels(self, headers: Tensor, ids: Tensor, values: Tensor) -> Weights:
         code = values.long() // OFFSETS
-        draws = torch.from_numpy(self._least).to(code.device)[code] + values.long() % OFFSETS - 1
+        draws = table_on(self._least, code.device)[code] + values.long() % OFFSETS - 1
         labels = self._labels(ids, draws, code, headers[:, 0])
         if draws.device.type == "cpu":
             self._check(draws.numpy(), labels.counts.numpy())
@@ -134,7 +135,6 @@ class Scored(EntryCodec):
 
     def _check(self, draws: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Raise ``ValueError`` unless each row has N draws, none of them negative."""
-        sums = np.zeros(len(counts) + 1, np.int64)
-        np.add.at(sums, np.repeat(np.arange(len(counts)), counts), draws)
-        if (draws < 0).any() or (sums[:-1] != self.draws).any():
+        sums = np.bincount(np.repeat(np.arange(len(counts)), counts), draws, len(counts))
+        if (draws < 0).any() or (sums != self.draws).any():
             raise ValueError(f"a row's draws do not add up to {self.draws}")

@@ -57,7 +57,7 @@ class PackedLabels:
         data = torch.cat([part.data for part in parts])
         decoders = join(pair for part in parts for pair in part.decoders)
         floor = parts[0].floor if all(part.floor == parts[0].floor for part in parts) else None
-        return cls(data, torch.cat(units), torch.cat(wanted), decoders, present, floor, *shares)
+        return cls(data, torch.cat(units), torch.cat(wanted), decoders, present, floor, parts[0].shrink)
 
     def __len__(self) -> int:
         return self.wanted.numel()

@@ -50,7 +50,15 @@ def measure(codec: Codec, rows: Tensor, labels: SoftLabels, before: int) -> Floo
 
 
 def measured_rows(before: int, count: int) -> NDArray[np.int64]:
-    """Which of ``count`` rows that follow ``before`` others are measured."""
+    """Choose the rows of a record whose labels are compared with the teacher's rows.
+
+    Args:
+        before: how many rows were written before the record.
+        count: how many the record has.
+
+    Returns:
+        Their numbers within the record, ascending: all of the first 256 rows of a writer, and ever fewer after them.
+    """
     if not count or math.floor(_measured(before)) == math.floor(_measured(before + count)):
         return np.empty(0, np.int64)
     after = np.arange(before, before + count + 1)
