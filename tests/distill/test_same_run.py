@@ -213,7 +213,26 @@ NOT_OBJECTIVES = {
     *("capture_views", "crop_and_flip", "noise_tokens", "random_view", "view_span", "temperature_of_entropy"),
     *("channel_wise_kd", "detection_kd", "gaussian_kd", "listwise_kd", "ranking_distillation", "regression_kd"),
     *("segmentation_kd", "teacher_bounded", "confidence", "disagreement", "label_trust", "row_losses"),
+    *("fake_quantize", "bake", "FakeQuantizedLinear", "FakeQuantizedEmbedding", "drop_layers"),
 }
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "int8"}, {"format": "int4", "group_size": 16}, None], ids=["format", "group", "plain"]
+)
+def test_a_student_rounded_otherwise_is_another_run(tmp_path, options):
+    data = [{"input": torch.randn(2, 32), "labels": torch.zeros(2, dtype=torch.long)}]
+
+    def fit(options):
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Linear(32, 3))
+        if options is not None:
+            R.fake_quantize(student, **options)
+        Distiller(student, nn.Linear(32, 3), folder=tmp_path).fit(data, epochs=1, progress=False)
+
+    fit({"format": "int4"})
+    with pytest.raises(ValueError, match="is of another student"):
+        fit(options)
 
 
 def test_no_recipe_is_forgotten():
